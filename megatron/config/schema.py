@@ -370,7 +370,7 @@ class TrainingConfig(Section):
     """Blocks recomputed together."""
     eod_mask_loss: bool = False
     """Leave predictions made from an end-of-document token out of the loss."""
-    pattention_backend: Literal["auto", "reference"] = "auto"
+    pattention_backend: Literal["auto", "reference", "fused"] = "auto"
     """Implementation of Pattention; auto picks the fastest one for the device."""
     attention_backend: Literal["sdpa", "flash_attn"] = "sdpa"
     """Causal attention: torch's scaled_dot_product_attention or the flash-attn package."""

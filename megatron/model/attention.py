@@ -1,0 +1,94 @@
+"""Causal self-attention with rotary positions; its four projections are Pattention or linear layers.
+
+Legend: b batch, s sequence, d hidden size, h heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron.config.schema import ModelConfig
+from megatron.ops.attention import select_attention
+from megatron.ops.rotary import apply_rotary, rotary_tables
+
+
+class LayerCache(Protocol):
+    """What attention asks of a key-value cache: see megatron.inference.cache."""
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of each new token in its own text, [b, s]."""
+
+    @property
+    def mask(self) -> Tensor:
+        """Which cached slot a new token may look at, bool [b, 1, s, s_kv]."""
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [b, h, s, head_dim] keys and values; all of them back, [b, h, s_kv, head_dim]."""
+
+
+class RotaryEmbedding:
+    """Rotary tables, made on first use and longer on demand.
+
+    Not a module: as buffers the tables would be rounded by model.bfloat16(), and no checkpoint needs them.
+    """
+
+    def __init__(self, dim: int, base: float, length: int) -> None:
+        self.dim, self.base, self.length = dim, base, length
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions 0..length-1, each [length, dim] in fp32."""
+        if self._tables is None or self._tables[0].device != device or length > self.length:
+            self.length = max(self.length, length)
+            self._tables = rotary_tables(self.length, self.dim, self.base, device)
+        return self._tables[0][:length], self._tables[1][:length]
+
+
+class SelfAttention(nn.Module):
+    """proj(attention(query(x), key(x), value(x))).
+
+    Args:
+        config: the model.
+        projection: makes the projection called `query`, `key`, `value` or `proj` (d -> d).
+        attention_backend: sdpa or flash_attn.
+    """
+
+    def __init__(
+        self, config: ModelConfig, projection: Callable[[str], nn.Module], attention_backend: str = "sdpa"
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = config.num_attention_heads, config.attention_dropout
+        self.query, self.key, self.value, self.proj = (projection(name) for name in ("query", "key", "value", "proj"))
+        self.rotary = None
+        if config.rotary_dim:
+            length = config.max_position_embeddings or config.seq_length
+            self.rotary = RotaryEmbedding(config.rotary_dim, config.rotary_emb_base, length)
+        self._attend = select_attention(attention_backend)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """x [b, s, d] -> [b, s, d]."""
+        q, k, v = (self._split_heads(project(x)) for project in (self.query, self.key, self.value))
+        if self.rotary is not None:
+            cos, sin = self._rotation(x, cache)
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(k, v)
+            mask = cache.mask
+        context = self._attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.proj(context.transpose(1, 2).flatten(2))  # [b, h, s, d/h] -> [b, s, d]
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [b, s, d] -> [b, h, s, d/h]
+
+    def _rotation(self, x: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+        assert self.rotary is not None
+        if cache is None:
+            return self.rotary(x.shape[1], x.device)
+        cos, sin = self.rotary(cache.mask.shape[-1], x.device)
+        return cos[cache.positions][:, None], sin[cache.positions][:, None]  # [b, 1, s, r]

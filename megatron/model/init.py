@@ -1,0 +1,65 @@
+"""Initialisation of every parameter, the same for every layout.
+
+| parameter                                              | initialisation                     |
+|--------------------------------------------------------|------------------------------------|
+| Pattention keys; embedding; head; linear q, k, v, fc_in | init_method                        |
+| Pattention values; linear proj, fc_out                 | output_layer_init_method           |
+| norm weights and scales                                | 1                                  |
+| biases                                                 | 0                                  |
+
+Each parameter draws from a generator of its own, seeded by the run's seed and the parameter's name: what a parameter
+starts as does not depend on which process builds it, in what order, or on which other parameters exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from megatron.config.schema import ModelConfig
+
+_OUTPUT_PARTS = ("value_tokens_", "proj.weight", "fc_out.weight")
+
+
+def parameter_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends only on the seed and the parameter's canonical name."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def init_std(method: str, shape: torch.Size, config: ModelConfig) -> float:
+    """Standard deviation of an initialisation for a matrix of `shape` [out or tokens, in]."""
+    depth, width = config.num_layers, config.hidden_size
+    fan_out, fan_in = shape
+    return {
+        "normal": config.init_method_std,
+        "scaled_normal": config.init_method_std / math.sqrt(2.0 * depth),
+        "wang_init": 2.0 / depth / math.sqrt(width),
+        "small_init": math.sqrt(2.0 / (5 * width)),
+        "xavier_normal": math.sqrt(2.0 / (fan_in + fan_out)),
+        "xavier_uniform": math.sqrt(2.0 / (fan_in + fan_out)),
+        "zero": 0.0,
+    }[method]
+
+
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The fp32 value that the parameter `name` starts with, on the CPU."""
+    if len(shape) == 1:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    is_output = any(part in name for part in _OUTPUT_PARTS)
+    method = config.output_layer_init_method if is_output else config.init_method
+    std, generator = init_std(method, shape, config), parameter_generator(seed, name)
+    if method == "xavier_uniform":
+        bound = std * math.sqrt(3.0)
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape).normal_(std=std, generator=generator) if std else torch.zeros(shape)
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill every parameter of `model` by the table above."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, parameter.shape, config, seed))

@@ -1,0 +1,110 @@
+"""Pattention as a layer: a drop-in for nn.Linear whose parameters are tokens.
+
+Needs only torch: `Pattention(768, 768, num_tokens=3072)` works in a notebook.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron.ops.pattention import select_backend
+
+ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
+
+
+class Pattention(nn.Module):
+    """Input tokens attend to learnable key-value parameter tokens (paper, equation 3).
+
+    The tokens are held in segments, one at first and one more for each growth, so that old and new tokens can have
+    optimizer settings and states of their own. Segment i has the parameters `key_tokens_i` [n_i, in_features] and
+    `value_tokens_i` [n_i, out_features]; the tokens of the layer are their concatenation.
+
+    Args:
+        in_features, out_features: widths of input and output.
+        num_tokens: parameter tokens n, one number or one a segment.
+        activation: l2_norm_gelu, gelu_l2_norm or softmax (see `megatron.ops.pattention.theta`).
+        backend: auto, reference or fused.
+        tau_tokens: tau^2; n when not given. It stays what it was when tokens are appended.
+        device, dtype: as in nn.Linear; the meta device works.
+    """
+
+    tau_tokens: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_tokens: int | list[int],
+        activation: str = "l2_norm_gelu",
+        *,
+        backend: str = "auto",
+        tau_tokens: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        segments = [num_tokens] if isinstance(num_tokens, int) else list(num_tokens)
+        if not segments or min(in_features, out_features, *segments) < 1:
+            raise ValueError(f"Pattention({in_features}, {out_features}, {num_tokens}): sizes must be positive")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: unknown '{activation}'; choose one of {', '.join(ACTIVATIONS)}")
+        self.in_features, self.out_features, self.activation = in_features, out_features, activation
+        self.num_segments, self.backend = len(segments), backend
+        for i, size in enumerate(segments):
+            options = {"device": device, "dtype": dtype}
+            self.register_parameter(f"key_tokens_{i}", nn.Parameter(torch.empty(size, in_features, **options)))
+            self.register_parameter(f"value_tokens_{i}", nn.Parameter(torch.empty(size, out_features, **options)))
+        initial_tau = tau_tokens if tau_tokens is not None else sum(segments)
+        # The count is data, not weights: it is real even while the weights are on the meta device.
+        self.register_buffer("tau_tokens", torch.tensor(initial_tau, dtype=torch.int64, device=device))
+        self._initial_tau = initial_tau
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Keys N(0, 0.02), values N(0, 1/n): outputs of about the size of the inputs. LanguageModel has its own init."""
+        for i in range(self.num_segments):
+            nn.init.normal_(getattr(self, f"key_tokens_{i}"), std=0.02)
+            nn.init.normal_(getattr(self, f"value_tokens_{i}"), std=self.num_tokens**-0.5)
+        self.reset_tau()
+
+    def reset_tau(self) -> None:
+        """Write tau_tokens as given at construction (needed after moving off the meta device)."""
+        self.tau_tokens.fill_(self._initial_tau)
+
+    @property
+    def segment_sizes(self) -> list[int]:
+        """Number of tokens of each segment, oldest first."""
+        # Not shape[0]: ZeRO 3 replaces a parameter by an empty one between uses, but keeps ds_shape.
+        shapes = (getattr(self, f"key_tokens_{i}") for i in range(self.num_segments))
+        return [getattr(key, "ds_shape", key.shape)[0] for key in shapes]
+
+    @property
+    def num_tokens(self) -> int:
+        """Parameter tokens n of the layer."""
+        return sum(self.segment_sizes)
+
+    @property
+    def key_param_tokens(self) -> Tensor:
+        """Keys of all segments, [n, in_features]."""
+        return self._joined("key")
+
+    @property
+    def value_param_tokens(self) -> Tensor:
+        """Values of all segments, [n, out_features]."""
+        return self._joined("value")
+
+    def _joined(self, kind: str) -> Tensor:
+        segments = [getattr(self, f"{kind}_tokens_{i}") for i in range(self.num_segments)]
+        return segments[0] if len(segments) == 1 else torch.cat(segments)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., in_features] -> [.., out_features]."""
+        _, function = select_backend(self.backend, x.device.type)
+        return function(x, self.key_param_tokens, self.value_param_tokens, self.tau_tokens, self.activation)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, num_tokens={self.num_tokens}, "
+            f"activation={self.activation}"
+        )

@@ -1,0 +1,53 @@
+"""Causal attention over heads: torch's SDPA, or flash-attn where it is installed and asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.errors import UserError
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v.
+
+    Args:
+        q, k, v: [b, h, s_q | s_kv | s_kv, head_dim].
+        mask: bool [b, 1, s_q, s_kv], true = may look; None means causal with s_q == s_kv.
+        dropout: probability on the attention weights.
+
+    Returns: [b, h, s_q, head_dim].
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+
+
+def _flash_attention() -> AttentionFunction:
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError as error:
+        raise UserError(
+            "attention_backend: flash_attn is not installed; "
+            "pip install -r requirements/requirements-flashattention.txt, or set attention_backend: sdpa"
+        ) from error
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+        if mask is not None or not q.is_cuda:
+            return sdpa_attention(q, k, v, mask, dropout)
+        # flash-attn wants [b, s, h, head_dim]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return flash_attn_func(q, k, v, dropout_p=dropout, causal=True).transpose(1, 2)
+
+    return attention
+
+
+def select_attention(name: str) -> AttentionFunction:
+    """The implementation called `name`, `sdpa` or `flash_attn`; UserError when it is not installed."""
+    if name == "sdpa":
+        return sdpa_attention
+    if name == "flash_attn":
+        return _flash_attention()
+    raise ValueError(f"attention_backend: unknown '{name}'; choose sdpa or flash_attn")
