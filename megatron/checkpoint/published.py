@@ -1,0 +1,70 @@
+"""The official code's flat checkpoints (`pytorch_model.bin`): names and shapes, to and from canonical ones.
+
+Official name, sequential or pipeline spelling                            canonical name
+    [sequential.]0.word_embeddings.weight                                 embedding.word_embeddings.weight
+    tied_modules.embed.word_embeddings.weight                             the same
+    [sequential.]{i + 2}.attention.query.key_param_tokens                 layers.{i}.attention.query.key_tokens_0
+    [sequential.]{i + 2}.{input,post_attention}_layernorm.weight          layers.{i}.(the same)
+    [sequential.]{L + 3}.norm.weight                                      final_norm.weight
+    [sequential.]{L + 4}.final_linear.weight                              head.final_linear.weight
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.errors import UserError
+
+# Positions in the official list of layers: 0 embedding, 1 a reshaping lambda, then the blocks.
+_FIRST_BLOCK = 2
+_TOKENS = re.compile(r"(key|value)_param_tokens$")
+
+
+def canonical_name(official: str, num_layers: int) -> str | None:
+    """The canonical name of an official one; None for a name that no model of this depth has."""
+    name = official.removeprefix("sequential.")
+    if name.startswith("tied_modules.embed."):
+        return "embedding." + name.removeprefix("tied_modules.embed.")
+    position, _, rest = name.partition(".")
+    if not position.isdecimal() or not rest:
+        return None
+    index = int(position)
+    if index == 0:
+        return f"embedding.{rest}"
+    if _FIRST_BLOCK <= index < _FIRST_BLOCK + num_layers:
+        return f"layers.{index - _FIRST_BLOCK}." + _TOKENS.sub(r"\1_tokens_0", rest)
+    if index == num_layers + 3 and rest.startswith("norm."):
+        return "final_norm." + rest.removeprefix("norm.")
+    if index == num_layers + 4:
+        return f"head.{rest}"
+    return None
+
+
+def read_flat_file(path: str | Path) -> dict[str, Tensor]:
+    """Read a `pytorch_model.bin` with weights_only=True; UserError when it is none."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"eval_ckpt: {path} does not exist; check the path") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"eval_ckpt: {path} is not a readable PyTorch file of tensors ({reason[:120]})") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"eval_ckpt: {path} is not a flat dictionary of tensors, as pytorch_model.bin is")
+    return content
+
+
+def to_canonical(flat: dict[str, Tensor], num_layers: int, path: str | Path) -> dict[str, Tensor]:
+    """Rename an official flat dictionary; UserError names a tensor that has no place in a model of this depth."""
+    renamed: dict[str, Tensor] = {}
+    for official, tensor in flat.items():
+        name = canonical_name(official, num_layers)
+        if name is None:
+            raise UserError(f"eval_ckpt: {path} has a tensor '{official}' that a model with num_layers {num_layers} lacks")
+        renamed[name] = tensor
+    return renamed

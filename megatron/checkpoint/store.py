@@ -1,0 +1,256 @@
+"""Checkpoints on disk: atomic save, verification, `latest`, retention.
+
+Saving writes a temporary folder, puts checksums in its manifest, renames it, and only then moves `latest`. A process
+killed at any point leaves the previous checkpoint loadable and at most a folder whose name starts with a dot, which the
+next save removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron.checkpoint.state import (
+    FORMAT,
+    FORMAT_VERSION,
+    TENSOR_KINDS,
+    CanonicalState,
+    TensorStream,
+    folder_iteration,
+    folder_name,
+)
+from megatron.errors import UserError
+
+SHARD_BYTES = 2 * 1024**3
+LATEST = "latest"
+MANIFEST = "manifest.json"
+_TEMPORARY, _REPLACED = ".saving-", ".replaced-"
+
+
+def save_checkpoint(root: str | Path, state: CanonicalState, write: bool = True) -> Path:
+    """Write `state` under `root` and make it the latest checkpoint.
+
+    Every process of the run calls this, because the tensor streams may gather; one has `write` true.
+
+    Returns: the checkpoint's folder. Raises UserError when the file system refuses (full, read-only).
+    """
+    target = Path(root) / folder_name(state.iteration)
+    if not write:
+        for kind in TENSOR_KINDS:
+            for _ in state.tensors.get(kind, ()):
+                pass
+        return target
+    try:
+        _write_checkpoint(target, state)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"save: cannot write checkpoint {target}: {error}; earlier checkpoints are intact, "
+            "free space or change `save` and resume"
+        ) from error
+    return target
+
+
+def _write_checkpoint(target: Path, state: CanonicalState) -> None:
+    root = target.parent
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(root)
+    temporary = root / f"{_TEMPORARY}{target.name}"
+    temporary.mkdir()
+    index = {kind: _write_tensors(temporary, kind, state.tensors.get(kind, ())) for kind in TENSOR_KINDS}
+    _write_text(temporary / "train_state.json", json.dumps(dict(state.train_state), indent=1))
+    _write_text(temporary / "config.yml", yaml.safe_dump(dict(state.config), sort_keys=False))
+    _write_text(temporary / "environment.json", json.dumps(dict(state.environment), indent=1))
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(temporary.iterdir())}
+    manifest = {"format": FORMAT, "version": FORMAT_VERSION, "iteration": state.iteration}
+    _write_text(temporary / MANIFEST, json.dumps({**manifest, "files": files, "tensors": index}))
+    _sync(temporary)
+    replaced = root / f"{_REPLACED}{target.name}"
+    if target.exists():
+        os.rename(target, replaced)
+    os.rename(temporary, target)
+    set_latest(root, state.iteration)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _write_tensors(folder: Path, kind: str, stream: TensorStream) -> dict[str, Any]:
+    """Write a stream in files of about SHARD_BYTES; returns {name: [file, dtype, shape]}."""
+    index: dict[str, Any] = {}
+    for number, shard in enumerate(_shards(stream)):
+        file = f"{kind}-{number:05d}.safetensors"
+        save_file(shard, folder / file)
+        _sync(folder / file)
+        for name, tensor in shard.items():
+            index[name] = [file, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+    return index
+
+
+def _shards(stream: TensorStream) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in stream:
+        shard[name] = tensor.detach().cpu().contiguous()
+        size += tensor.numel() * tensor.element_size()
+        if size >= SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+    if shard:
+        yield shard
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove_leftovers(root: Path) -> None:
+    for folder in root.glob(".*"):
+        is_replaced = folder.name.startswith(_REPLACED) and (root / folder.name.removeprefix(_REPLACED)).exists()
+        if folder.name.startswith(_TEMPORARY) or is_replaced:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_latest(root: Path, iteration: int) -> None:
+    """Point `latest` at an iteration, atomically."""
+    temporary = root / f".{LATEST}"
+    _write_text(temporary, folder_name(iteration) + "\n")
+    os.replace(temporary, root / LATEST)
+    _sync(root)
+
+
+def list_iterations(root: str | Path) -> list[int]:
+    """Iterations of the complete checkpoints under `root`, ascending."""
+    folders = Path(root).iterdir() if Path(root).is_dir() else ()
+    found = (folder_iteration(f.name) for f in folders if (f / MANIFEST).is_file())
+    return sorted(iteration for iteration in found if iteration is not None)
+
+
+def remove_old(root: str | Path, keep: int, protected: Collection[int] = ()) -> list[int]:
+    """Remove all but the newest `keep` checkpoints, never those of `protected` iterations; returns what was removed."""
+    candidates = [i for i in list_iterations(root) if i not in protected]
+    removed = candidates[: max(0, len(candidates) - keep)]
+    for iteration in removed:
+        folder = Path(root) / folder_name(iteration)
+        # Renamed first, so that a kill while deleting leaves no half checkpoint under a valid name.
+        doomed = Path(root) / f"{_TEMPORARY}removing-{folder.name}"
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return removed
+
+
+def find_checkpoint(path: str | Path, iteration: int | None = None) -> Path | None:
+    """The checkpoint folder meant by `path`: itself, or the `iteration` or latest one under it; None if there is none.
+
+    Raises UserError when `latest` or `iteration` names a checkpoint that is not there.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file() and iteration is None:
+        return path
+    if iteration is not None:
+        name = folder_name(iteration)
+    elif (path / LATEST).is_file():
+        name = (path / LATEST).read_text(encoding="utf-8").strip()
+    else:
+        return None
+    for folder in (path / name, path / f"{_REPLACED}{name}"):
+        if (folder / MANIFEST).is_file():
+            return folder
+    known = ", ".join(map(str, list_iterations(path))) or "none"
+    raise UserError(f"load: {path / name} is not a complete checkpoint; iterations found there: {known}; set `iteration`")
+
+
+class CheckpointReader:
+    """One checkpoint folder, read lazily: `tensor(kind, name)` maps the file and copies that tensor only.
+
+    Raises UserError for a folder that is not a checkpoint, has an unknown version, or is damaged.
+    """
+
+    def __init__(self, folder: str | Path, verify: bool = True) -> None:
+        self.folder = Path(folder)
+        manifest = self._read_manifest()
+        self.iteration: int = manifest["iteration"]
+        self._files: dict[str, Any] = manifest["files"]
+        self._index: dict[str, Any] = manifest["tensors"]
+        self._open_files: dict[str, Any] = {}
+        if verify:
+            self.verify()
+        self.train_state: dict[str, Any] = json.loads(self._text("train_state.json"))
+        self.config: dict[str, Any] = yaml.safe_load(self._text("config.yml"))
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / MANIFEST
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"load: {self.folder} is not a checkpoint: it has no {MANIFEST}") from None
+        except (ValueError, UnicodeDecodeError):
+            raise self._damaged(MANIFEST, "is not valid JSON") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise UserError(f"load: {path} does not describe a {FORMAT} checkpoint")
+        if manifest.get("version") != FORMAT_VERSION:
+            raise UserError(
+                f"load: {self.folder} has format version {manifest.get('version')}, this program reads "
+                f"{FORMAT_VERSION}; use the program version that wrote it"
+            )
+        return manifest
+
+    def _damaged(self, file: str, what: str) -> UserError:
+        return UserError(
+            f"load: checkpoint {self.folder} is damaged: {file} {what}; remove the folder and load an earlier "
+            "one with `iteration`"
+        )
+
+    def _text(self, name: str) -> str:
+        return (self.folder / name).read_text(encoding="utf-8")
+
+    def verify(self) -> None:
+        """Compare size and SHA-256 of every file with the manifest; UserError names the first that differs."""
+        for name, expected in self._files.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise self._damaged(name, "is missing")
+            if path.stat().st_size != expected["bytes"]:
+                raise self._damaged(name, f"has {path.stat().st_size} bytes instead of {expected['bytes']}")
+            if file_sha256(path) != expected["sha256"]:
+                raise self._damaged(name, "does not have the checksum of the manifest")
+
+    def names(self, kind: str) -> list[str]:
+        """Names of the tensors of a kind: model, optimizer or rng."""
+        return list(self._index[kind])
+
+    def shape(self, kind: str, name: str) -> tuple[int, ...]:
+        """Full shape of a tensor, without reading it."""
+        return tuple(self._index[kind][name][2])
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """A whole tensor, on the CPU, with storage of its own."""
+        file = self._index[kind][name][0]
+        if file not in self._open_files:
+            self._open_files[file] = safe_open(self.folder / file, framework="pt")
+        tensor: torch.Tensor = self._open_files[file].get_tensor(name)
+        return tensor
