@@ -65,6 +65,8 @@ def to_canonical(flat: dict[str, Tensor], num_layers: int, path: str | Path) -> 
     for official, tensor in flat.items():
         name = canonical_name(official, num_layers)
         if name is None:
-            raise UserError(f"eval_ckpt: {path} has a tensor '{official}' that a model with num_layers {num_layers} lacks")
+            raise UserError(
+                f"eval_ckpt: {path} has a tensor '{official}' that a model with num_layers {num_layers} lacks"
+            )
         renamed[name] = tensor
     return renamed

@@ -181,7 +181,9 @@ def find_checkpoint(path: str | Path, iteration: int | None = None) -> Path | No
         if (folder / MANIFEST).is_file():
             return folder
     known = ", ".join(map(str, list_iterations(path))) or "none"
-    raise UserError(f"load: {path / name} is not a complete checkpoint; iterations found there: {known}; set `iteration`")
+    raise UserError(
+        f"load: {path / name} is not a complete checkpoint; iterations found there: {known}; set `iteration`"
+    )
 
 
 class CheckpointReader:

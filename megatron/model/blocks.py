@@ -5,6 +5,7 @@ TokenFormer: five Pattentions. Transformer (the baseline): linear layers and the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,8 @@ class MLP(nn.Module):
         inner = config.intermediate_size or 4 * config.hidden_size
         self.fc_in = nn.Linear(config.hidden_size, inner, device=device)
         self.fc_out = nn.Linear(inner, config.hidden_size, device=device)
-        self.activation = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[config.activation]
+        activations: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+        self.activation = activations[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., d] -> [.., d]."""
@@ -63,9 +65,7 @@ class Block(nn.Module):
 
         def pattention(name: str) -> nn.Module:
             tokens, activation = _token_count(config, name), config.norm_activation_type
-            return Pattention(
-                width, width, tokens, activation, backend=options.pattention_backend, device=device
-            )
+            return Pattention(width, width, tokens, activation, backend=options.pattention_backend, device=device)
 
         def linear(name: str) -> nn.Module:
             return nn.Linear(width, width, bias=config.use_bias_in_attn_linear, device=device)

@@ -94,7 +94,7 @@ class LanguageModel(nn.Module):
             self.to(dtype)
         if torch.device(device or "cpu").type != "meta":
             self.to_empty(device=device or "cpu")
-            self._reset_tau()
+            self.reset_tau()
         if seed is not None:
             initialize(self, config, seed)
 
@@ -115,7 +115,8 @@ class LanguageModel(nn.Module):
             x = checkpoint(group, x, use_reentrant=False)
         return x
 
-    def _reset_tau(self) -> None:
+    def reset_tau(self) -> None:
+        """Write every layer's tau_tokens as given at construction (needed after `to_empty`)."""
         for module in self.modules():
             if isinstance(module, Pattention):
                 module.reset_tau()

@@ -52,9 +52,9 @@ class Pattention(nn.Module):
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
         self.num_segments, self.backend = len(segments), backend
         for i, size in enumerate(segments):
-            options = {"device": device, "dtype": dtype}
-            self.register_parameter(f"key_tokens_{i}", nn.Parameter(torch.empty(size, in_features, **options)))
-            self.register_parameter(f"value_tokens_{i}", nn.Parameter(torch.empty(size, out_features, **options)))
+            for kind, width in (("key", in_features), ("value", out_features)):
+                tokens = torch.empty(size, width, device=device, dtype=dtype)
+                self.register_parameter(f"{kind}_tokens_{i}", nn.Parameter(tokens))
         initial_tau = tau_tokens if tau_tokens is not None else sum(segments)
         # The count is data, not weights: it is real even while the weights are on the meta device.
         self.register_buffer("tau_tokens", torch.tensor(initial_tau, dtype=torch.int64, device=device))
@@ -62,7 +62,7 @@ class Pattention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Keys N(0, 0.02), values N(0, 1/n): outputs of about the size of the inputs. LanguageModel has its own init."""
+        """Keys N(0, 0.02), values N(0, 1/n): outputs of about the inputs' size. LanguageModel has its own."""
         for i in range(self.num_segments):
             nn.init.normal_(getattr(self, f"key_tokens_{i}"), std=0.02)
             nn.init.normal_(getattr(self, f"value_tokens_{i}"), std=self.num_tokens**-0.5)

@@ -30,7 +30,7 @@ class LRSchedule:
 
     def __call__(self, iteration: int) -> float:
         """Learning rate after `iteration` finished updates."""
-        if 0 < self.warmup and iteration <= self.warmup:
+        if self.warmup > 0 and iteration <= self.warmup:
             return self.peak * iteration / self.warmup
         part = min(1.0, (iteration - self.warmup) / max(1.0, self.total - self.warmup))
         return max(self._decayed(part), self.floor)

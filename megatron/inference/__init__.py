@@ -1,0 +1,5 @@
+"""Using a trained model: loading and text generation."""
+
+from megatron.inference.load import load_model
+
+__all__ = ["load_model"]

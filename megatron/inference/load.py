@@ -1,0 +1,114 @@
+"""Any checkpoint to a model in eval mode: a training checkpoint folder or an official pytorch_model.bin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.published import read_flat_file, to_canonical
+from megatron.checkpoint.store import CheckpointReader, find_checkpoint
+from megatron.config.schema import ModelConfig, RunConfig
+from megatron.errors import UserError
+from megatron.model import LanguageModel
+from megatron.model.compatibility import check_fit
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def load_model(
+    path: str | Path,
+    config: RunConfig | ModelConfig | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    iteration: int | None = None,
+    attention_backend: str = "sdpa",
+) -> LanguageModel:
+    """A model in eval mode.
+
+    Args:
+        path: a training checkpoint (its folder, or the folder of all of a run's checkpoints), or an official flat
+            `pytorch_model.bin`, for which `config` is needed.
+        config: what the model must be. A training checkpoint carries its own; one given here must agree with it.
+        dtype: of the parameters; default fp32.
+        device: default the CPU.
+        iteration: which of a run's checkpoints; default the latest.
+
+    Raises: UserError when there is no checkpoint, it is damaged, or it does not fit the configuration.
+    """
+    path = Path(path)
+    model_config = config.model if isinstance(config, RunConfig) else config
+    if path.is_file():
+        names, shape_of, tensor_of, model_config = _open_flat(path, model_config)
+    else:
+        names, shape_of, tensor_of, model_config = _open_training_checkpoint(path, model_config, iteration)
+    model = LanguageModel(model_config, device="meta", attention_backend=attention_backend)
+    names = list(names)
+    check_fit(model, {name: shape_of(name) for name in names}, str(path))
+    model.to_empty(device=device or "cpu")
+    _fill(model, names, tensor_of)
+    return model.to(dtype or torch.float32).eval()
+
+
+_Opened = tuple[Iterable[str], Callable[[str], tuple[int, ...]], Callable[[str], Tensor], ModelConfig]
+
+
+def _open_flat(path: Path, config: ModelConfig | None) -> _Opened:
+    if config is None:
+        raise UserError(f"eval_ckpt: {path} holds tensors only; give the YAML configuration of its model too")
+    tensors = to_canonical(read_flat_file(path), config.num_layers, path)
+    if config.padded_vocab_size is None and _EMBEDDING in tensors:
+        config = config.model_copy(update={"padded_vocab_size": tensors[_EMBEDDING].shape[0]})
+    return tensors, lambda name: tuple(tensors[name].shape), tensors.__getitem__, config
+
+
+def _open_training_checkpoint(path: Path, config: ModelConfig | None, iteration: int | None) -> _Opened:
+    folder = find_checkpoint(path, iteration)
+    if folder is None:
+        raise UserError(
+            f"load: no checkpoint in {path}; train first, or set eval_ckpt to an official pytorch_model.bin"
+        )
+    reader = CheckpointReader(folder)
+    saved = ModelConfig(**{key: reader.config[key] for key in ModelConfig.model_fields if key in reader.config})
+    if config is not None:
+        _check_same_model(config, saved, folder)
+    return (
+        reader.names("model"),
+        lambda name: reader.shape("model", name),
+        lambda name: reader.tensor("model", name),
+        saved,
+    )
+
+
+# Keys that may differ between training and use without changing what the tensors mean.
+_FREE_KEYS = {
+    "seq_length", "max_position_embeddings", "hidden_dropout", "attention_dropout", "init_method", "init_method_std",
+    "output_layer_init_method", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
+    "attention_config", "final_norm",
+}  # fmt: skip
+
+
+def _check_same_model(config: ModelConfig, saved: ModelConfig, folder: Path) -> None:
+    for key in ModelConfig.model_fields:
+        if key not in _FREE_KEYS and getattr(config, key) != getattr(saved, key):
+            raise UserError(
+                f"{key}: {getattr(config, key)} in the configuration, {getattr(saved, key)} in checkpoint {folder}; "
+                "use the configuration the model was trained with"
+            )
+    for name in ("layer_kinds", "final_norm_kind"):
+        if getattr(config, name) != getattr(saved, name):
+            key = "attention_config" if name == "layer_kinds" else "final_norm"
+            raise UserError(
+                f"{key}: does not describe the model of checkpoint {folder}; use the one it was trained with"
+            )
+
+
+@torch.no_grad()
+def _fill(model: LanguageModel, names: list[str], tensor_of: Callable[[str], Tensor]) -> None:
+    model.reset_tau()
+    targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name in names:
+        targets[name].copy_(tensor_of(name))

@@ -1,0 +1,51 @@
+"""Does a set of tensors fit a model? The answer names the tensor and the configuration key at fault."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron.errors import UserError
+from megatron.model.language_model import LanguageModel
+
+
+def _responsible_keys(name: str) -> tuple[str, str]:
+    """The configuration keys that set the first and the second dimension of a parameter."""
+    if "word_embeddings" in name or "final_linear" in name:
+        return "padded_vocab_size", "hidden_size"
+    if "_tokens_" in name:
+        slot = "ffn_slot_num" if ".mlp." in name else "proj_slot_num" if ".proj." in name else "qkv_slot_num"
+        return slot, "hidden_size"
+    if "fc_in" in name:
+        return "intermediate_size", "hidden_size"
+    return "hidden_size", "intermediate_size" if "fc_out" in name else "hidden_size"
+
+
+def _key_of_missing(name: str) -> str:
+    if name.startswith("layers."):
+        return "norm" if "layernorm" in name else "num_layers, attention_config or use_bias_in_attn_linear"
+    return "no_weight_tying" if name.startswith("head.") else "final_norm"
+
+
+def check_fit(model: LanguageModel, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Raise a UserError unless `shapes` holds every parameter of `model`, in its shape, and nothing else.
+
+    Args:
+        shapes: canonical name -> shape; names of buffers are allowed and not checked.
+        source: what is being loaded, for the message.
+    """
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    buffers = {name for name, _ in model.named_buffers()}
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise UserError(f"{source} has no tensor {name}; does {_key_of_missing(name)} fit this checkpoint?")
+        found = shapes[name]
+        if found != shape:
+            keys = _responsible_keys(name)
+            axis = next((i for i, (a, b) in enumerate(zip(found, shape, strict=False)) if a != b), 0)
+            raise UserError(
+                f"{source}: {name} has shape {list(found)}, the configuration makes it {list(shape)}; "
+                f"{keys[min(axis, 1)]}: {shape[axis]} does not fit this checkpoint"
+            )
+    for name in shapes:
+        if name not in expected and name not in buffers:
+            raise UserError(f"{source} has a tensor {name} the model lacks; does {_key_of_missing(name)} fit it?")
