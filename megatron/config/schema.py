@@ -20,9 +20,7 @@ PATTENTION_ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 
 PattentionActivation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 Norm = Literal["layernorm", "layernorm_nonparam", "rmsnorm"]
-InitMethod = Literal[
-    "normal", "scaled_normal", "wang_init", "small_init", "xavier_uniform", "xavier_normal", "zero"
-]
+InitMethod = Literal["normal", "scaled_normal", "wang_init", "small_init", "xavier_uniform", "xavier_normal", "zero"]
 
 
 class Section(BaseModel):
@@ -44,10 +42,9 @@ class Section(BaseModel):
                 raise ValueError(f"{key}: expected a number, got {str(value).lower()}")
             if isinstance(value, (int, float)) and not isinstance(value, bool) and accepted == {bool}:
                 raise ValueError(f"{key}: expected true or false, got {value}")
-            if isinstance(value, str) and value and float not in accepted and str not in accepted:
-                if accepted and accepted <= {int, bool}:
-                    kind = "a whole number" if int in accepted else "true or false"
-                    raise ValueError(f"{key}: expected {kind}, got '{value}'")
+            if isinstance(value, str) and value and accepted and accepted <= {int, bool}:
+                kind = "a whole number" if int in accepted else "true or false"
+                raise ValueError(f"{key}: expected {kind}, got '{value}'")
         return values
 
 
@@ -219,9 +216,7 @@ class OptimizerParams(Section):
     """Momentum of SGD and Muon (Muon: 0 means its usual 0.95)."""
 
 
-OptimizerType = Literal[
-    "Adam", "AdamW", "CPU_Adam", "FusedAdam", "ApexAdam", "Lion", "Muon", "SGD"
-]
+OptimizerType = Literal["Adam", "AdamW", "CPU_Adam", "FusedAdam", "ApexAdam", "Lion", "Muon", "SGD"]
 OPTIMIZER_SPELLINGS: dict[str, OptimizerType] = {
     "adam": "Adam", "adamw": "AdamW", "cpu_adam": "CPU_Adam", "cpuadam": "CPU_Adam",
     "deepspeedcpuadam": "CPU_Adam", "fusedadam": "FusedAdam", "apexadam": "ApexAdam", "apex_adam": "ApexAdam",
@@ -485,6 +480,8 @@ class CheckpointConfig(Section):
     """Do not save optimizer states; such a checkpoint cannot resume exactly."""
     eval_ckpt: str | None = None
     """Checkpoint for eval.py and generate.py: an official pytorch_model.bin or a checkpoint folder; wins over load."""
+    pretrain_partial_init: str | None = None
+    """Checkpoints of a smaller model that training starts from, with parameter tokens added (growth)."""
 
 
 class LoggingConfig(Section):
@@ -540,8 +537,12 @@ class LaunchConfig(Section):
     """Do not test ssh to the nodes first."""
     force_multi: bool = False
     """Use the multi-node launcher for one node too."""
+    launcher_args: str = ""
+    """Further arguments of the multi-node launcher (srun, mpirun or pdsh), as on a shell command line."""
     comment: str | None = None
     """Comment for the Slurm job."""
+    account: str | None = None
+    """Account of the Slurm job."""
     distributed_backend: Literal["nccl", "gloo", "mpi"] = "nccl"
     """Backend of torch.distributed; a machine without GPUs uses gloo whatever it says."""
 

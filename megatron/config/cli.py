@@ -1,0 +1,177 @@
+"""The command line that deepy.py, train.py, eval.py and generate.py share: YAML files and flags to a RunConfig."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import textwrap
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from megatron.config.explain import explain
+from megatron.config.load import Resolved, resolve_config
+from megatron.config.neox_keys import check_trainable
+from megatron.config.reference import all_keys, section_title
+from megatron.config.schema import SECTIONS, RunConfig
+from megatron.config.yaml_file import Setting
+from megatron.errors import UserError
+from megatron.log import get_logger
+
+FLAG_KEYS: dict[str, str] = {
+    "hostfile": "hostfile",
+    "load": "load",
+    "save": "save",
+    "iteration": "iteration",
+    "eval_tasks": "eval_tasks",
+    "eval_results_prefix": "eval_results_prefix",
+    "eval_batch_size": "eval_batch_size",
+    "limit": "eval_limit",
+    "num_fewshot": "num_fewshot",
+    "include_path": "include_path",
+    "text_gen_type": "text_gen_type",
+    "sample_input_file": "sample_input_file",
+    "sample_output_file": "sample_output_file",
+    "wandb_group": "wandb_group",
+    "wandb_team": "wandb_team",
+    "num_gpus": "num_gpus",
+    "master_port": "master_port",
+}
+"""The key that each flag sets."""
+
+_SCRIPT_HELP = "train.py, eval.py or generate.py"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one UserError line, and whose --help goes on with all config keys."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [name for action in self._actions for name in action.option_strings]
+        for word in message.rpartition(":")[2].split():
+            name = word.partition("=")[0]
+            near = difflib.get_close_matches(name, known, 1, 0.6)
+            if name.startswith("-") and name not in known and near:
+                message += f"; did you mean {near[0]}?"
+                break
+        raise UserError(f"{self.prog}: {message} (see `python {self.prog} --help`)")
+
+    def format_help(self) -> str:
+        return f"{super().format_help()}\n{describe_keys()}\n"
+
+
+def build_parser(prog: str, with_script: bool = False) -> argparse.ArgumentParser:
+    """The parser of a command; `with_script` adds deepy.py's first argument."""
+    files = "script conf_file [conf_file ...]" if with_script else "conf_file [conf_file ...]"
+    parser = _Parser(
+        prog=prog,
+        allow_abbrev=False,
+        usage=f"python {prog} {files} [flags]",
+        description="Starts train.py, eval.py or generate.py on every device with DeepSpeed." if with_script else None,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
+    )
+    if with_script:
+        parser.add_argument("script", nargs="?", help=_SCRIPT_HELP)
+    parser.add_argument("conf_file", nargs="*", help="YAML files, merged in this order; .yml may be left off")
+    parser.add_argument("-d", "--conf_dir", metavar="DIR", help="folder the YAML files are looked up in first")
+    set_help = "override a key, for example --set train_iters=100 --set optimizer.params.lr=1e-3"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=set_help)
+    parser.add_argument("--explain", action="store_true", help="print every value and its source, then stop")
+    _add_run_flags(parser.add_argument_group("run"))
+    _add_evaluation_flags(parser.add_argument_group("evaluation and generation"))
+    return parser
+
+
+def _add_run_flags(group: Any) -> None:
+    group.add_argument("--load", metavar="DIR", help="folder of checkpoints to load")
+    group.add_argument("--save", metavar="DIR", help="folder to save checkpoints to")
+    group.add_argument("--iteration", metavar="N", help="iteration to load instead of the latest")
+    group.add_argument("-H", "--hostfile", metavar="FILE", help="nodes to run on, `name slots=8` a line")
+    group.add_argument("--num_gpus", metavar="N", help="processes per node")
+    group.add_argument("--master_port", metavar="PORT", help="port of the first node")
+    group.add_argument("--wandb_group", metavar="NAME", help="Weights & Biases group")
+    group.add_argument("--wandb_team", metavar="NAME", help="Weights & Biases team")
+
+
+def _add_evaluation_flags(group: Any) -> None:
+    group.add_argument("--eval_tasks", nargs="+", metavar="TASK", help="lm-eval tasks, for example lambada_openai piqa")
+    group.add_argument("--eval_results_prefix", metavar="TEXT", help="prefix of the results file")
+    group.add_argument("--eval_batch_size", metavar="N", help="requests evaluated together")
+    group.add_argument("--limit", metavar="N", help="documents per task")
+    group.add_argument("--num_fewshot", metavar="N", help="examples in the prompt")
+    group.add_argument("--include_path", metavar="DIR", help="folder with further task YAMLs")
+    group.add_argument("--text_gen_type", metavar="KIND", help="unconditional, input-file or interactive")
+    group.add_argument("-i", "--sample_input_file", metavar="FILE", help="prompts, one a line")
+    group.add_argument("-o", "--sample_output_file", metavar="FILE", help="where texts are written")
+
+
+def describe_keys() -> str:
+    """All config keys by section, with type, default and meaning, as `--help` prints them."""
+    lines = ["config keys (in YAML files as `key: value`, or with --set key=value):"]
+    keys = list(all_keys())
+    for section in SECTIONS:
+        lines += ["", f"{section}: {section_title(section)}"]
+        for key in keys:
+            if key.section == section:
+                lines.append(f"  {key.name} ({key.type}; default {key.default})")
+                lines += textwrap.wrap(key.meaning, 104, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def parse_arguments(argv: Sequence[str], prog: str, with_script: bool = False) -> Namespace:
+    """The parsed flags; YAML files swallowed by --eval_tasks are given back. Raises UserError for a bad flag."""
+    args = build_parser(prog, with_script).parse_intermixed_args([_underscores(word) for word in argv])
+    tasks = args.eval_tasks or []
+    args.conf_file += [task for task in tasks if task.endswith((".yml", ".yaml"))]
+    args.eval_tasks = [task for task in tasks if not task.endswith((".yml", ".yaml"))] or None
+    if isinstance(args.eval_tasks, list):
+        args.eval_tasks = [name for task in args.eval_tasks for name in task.split(",") if name]
+    return args
+
+
+def _underscores(word: str) -> str:
+    """--eval-tasks -> --eval_tasks; values stay as they are."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def resolve_arguments(args: Namespace, prog: str) -> Resolved:
+    """The config of parsed flags; a flag wins over --set, and --set over the files."""
+    if not args.conf_file and not args.set:
+        raise UserError(f"{prog}: no config file given; for example: python {prog} configs/demo.yml")
+    overrides: list[str | Setting] = list(args.set)
+    for flag, key in FLAG_KEYS.items():
+        text = getattr(args, flag)
+        if text is not None:
+            overrides.append(Setting(key, _flag_value(text, key), f"--{flag}", key))
+    return resolve_config(args.conf_file, overrides, args.conf_dir)
+
+
+def _flag_value(text: Any, key: str) -> Any:
+    """Flags of number keys become numbers where they can; the schema reports the others."""
+    is_number = key in ("iteration", "eval_batch_size", "eval_limit", "num_fewshot", "num_gpus", "master_port")
+    return int(text) if is_number and text.lstrip("-").isdigit() else text
+
+
+def check_command(resolved: Resolved, script: str) -> None:
+    """What only a certain command needs: train.py checks that the config can be trained."""
+    if script.rpartition("/")[2].startswith("train"):
+        check_trainable(resolved.config)
+
+
+def parse_run(argv: Sequence[str], prog: str) -> tuple[RunConfig, Namespace]:
+    """The config and the flags of train.py, eval.py or generate.py (`prog`).
+
+    Logs a warning line for each ignored key. `--explain` and `--help` print and raise SystemExit(0). Raises
+    UserError, one line, for a bad flag, file, key or value.
+    """
+    args = parse_arguments(argv, prog)
+    resolved = resolve_arguments(args, prog)
+    if args.explain:
+        print(explain(resolved))
+        raise SystemExit(0)
+    for line in resolved.warnings:
+        get_logger().warning(line)
+    check_command(resolved, prog)
+    return resolved.config, args

@@ -1,0 +1,81 @@
+"""Every YAML in configs/ loads, and the official ones have the official values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.config import load_config, resolve_config
+from megatron.config.neox_keys import IGNORED
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+OFFICIAL = json.loads((ROOT / "tests/fixtures/config/official_configs.json").read_text())
+SIZES = ["150M", "450M", "900M", "1-5B"]
+OVERLAYS = {"bf16.yml", "local_cpu.yml", "slurm.yml", "text_generation.yml"}
+ABSENT = {
+    "adlr_autoresume": "ignored",
+    "bias_gelu_fusion": "ignored",
+    "checkpoint_validation_with_forward_pass": "ignored",
+    "layernorm_fusion": "ignored",
+    "output_layer_parallelism": "ignored",
+    "partition_activations": "ignored",
+    "rope_fusion": "ignored",
+    "scaled_upper_triang_masked_softmax_fusion": "ignored",
+    "synchronize_each_layer": "ignored",
+}
+"""Keys of the official files that ours leave out, and why."""
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_config_loads_without_a_warning(path: Path) -> None:
+    is_part = path.parent.name == "common" or path.name in OVERLAYS
+    files = [CONFIGS / "tokenformer/150M_train_pile.yml", path] if is_part else [path]
+    assert resolve_config(files).warnings == []
+
+
+@pytest.mark.parametrize("name", sorted(OFFICIAL))
+def test_official_files_are_accepted_as_they_are(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text(json.dumps(OFFICIAL[name], indent=1))
+    files: list[Path] = [tmp_path / "a.yml"]
+    if name == "configs/text_generation.yml":
+        files.insert(0, CONFIGS / "tokenformer/150M_eval.yml")
+    resolve_config(files)
+
+
+@pytest.mark.parametrize("name", [f"{size}_{kind}" for size in SIZES for kind in ("train_pile", "eval")])
+def test_tokenformer_configs_have_the_official_values(name: str) -> None:
+    official: dict[str, Any] = {k.replace("-", "_"): v for k, v in OFFICIAL[f"configs/tokenformer/{name}.yml"].items()}
+    ours = resolve_config(CONFIGS / "tokenformer" / name)
+    assert ours.config == load_config([], official)
+    left_out = {key for key in official if not any(used.split(".")[0] == key for used in ours.settings)}
+    assert left_out == set(ABSENT)
+    assert left_out <= set(IGNORED)
+
+
+def test_text_generation_has_the_official_values() -> None:
+    base = CONFIGS / "tokenformer/150M_eval.yml"
+    official = load_config(base, OFFICIAL["configs/text_generation.yml"])
+    assert load_config([base, CONFIGS / "text_generation.yml"]) == official
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_transformer_baseline_matches_data_schedule_and_parameters(size: str) -> None:
+    ours = load_config(CONFIGS / f"tokenformer/{size}_train_pile.yml")
+    baseline = load_config(CONFIGS / f"transformer/{size}_train_pile.yml")
+    for section in ("optimization", "precision", "parallel", "training", "data", "tokenizer"):
+        assert getattr(ours, section) == getattr(baseline, section)
+    model = baseline.model
+    assert set(model.layer_kinds) == {"global"}
+    slots = 3 * (ours.model.qkv_slot_num or 0) + (ours.model.proj_slot_num or 0) + (ours.model.ffn_slot_num or 0)
+    width, inner = model.hidden_size, model.intermediate_size or 0
+    assert 4 * width**2 + 2 * width * inner == 2 * width * slots
+
+
+def test_local_cpu_overlay_runs_anywhere() -> None:
+    config = load_config([CONFIGS / "tokenformer/150M_train_pile.yml", CONFIGS / "local_cpu.yml"])
+    assert (config.precision.dtype, config.data.num_workers, config.launch.launcher) == ("fp32", 0, "local")
+    assert config.logging.tensorboard_dir is None

@@ -1,0 +1,74 @@
+"""Every GPT-NeoX key is used, another name, ignored or refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.config import load_config, resolve_config
+from megatron.config.load import SECTION_OF
+from megatron.config.neox_keys import ALIASES, IGNORED, REFUSED, RULES, ZERO_KEYS, check_trainable
+from megatron.errors import UserError
+
+FIXTURES = Path(__file__).parent.parent / "fixtures" / "config"
+FIELDS = json.loads((FIXTURES / "official_fields.json").read_text())
+MINIMUM: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32}
+
+
+def default_of(name: str) -> Any:
+    text = FIELDS[name]["default"]
+    return {"None": None, "True": True, "False": False}.get(text) if text in ("None", "True", "False") else eval(text)
+
+
+def test_no_official_field_is_unknown() -> None:
+    assert len(FIELDS) == 276
+    assert set(FIELDS) - set(SECTION_OF) - set(ALIASES) - set(RULES) == set()
+
+
+def test_a_key_has_one_fate() -> None:
+    names = [*SECTION_OF, *ALIASES, *IGNORED, *REFUSED]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", sorted(set(FIELDS) & set(RULES) - {"git_hash"}))
+def test_official_defaults_are_accepted_silently(name: str) -> None:
+    assert resolve_config([], {**MINIMUM, name: default_of(name)}).warnings == []
+
+
+@pytest.mark.parametrize("name", sorted(IGNORED))
+def test_ignored_keys_give_one_line_with_the_reason(name: str) -> None:
+    value = not any(item is True for item in IGNORED[name].harmless)
+    lines = resolve_config([], {**MINIMUM, name: value}).warnings
+    assert lines == [f"override: {name} is ignored: {IGNORED[name].reason}"]
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refused_keys_give_the_reason(name: str) -> None:
+    value = not any(item is True for item in REFUSED[name].harmless)
+    with pytest.raises(UserError) as error:
+        load_config([], {**MINIMUM, name: value})
+    assert str(error.value) == f"override: {name}: {str(value).lower()} is refused: {REFUSED[name].reason}"
+
+
+def test_disabled_tables_are_accepted() -> None:
+    resolved = resolve_config([], {**MINIMUM, "soft_prompt_tuning": {"enabled": False}, "sparse_attention": {}})
+    assert resolved.warnings == []
+    assert len(resolved.ignored) == 2
+
+
+def test_zero_keys_are_those_of_deepspeed() -> None:
+    spec = importlib.util.find_spec("deepspeed")
+    assert spec is not None and spec.origin is not None
+    text = Path(spec.origin).parent.joinpath("runtime/zero/config.py").read_text()
+    assert [key for key in ZERO_KEYS if key not in text] == []
+
+
+def test_training_refuses_growth_and_names_missing_keys() -> None:
+    with pytest.raises(UserError, match="pretrain_partial_init: old: growing a model .* not supported by this version"):
+        check_trainable(load_config([], {**MINIMUM, "pretrain_partial_init": "old"}))
+    with pytest.raises(UserError, match="training needs train_iters, train_micro_batch_size_per_gpu, data_path"):
+        check_trainable(load_config([], MINIMUM))

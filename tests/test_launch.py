@@ -1,0 +1,280 @@
+"""deepy.py: the launcher command, exit codes, signals, and the environment of a process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import megatron.launch as launch_module
+from megatron.config import resolve_config
+from megatron.errors import UserError
+from megatron.launch import ensure_process_environment, launch, make_plan, read_hostfile
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "configs/demo.yml"
+
+
+def plan_of(overrides: list[str], env: dict[str, str] | None = None) -> launch_module.LaunchPlan:
+    return make_plan(resolve_config(DEMO, overrides), "train.py", ["a.yml", "--set", "x=1"], env or {})
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+@pytest.fixture(autouse=True)
+def _machine_without_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_module, "has_accelerator", lambda env: False)
+    monkeypatch.setattr(launch_module, "_CLUSTER_HOSTFILE", "/nonexistent/hostfile")
+
+
+@pytest.fixture
+def hostfile(tmp_path: Path) -> str:
+    path = tmp_path / "hosts"
+    path.write_text("# nodes\nnode1 slots=2\nnode2 slots=2\n")
+    return str(path)
+
+
+@pytest.fixture
+def all_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_module.shutil, "which", lambda name: f"/usr/bin/{name}")
+
+
+def test_a_cpu_machine_gets_one_local_process() -> None:
+    plan = plan_of([])
+    assert plan.command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+    assert "--no_local_rank" in plan.command
+    assert option(plan.command, "--num_gpus") == "1"
+    assert plan.command[-4:] == ["train.py", "a.yml", "--set", "x=1"]
+    assert plan.environment == {"DS_ACCELERATOR": "cpu"}
+
+
+def test_a_gpu_machine_is_left_to_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_module, "has_accelerator", lambda env: True)
+    plan = plan_of([])
+    assert "--num_gpus" not in plan.command and plan.environment == {}
+    assert option(plan_of(["num_gpus=4"]).command, "--num_gpus") == "4"
+    assert option(plan_of(["include='localhost:0,1'"]).command, "--include") == "localhost:0,1"
+
+
+def test_slurm_launcher_of_published_configs_starts_locally() -> None:
+    plan = plan_of(["launcher=slurm", "deepspeed_slurm=false"])
+    assert "--launcher" not in plan.command
+
+
+def test_a_busy_default_port_is_replaced_but_not_a_given_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        assert not launch_module._is_free(port)
+        assert option(plan_of([f"master_port={port}"]).command, "--master_port") == str(port)
+    monkeypatch.setattr(launch_module, "_is_free", lambda port: False)
+    assert option(plan_of([]).command, "--master_port") != "29500"
+
+
+def test_one_host_in_a_hostfile_is_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("node1 slots=2\n")
+    plan = plan_of([], {"DLTS_HOSTFILE": str(tmp_path / "one")})
+    assert option(plan.command, "--hostfile") == str(tmp_path / "one")
+    assert option(plan.command, "--master_addr") == "127.0.0.1"
+    assert "--no_ssh_check" in plan.command and "--force_multi" not in plan.command
+
+
+@pytest.mark.usefixtures("all_launchers")
+def test_several_hosts_use_the_launcher(hostfile: str) -> None:
+    plan = plan_of([f"hostfile={hostfile}", "launcher=pdsh", "no_ssh_check=true"])
+    assert option(plan.command, "--launcher") == "pdsh"
+    assert option(plan.command, "--master_addr") == "node1"
+    assert "--force_multi" in plan.command and "--no_ssh_check" in plan.command
+    assert plan_of([f"hostfile={hostfile}", "launcher=pdsh"], {"MASTER_ADDR": "10.0.0.1"}).environment == {
+        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "29500",
+    }
+
+
+@pytest.mark.usefixtures("all_launchers")
+def test_slurm_places_ranks_evenly(hostfile: str) -> None:
+    plan = plan_of([f"hostfile={hostfile}", "deepspeed_slurm=true", "comment='two words'", "launcher_args=--exclusive"])
+    extra = next(word for word in plan.command if word.startswith("--launcher_args="))
+    assert extra == "--launcher_args=--nodes=2 --ntasks-per-node=2 '--comment=two words' --exclusive"
+    assert plan.signal_depth == 1
+
+
+@pytest.mark.usefixtures("all_launchers")
+def test_slurm_hosts_come_from_the_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "scontrol"
+    program.write_text("#!/bin/sh\necho node1\necho node2\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    plan = plan_of(["deepspeed_slurm=true"], {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS_PER_NODE": "4"})
+    written = option(plan.command, "--hostfile")
+    assert read_hostfile(written) == {"node1": 4, "node2": 4}
+    Path(written).unlink()
+
+
+@pytest.mark.usefixtures("all_launchers")
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["launcher=local"], "launcher: local cannot start 2 nodes"),
+        (["launcher=openmpi", "num_gpus=1"], "num_gpus: launcher openmpi cannot do this"),
+        (["include=node3"], "include: host 'node3' is not in"),
+        (["exclude=node1@node2"], "include, exclude: they leave no host to run on"),
+    ],
+)
+def test_mistakes_with_hosts_are_one_line(hostfile: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_of([f"hostfile={hostfile}", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["hostfile=/nonexistent/hosts"], "hostfile '/nonexistent/hosts' cannot be read"),
+        (["deepspeed_slurm=true"], "this is not inside a Slurm allocation"),
+        (["force_multi=true"], "force_multi: needs a hostfile"),
+        (["num_nodes=2"], "num_nodes: 2 nodes need a hostfile"),
+    ],
+)
+def test_impossible_launches_are_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_of(overrides)
+
+
+def test_missing_launcher_program_is_named(hostfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_module.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="launcher: pdsh needs the program `pdsh`"):
+        plan_of([f"hostfile={hostfile}", "launcher=pdsh"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("node1\n", ":1: expected `name slots=8`, got 'node1'"),
+        ("a slots=1\na slots=2\n", ":2: host 'a' is given twice"),
+        ("# nothing\n", "no hosts in it"),
+    ],
+)
+def test_hostfile_mistakes_have_a_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_hostfile(str(tmp_path / "hosts"))
+
+
+def test_include_filters_hosts(hostfile: str) -> None:
+    config = resolve_config(DEMO, [f"hostfile={hostfile}", "include='node2:0'"]).config.launch
+    assert launch_module.find_hosts(config, {}) == {"node2": 2}
+    config = resolve_config(DEMO, [f"hostfile={hostfile}", "exclude='node2:0'"]).config.launch
+    assert list(launch_module.find_hosts(config, {})) == ["node1", "node2"]
+
+
+def test_errors_come_before_any_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launch_module, "run_plan", lambda plan: pytest.fail("a process was started"))
+    script = tmp_path / "train.py"
+    script.touch()
+    with pytest.raises(UserError, match="unknown key 'sede'; did you mean seed"):
+        launch([str(script), str(DEMO), "--set", "sede=1"])
+    with pytest.raises(UserError, match="training needs train_iters"):
+        launch([str(script), str(DEMO), "--set", "train_iters=null"])
+    with pytest.raises(UserError, match="the first argument is the script to run"):
+        launch([str(DEMO)])
+    with pytest.raises(UserError, match="script 'nothing.py' not found"):
+        launch(["nothing.py", str(DEMO)])
+
+
+# ---- real processes ----
+
+SCRIPT = """
+import os, signal, sys, time
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
+print("worker", sys.argv[1:], [os.environ[name] for name in names], flush=True)
+if "--limit" in sys.argv:
+    signal.signal(signal.SIGTERM, lambda *args: (time.sleep(0.5), print("saved", flush=True), sys.exit(0)))
+    print("ready", flush=True)
+    time.sleep(60)
+sys.exit(2)
+"""
+
+
+def start(script: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "deepy.py"), str(script), str(DEMO), *flags]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_exit_code_of_a_worker_comes_back_without_noise(tmp_path: Path) -> None:
+    script = tmp_path / "generate.py"
+    script.write_text(SCRIPT)
+    process = start(script, "--iteration", "3")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2
+    expected = f"worker {[str(DEMO), '--iteration', '3']} {['0', '0', '1', '127.0.0.1']}"
+    assert output.splitlines() == [expected]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_reach_the_worker_which_saves(tmp_path: Path, number: signal.Signals) -> None:
+    script = tmp_path / "generate.py"
+    script.write_text(SCRIPT)
+    process = start(script, "--limit", "1")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line == "ready\n":
+            break
+    time.sleep(0.1)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert "saved" in output and "Traceback" not in output
+
+
+# ---- inside a worker ----
+
+
+def test_a_plain_process_becomes_a_world_of_one() -> None:
+    env: dict[str, str] = {}
+    ensure_process_environment(env)
+    assert 0 < int(env.pop("MASTER_PORT")) < 65536
+    assert env == {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+
+
+def test_a_launchers_variables_stay() -> None:
+    env = {
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+        "SLURM_PROCID": "0",
+    }
+    before = dict(env)
+    ensure_process_environment(env)
+    assert env == before
+
+
+def test_srun_and_mpirun_variables_are_mapped() -> None:
+    env = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[1-2]"}
+    ensure_process_environment(env)
+    found = [env[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    assert found == ["3", "1", "4", "node1", "29500"]
+    env = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
+    ensure_process_environment(env)
+    assert [env[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["1", "1", "2"]
+
+
+def test_a_slurm_batch_script_is_a_plain_process() -> None:
+    env = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8"}
+    ensure_process_environment(env)
+    assert env["WORLD_SIZE"] == "1"
+
+
+@pytest.mark.parametrize(("code", "shell"), [(0, 0), (2, 2), (247, 137), (-15, 143)])
+def test_killed_workers_have_the_shells_exit_code(code: int, shell: int) -> None:
+    assert launch_module._shell_code(code) == shell
