@@ -32,6 +32,7 @@ from megatron.log import get_logger
 DEFAULT_PORT = 29500
 _DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg", "/dev/davinci[0-9]*", "/dev/accel/*")
 _CLUSTER_HOSTFILE = "/job/hostfile"
+_FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _LAUNCHER_PROGRAMS = {"pdsh": "pdsh", "openmpi": "ompi_info", "mvapich": "mpiname", "slurm": "sinfo"}
 _RANK_SOURCES = (
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
@@ -265,7 +266,7 @@ def free_port() -> int:
 
 
 def run_plan(plan: LaunchPlan) -> int:
-    """Run the launcher until it ends and return its exit code; Ctrl-C, SIGTERM and SIGHUP go to the workers.
+    """Run the launcher until it ends and return its exit code; Ctrl-C and other signals go to the workers.
 
     The launcher gets a session of its own, so that a Ctrl-C reaches the workers through here only, as one SIGTERM:
     they save and stop. DeepSpeed's own handler would kill them after 30 seconds. A second signal ends everything.
@@ -282,10 +283,13 @@ def run_plan(plan: LaunchPlan) -> int:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM if len(received) == 2 else signal.SIGKILL)
 
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    numbers = [number for number in _FORWARDED_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, forward) for number in numbers}
     try:
-        return _shell_code(process.wait())
+        code = _shell_code(process.wait())
+        if code > 128 and not received:
+            get_logger().error("a worker was killed by signal %d (9: often out of memory)", code - 128)
+        return code
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

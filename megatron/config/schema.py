@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from megatron.errors import UserError
+
 TOKENFORMER = "tokenformer"
 TRANSFORMER_KINDS = ("global", "flash")
 PATTENTION_ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
@@ -143,10 +145,7 @@ class ModelConfig(Section):
                 if getattr(self, key) is None:
                     raise ValueError(f"{key}: a tokenformer block needs it; give the number of parameter tokens")
         if self.padded_vocab_size and self.vocab_size and self.vocab_size > self.padded_vocab_size:
-            raise ValueError(
-                f"padded_vocab_size: {self.padded_vocab_size} rows cannot hold the vocabulary of "
-                f"{self.vocab_size} token ids; raise it or choose another tokenizer"
-            )
+            raise ValueError(_too_many_ids(self.padded_vocab_size, self.vocab_size))
         return self
 
     @property
@@ -180,12 +179,21 @@ class ModelConfig(Section):
         return self.final_norm or self.norm
 
     def with_vocabulary(self, size: int) -> ModelConfig:
-        """A new config for a tokenizer of `size` ids, padded; raises ValueError when they do not fit."""
+        """A new config for a tokenizer of `size` ids, padded; raises UserError when they do not fit."""
         padded = self.padded_vocab_size
+        if padded is not None and size > padded:
+            raise UserError(_too_many_ids(padded, size))
         if padded is None:
             multiple = self.make_vocab_size_divisible_by
             padded = math.ceil(size / multiple) * multiple
         return ModelConfig(**{**self.model_dump(), "vocab_size": size, "padded_vocab_size": padded})
+
+
+def _too_many_ids(rows: int, size: int) -> str:
+    return (
+        f"padded_vocab_size: {rows} rows cannot hold the vocabulary of {size} token ids; "
+        "raise it or choose another tokenizer"
+    )
 
 
 def _expand_attention_entry(entry: Any, remaining: int) -> list[str]:
@@ -375,7 +383,7 @@ class TrainingConfig(Section):
     def resolve_batch(self, data_parallel_size: int) -> tuple[int, int]:
         """(micro-batch per process, accumulation steps) for a data-parallel size.
 
-        Raises ValueError when the three batch keys do not fit each other.
+        Raises UserError when the three batch keys do not fit each other.
         """
         micro, steps, total = (
             self.train_micro_batch_size_per_gpu,
@@ -384,14 +392,14 @@ class TrainingConfig(Section):
         )
         if total is None:
             if micro is None:
-                raise ValueError("train_micro_batch_size_per_gpu: missing; give it or train_batch_size")
+                raise UserError("train_micro_batch_size_per_gpu: missing; give it or train_batch_size")
             return micro, steps or 1
         if micro is None:
             micro = total // (data_parallel_size * (steps or 1))
         if steps is None:
             steps = total // max(1, micro * data_parallel_size)
         if not micro or not steps or micro * steps * data_parallel_size != total:
-            raise ValueError(
+            raise UserError(
                 f"train_batch_size: {total} is not micro-batch {micro} x accumulation {steps} x "
                 f"{data_parallel_size} data-parallel processes; change one of them"
             )
@@ -616,7 +624,7 @@ class RunConfig(Section):
         """Iterations of the learning-rate decay: lr_decay_iters, else train_iters."""
         iters = self.optimization.lr_decay_iters or self.training.train_iters
         if iters is None:
-            raise ValueError("train_iters: missing; give the number of updates of the run")
+            raise UserError("train_iters: missing; give the number of updates of the run")
         return iters
 
     def with_vocabulary(self, size: int) -> RunConfig:

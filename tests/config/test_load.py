@@ -194,6 +194,17 @@ def test_mistakes_are_one_line_with_place_and_remedy(
     assert "\n" not in str(error.value)
 
 
+def test_errors_after_loading_are_user_errors_too(folder: Path) -> None:
+    config = load_config("base", ["padded_vocab_size=128"])
+    assert config.with_vocabulary(100).model.vocab_size == 100
+    with pytest.raises(UserError, match="padded_vocab_size: 128 rows cannot hold the vocabulary of 200 token ids"):
+        config.with_vocabulary(200)
+    with pytest.raises(UserError, match="train_iters: missing"):
+        _ = config.lr_decay_iters
+    with pytest.raises(UserError, match="train_micro_batch_size_per_gpu: missing"):
+        config.training.resolve_batch(1)
+
+
 def test_longer_include_cycles_are_shown(folder: Path) -> None:
     write(folder, "a.yml", "include: b.yml")
     write(folder, "b.yml", "include: a.yml")
