@@ -1,0 +1,148 @@
+"""Between the engine and the store: what a run saves, and how it resumes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.checkpoint.state import CanonicalState
+from megatron.checkpoint.store import CheckpointReader, find_checkpoint, remove_old, save_checkpoint
+from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.errors import UserError
+from megatron.log import get_logger
+from megatron.training.engine import Engine
+from megatron.training.state import TrainState
+
+_PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "safetensors", "pydantic")
+
+
+def should_save(config: CheckpointConfig, iteration: int) -> bool:
+    """Is there a checkpoint due after `iteration`?"""
+    if iteration in (config.extra_save_iters or ()):
+        return True
+    factor = config.checkpoint_factor
+    if factor is None or iteration == 0:
+        return False
+    if config.checkpoint_scale == "linear":
+        return iteration % factor == 0
+    power = 1
+    while power < iteration and factor > 1:
+        power *= factor
+    return power == iteration
+
+
+def save(config: RunConfig, engine: Engine, state: TrainState) -> None:
+    """Write a canonical checkpoint and remove those that `keep_last_n_checkpoints` no longer keeps. Collective."""
+    options, rank = config.checkpoint, engine.layout.rank
+    assert options.save is not None, "the loop saves only where there is a folder"
+    state.loss_scaler = engine.loss_scaler
+    tensors = {"model": engine.model_tensors(), "rng": _random_states(engine)}
+    if not options.no_save_optim:
+        tensors["optimizer"] = engine.state.optimizer_state()
+    canonical = CanonicalState(
+        state.iteration, state.state_dict(), config.flat(), tensors, environment() if rank == 0 else {}
+    )
+    folder = save_checkpoint(options.save, canonical, write=rank == 0)
+    if rank == 0 and options.keep_last_n_checkpoints:
+        remove_old(options.save, options.keep_last_n_checkpoints, options.extra_save_iters or ())
+    if engine.layout.world_size > 1:
+        dist.barrier()
+    get_logger().info("saved checkpoint %s", folder)
+
+
+def environment() -> dict[str, str | dict[str, str]]:
+    """Git revision, Python and package versions, for the record beside a checkpoint."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        revision = result.stdout.strip() or "unknown"
+    except OSError:
+        revision = "unknown"
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"git_revision": revision, "python": platform.python_version(), "packages": packages}
+
+
+def _random_states(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """Generator states of every rank, `rank{r}/{generator}`. Collective."""
+    for kind, state in _local_random_states().items():
+        mine = state.to(engine.device)
+        everyone = [torch.empty_like(mine) for _ in range(engine.layout.world_size)]
+        if engine.layout.world_size > 1:
+            dist.all_gather(everyone, mine)
+        else:
+            everyone = [mine]
+        yield from ((f"rank{rank}/{kind}", tensor) for rank, tensor in enumerate(everyone))
+
+
+def _local_random_states() -> dict[str, Tensor]:
+    _, python_state, _ = random.getstate()
+    _, keys, position, *_ = np.random.get_state(legacy=True)
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(python_state, dtype=torch.int64),
+        "numpy": torch.tensor([*map(int, keys), position], dtype=torch.int64),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random_states(reader: CheckpointReader, rank: int) -> None:
+    """Set this rank's generators; a rank the checkpoint does not know keeps its fresh seed and says so."""
+    saved = {n.partition("/")[2]: n for n in reader.names("rng") if n.startswith(f"rank{rank}/")}
+    if "torch" not in saved:
+        get_logger().warning("random-number state of rank %d is not in the checkpoint; it starts from the seed", rank)
+        return
+    values = {kind: reader.tensor("rng", name) for kind, name in saved.items()}
+    torch.set_rng_state(values["torch"])
+    random.setstate((3, tuple(values["python"].tolist()), None))
+    *keys, position = values["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position))
+    if "cuda" in values and torch.cuda.is_available():
+        torch.cuda.set_rng_state(values["cuda"])
+
+
+def open_for_resume(config: RunConfig, rank: int) -> CheckpointReader | None:
+    """The checkpoint a run continues from; None when `load` is unset, missing or empty: it then starts from scratch.
+
+    Rank 0 compares the checksums. Raises: UserError for a damaged one.
+    """
+    load = config.checkpoint.load
+    if load is None:
+        return None
+    folder = find_checkpoint(load, config.checkpoint.iteration)
+    if folder is None:
+        if Path(load).is_dir() and any(Path(load).glob("global_step*")):
+            raise UserError(f"load: {load} has global_step folders but no complete checkpoint; name one with `iteration`")
+        get_logger().info("no checkpoint in %s: starting from scratch", load)
+        return None
+    return CheckpointReader(folder, verify=rank == 0)
+
+
+def restore(config: RunConfig, engine: Engine, state: TrainState, reader: CheckpointReader) -> None:
+    """Continue from a checkpoint whose weights the engine's model already holds."""
+    options = config.checkpoint
+    if options.finetune:
+        get_logger().info("took the weights of %s; everything else starts anew (finetune)", reader.folder)
+        return
+    state.load_state_dict(reader.train_state)
+    if not options.no_load_optim:
+        names = reader.names("optimizer")
+        if not names and state.iteration > 0:
+            raise UserError(
+                f"load: {reader.folder} has no optimizer state; set no_load_optim: true to go on without, or finetune: true"
+            )
+        engine.state.write_optimizer_state(names, lambda name: reader.tensor("optimizer", name))
+    engine.loss_scaler = state.loss_scaler
+    if not options.no_load_rng:
+        restore_random_states(reader, engine.layout.rank)
+    get_logger().info("resumed from %s at iteration %d", reader.folder, state.iteration)

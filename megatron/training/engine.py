@@ -1,0 +1,213 @@
+"""The DeepSpeed engine: process group, DeepSpeed configuration, one training step, evaluation.
+
+The only file that calls `deepspeed.initialize`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.checkpoint.state import ParameterSource
+from megatron.config.schema import RunConfig
+from megatron.errors import UserError
+from megatron.model import LanguageModel
+from megatron.mpu import Layout
+from megatron.ops.cross_entropy import cross_entropy
+from megatron.training.engine_state import EngineState
+from megatron.training.optimizer import build_optimizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def initialize_distributed(config: RunConfig) -> Layout:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; returns the grid.
+
+    Raises: UserError for fp16 without a GPU and for a world the model axes do not divide.
+    """
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if config.precision.dtype == "fp16" and not torch.cuda.is_available():
+        raise UserError("fp16.enabled: fp16 needs a GPU, this machine has none; use `--set precision=bf16` (or fp32)")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        # Without this DeepSpeed compiles a shared-memory collective for a minute before the first step.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        backend = config.launch.distributed_backend if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    parallel = config.parallel
+    try:
+        return Layout.for_world(
+            dist.get_rank(), dist.get_world_size(), parallel.pipeline_stages, parallel.model_parallel_size
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def training_device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
+    """The JSON configuration DeepSpeed is given."""
+    micro, steps = config.training.resolve_batch(layout.data_size)
+    zero = config.parallel.zero_optimization.model_dump(exclude_none=True)
+    if zero.pop("cpu_offload", False):
+        zero.setdefault("offload_optimizer", {"device": "cpu"})
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": steps,
+        # Always set: DeepSpeed's own default is 1.0. Without ZeRO in fp32 Engine clips, to know the norm.
+        "gradient_clipping": config.optimization.gradient_clipping if zero["stage"] else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+        "wall_clock_breakdown": config.logging.wall_clock_breakdown,
+    }
+    if config.precision.dtype == "bf16":
+        result["bf16"] = {"enabled": True}
+    if config.precision.dtype == "fp16":
+        result["fp16"] = {**config.precision.fp16.model_dump(exclude={"fp16"}), "enabled": True}
+    return result
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update reports: the mean loss of this rank's micro-batches, the gradient norm before clipping."""
+
+    loss: Tensor
+    grad_norm: Tensor | float | None
+    skipped: bool
+
+
+class Engine:
+    """Trains one model with DeepSpeed.
+
+    Args:
+        config, layout: the run.
+        model: on the training device, fp32, holding the values of `source`.
+        source: the fp32 value of each parameter, for 16-bit training's master weights.
+        eod_id: end-of-document token, for eod_mask_loss.
+    """
+
+    def __init__(
+        self, config: RunConfig, layout: Layout, model: LanguageModel, source: ParameterSource, eod_id: int
+    ) -> None:
+        import deepspeed
+
+        self.config, self.layout, self.model, self.device = config, layout, model, training_device()
+        self.eod_id = eod_id if config.training.eod_mask_loss else None
+        self.clip = config.optimization.gradient_clipping
+        self.zero_stage: int = config.parallel.zero_optimization.stage
+        # A training run saves and restores through EngineState: DeepSpeed's checkpoint engine is never used.
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, config.optimization),
+            config=deepspeed_config(config, layout),
+            dist_init_required=False,
+        )
+        self.state = EngineState(model, self._engine.optimizer, self.zero_stage)
+        if config.precision.dtype != "fp32":
+            self.state.write_masters(source)
+
+    def train_step(self, batches: Sequence[Tensor], learning_rate: float) -> StepResult:
+        """One update from `gradient_accumulation_steps` micro-batches of tokens [micro, seq_length + 1].
+
+        Raises: UserError when the loss is not finite; the weights are then still those of the last update.
+        """
+        self._engine.train()
+        self._set_learning_rate(learning_rate)
+        losses = []
+        for position, tokens in enumerate(batches):
+            loss = self._loss(tokens)
+            losses.append(loss.detach())
+            self._engine.backward(loss)
+            if position + 1 < len(batches):
+                self._engine.step()
+        mean = torch.stack(losses).mean()
+        self._require_finite(mean)
+        norm = self._clip() if self.zero_stage == 0 else None
+        skipped_before = self._engine.skipped_steps
+        self._engine.step()
+        norm = norm if self.zero_stage == 0 else self._engine.get_global_grad_norm()
+        return StepResult(mean, norm, self._engine.skipped_steps > skipped_before)
+
+    def _loss(self, tokens: Tensor) -> Tensor:
+        tokens = tokens.to(self.device, non_blocking=True)
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        mask = None if self.eod_id is None else inputs != self.eod_id
+        return cross_entropy(self._engine(inputs), labels, mask)
+
+    def _require_finite(self, loss: Tensor) -> None:
+        # The update ahead waits for the gradient norm anyway, so looking at the loss first costs no extra stall.
+        if not self.config.training.allow_nonfinite_loss and not torch.isfinite(loss):
+            raise UserError(
+                f"lm_loss: {loss.item()} on rank {self.layout.rank} is not finite, stopped before the update; resume from "
+                "the last checkpoint with a smaller lr or another seed, or set allow_nonfinite_loss: true"
+            )
+
+    def _clip(self) -> Tensor:
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or float("inf"))
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Tensor]) -> float:
+        """Mean loss over micro-batches [micro, seq_length + 1] of all data ranks, in nats per token."""
+        self._engine.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for tokens in batches:
+            total += torch.tensor([self._loss(tokens).double(), 1.0], dtype=torch.float64, device=self.device)
+        self._engine.train()
+        if self.layout.data_size > 1:
+            dist.all_reduce(total)
+        return (total[0] / total[1]).item()
+
+    def mean_over_ranks(self, value: Tensor) -> float:
+        """Average of a scalar over the data ranks."""
+        value = value.detach().clone()
+        if self.layout.data_size > 1:
+            dist.all_reduce(value)
+            value /= self.layout.data_size
+        return value.item()
+
+    def any_rank(self, flag: bool) -> bool:
+        """True on every rank when it is true on one."""
+        if self.layout.world_size == 1:
+            return flag
+        tensor = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+    def model_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Canonical parameters (fp32) and buffers; collective."""
+        yield from self.state.masters()
+        yield from self.model.named_buffers()
+
+    @property
+    def loss_scaler(self) -> dict[str, float]:
+        """State of fp16 loss scaling; empty in other precisions."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if self.config.precision.dtype != "fp16" or scaler is None:
+            return {}
+        return {name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)}
+
+    @loss_scaler.setter
+    def loss_scaler(self, values: dict[str, float]) -> None:
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        for name in self.loss_scaler.keys() & values.keys():
+            setattr(scaler, name, values[name])

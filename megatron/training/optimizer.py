@@ -1,0 +1,101 @@
+"""Parameter groups and optimizers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron.config.schema import OptimizationConfig
+from megatron.errors import UserError
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices decay, vectors (norms, biases) do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.dim() >= 2]
+    vectors = [p for p in parameters if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class Lion(torch.optim.Optimizer):
+    """Lion (Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, algorithm 2), on any device."""
+
+    def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One update; `closure` is not used."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                state, grad = self.state[parameter], parameter.grad
+                momentum: Tensor = state.setdefault("exp_avg", torch.zeros_like(parameter))
+                parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+                parameter.add_(torch.lerp(grad, momentum, beta1).sign_(), alpha=-group["lr"])
+                momentum.lerp_(grad, 1.0 - beta2)
+
+
+def build_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.Optimizer:
+    """The optimizer that `config.optimizer.type` names; UserError with the pip line when its package is missing."""
+    spec, params = config.optimizer, config.optimizer.params
+    groups = parameter_groups(model, config.weight_decay)
+    adam: dict[str, Any] = {"lr": params.lr, "betas": params.betas, "eps": params.eps}
+    if spec.type in ("Adam", "AdamW"):
+        return torch.optim.AdamW(groups, **adam, fused=_fused_available(model))
+    if spec.type == "SGD":
+        return torch.optim.SGD(groups, lr=params.lr, momentum=params.momentum)
+    if spec.type == "Lion":
+        return Lion(groups, params.lr, params.betas, config.weight_decay)
+    if spec.type == "Muon":
+        return _muon(model, config)
+    if spec.type == "CPU_Adam":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, **adam, adamw_mode=True)
+    return _fused_adam(spec.type)(groups, **adam, adam_w_mode=True)
+
+
+def _fused_available(model: nn.Module) -> bool:
+    return all(p.device.type in ("cpu", "cuda") for p in model.parameters())
+
+
+def _fused_adam(kind: str) -> Callable[..., torch.optim.Optimizer]:
+    if not torch.cuda.is_available():
+        raise UserError(f"optimizer.type: {kind} needs a GPU; use Adam, which is torch's fused AdamW")
+    if kind == "FusedAdam":
+        from deepspeed.ops.adam import FusedAdam
+
+        return FusedAdam
+    try:
+        from apex.optimizers import FusedAdam as ApexFusedAdam
+    except ImportError as error:
+        raise UserError(
+            "optimizer.type: ApexAdam needs NVIDIA apex (PyPI's apex is another package; see "
+            "requirements/requirements-apex-pip.txt); Adam is as fast"
+        ) from error
+    return ApexFusedAdam
+
+
+def _muon(model: nn.Module, config: OptimizationConfig) -> torch.optim.Optimizer:
+    """DeepSpeed's Muon for the blocks' matrices, Adam for embedding, head and vectors."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    params = config.optimizer.params
+    muon: dict[str, Any] = {"lr": params.lr, "momentum": params.momentum or 0.95, "use_muon": True}
+    adam: dict[str, Any] = {"lr": params.lr, "betas": params.betas, "eps": params.eps, "use_muon": False}
+    halves: dict[bool, dict[float, list[nn.Parameter]]] = {True: {}, False: {}}
+    for name, parameter in model.named_parameters():
+        parameter.use_muon = parameter.dim() == 2 and name.startswith("layers.")  # type: ignore[attr-defined]
+        decay = config.weight_decay if parameter.dim() >= 2 else 0.0
+        halves[name.startswith("layers.") and parameter.dim() == 2].setdefault(decay, []).append(parameter)
+    groups = [
+        {"params": members, "weight_decay": decay, **(muon if is_muon else adam)}
+        for is_muon, by_decay in halves.items()
+        for decay, members in by_decay.items()
+    ]
+    return MuonWithAuxAdam(groups)

@@ -1,0 +1,171 @@
+"""Assembling a training run: tokenizer, model, engine, data, metrics, and where it resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.state import ParameterSource
+from megatron.checkpoint.store import CheckpointReader
+from megatron.config.schema import RunConfig
+from megatron.data import batches, build_datasets
+from megatron.errors import UserError
+from megatron.log import get_logger
+from megatron.model import LanguageModel
+from megatron.model.compatibility import check_fit
+from megatron.model.init import initial_value
+from megatron.mpu import Layout
+from megatron.ops.pattention import select_backend
+from megatron.tokenizer import build_tokenizer
+from megatron.training.checkpointing import open_for_resume, restore
+from megatron.training.engine import DTYPES, Engine, initialize_distributed, training_device
+from megatron.training.hardware import peak_flops
+from megatron.training.metrics import MetricsLog, Throughput
+from megatron.training.schedule import LRSchedule
+from megatron.training.state import TrainState
+
+
+@dataclass
+class Run:
+    """Everything the loop works with."""
+
+    config: RunConfig
+    layout: Layout
+    engine: Engine
+    state: TrainState
+    schedule: LRSchedule
+    datasets: Any
+    metrics: MetricsLog
+    throughput: Throughput
+    global_batch: int
+    flops_per_token: float
+    peak_flops: float
+
+    @property
+    def last_iteration(self) -> int:
+        """Iteration after which the run is done."""
+        assert self.config.training.train_iters is not None, "start_run checks it"
+        return self.config.training.train_iters
+
+    def training_batches(self) -> Iterator[list[Tensor]]:
+        """For each update its micro-batches, from the first sample that was not consumed yet."""
+        micro, steps = self.config.training.resolve_batch(self.layout.data_size)
+        stream = self._batches(self.datasets.train, self.state.consumed_samples, self.config.data.num_workers)
+        while True:
+            yield [next(stream) for _ in range(steps)]
+
+    def evaluation_batches(self, dataset: Any) -> Iterator[Tensor]:
+        """The same eval_iters global batches every time, this rank's share of them."""
+        _, steps = self.config.training.resolve_batch(self.layout.data_size)
+        stream = self._batches(dataset, 0, 0)
+        for _ in range(self.config.training.eval_iters * steps):
+            batch = next(stream, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _batches(self, dataset: Any, start: int, workers: int) -> Iterator[Tensor]:
+        micro, steps = self.config.training.resolve_batch(self.layout.data_size)
+        layout = self.layout
+        stream = batches(dataset, micro, steps, layout.data_rank, layout.data_size, start, workers)
+        return (batch["tokens"] for batch in stream)
+
+
+def start_run(config: RunConfig) -> Run:
+    """Build everything, and load the checkpoint where there is one."""
+    if config.training.train_iters is None:
+        raise UserError("train_iters: missing; give the number of updates of the run")
+    layout = initialize_distributed(config)
+    torch.manual_seed(config.training.seed + layout.rank)
+    tokenizer = build_tokenizer(config.tokenizer)
+    try:
+        config = config.with_vocabulary(tokenizer.vocab_size)
+        micro, steps = config.training.resolve_batch(layout.data_size)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    reader = open_for_resume(config, layout.rank)
+    model, source = _build_model(config, reader)
+    engine = Engine(config, layout, model, source, tokenizer.eod_id)
+    state = TrainState()
+    if reader is not None:
+        restore(config, engine, state, reader)
+    global_batch = micro * steps * layout.data_size
+    datasets = _build_data(config, layout, state, global_batch)
+    device, dtype = training_device(), DTYPES[config.precision.dtype]
+    flops = model.flops_per_token(config.model.seq_length) if engine.zero_stage < 3 else _flops_on_meta(config)
+    peak, origin = peak_flops(device, dtype, config.logging.peak_tflops)
+    _report(config, layout, global_batch, peak, origin)
+    metrics = MetricsLog(config, layout.rank, state.iteration)
+    return Run(
+        config, layout, engine, state, LRSchedule(config), datasets, metrics, Throughput(), global_batch, flops, peak
+    )
+
+
+def _build_model(config: RunConfig, reader: CheckpointReader | None) -> tuple[LanguageModel, ParameterSource]:
+    """The fp32 model on the training device with its first or loaded values, and where these come from."""
+    training = config.training
+    model = LanguageModel(
+        config.model,
+        device=training_device(),
+        pattention_backend=training.pattention_backend,
+        attention_backend=training.attention_backend,
+        checkpoint_layers=training.checkpoint_num_layers if training.checkpoint_activations else 0,
+    )
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def initial(name: str) -> Tensor:
+        return initial_value(name, shapes[name], config.model, training.seed)
+
+    source: ParameterSource = initial
+    if reader is not None:
+        check_fit(model, {n: reader.shape("model", n) for n in reader.names("model")}, f"load: {reader.folder}")
+        saved = reader
+
+        def source(name: str) -> Tensor:
+            return saved.tensor("model", name)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(source(name))
+        for name, buffer in model.named_buffers():
+            if reader is not None:
+                buffer.copy_(reader.tensor("model", name))
+    return model, source
+
+
+def _build_data(config: RunConfig, layout: Layout, state: TrainState, global_batch: int) -> Any:
+    """Datasets for the whole run; rank 0 writes the index caches, the others wait for them."""
+    training = config.training
+    evaluation_samples = training.eval_iters * global_batch
+    counts = (training.train_iters or 0) * global_batch, evaluation_samples, evaluation_samples
+    if layout.rank > 0:
+        torch.distributed.barrier()
+    datasets = build_datasets(config, *counts, epoch_blocks=state.epoch_blocks)
+    if layout.rank == 0 and layout.world_size > 1:
+        torch.distributed.barrier()
+    state.epoch_blocks = datasets.epoch_blocks
+    return datasets
+
+
+def _flops_on_meta(config: RunConfig) -> float:
+    # ZeRO 3 leaves empty parameters behind, so shapes are read from a model without storage.
+    return LanguageModel(config.model, device="meta").flops_per_token(config.model.seq_length)
+
+
+def _report(config: RunConfig, layout: Layout, global_batch: int, peak: float, origin: str) -> None:
+    log, device = get_logger(), training_device()
+    backend, _ = select_backend(config.training.pattention_backend, device.type)
+    parameters = LanguageModel(config.model, device="meta").num_parameters()
+    log.info(
+        "%s parameters in %s on %d x %s, ZeRO %d, pattention %s, attention %s",
+        f"{parameters:,}", config.precision.dtype, layout.world_size, device.type,
+        config.parallel.zero_optimization.stage, backend, config.training.attention_backend,
+    )  # fmt: skip
+    log.info(
+        "%d samples x %d tokens an update; MFU against %.2f TFLOP/s a device (%s)",
+        global_batch, config.model.seq_length, peak / 1e12, origin,
+    )  # fmt: skip

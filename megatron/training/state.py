@@ -1,0 +1,52 @@
+"""TrainState: everything about a run that is neither weights, moments nor random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Progress of a run; saved in every checkpoint as train_state.json.
+
+    Attributes:
+        iteration: finished iterations, skipped updates included.
+        skipped_iterations: updates that fp16 loss scaling skipped; the schedule does not count them.
+        consumed_samples, consumed_tokens: training data read so far.
+        epoch_blocks: per training set, the epochs that are shuffled together, in order. A longer run appends a block
+            and keeps the order of the earlier ones.
+        loss_scaler: dynamic loss scale of fp16.
+        lineage: one entry a growth stage: what was there and since which iteration.
+    """
+
+    iteration: int = 0
+    skipped_iterations: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    epoch_blocks: dict[str, list[int]] = field(default_factory=dict)
+    loss_scaler: dict[str, float] = field(default_factory=dict)
+    lineage: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def updates(self) -> int:
+        """Updates that changed the weights; the learning-rate schedule runs on these."""
+        return self.iteration - self.skipped_iterations
+
+    def advance(self, samples: int, seq_length: int, skipped: bool) -> None:
+        """Count one finished iteration of `samples` sequences."""
+        self.iteration += 1
+        self.skipped_iterations += int(skipped)
+        self.consumed_samples += samples
+        self.consumed_tokens += samples * seq_length
+
+    def state_dict(self) -> dict[str, Any]:
+        """A JSON-ready copy."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state; keys it lacks keep their value."""
+        for item in fields(self):
+            if item.name in state:
+                setattr(self, item.name, state[item.name])

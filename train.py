@@ -1,0 +1,25 @@
+"""Trains a language model: `python train.py configs/demo.yml [flags]`, or on every device through deepy.py."""
+
+from __future__ import annotations
+
+import sys
+
+from megatron.errors import run_command
+
+
+def main() -> int:
+    """Parse the command line and train; returns the exit code."""
+    from megatron.config.cli import parse_run
+    from megatron.launch import ensure_process_environment
+
+    config, _ = parse_run(sys.argv[1:], "train.py")
+    ensure_process_environment()
+    from megatron.training.loop import shut_down, train
+
+    train(config)
+    shut_down()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
