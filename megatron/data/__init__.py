@@ -1,0 +1,16 @@
+"""Token files, sample order, blending and loading; preprocessing is in megatron.data.preprocess."""
+
+from megatron.data.blend import BlendedDataset
+from megatron.data.indexed import IndexedDataset, IndexedDatasetBuilder
+from megatron.data.loader import Datasets, batches, build_datasets
+from megatron.data.samples import GPTDataset
+
+__all__ = [
+    "BlendedDataset",
+    "Datasets",
+    "GPTDataset",
+    "IndexedDataset",
+    "IndexedDatasetBuilder",
+    "batches",
+    "build_datasets",
+]

@@ -1,0 +1,189 @@
+"""From a run's config to its data sets, and from a data set to one process's micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from megatron.config.schema import RunConfig
+from megatron.data.blend import BlendedDataset, normalized, weights_by_documents
+from megatron.data.indexed import IndexedDataset
+from megatron.data.samples import GPTDataset, split_documents
+from megatron.errors import UserError
+from megatron.log import get_logger
+
+SPLIT_NAMES = ("train", "valid", "test")
+BLEND_MARGIN = 1.005
+"""Each part of a blend is sized for 0.5 % more than its share, as GPT-NeoX does; it decides the epochs."""
+
+AnyDataset = GPTDataset | BlendedDataset
+
+
+class MicroBatch(TypedDict):
+    """tokens: int64 [micro_batch_size, seq_length + 1]; inputs are [:, :-1], labels [:, 1:]."""
+
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The run's data sets; None where no samples were asked for."""
+
+    train: AnyDataset | None
+    valid: AnyDataset | None
+    test: AnyDataset | None
+    epoch_blocks: dict[str, list[int]] = field(default_factory=dict)
+    """By "train/0", "train/1", "valid/0" ...: to be saved with the run and handed back when it resumes."""
+
+
+def build_datasets(
+    config: RunConfig,
+    train_samples: int,
+    valid_samples: int,
+    test_samples: int,
+    epoch_blocks: Mapping[str, Sequence[int]] | None = None,
+) -> Datasets:
+    """The data sets that `config.data` names, each long enough for so many samples (0: not built).
+
+    The test set is optional: without test_data_paths, or without documents in its split, it is None.
+    Raises UserError when data is missing, damaged or too small.
+    """
+    saved, blocks = epoch_blocks or {}, {}
+    built: dict[str, AnyDataset | None] = {}
+    for name, count in zip(SPLIT_NAMES, (train_samples, valid_samples, test_samples), strict=True):
+        parts = _parts(config, name) if count else []
+        built[name] = _build(config, name, parts, count, saved) if parts else None
+        for number, dataset in enumerate(_leaves(built[name])):
+            blocks[f"{name}/{number}"] = dataset.epoch_blocks
+    return Datasets(**built, epoch_blocks=blocks)
+
+
+@dataclass(frozen=True)
+class _Part:
+    indexed: IndexedDataset
+    documents: tuple[int, int]
+
+
+def _parts(config: RunConfig, name: str) -> list[_Part]:
+    """What the split `name` is made of; empty when an optional one has nothing."""
+    data = config.data
+    if data.data_path:
+        return _parts_of_split(data.data_path, data.split, name)
+    paths: list[str] | None = getattr(data, f"{name}_data_paths")
+    if paths:
+        opened = [IndexedDataset(path) for path in paths]
+        return [_Part(indexed, (0, len(indexed))) for indexed in opened]
+    if name == "test":
+        return []
+    if not data.train_data_paths:
+        raise UserError("data_path: missing; give the prefix of a .bin/.idx pair, or train_data_paths")
+    raise UserError(f"{name}_data_paths: missing; give {name}_data_paths, or eval_iters: 0 for no validation")
+
+
+def _parts_of_split(prefix: str, split: str, name: str) -> list[_Part]:
+    indexed = IndexedDataset(prefix)
+    first, end = split_documents(split, len(indexed))[SPLIT_NAMES.index(name)]
+    if end > first:
+        return [_Part(indexed, (first, end))]
+    if name == "test":
+        get_logger().info(f"split: '{split}' of {len(indexed)} documents leaves no test documents; no test set")
+        return []
+    hint = ", or set eval_iters: 0 for no validation" if name == "valid" else ""
+    raise UserError(
+        f"split: '{split}' gives {name} none of the {len(indexed)} documents of {prefix}; raise its share{hint}"
+    )
+
+
+def _build(
+    config: RunConfig, name: str, parts: list[_Part], count: int, saved: Mapping[str, Sequence[int]]
+) -> AnyDataset:
+    weights = _weights(config, name, parts)
+    datasets = []
+    for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        needed = count if config.data.data_path else math.ceil(count * weight * BLEND_MARGIN)
+        datasets.append(
+            GPTDataset(
+                part.indexed,
+                config.model.seq_length,
+                config.training.seed,
+                needed,
+                documents=part.documents,
+                epoch_blocks=saved.get(f"{name}/{number}", ()),
+                cache_dir=config.data.data_cache_dir,
+            )
+        )
+    return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, weights.tolist(), count)
+
+
+def _weights(config: RunConfig, name: str, parts: list[_Part]) -> npt.NDArray[np.float64]:
+    if config.data.weight_by_num_documents:
+        return weights_by_documents([len(part.indexed) for part in parts], config.data.weighted_sampler_alpha)
+    given = getattr(config.data, f"{name}_data_weights") if not config.data.data_path else None
+    return normalized(given or [1.0] * len(parts))
+
+
+def _leaves(dataset: AnyDataset | None) -> list[GPTDataset]:
+    if isinstance(dataset, BlendedDataset):
+        return [part for part in dataset.datasets if isinstance(part, GPTDataset)]
+    return [] if dataset is None else [dataset]
+
+
+class MicroBatchSampler(Sampler[list[int]]):
+    """Sample numbers of one data-parallel rank's micro-batches, from sample `start` to the last whole update.
+
+    An update takes the next micro * steps * ranks samples of the data set; micro-step a gives rank r the samples
+    [a * micro * ranks + r * micro, ... + micro). What an update consumes is thus independent of the layout.
+    """
+
+    def __init__(self, num_samples: int, micro: int, steps: int, rank: int, ranks: int, start: int) -> None:
+        if not 0 <= rank < ranks:
+            raise ValueError(f"data rank {rank} is outside 0 .. {ranks - 1}")
+        self._micro, self._first, self._stride = micro, start + rank * micro, micro * ranks
+        self._length = max(0, num_samples - start) // (self._stride * steps) * steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in range(self._length):
+            first = self._first + number * self._stride
+            yield list(range(first, first + self._micro))
+
+    def __len__(self) -> int:
+        return self._length
+
+
+def batches(
+    dataset: AnyDataset,
+    micro_batch_size: int,
+    accumulation_steps: int = 1,
+    data_rank: int = 0,
+    data_size: int = 1,
+    start_sample: int = 0,
+    num_workers: int = 0,
+) -> Iterator[MicroBatch]:
+    """One rank's micro-batches, from consumed sample `start_sample` until no whole update is left.
+
+    Resume training with the number of samples consumed so far, over all ranks; leave it 0 for validation, which
+    then always sees the same batches. num_workers: loader processes; 0 loads in this one.
+    """
+    sampler = MicroBatchSampler(len(dataset), micro_batch_size, accumulation_steps, data_rank, data_size, start_sample)
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else starting a loader would draw from the training's random numbers
+        )
+    )
+
+
+def _collate(samples: list[npt.NDArray[np.int64]]) -> MicroBatch:
+    return {"tokens": torch.from_numpy(np.stack(samples))}

@@ -1,0 +1,157 @@
+"""Text files to .bin/.idx pairs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from megatron.config.schema import TokenizerConfig
+from megatron.data.indexed import IndexedDatasetBuilder, best_dtype
+from megatron.data.text import SUFFIXES, RawDocument, TxtDocuments, check_inputs, read_documents, texts
+from megatron.errors import UserError
+from megatron.log import get_logger
+from megatron.tokenizer import Tokenizer, build_tokenizer
+
+DOWNLOADS = ("enwik8", "openwebtext2", "pile")
+
+_CHUNK = 16
+_BATCH_PER_WORKER = 512
+
+Encoded = list[npt.NDArray[np.integer]]
+
+
+@dataclass(frozen=True)
+class Preprocessed:
+    """What was written: the prefix of each key's pair, and totals over all keys."""
+
+    prefixes: dict[str, str]
+    num_documents: int
+    num_tokens: int
+    num_empty: int
+
+
+class Encoder:
+    """One document to the token ids of each key: [ids of key 0, ids of key 1, ...]; empty where there is no text."""
+
+    def __init__(self, tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool) -> None:
+        self._tokenizer, self._keys = tokenizer, list(keys)
+        self._dtype = best_dtype(tokenizer.vocab_size)
+        self._suffix = [tokenizer.eod_id] if append_eod else []
+
+    def __call__(self, document: RawDocument) -> Encoded:
+        encoded = (self._tokenizer.encode(text) for text in texts(document, self._keys))
+        return [np.array(ids + self._suffix if ids else ids, dtype=self._dtype) for ids in encoded]
+
+
+def preprocess(
+    inputs: Sequence[str],
+    output_prefix: str | Path,
+    tokenizer_config: TokenizerConfig,
+    keys: Sequence[str] = ("text",),
+    append_eod: bool = True,
+    num_workers: int = 1,
+    txt_documents: TxtDocuments = "file",
+    num_documents: int | None = None,
+    log_interval: int = 100,
+) -> Preprocessed:
+    """Write `{output_prefix}_{key}_document.{bin,idx}` for every key; an existing pair is replaced at the end.
+
+    A document without text under a key is left out of that key's pair, and counted. num_documents only scales the
+    progress bar, which moves every log_interval documents. Raises UserError for anything wrong with the input;
+    nothing is written then.
+    """
+    check_inputs(inputs)
+    tokenizer = build_tokenizer(tokenizer_config)
+    encoder, dtype = Encoder(tokenizer, keys, append_eod), best_dtype(tokenizer.vocab_size)
+    prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
+    num_tokens = num_empty = 0
+    with ExitStack() as stack:
+        builders = [stack.enter_context(IndexedDatasetBuilder(prefix, dtype)) for prefix in prefixes.values()]
+        documents = encode_all(encoder, read_documents(inputs, txt_documents), num_workers)
+        for encoded in tqdm(documents, total=num_documents, unit="doc", miniters=log_interval):
+            for builder, ids in zip(builders, encoded, strict=True):
+                num_tokens += len(ids)
+                num_empty += not len(ids)
+                if len(ids):
+                    builder.add_document(ids)
+        for key, builder in zip(keys, builders, strict=True):
+            if not builder.num_documents:
+                raise UserError(f"--input: no text under '{key}' in {', '.join(inputs)}; nothing was written")
+        for builder in builders:
+            builder.finalize()
+    total = sum(builder.num_documents for builder in builders)
+    return _reported(Preprocessed(prefixes, total, num_tokens, num_empty))
+
+
+def _reported(result: Preprocessed) -> Preprocessed:
+    skipped = f"; {result.num_empty} empty documents skipped" if result.num_empty else ""
+    get_logger().info(
+        f"wrote {result.num_documents} documents, {result.num_tokens} tokens to {', '.join(result.prefixes.values())}"
+        f".bin/.idx{skipped}"
+    )
+    return result
+
+
+def prepare_dataset(
+    dataset: str | None,
+    inputs: Sequence[str] | None,
+    data_dir: str | Path,
+    tokenizer_config: TokenizerConfig,
+    name: str | None = None,
+    keys: Sequence[str] = ("text",),
+    num_workers: int = 1,
+    txt_documents: TxtDocuments = "file",
+) -> Preprocessed:
+    """Write `{data_dir}/{name}/{name}_{key}_document.{bin,idx}`; name: `name`, else `dataset`, else the first file's.
+
+    Raises UserError without `inputs`: no data set can be downloaded.
+    """
+    if not inputs:
+        what = f"'{dataset}' is not available for download" if dataset in DOWNLOADS else "no text files given"
+        raise UserError(f"--input: {what}; pass the text files with --input FILES ({', '.join(SUFFIXES)})")
+    name = name or dataset or Path(inputs[0]).name.split(".")[0]
+    if Path(name).name != name:
+        raise UserError(
+            f"--name: '{name}' is not a plain folder name; choose one without slashes, and the place with -d"
+        )
+    prefix = Path(data_dir) / name / name
+    return preprocess(inputs, prefix, tokenizer_config, keys, True, num_workers, txt_documents)
+
+
+def encode_all(
+    encoder: Callable[[RawDocument], Encoded], documents: Iterable[RawDocument], num_workers: int
+) -> Iterator[Encoded]:
+    """Encode in order, in `num_workers` processes (0 and 1: in this one). Raises UserError when one of them dies."""
+    if num_workers <= 1:
+        yield from map(encoder, documents)
+        return
+    source = iter(documents)
+    try:
+        with ProcessPoolExecutor(num_workers, initializer=_set_encoder, initargs=(encoder,)) as pool:
+            # Batches bound what is read ahead of the workers.
+            while batch := list(itertools.islice(source, _BATCH_PER_WORKER * num_workers)):
+                yield from pool.map(_encode, batch, chunksize=_CHUNK)
+    except BrokenProcessPool:
+        raise UserError("--num-workers: a worker process died, perhaps for lack of memory; use fewer workers") from None
+
+
+_encoder: Callable[[RawDocument], Encoded] | None = None
+
+
+def _set_encoder(encoder: Callable[[RawDocument], Encoded]) -> None:
+    global _encoder
+    _encoder = encoder
+
+
+def _encode(document: RawDocument) -> Encoded:
+    assert _encoder is not None
+    return _encoder(document)

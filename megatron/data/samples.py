@@ -1,0 +1,195 @@
+"""Fixed-length samples cut from a corpus, in GPT-NeoX's order.
+
+Documents are repeated num_epochs times and shuffled together; their concatenation is cut into samples of
+seq_length + 1 tokens that overlap by one; the samples are shuffled with the same generator. Since num_epochs
+follows from the run's length, a longer run would order its data anew. So the order is a list of epoch blocks:
+block 0 is exactly that order, and an extension appends block j, shuffled by itself with seed + j.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Dataset
+
+from megatron.data.index_cache import cached_arrays, corpus_identity
+from megatron.data.indexed import IndexedDataset
+from megatron.errors import UserError
+
+CACHE_MIN_SAMPLES = 1_000_000
+"""Blocks with fewer samples are built in memory; that takes well under a second."""
+
+_NAMES = ("doc_idx", "sample_idx", "shuffle_idx")
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Sample k of the block is cut between sample_idx rows r and r + 1, r = shuffle_idx[k]."""
+
+    doc_idx: npt.NDArray[np.integer]  # [epochs * documents]: sequence numbers in the corpus
+    sample_idx: npt.NDArray[np.integer]  # [samples + 1, 2]: position in doc_idx, token offset there
+    shuffle_idx: npt.NDArray[np.integer]  # [samples]
+
+
+class GPTDataset(Dataset[npt.NDArray[np.int64]]):
+    """Samples of `seq_length` + 1 tokens from the documents `documents` = (first, end) of a corpus.
+
+    epoch_blocks: blocks of an earlier part of the run; one is appended if and only if they hold fewer than
+        `num_samples` samples. `.epoch_blocks` is what a later run must be given.
+    cache_dir: folder of the order's files for large corpora; default: beside the data.
+    Raises UserError when the documents hold too few tokens for a sample.
+    """
+
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        seq_length: int,
+        seed: int,
+        num_samples: int,
+        documents: tuple[int, int] | None = None,
+        epoch_blocks: Sequence[int] = (),
+        cache_dir: str | Path | None = None,
+        cache_min_samples: int = CACHE_MIN_SAMPLES,
+    ) -> None:
+        self.indexed, self.seq_length, self.seed = indexed, seq_length, seed
+        self.documents = documents or (0, len(indexed))
+        self._folder = Path(cache_dir) if cache_dir else Path(indexed.prefix).parent
+        self._cache_min_samples = cache_min_samples
+        self.tokens_per_epoch = int(indexed.sizes[slice(*self.documents)].sum(dtype=np.int64))
+        if self.tokens_per_epoch < 2:
+            raise UserError(
+                f"{indexed.bin_path}: documents {self.documents[0]} to {self.documents[1]} hold "
+                f"{self.tokens_per_epoch} tokens, too few for a sample; use a larger corpus or another split"
+            )
+        self.epoch_blocks = extend_epoch_blocks(epoch_blocks, self.tokens_per_epoch, seq_length, num_samples)
+        self._blocks = [self._block(number, epochs) for number, epochs in enumerate(self.epoch_blocks)]
+        self._ends = np.cumsum([len(block.shuffle_idx) for block in self._blocks])
+
+    def _block(self, number: int, num_epochs: int) -> _Block:
+        def build() -> tuple[npt.NDArray[np.integer], ...]:
+            return build_order(self.indexed.sizes, self.documents, num_epochs, self.seq_length, self.seed + number)
+
+        if count_samples(num_epochs, self.tokens_per_epoch, self.seq_length) < self._cache_min_samples:
+            return _Block(*build())
+        identity = corpus_identity(self.indexed)
+        order = f"{identity}/{self.documents}/{self.seq_length}/{self.seed + number}/{num_epochs}"
+        key = f"{Path(self.indexed.prefix).name}_{hashlib.sha256(order.encode()).hexdigest()[:16]}"
+        return _Block(*cached_arrays(self._folder, key, _NAMES, build))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
+        """Sample `index`: int64 [seq_length + 1]; the last token of one sample is the first of its neighbour."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        block = self._blocks[number]
+        row = int(block.shuffle_idx[index - (self._ends[number - 1] if number else 0)])
+        (first, start), (last, end) = block.sample_idx[row].tolist(), block.sample_idx[row + 1].tolist()
+        if first == last:
+            pieces = [self.indexed.get(int(block.doc_idx[first]), start, end - start + 1)]
+        else:
+            pieces = [self.indexed.get(int(block.doc_idx[first]), start)]
+            pieces += [self.indexed.get(int(block.doc_idx[middle])) for middle in range(first + 1, last)]
+            pieces += [self.indexed.get(int(block.doc_idx[last]), 0, end + 1)]
+        return np.concatenate(pieces, dtype=np.int64)
+
+    @property
+    def doc_idx(self) -> npt.NDArray[np.integer]:
+        """Sequence numbers in the order of reading, all blocks one after the other."""
+        return self._joined([block.doc_idx for block in self._blocks])
+
+    @property
+    def sample_idx(self) -> npt.NDArray[np.integer]:
+        """[rows, 2]: position in doc_idx and token offset; each block has one row more than samples."""
+        parts, shift = [], 0
+        for block in self._blocks:
+            parts.append(block.sample_idx + np.array([shift, 0], block.sample_idx.dtype) if shift else block.sample_idx)
+            shift += len(block.doc_idx)
+        return self._joined(parts)
+
+    @property
+    def shuffle_idx(self) -> npt.NDArray[np.integer]:
+        """Row of sample_idx at which sample i begins; it ends at the next row."""
+        parts, shift = [], 0
+        for block in self._blocks:
+            parts.append(block.shuffle_idx + block.shuffle_idx.dtype.type(shift) if shift else block.shuffle_idx)
+            shift += len(block.sample_idx)
+        return self._joined(parts)
+
+    @staticmethod
+    def _joined(parts: list[npt.NDArray[np.integer]]) -> npt.NDArray[np.integer]:
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def count_samples(num_epochs: int, tokens_per_epoch: int, seq_length: int) -> int:
+    """Samples in `num_epochs` epochs; the very last token is only ever a label."""
+    return (num_epochs * tokens_per_epoch - 1) // seq_length
+
+
+def extend_epoch_blocks(
+    epoch_blocks: Sequence[int], tokens_per_epoch: int, seq_length: int, num_samples: int
+) -> list[int]:
+    """The blocks, plus one of as few epochs as suffice if they hold fewer than `num_samples` (at least 1) samples."""
+    missing = max(1, num_samples) - sum(count_samples(block, tokens_per_epoch, seq_length) for block in epoch_blocks)
+    if missing <= 0:
+        return list(epoch_blocks)
+    # The smallest e with (e * tokens - 1) // seq_length >= missing.
+    return [*epoch_blocks, -(-(missing * seq_length + 1) // tokens_per_epoch)]
+
+
+def build_order(
+    sizes: npt.NDArray[np.int32], documents: tuple[int, int], num_epochs: int, seq_length: int, seed: int
+) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer], npt.NDArray[np.integer]]:
+    """(doc_idx, sample_idx, shuffle_idx) of one block, equal to GPT-NeoX's for the same arguments.
+
+    Shapes as in GPTDataset. The order of the two shuffles matters: they share one generator.
+    """
+    generator = np.random.RandomState(seed)
+    doc_idx = np.tile(np.arange(*documents, dtype=np.int32), num_epochs)
+    generator.shuffle(doc_idx)
+    sample_idx = _cut(sizes[doc_idx], seq_length)
+    num_samples = len(sample_idx) - 1
+    small = num_samples < np.iinfo(np.uint32).max - 1
+    shuffle_idx: npt.NDArray[np.integer] = np.arange(num_samples, dtype=np.uint32 if small else np.int64)
+    generator.shuffle(shuffle_idx)
+    return doc_idx, sample_idx, shuffle_idx
+
+
+def _cut(lengths: npt.NDArray[np.int32], seq_length: int) -> npt.NDArray[np.integer]:
+    """Position and offset of every seq_length-th token in documents of these lengths: [samples + 1, 2]."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    num_samples = count_samples(1, int(ends[-1]), seq_length)
+    cuts = np.arange(num_samples + 1, dtype=np.int64) * seq_length
+    positions = np.searchsorted(ends, cuts, side="right")
+    offsets = cuts - (ends[positions] - lengths[positions])
+    positions[0] = offsets[0] = 0  # an empty first document is where the official index begins
+    fits = max(len(lengths), 2 * (num_samples + 1)) < np.iinfo(np.int32).max
+    return np.stack([positions, offsets], axis=1).astype(np.int32 if fits else np.int64)
+
+
+def split_documents(split: str, num_documents: int) -> list[tuple[int, int]]:
+    """Ranges (first, end) of the training, validation and test documents, rounded as GPT-NeoX does.
+
+    split: up to three shares, "949,50,1" or "949/50/1". Raises UserError when it is not of that form.
+    """
+    try:
+        shares = [float(share) for share in split.replace("/", ",").split(",")][:3]
+    except ValueError:
+        shares = []
+    total = sum(shares)
+    if not shares or min(shares) < 0 or not 0 < total < float("inf"):
+        raise UserError(f"split: '{split}' is not a list of up to three shares; write it like \"949,50,1\"")
+    bounds = [0]
+    for share in shares + [0.0] * (3 - len(shares)):
+        bounds.append(bounds[-1] + round(share / total * float(num_documents)))
+    # All bounds but the first move together so that the last one is exact; none may leave the corpus.
+    surplus = bounds[-1] - num_documents
+    bounds = [0] + [min(max(bound - surplus, 0), num_documents) for bound in bounds[1:]]
+    return [(bounds[i], bounds[i + 1]) for i in range(3)]

@@ -1,0 +1,74 @@
+"""HFTokenizer and GPT2BPETokenizer, both on the `tokenizers` library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from megatron.errors import UserError
+from megatron.tokenizer.base import END_OF_TEXT, Tokenizer
+
+
+class _LibraryTokenizer(Tokenizer):
+    def __init__(self, backend: tokenizers.Tokenizer, vocab_file: str) -> None:
+        self._backend = backend
+        eod_id = backend.token_to_id(END_OF_TEXT)
+        if eod_id is None:
+            raise UserError(
+                f"vocab_file: {vocab_file} has no {END_OF_TEXT} token, which ends a document; "
+                "choose a tokenizer that has it or add it to the file"
+            )
+        self.eod_id = eod_id
+        # Ids may have gaps, and the embedding needs a row for the highest one.
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode([token for token in ids if token != self.eod_id], skip_special_tokens=True)
+
+
+class HFTokenizer(_LibraryTokenizer):
+    """A tokenizer.json of the `tokenizers` library, for example that of GPT-NeoX-20B and Pythia."""
+
+    name = "HFTokenizer"
+
+    def __init__(self, vocab_file: str | None) -> None:
+        path = _existing("vocab_file", vocab_file, self.name, "a tokenizer.json")
+        try:
+            backend = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"vocab_file: {path} is not a valid tokenizer.json ({error})") from error
+        super().__init__(backend, path)
+
+
+class GPT2BPETokenizer(_LibraryTokenizer):
+    """GPT-2's byte-level BPE from vocab.json and merges.txt."""
+
+    name = "GPT2BPETokenizer"
+
+    def __init__(self, vocab_file: str | None, merge_file: str | None) -> None:
+        vocab = _existing("vocab_file", vocab_file, self.name, "GPT-2's vocab.json")
+        merges = _existing("merge_file", merge_file, self.name, "GPT-2's merges.txt")
+        try:
+            model = models.BPE.from_file(vocab, merges)
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(
+                f"vocab_file, merge_file: {vocab} and {merges} are no valid GPT-2 pair ({error})"
+            ) from error
+        backend = tokenizers.Tokenizer(model)
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        super().__init__(backend, vocab)
+
+
+def _existing(key: str, value: str | None, name: str, content: str) -> str:
+    if not value:
+        raise UserError(f"{key}: missing; {name} needs the path of {content}")
+    if not Path(value).is_file():
+        raise UserError(f"{key}: no such file: {value}; give the path of {content} for {name}")
+    return value

@@ -1,0 +1,49 @@
+"""Encode text files into {data_dir}/{name}/{name}_text_document.bin and .idx: `python prepare_data.py -h`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron.config.schema import TokenizerConfig
+from megatron.data.preprocess import prepare_dataset
+from megatron.errors import run_command
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, GPT-NeoX's flags and those for local text."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("dataset", nargs="?", help="name of the data set; names the output unless --name is given")
+    add("--input", nargs="+", metavar="FILE", help=".txt, .jsonl, .jsonl.gz or .jsonl.zst files")
+    add("--name", help="name of the output. Default: dataset, else the first file's name")
+    add("--jsonl-keys", nargs="+", default=["text"], help="keys to encode, each into files of its own")
+    add("--txt-documents", choices=["file", "lines"], default="file", help="a .txt file is one document, or one a line")
+    kinds = ["HFTokenizer", "GPT2BPETokenizer", "CharLevelTokenizer"]
+    add("-t", "--tokenizer", choices=kinds, default="GPT2BPETokenizer")
+    add("-v", "--vocab-file", help="tokenizer.json, or vocab.json of GPT-2")
+    add("-m", "--merge-file", help="merges.txt of GPT-2")
+    add("-d", "--data-dir", default="data", help="folder for the output. Default: data")
+    add("-f", "--force-redownload", action="store_true", help="no effect on local files, which are always encoded anew")
+    add("--num-workers", type=int, default=1, help="processes that encode")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse and prepare."""
+    args = parse_args(arguments)
+    tokenizer = TokenizerConfig(tokenizer_type=args.tokenizer, vocab_file=args.vocab_file, merge_file=args.merge_file)
+    prepare_dataset(
+        args.dataset,
+        args.input,
+        args.data_dir,
+        tokenizer,
+        name=args.name,
+        keys=args.jsonl_keys,
+        num_workers=args.num_workers,
+        txt_documents=args.txt_documents,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import CORPUS, run_config, write_corpus
+
+from megatron.data import BlendedDataset, GPTDataset, IndexedDataset, batches, build_datasets
+from megatron.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def dataset() -> GPTDataset:
+    return GPTDataset(IndexedDataset(CORPUS), 64, 1234, 500)
+
+
+def update(dataset: GPTDataset, number: int, micro: int, steps: int, ranks: int, start: int = 0) -> list[bytes]:
+    """The samples of one update, of all ranks and micro-steps, sorted."""
+    rows = []
+    for rank in range(ranks):
+        loaded = list(batches(dataset, micro, steps, rank, ranks, start))
+        for batch in loaded[number * steps : (number + 1) * steps]:
+            rows += [row.numpy().tobytes() for row in batch["tokens"]]
+    return sorted(rows)
+
+
+@pytest.mark.parametrize(("micro", "steps", "ranks"), [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2)])
+def test_an_update_consumes_the_same_samples_in_any_layout(
+    dataset: GPTDataset, micro: int, steps: int, ranks: int
+) -> None:
+    expected = sorted(dataset[i].tobytes() for i in range(24, 32))
+    assert update(dataset, 3, micro, steps, ranks) == expected
+    assert update(dataset, 1, micro, steps, ranks, start=16) == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_goes_on_with_the_next_sample(dataset: GPTDataset, num_workers: int) -> None:
+    full = [batch["tokens"] for batch in batches(dataset, 4, num_workers=num_workers)]
+    rest = [batch["tokens"] for batch in batches(dataset, 4, start_sample=600, num_workers=num_workers)]
+    assert len(full) == 153 and full[0].shape == (4, 65) and full[0].dtype == torch.int64
+    assert torch.equal(torch.stack(rest), torch.stack(full[150:]))
+
+
+def test_only_whole_updates_are_given(dataset: GPTDataset) -> None:
+    counts = {len(list(batches(dataset, 4, 3, rank, 5))) for rank in range(5)}
+    assert counts == {612 // 60 * 3}
+    assert list(batches(dataset, 4, start_sample=611)) == []
+
+
+def test_loading_leaves_the_random_state_alone(dataset: GPTDataset) -> None:
+    before = torch.get_rng_state()
+    next(batches(dataset, 4))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_split_gives_disjoint_documents() -> None:
+    built = build_datasets(run_config(data_path=str(CORPUS), split="80,15,5"), 500, 20, 5)
+    assert [part.documents for part in (built.train, built.valid, built.test)] == [(0, 160), (160, 190), (190, 200)]
+    assert built.epoch_blocks == {"train/0": [2], "valid/0": [1], "test/0": [1]}
+
+
+def test_nothing_is_built_for_no_samples() -> None:
+    built = build_datasets(run_config(data_path=str(CORPUS), split="1,0,0"), 10, 0, 0)
+    assert built.valid is None and built.test is None and isinstance(built.train, GPTDataset)
+
+
+def test_saved_blocks_are_extended() -> None:
+    config = run_config(data_path=str(CORPUS), split="1")
+    short = build_datasets(config, 600, 0, 0)
+    longer = build_datasets(config, 700, 0, 0, short.epoch_blocks)
+    assert longer.epoch_blocks == {"train/0": [1, 1]}
+    assert np.array_equal(longer.train[5], short.train[5])
+
+
+@pytest.fixture
+def blended(tmp_path: Path) -> dict[str, object]:
+    write_corpus(tmp_path / "a", [50] * 10)
+    write_corpus(tmp_path / "b", [50] * 30)
+    return {"train_data_paths": [str(tmp_path / "a"), str(tmp_path / "b")], "valid_data_paths": [str(tmp_path / "b")]}
+
+
+def test_blends_follow_their_weights(blended: dict[str, object]) -> None:
+    built = build_datasets(run_config(9, **blended, train_data_weights=[1, 3]), 400, 20, 5)
+    assert isinstance(built.train, BlendedDataset) and np.bincount(built.train.dataset_index).tolist() == [100, 300]
+    assert len(built.train) == 400 and built.test is None
+    assert built.epoch_blocks == {"train/0": [2], "train/1": [2], "valid/0": [1]}
+
+
+def test_an_extended_blend_keeps_its_prefix(blended: dict[str, object]) -> None:
+    config = run_config(9, **blended, weight_by_num_documents=True, weighted_sampler_alpha=0.3)
+    short = build_datasets(config, 300, 0, 0)
+    longer = build_datasets(config, 3000, 0, 0, short.epoch_blocks)
+    assert all(np.array_equal(longer.train[i], short.train[i]) for i in range(300))
+
+
+def test_missing_paths_are_named(blended: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="data_path: missing"):
+        build_datasets(run_config(), 1, 0, 0)
+    config = run_config(9, train_data_paths=blended["train_data_paths"])
+    with pytest.raises(UserError, match="valid_data_paths: missing.*eval_iters: 0"):
+        build_datasets(config, 1, 1, 0)
+
+
+def test_a_split_without_documents_is_refused() -> None:
+    with pytest.raises(UserError, match="split: '1,0,0' gives valid none of the 200 documents.*eval_iters: 0"):
+        build_datasets(run_config(data_path=str(CORPUS), split="1,0,0"), 1, 1, 0)
+    with pytest.raises(UserError, match="split: '0,1,0' gives train none"):
+        build_datasets(run_config(data_path=str(CORPUS), split="0,1,0"), 1, 1, 0)
+    assert build_datasets(run_config(data_path=str(CORPUS), split="9,1,0"), 1, 1, 1).test is None
+
+
+def test_importing_data_imports_no_engine() -> None:
+    code = "import sys, megatron.data; assert not {'deepspeed', 'wandb'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import CORPUS, FIXTURES, write_corpus
+
+from megatron.data import GPTDataset, IndexedDataset
+from megatron.data import index_cache as cache
+from megatron.data.samples import count_samples, extend_epoch_blocks, split_documents
+from megatron.errors import UserError
+from megatron.log import get_logger
+
+GOLDEN = np.load(FIXTURES / "data_golden.npz", allow_pickle=False)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    logger = get_logger()
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize(("num_samples", "epochs"), [(500, 1), (2500, 5)])
+def test_order_equals_the_official_one(num_samples: int, epochs: int) -> None:
+    dataset = GPTDataset(IndexedDataset(CORPUS), 64, 1234, num_samples)
+    for name in ("doc_idx", "sample_idx", "shuffle_idx"):
+        expected = GOLDEN[f"seed1234_ns{num_samples}.{name}"]
+        assert getattr(dataset, name).dtype == expected.dtype
+        assert np.array_equal(getattr(dataset, name), expected)
+    samples = GOLDEN[f"seed1234_ns{num_samples}.samples"]
+    assert np.array_equal([dataset[i] for i in range(len(samples))], samples)
+    assert dataset.epoch_blocks == [epochs]
+
+
+def test_every_sample_can_be_read_and_has_its_length() -> None:
+    dataset = GPTDataset(IndexedDataset(CORPUS), 64, 1234, 600)
+    assert len(dataset) == 612
+    assert all(dataset[i].shape == (65,) and dataset[i].dtype == np.int64 for i in range(612))
+    with pytest.raises(IndexError):
+        dataset[612]
+
+
+def test_one_epoch_covers_every_token_once(tmp_path: Path) -> None:
+    dataset = GPTDataset(write_corpus(tmp_path / "c", [5, 0, 1, 30, 5]), 4, 7, 1)
+    inputs = np.concatenate([dataset[i][:-1] for i in range(len(dataset))])
+    assert len(dataset) == 10 and len(set(inputs.tolist())) == 40
+
+
+def test_an_extended_run_keeps_its_prefix() -> None:
+    short = GPTDataset(IndexedDataset(CORPUS), 64, 1234, 500)
+    longer = GPTDataset(IndexedDataset(CORPUS), 64, 1234, 1500, epoch_blocks=short.epoch_blocks)
+    assert longer.epoch_blocks == [1, 2] and len(longer) == 612 + 1225
+    assert all(np.array_equal(longer[i], short[i]) for i in range(len(short)))
+    block = GPTDataset(IndexedDataset(CORPUS), 64, 1235, 1, epoch_blocks=[2])
+    assert all(np.array_equal(longer[612 + i], block[i]) for i in range(len(block)))
+
+
+def test_a_shorter_rest_appends_nothing() -> None:
+    dataset = GPTDataset(IndexedDataset(CORPUS), 64, 1234, 600, epoch_blocks=[5])
+    assert dataset.epoch_blocks == [5] and len(dataset) == 3063
+
+
+def test_joined_indices_describe_the_samples() -> None:
+    dataset = GPTDataset(IndexedDataset(CORPUS), 64, 1234, 700, epoch_blocks=[1])
+    doc_idx, sample_idx, shuffle_idx = dataset.doc_idx, dataset.sample_idx, dataset.shuffle_idx
+    assert len(shuffle_idx) == len(dataset) and len(doc_idx) == 400
+    for i in (0, 611, 612, 1000):
+        position, offset = sample_idx[shuffle_idx[i]]
+        assert dataset.indexed[doc_idx[position]][offset] == dataset[i][0]
+
+
+@pytest.mark.parametrize("missing", [1, 9, 10, 11, 100])
+def test_a_block_has_as_few_epochs_as_suffice(missing: int) -> None:
+    [epochs] = extend_epoch_blocks([], 41, 4, missing)
+    assert count_samples(epochs, 41, 4) >= missing
+    assert epochs == 1 or count_samples(epochs - 1, 41, 4) < missing
+
+
+def test_too_few_tokens_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="hold 1 tokens, too few"):
+        GPTDataset(write_corpus(tmp_path / "c", [1]), 4, 0, 1)
+
+
+def cached(prefix: Path, **options: object) -> GPTDataset:
+    return GPTDataset(IndexedDataset(prefix), 4, 7, 1, cache_min_samples=1, **options)
+
+
+def test_cached_order_is_the_same_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path / "c", [5, 9, 30])
+    first = cached(tmp_path / "c")
+    assert len(list(tmp_path.glob("c_*.npy"))) == 3 and not list(tmp_path.glob("*.part"))
+    monkeypatch.setattr("megatron.data.samples.build_order", None)
+    assert np.array_equal(cached(tmp_path / "c").sample_idx, first.sample_idx)
+    assert np.array_equal(np.asarray(first.shuffle_idx), cached(tmp_path / "c").shuffle_idx)
+
+
+@pytest.mark.parametrize("limit", [cache.WHOLE_FILE_LIMIT, 1])
+def test_a_changed_corpus_does_not_use_a_stale_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(cache, "WHOLE_FILE_LIMIT", limit)
+    monkeypatch.setattr(cache, "_PROBE_BYTES", 8)
+    write_corpus(tmp_path / "c", [5, 9, 30])
+    cached(tmp_path / "c", cache_dir=tmp_path / "cache")
+    write_corpus(tmp_path / "c", [30, 9, 5])
+    fresh = GPTDataset(IndexedDataset(tmp_path / "c"), 4, 7, 1)
+    again = cached(tmp_path / "c", cache_dir=tmp_path / "cache")
+    assert np.array_equal(again.sample_idx, fresh.sample_idx)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 6
+
+
+def test_a_damaged_cache_is_built_again_with_one_warning(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    write_corpus(tmp_path / "c", [5, 9, 30])
+    expected = np.array(cached(tmp_path / "c").shuffle_idx)
+    [path] = tmp_path.glob("c_*_shuffle_idx.npy")
+    path.write_bytes(path.read_bytes()[:-4])
+    assert np.array_equal(cached(tmp_path / "c").shuffle_idx, expected)
+    warnings = [record for record in log.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1 and "damaged" in warnings[0].message
+    assert np.array_equal(np.load(path), expected)
+
+
+def test_an_unwritable_cache_is_not_used_with_one_warning(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    write_corpus(tmp_path / "c", [5, 9, 30])
+    (tmp_path / "file").write_text("")
+    dataset = cached(tmp_path / "c", cache_dir=tmp_path / "file" / "cache")
+    assert len(dataset) == 10
+    assert [record.message.startswith("sample order kept in memory") for record in log.records] == [True]
+
+
+@pytest.mark.parametrize(
+    ("split", "count", "expected"),
+    [
+        ("949,50,1", 1000, [(0, 949), (949, 999), (999, 1000)]),
+        ("969, 30, 1", 200, [(0, 194), (194, 200), (200, 200)]),
+        ("1/1/1", 10, [(0, 4), (4, 7), (7, 10)]),
+        ("5", 7, [(0, 7), (7, 7), (7, 7)]),
+        ("1,1", 3, [(0, 1), (1, 3), (3, 3)]),
+    ],
+)
+def test_split_rounds_like_gpt_neox(split: str, count: int, expected: list[tuple[int, int]]) -> None:
+    assert split_documents(split, count) == expected
+
+
+@pytest.mark.parametrize("split", ["", "a,b", "0,0,0", "-1,2,3", "nan,1,1"])
+def test_a_malformed_split_is_refused(split: str) -> None:
+    with pytest.raises(UserError, match="split: .*949,50,1"):
+        split_documents(split, 10)
