@@ -12,8 +12,8 @@ def main() -> int:
     from megatron.config.cli import parse_run
     from megatron.launch import ensure_process_environment
 
-    config, _ = parse_run(sys.argv[1:], "train.py")
     ensure_process_environment()
+    config, _ = parse_run(sys.argv[1:], "train.py")
     from megatron.training.loop import shut_down, train
 
     train(config)

@@ -1,0 +1,81 @@
+"""Shared fixtures: a tiny tokenizer, a tiny corpus, a tiny configuration, and one gloo process group for the session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two test processes share two cores
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+
+from megatron.config import RunConfig, load_config
+
+FIXTURES = Path(__file__).parent / "fixtures"
+VOCABULARY = 300
+
+TINY = {
+    "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 16, "rotary_pct": 0.25,
+    "qkv_slot_num": 24, "proj_slot_num": 24, "ffn_slot_num": 40, "norm": "layernorm_nonparam",
+    "final_norm": "layernorm", "output_layer_init_method": "wang_init", "make_vocab_size_divisible_by": 64,
+    "tokenizer_type": "HFTokenizer", "train_micro_batch_size_per_gpu": 4, "train_iters": 20, "eval_iters": 2,
+    "eval_interval": 10, "log_interval": 1, "num_workers": 0, "split": "90,10,0", "warmup": 0.0, "min_lr": 1e-4,
+    "lr_decay_style": "cosine", "distributed_backend": "gloo", "precision": "fp32",
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95]}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer.json of 300 entries."""
+    from megatron.tokenizer.training import train_tokenizer
+
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_tokenizer(["the people of the united states and the congress of the states " * 20], VOCABULARY, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus_prefix(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> str:
+    """A learnable corpus of 60 documents: repetitions of three token patterns."""
+    from megatron.data import IndexedDatasetBuilder
+    from megatron.tokenizer import build_tokenizer
+
+    settings = load_config([], {**TINY, "vocab_file": str(tokenizer_file)})
+    vocabulary = build_tokenizer(settings.tokenizer).vocab_size
+    random = np.random.RandomState(0)
+    prefix = str(tmp_path_factory.mktemp("corpus") / "corpus")
+    builder = IndexedDatasetBuilder(prefix, np.uint16)
+    patterns = [random.randint(1, vocabulary, size=size) for size in (5, 7, 11)]
+    for number in range(60):
+        document = np.resize(patterns[number % 3], random.randint(40, 160))
+        builder.add_document([*document.tolist(), 0])
+    builder.finalize()
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tokenizer_file: Path, corpus_prefix: str) -> Callable[..., RunConfig]:
+    """Makes a complete small run's configuration; keyword arguments override keys."""
+
+    def make(**overrides: Any) -> RunConfig:
+        base = {**TINY, "vocab_file": str(tokenizer_file), "data_path": corpus_prefix}
+        return load_config([], {**base, **overrides})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def single_process() -> Iterator[None]:
+    """This process as a process group of one, shared by every test that builds an engine here."""
+    from megatron.launch import ensure_process_environment
+    from megatron.training.loop import shut_down
+
+    ensure_process_environment()
+    yield
+    shut_down()

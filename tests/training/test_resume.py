@@ -1,0 +1,132 @@
+"""A run that is stopped and resumed is the run that was never stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.checkpoint import CheckpointReader, find_checkpoint
+from megatron.config import RunConfig
+from megatron.errors import UserError
+from megatron.training import train
+
+pytestmark = pytest.mark.usefixtures("single_process")
+MakeConfig = Callable[..., RunConfig]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["iteration"]: line["lm_loss"] for line in lines if "lm_loss" in line}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    latest = find_checkpoint(folder)
+    assert latest is not None
+    reader = CheckpointReader(latest)
+    return {f"{kind}/{n}": reader.tensor(kind, n) for kind in ("model", "optimizer", "rng") for n in reader.names(kind)}
+
+
+def run(config: MakeConfig, folder: Path, **keys: Any) -> None:
+    train(config(save=str(folder), load=str(folder), **keys))
+
+
+SETTINGS = [
+    pytest.param({"precision": "fp32", "zero_optimization": {"stage": stage}}, id=f"fp32-zero{stage}")
+    for stage in (0, 1, 2, 3)
+] + [
+    pytest.param({"precision": "bf16", "zero_optimization": {"stage": stage}}, id=f"bf16-zero{stage}")
+    for stage in (1, 2, 3)
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_ten_and_ten_iterations_equal_twenty(tiny_config: MakeConfig, tmp_path: Path, settings: dict[str, Any]) -> None:
+    keys = {**settings, "hidden_dropout": 0.1, "checkpoint_factor": 10}
+    run(tiny_config, tmp_path / "whole", **keys)
+    run(tiny_config, tmp_path / "parts", **keys, exit_interval=10)
+    first = losses(tmp_path / "parts")
+    assert max(first) == 10
+    run(tiny_config, tmp_path / "parts", **keys)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert whole.keys() == parts.keys() and any(name.startswith("optimizer/exp_avg_sq/") for name in whole)
+    for name in whole:
+        assert torch.equal(whole[name], parts[name]), name
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Lion", "Muon"])
+def test_every_optimizer_resumes_exactly_and_learns(tiny_config: MakeConfig, tmp_path: Path, kind: str) -> None:
+    lr = {"SGD": 0.5, "Lion": 5e-3, "Muon": 3e-3}[kind]
+    keys = {"optimizer": {"type": kind, "params": {"lr": lr, "momentum": 0.9}}, "zero_optimization": {"stage": 1}}
+    run(tiny_config, tmp_path / "whole", **keys)
+    run(tiny_config, tmp_path / "parts", **keys, exit_interval=10)
+    run(tiny_config, tmp_path / "parts", **keys)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    curve = losses(tmp_path / "whole")
+    assert curve[20] < curve[1] - 0.1
+
+
+def test_a_longer_run_keeps_the_data_it_consumed(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    # lr_decay_iters is fixed, so that only the data order could differ.
+    keys = {"lr_decay_iters": 60, "train_micro_batch_size_per_gpu": 32}
+    run(tiny_config, tmp_path / "short", **keys, train_iters=10)
+    short = losses(tmp_path / "short")
+    run(tiny_config, tmp_path / "short", **keys, train_iters=60)
+    longer = losses(tmp_path / "short")
+    assert {i: longer[i] for i in short} == short
+    blocks = json.loads((tmp_path / "short/global_step60/train_state.json").read_text())["epoch_blocks"]["train/0"]
+    first = json.loads((tmp_path / "short/global_step10/train_state.json").read_text())["epoch_blocks"]["train/0"]
+    assert len(blocks) == len(first) + 1 and blocks[: len(first)] == first
+
+
+def test_finetune_takes_the_weights_and_nothing_else(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run(tiny_config, tmp_path / "base", train_iters=5)
+    state = train(tiny_config(load=str(tmp_path / "base"), finetune=True, train_iters=2, save=str(tmp_path / "tuned")))
+    assert state.iteration == 2
+    steps = tensors(tmp_path / "tuned")["optimizer/step/final_norm.weight"]
+    assert steps.item() == 2
+
+
+def test_an_empty_load_folder_starts_from_scratch(
+    tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    state = train(tiny_config(load=str(tmp_path / "empty"), train_iters=1))
+    assert state.iteration == 1
+
+
+def test_a_checkpoint_of_another_shape_names_tensor_and_key(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run(tiny_config, tmp_path, train_iters=1)
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.key_tokens_0.*\[40, 32\].*\[48, 32\].*ffn_slot_num: 48"):
+        run(tiny_config, tmp_path, ffn_slot_num=48)
+    with pytest.raises(UserError, match="num_layers"):
+        run(tiny_config, tmp_path, num_layers=3)
+
+
+def test_a_damaged_checkpoint_is_refused_and_an_earlier_one_can_be_named(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    run(tiny_config, tmp_path, train_iters=4, checkpoint_factor=2)
+    file = tmp_path / "global_step4" / "model-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"global_step4 is damaged: model-00000\.safetensors has \d+ bytes.*iteration"):
+        run(tiny_config, tmp_path, train_iters=6)
+    state = train(tiny_config(load=str(tmp_path), iteration=2, train_iters=6))
+    assert state.iteration == 6
+
+
+def test_checkpoints_are_kept_and_removed_as_asked(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    keys = {"checkpoint_factor": 2, "extra_save_iters": [0, 1], "keep_last_n_checkpoints": 2, "train_iters": 8}
+    run(tiny_config, tmp_path, **keys)
+    assert sorted(p.name for p in tmp_path.glob("global_step*")) == [f"global_step{i}" for i in (0, 1, 6, 8)]
+
+
+def test_missing_optimizer_state_is_an_error_that_names_the_way_out(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run(tiny_config, tmp_path, train_iters=2, no_save_optim=True)
+    with pytest.raises(UserError, match="no_load_optim: true"):
+        run(tiny_config, tmp_path, train_iters=4)
