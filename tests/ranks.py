@@ -1,0 +1,59 @@
+"""Runs a function on several real processes joined by gloo; a fork server pays for the imports once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.queues import SimpleQueue
+from typing import Any
+
+_PRELOAD = ["deepspeed.runtime.engine", "deepspeed.runtime.zero.muon.original_muon", "megatron.training.loop"]
+_TIMEOUT_SECONDS = 120.0
+
+
+def _worker(
+    function: Callable[..., Any], rank: int, world: int, port: int, arguments: tuple[Any, ...], results: SimpleQueue[Any]
+) -> None:
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in values.items()})
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        results.put((rank, function(*arguments), None))
+        code = 0
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        code = 1
+    # A gloo thread may outlive the interpreter and abort it: leave without its teardown.
+    os._exit(code)
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(*arguments)` on `world` ranks; what each returned, by rank. A failure fails with its traceback."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results: SimpleQueue[Any] = context.SimpleQueue()
+    processes = [
+        context.Process(target=_worker, args=(function, rank, world, port, arguments, results)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(_TIMEOUT_SECONDS)
+    alive = [process for process in processes if process.is_alive()]
+    for process in alive:
+        process.kill()
+    found: dict[int, Any] = {}
+    while not results.empty():
+        rank, value, error = results.get()
+        assert error is None, f"rank {rank}:\n{error}"
+        found[rank] = value
+    assert not alive, "a rank did not finish in time"
+    return [found[rank] for rank in range(world)]
