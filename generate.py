@@ -1,0 +1,26 @@
+"""Generates text with a checkpoint: `python generate.py configs/demo.yml --text_gen_type KIND`, or through deepy.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from megatron.errors import run_command
+
+
+def main() -> int:
+    """Parse the command line and generate in the first process; returns the exit code."""
+    from megatron.config.cli import parse_run
+    from megatron.launch import ensure_process_environment
+
+    ensure_process_environment()
+    config, _ = parse_run(sys.argv[1:], "generate.py")
+    if os.environ["RANK"] == "0":
+        from megatron.inference.modes import run_generation
+
+        run_generation(config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,68 @@
+"""What evaluation and generation start from: the model and the tokenizer that a configuration names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron.checkpoint.store import find_checkpoint
+from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.errors import UserError
+from megatron.inference.load import load_model
+from megatron.log import get_logger
+from megatron.model import LanguageModel
+from megatron.tokenizer import Tokenizer, build_tokenizer
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_for_inference(config: RunConfig) -> tuple[LanguageModel, Tokenizer]:
+    """The model of eval_ckpt, else of load, and the tokenizer; on a GPU if there is one.
+
+    Raises: UserError when no checkpoint is named or found, or the tokenizer does not fit the model.
+    """
+    path = checkpoint_source(config.checkpoint)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = inference_dtype(config.precision.dtype, device)
+    tokenizer = build_tokenizer(config.tokenizer)
+    model = load_model(path, config, dtype, device, attention_backend=config.training.attention_backend)
+    _check_vocabulary(tokenizer, model)
+    name = str(dtype).removeprefix("torch.")
+    get_logger().info("model of %s: %s parameters, %s on %s", path, f"{model.num_parameters():,}", name, device)
+    return model, tokenizer
+
+
+def checkpoint_source(config: CheckpointConfig) -> Path:
+    """The file or the folder of the one checkpoint that eval_ckpt, else load, and iteration name. Raises UserError."""
+    key = "eval_ckpt" if config.eval_ckpt else "load"
+    named = config.eval_ckpt or config.load
+    if not named:
+        raise UserError(
+            "load: no checkpoint configured; set load to a run's checkpoint folder, or eval_ckpt to an official "
+            "pytorch_model.bin"
+        )
+    path = Path(named)
+    if not path.exists():
+        raise UserError(f"{key}: {path} does not exist; train first, or name an existing checkpoint")
+    folder = None if path.is_file() else find_checkpoint(path, config.iteration)
+    return folder or path
+
+
+def inference_dtype(name: Literal["fp32", "bf16", "fp16"], device: torch.device) -> torch.dtype:
+    """The torch dtype of the configured one; fp16 becomes fp32 on a CPU, which has no fast fp16."""
+    if name == "fp16" and device.type == "cpu":
+        get_logger().info("fp16: no GPU here, the model runs in fp32")
+        return torch.float32
+    return _DTYPES[name]
+
+
+def _check_vocabulary(tokenizer: Tokenizer, model: LanguageModel) -> None:
+    rows = model.config.padded_vocab_size
+    assert rows is not None, "LanguageModel checks the vocabulary"
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"tokenizer_type: the tokenizer has {tokenizer.vocab_size} ids, the model's embedding {rows} rows; use the "
+            "tokenizer the model was trained with"
+        )

@@ -1,0 +1,136 @@
+"""eval.py's run: results, table, results file, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval_tasks.adapter import TokenFormerLM
+from eval_tasks.run import find_tasks, format_table, results_path, run_evaluation
+from megatron.config import EvaluationConfig, RunConfig
+from megatron.errors import UserError
+from megatron.inference import load_model
+from megatron.tokenizer import HFTokenizer
+from tests.inference.helpers import make_config, save_random_models
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "eval"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The task's data lies in the current folder; nothing is cached outside of the test."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(FIXTURES)
+
+
+@pytest.fixture
+def config(tmp_path: Path, tokenizer_file: Path) -> RunConfig:
+    keys: dict[str, Any] = {
+        "padded_vocab_size": 384,
+        "tokenizer_type": "HFTokenizer",
+        "vocab_file": str(tokenizer_file),
+        "load": str(tmp_path / "run"),
+        "include_path": str(FIXTURES),
+        "eval_tasks": ["harbor_choice"],
+        "eval_results_prefix": str(tmp_path / "results" / "tiny"),
+    }
+    config = make_config(**keys)
+    save_random_models(tmp_path / "run", config, (7,))
+    return config
+
+
+def with_evaluation(config: RunConfig, **keys: Any) -> RunConfig:
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=keys)})
+
+
+def test_accuracy_is_that_of_the_most_likely_choice(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = run_evaluation(config)
+    lm = TokenFormerLM(load_model(tmp_path / "run"), HFTokenizer(str(config.tokenizer.vocab_file)), progress=False)
+    correct = correct_norm = 0
+    for line in (FIXTURES / "harbor_choice.jsonl").read_text(encoding="utf-8").splitlines():
+        document = json.loads(line)
+        pairs = [lm._encode_pair(document["context"], " " + choice) for choice in document["choices"]]
+        scores = [score for score, _ in lm._loglikelihood_tokens([(("", ""), *pair) for pair in pairs])]
+        per_character = [score / len(choice) for score, choice in zip(scores, document["choices"], strict=True)]
+        correct += scores.index(max(scores)) == document["label"]
+        correct_norm += per_character.index(max(per_character)) == document["label"]
+    found = results["results"]["harbor_choice"]
+    assert (found["acc,none"], found["acc_norm,none"]) == (correct / 5, correct_norm / 5)
+    printed = capsys.readouterr().out
+    assert f"harbor_choice  acc       {correct / 5:.4f}" in printed
+    (written,) = (tmp_path / "results").glob("tiny_eval_results_*.json")
+    assert json.loads(written.read_text(encoding="utf-8"))["results"]["harbor_choice"] == found
+    assert results["checkpoint"].endswith("global_step7")
+
+
+def test_patterns_limits_and_resampled_errors_work(config: RunConfig) -> None:
+    results = run_evaluation(with_evaluation(config, eval_tasks=["harbor_*"], eval_limit=3, num_fewshot=0))
+    assert set(results["results"]) == {"harbor_choice", "harbor_last", "harbor_text"}
+    assert results["n-samples"]["harbor_choice"]["effective"] == 3
+    assert results["results"]["harbor_text"]["word_perplexity,none"] > 1
+    assert results["results"]["harbor_last"]["perplexity_stderr,none"] > 0
+
+
+def test_missing_tasks_and_folders_are_named(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.tasks import TaskManager
+
+    # lm-eval's thousands of own tasks take seconds to read and would add nothing.
+    monkeypatch.setattr(
+        "lm_eval.tasks.TaskManager",
+        lambda include_path, include_defaults=False: TaskManager(include_path=include_path, include_defaults=False),
+    )
+    for keys, message in [
+        ({"eval_tasks": None}, "eval_tasks: missing"),
+        ({"eval_tasks": ["harbour_choice"]}, "unknown task 'harbour_choice'; did you mean harbor_choice"),
+        ({"eval_tasks": ["zzz"]}, "unknown task 'zzz'; `lm_eval ls tasks` lists all names"),
+        ({"include_path": "/nowhere"}, "include_path: /nowhere is not a folder"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run_evaluation(with_evaluation(config, **keys))
+
+
+def test_missing_checkpoint_is_named(config: RunConfig) -> None:
+    checkpoint = config.checkpoint.model_copy(update={"load": None})
+    with pytest.raises(UserError, match="load: no checkpoint configured"):
+        run_evaluation(config.model_copy(update={"checkpoint": checkpoint}))
+
+
+def test_missing_data_is_reported_with_the_task(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="the data of harbor_choice cannot be loaded"):
+        run_evaluation(config)
+
+
+def test_missing_package_names_its_requirements(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match="pip install -r requirements/requirements-eval.txt"):
+        run_evaluation(config)
+
+
+def test_own_tasks_are_found_without_reading_lm_evals() -> None:
+    names, manager = find_tasks(EvaluationConfig(eval_tasks=["harbor_text"], include_path=str(FIXTURES)))
+    assert names == ["harbor_text"]
+    assert manager.all_tasks == ["harbor_choice", "harbor_last", "harbor_text"]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "start"), [("", "eval_results_"), ("a", "a_eval_results_"), ("b/", "b/eval_results_"), ("c_", "c_eval")]
+)
+def test_results_file_begins_with_the_prefix(prefix: str, start: str) -> None:
+    assert str(results_path(prefix)).startswith(start)
+
+
+def test_table_shows_values_and_errors() -> None:
+    table = format_table({"t": {"alias": "t", "acc,none": 0.25, "acc_stderr,none": "N/A", "em,strict": 1}})
+    assert table.splitlines()[2:] == ["t     acc          0.2500       -", "t     em (strict)  1.0000       -"]

@@ -1,0 +1,45 @@
+"""Tiny random models and configurations, for the tests of inference and evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.state import CanonicalState
+from megatron.checkpoint.store import save_checkpoint
+from megatron.config import RunConfig
+from megatron.config.schema import SECTIONS
+from megatron.model import LanguageModel
+
+TOKENFORMER = {"qkv_slot_num": 24, "proj_slot_num": 20, "ffn_slot_num": 40, "norm": "layernorm_nonparam"}
+
+
+def make_config(**keys: Any) -> RunConfig:
+    """A RunConfig of a tiny TokenFormer for CharLevelTokenizer, with 128 padded rows; flat keys override it."""
+    flat = {
+        "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 48, "rotary_pct": 0.25,
+        "final_norm": "layernorm", "init_method_std": 0.6, "padded_vocab_size": 640, **TOKENFORMER,
+        "tokenizer_type": "CharLevelTokenizer", **keys,
+    }  # fmt: skip
+    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for key, value in flat.items():
+        name = next(n for n in SECTIONS if key in RunConfig.model_fields[n].annotation.model_fields)  # type: ignore
+        sections[name][key] = value
+    return RunConfig(**sections)  # type: ignore[arg-type]
+
+
+def make_model(kind: str = "tokenformer", dtype: torch.dtype = torch.float64, **keys: Any) -> LanguageModel:
+    """A random model; its weights are large, so that greedy texts vary."""
+    transformer = {"qkv_slot_num": None, "proj_slot_num": None, "ffn_slot_num": None}
+    config = make_config(**(transformer if kind == "transformer" else {}), **keys)
+    return LanguageModel(config.model, seed=3, dtype=dtype).eval()
+
+
+def save_random_models(root: Path, config: RunConfig, iterations: tuple[int, ...]) -> None:
+    """A run's checkpoints, each with random weights of its own."""
+    for iteration in iterations:
+        network = LanguageModel(config.model, seed=iteration)
+        state = CanonicalState(iteration, {}, config.flat(), {"model": network.state_dict().items()})
+        save_checkpoint(root, state)
