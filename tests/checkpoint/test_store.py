@@ -1,0 +1,178 @@
+"""The store: atomic, verified, and readable after a kill at any point."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.checkpoint import CanonicalState, CheckpointReader, find_checkpoint, save_checkpoint
+from megatron.checkpoint import store as store_module
+from megatron.checkpoint.store import list_iterations, remove_old
+from megatron.errors import UserError
+
+
+def state(iteration: int, value: float = 1.0) -> CanonicalState:
+    tensors = {
+        "model": [("layer.weight", torch.full((4, 3), value)), ("layer.tau_tokens", torch.tensor(4))],
+        "optimizer": [("exp_avg/layer.weight", torch.ones(4, 3)), ("step/layer.weight", torch.tensor(7.0))],
+    }
+    return CanonicalState(iteration, {"iteration": iteration}, {"num_layers": 1}, tensors, {"python": "3"})
+
+
+def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, state(3, 2.5))
+    assert folder.name == "global_step3" and find_checkpoint(tmp_path) == folder
+    reader = CheckpointReader(folder)
+    assert torch.equal(reader.tensor("model", "layer.weight"), torch.full((4, 3), 2.5))
+    assert reader.tensor("model", "layer.tau_tokens").dtype == torch.int64
+    assert reader.shape("optimizer", "exp_avg/layer.weight") == (4, 3)
+    assert (reader.iteration, reader.train_state, reader.config) == (3, {"iteration": 3}, {"num_layers": 1})
+
+
+def test_large_states_are_written_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "SHARD_BYTES", 64)
+    stream = [(f"w{i}", torch.full((8,), float(i))) for i in range(10)]
+    folder = save_checkpoint(tmp_path, CanonicalState(1, {}, {}, {"model": stream}))
+    assert len(list(folder.glob("model-*.safetensors"))) == 5
+    reader = CheckpointReader(folder)
+    assert all(torch.equal(reader.tensor("model", name), tensor) for name, tensor in stream)
+
+
+@pytest.mark.parametrize("when", ["tensors", "manifest", "rename", "latest"])
+def test_a_kill_while_saving_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    save_checkpoint(tmp_path, state(1, 1.0))
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if when == "tensors":
+            patch.setattr(store_module, "save_file", die)
+        elif when == "manifest":
+            patch.setattr(store_module, "file_sha256", die)
+        elif when == "rename":
+            patch.setattr(store_module.os, "rename", die)
+        else:
+            patch.setattr(store_module.os, "replace", die)
+        with pytest.raises(Killed):
+            save_checkpoint(tmp_path, state(2, 2.0))
+    latest = find_checkpoint(tmp_path)
+    assert latest is not None and latest.name == "global_step1"
+    CheckpointReader(latest)
+    save_checkpoint(tmp_path, state(2, 2.0))
+    assert [p.name for p in tmp_path.glob(".*")] == []
+    assert find_checkpoint(tmp_path) == tmp_path / "global_step2"
+
+
+def test_a_kill_while_replacing_a_checkpoint_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, state(1, 1.0))
+    rename, calls = os.rename, []
+
+    def rename_once(source: Any, target: Any) -> None:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(source)
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module.os, "rename", rename_once)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, state(1, 2.0))
+    survivor = find_checkpoint(tmp_path)
+    assert survivor is not None
+    assert CheckpointReader(survivor).tensor("model", "layer.weight")[0, 0] == 1.0
+    save_checkpoint(tmp_path, state(1, 3.0))
+    assert CheckpointReader(tmp_path / "global_step1").tensor("model", "layer.weight")[0, 0] == 3.0
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, state(1))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store_module, "save_file", full)
+    with pytest.raises(UserError, match="cannot write checkpoint .*No space left on device; earlier checkpoints are"):
+        save_checkpoint(tmp_path, state(2))
+    assert list_iterations(tmp_path) == [1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model-00000.safetensors").unlink(), "model-00000.safetensors is missing"),
+        (lambda f: (f / "train_state.json").write_text("{}"), "train_state.json has 2 bytes instead of"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is not valid JSON"),
+        (lambda f: (f / "manifest.json").write_text("{}"), "does not describe"),
+        (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
+    ],
+)
+def test_damage_is_found_and_named(tmp_path: Path, damage: Any, message: str) -> None:
+    folder = save_checkpoint(tmp_path, state(1))
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        CheckpointReader(folder)
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, state(1))
+    file = folder / "optimizer-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="does not have the checksum"):
+        CheckpointReader(folder)
+
+
+def test_a_later_format_is_refused_with_its_number(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, state(1))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
+    with pytest.raises(UserError, match="format version 99"):
+        CheckpointReader(folder)
+
+
+def test_latest_that_names_nothing_lists_what_is_there(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, state(5))
+    (tmp_path / "latest").write_text("global_step9")
+    with pytest.raises(UserError, match="global_step9 is not a complete checkpoint; iterations found there: 5"):
+        find_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="global_step7"):
+        find_checkpoint(tmp_path, 7)
+    assert find_checkpoint(tmp_path, 5) == tmp_path / "global_step5"
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path) is None and find_checkpoint(tmp_path / "missing") is None
+
+
+def test_old_checkpoints_go_and_protected_ones_stay(tmp_path: Path) -> None:
+    for iteration in (0, 1, 2, 3, 4):
+        save_checkpoint(tmp_path, state(iteration))
+    assert remove_old(tmp_path, 2, protected=[0]) == [1, 2]
+    assert list_iterations(tmp_path) == [0, 3, 4]
+
+
+def test_ranks_that_do_not_write_walk_every_stream(tmp_path: Path) -> None:
+    walked = []
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        walked.append("model")
+        yield "w", torch.ones(1)
+        walked.append("end")
+
+    save_checkpoint(tmp_path, CanonicalState(1, {}, {}, {"model": stream()}), write=False)
+    assert walked == ["model", "end"] and list_iterations(tmp_path) == []
