@@ -130,7 +130,8 @@ def evaluating(model: LanguageModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        # Not inference_mode: rotary tables made in it could not be used in training afterwards.
+        with torch.no_grad():
             yield
     finally:
         model.train(was_training)

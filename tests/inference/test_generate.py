@@ -153,7 +153,7 @@ def test_prompt_that_does_not_fit_keeps_its_last_tokens(
 
 
 def test_the_model_keeps_its_mode_and_gradients_stay_possible(tokenizer: CharLevelTokenizer) -> None:
-    model = make_model().train()
+    model = make_model(dtype=torch.float32).train()
     generate(model, tokenizer, ["a"], maximum_tokens=2)
     assert model.training
     model(torch.tensor([[1, 2]])).sum().backward()
