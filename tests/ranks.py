@@ -15,7 +15,12 @@ _TIMEOUT_SECONDS = 120.0
 
 
 def _worker(
-    function: Callable[..., Any], rank: int, world: int, port: int, arguments: tuple[Any, ...], results: SimpleQueue[Any]
+    function: Callable[..., Any],
+    rank: int,
+    world: int,
+    port: int,
+    arguments: tuple[Any, ...],
+    results: SimpleQueue[Any],
 ) -> None:
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in values.items()})

@@ -122,7 +122,9 @@ def open_for_resume(config: RunConfig, rank: int) -> CheckpointReader | None:
     folder = find_checkpoint(load, config.checkpoint.iteration)
     if folder is None:
         if Path(load).is_dir() and any(Path(load).glob("global_step*")):
-            raise UserError(f"load: {load} has global_step folders but no complete checkpoint; name one with `iteration`")
+            raise UserError(
+                f"load: {load} has global_step folders but no complete checkpoint; name one with `iteration`"
+            )
         get_logger().info("no checkpoint in %s: starting from scratch", load)
         return None
     return CheckpointReader(folder, verify=rank == 0)

@@ -71,7 +71,9 @@ def test_flops_count_every_matrix_and_causal_attention() -> None:
     model = LanguageModel(ModelConfig(**SMALL, **TOKENS, norm="layernorm_nonparam"), device="meta")
     pattentions = 2 * (2 * 16 * (3 * 12 + 10 + 20))
     assert model.flops_per_token(8) == 6 * (pattentions + 32 * 16) + 6 * 2 * 8 * 16
-    untied = LanguageModel(ModelConfig(**SMALL, **TOKENS, norm="layernorm_nonparam", no_weight_tying=True), device="meta")
+    untied = LanguageModel(
+        ModelConfig(**SMALL, **TOKENS, norm="layernorm_nonparam", no_weight_tying=True), device="meta"
+    )
     assert untied.flops_per_token(8) == model.flops_per_token(8)
 
 

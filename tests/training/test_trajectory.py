@@ -67,7 +67,9 @@ def reference_losses(config: RunConfig, start: CheckpointReader) -> tuple[list[f
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_twenty_iterations_follow_torch_adamw(tiny_config: Callable[..., RunConfig], tmp_path: Path, stage: int) -> None:
+def test_twenty_iterations_follow_torch_adamw(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path, stage: int
+) -> None:
     config = tiny_config(**KEYS, save=str(tmp_path), zero_optimization={"stage": stage})
     train(config)
     expected, norms, model = reference_losses(config, CheckpointReader(tmp_path / "global_step0"))

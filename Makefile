@@ -1,0 +1,41 @@
+# make demo: install, prepare, train, evaluate, generate, report.  make test: the test suite.  make check: lint and types.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet
+REQ := requirements/requirements
+INSTALLED := $(VENV)/.installed
+DEMO := demo_output
+
+.PHONY: demo test check format clean
+
+# torch first, by itself: no other package may choose its build.
+$(INSTALLED): $(REQ).txt $(REQ)-dev.txt $(REQ)-eval.txt $(REQ)-tensorboard.txt $(REQ)-demo.txt
+	test -x $(PY) || python3 -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' $(REQ).txt)"
+	$(PIP) -r $(REQ).txt -r $(REQ)-eval.txt -r $(REQ)-demo.txt -r $(REQ)-dev.txt -r $(REQ)-tensorboard.txt
+	touch $@
+
+demo: $(INSTALLED)
+	rm -rf $(DEMO)
+	$(PY) -m tools.demo.prepare $(DEMO)
+	$(PY) prepare_data.py sotu_train -d $(DEMO)/data -t HFTokenizer -v $(DEMO)/tokenizer.json --input $(DEMO)/sotu_train.jsonl
+	$(PY) prepare_data.py sotu_heldout -d $(DEMO)/data -t HFTokenizer -v $(DEMO)/tokenizer.json --input $(DEMO)/sotu_heldout.jsonl
+	$(PY) deepy.py train.py configs/demo.yml
+	$(PY) deepy.py eval.py configs/demo.yml --eval_tasks sotu_continuation --include_path $(DEMO)/tasks --eval_results_prefix $(DEMO)/
+	$(PY) deepy.py generate.py configs/demo.yml --text_gen_type input-file -i $(DEMO)/prompts.txt -o $(DEMO)/samples.jsonl
+	$(PY) -m tools.demo.report $(DEMO)
+
+test: $(INSTALLED)
+	$(PY) -m pytest
+
+check: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(INSTALLED)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(DEMO) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,88 @@
+"""The house keeps its floors: a file imports from its own package or from floors below, never upwards."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Longest matching prefix counts.
+FLOORS = {
+    "megatron.errors": 0, "megatron.log": 0, "megatron": 0,
+    "megatron.mpu": 1, "megatron.config": 1,
+    "megatron.ops": 2, "megatron.checkpoint": 2, "megatron.tokenizer": 2,
+    "megatron.model": 3, "megatron.data": 3,
+    "megatron.growth": 4,
+    "megatron.training": 5, "megatron.inference": 5, "megatron.planner": 5,
+    "megatron.launch": 6, "eval_tasks": 6, "tools": 6.5,  # tools are faces of everything below, eval_tasks included
+    "deepy": 7, "train": 7, "eval": 7, "generate": 7, "prepare_data": 7,
+}  # fmt: skip
+ENTRY_SCRIPTS = ("deepy.py", "train.py", "eval.py", "generate.py", "prepare_data.py")
+
+
+def package(module: str) -> str | None:
+    matching = [name for name in FLOORS if module == name or module.startswith(name + ".")]
+    return max(matching, key=len, default=None)
+
+
+def source_files() -> list[Path]:
+    folders = [
+        *(ROOT / "megatron").rglob("*.py"),
+        *(ROOT / "eval_tasks").rglob("*.py"),
+        *(ROOT / "tools").rglob("*.py"),
+    ]
+    return [*folders, *(ROOT / name for name in ENTRY_SCRIPTS)]
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_never_go_upwards(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    here = package(module)
+    assert here is not None, f"{module} has no floor"
+    for name in imports(path):
+        there = package(name)
+        if there is None or there == here:
+            continue
+        assert FLOORS[there] < FLOORS[here], f"{module} (floor {FLOORS[here]}) imports {name} (floor {FLOORS[there]})"
+
+
+def test_one_file_calls_deepspeed_initialize() -> None:
+    callers = [p.relative_to(ROOT) for p in source_files() if "deepspeed.initialize(" in p.read_text(encoding="utf-8")]
+    assert callers == [Path("megatron/training/engine.py")]
+
+
+def test_the_configuration_floor_needs_no_torch() -> None:
+    for path in (ROOT / "megatron" / "config").rglob("*.py"):
+        assert not any(name.partition(".")[0] in ("torch", "deepspeed") for name in imports(path)), path
+
+
+@pytest.mark.parametrize("name", ENTRY_SCRIPTS)
+def test_entry_scripts_are_short(name: str) -> None:
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 80
+
+
+def test_nothing_loads_pickles_or_uses_a_shell() -> None:
+    forbidden = (
+        "weights_only=False",
+        "allow_pickle=True",
+        "shell=True",
+        "os.system",
+        "yaml.unsafe_load",
+        "yaml.Loader",
+        "eval(",
+    )
+    for path in source_files():
+        text = path.read_text(encoding="utf-8")
+        found = [word for word in forbidden if word in text.replace(".eval(", "")]
+        assert not found, (path, found)
