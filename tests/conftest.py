@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny tokenizer, a tiny corpus, a tiny configuration, and one gloo process group for the session."""
+"""Shared fixtures: a tiny tokenizer, corpus and configuration, and one gloo process group for the session."""
 
 from __future__ import annotations
 

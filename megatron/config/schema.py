@@ -426,7 +426,8 @@ class DataConfig(Section):
     weight_by_num_documents: bool = False
     """Derive the blending weights from the number of documents."""
     weighted_sampler_alpha: float = Field(default=1.0, ge=0, le=1)
-    """With weight_by_num_documents: weight proportional to (documents share)^alpha; below 1 lifts small sets."""
+    """With weight_by_num_documents: weights follow p^alpha (1 - p), p a set's share of documents; below 1 lifts small
+    sets."""
     split: str = "969, 30, 1"
     """Shares of data_path's documents for training, validation and test."""
     data_impl: Literal["mmap", "infer"] = "mmap"

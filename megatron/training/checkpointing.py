@@ -8,6 +8,7 @@ import random
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,8 @@ def _random_states(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 
 def _local_random_states() -> dict[str, Tensor]:
     _, python_state, _ = random.getstate()
-    _, keys, position, *_ = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state(legacy=True)
+    keys, position = numpy_state[1:3]
     states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(python_state, dtype=torch.int64),
@@ -106,7 +108,7 @@ def restore_random_states(reader: CheckpointReader, rank: int) -> None:
     torch.set_rng_state(values["torch"])
     random.setstate((3, tuple(values["python"].tolist()), None))
     *keys, position = values["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position))
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, 0, 0.0))
     if "cuda" in values and torch.cuda.is_available():
         torch.cuda.set_rng_state(values["cuda"])
 
@@ -122,9 +124,7 @@ def open_for_resume(config: RunConfig, rank: int) -> CheckpointReader | None:
     folder = find_checkpoint(load, config.checkpoint.iteration)
     if folder is None:
         if Path(load).is_dir() and any(Path(load).glob("global_step*")):
-            raise UserError(
-                f"load: {load} has global_step folders but no complete checkpoint; name one with `iteration`"
-            )
+            raise UserError(f"load: {load} has global_step folders but no `latest` file; name one with `iteration`")
         get_logger().info("no checkpoint in %s: starting from scratch", load)
         return None
     return CheckpointReader(folder, verify=rank == 0)
@@ -141,7 +141,7 @@ def restore(config: RunConfig, engine: Engine, state: TrainState, reader: Checkp
         names = reader.names("optimizer")
         if not names and state.iteration > 0:
             raise UserError(
-                f"load: {reader.folder} has no optimizer state; set no_load_optim: true to go on without, or finetune: true"
+                f"load: {reader.folder} has no optimizer state; set no_load_optim: true to go on without it"
             )
         engine.state.write_optimizer_state(names, lambda name: reader.tensor("optimizer", name))
     engine.loss_scaler = state.loss_scaler

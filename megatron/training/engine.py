@@ -154,8 +154,8 @@ class Engine:
         # The update ahead waits for the gradient norm anyway, so looking at the loss first costs no extra stall.
         if not self.config.training.allow_nonfinite_loss and not torch.isfinite(loss):
             raise UserError(
-                f"lm_loss: {loss.item()} on rank {self.layout.rank} is not finite, stopped before the update; resume from "
-                "the last checkpoint with a smaller lr or another seed, or set allow_nonfinite_loss: true"
+                f"lm_loss: {loss.item()} on rank {self.layout.rank} is not finite, stopped before the update; "
+                "resume from the last checkpoint with a smaller lr or another seed, or set allow_nonfinite_loss: true"
             )
 
     def _clip(self) -> Tensor:

@@ -83,7 +83,7 @@ class EngineState:
             yield name, self._gather(name, None)
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
-        """(`{moment}/{name}`, whole tensor) of every trained parameter; step counts are scalars. Empty before step 1."""
+        """(`{moment}/{name}`, whole tensor) of every trained parameter; step counts are scalars. Empty at first."""
         for name, place in self._slices.items():
             for moment, value in sorted(self.inner.state.get(place.flat, {}).items()):
                 if isinstance(value, Tensor) and value.shape == place.flat.shape:

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from megatron.config.schema import RunConfig
 from megatron.errors import UserError
@@ -121,7 +121,7 @@ class WandB:
 
     def write(self, metrics: Metrics) -> None:
         """Log under the iteration as step."""
-        step = metrics["iteration"]
+        step = int(metrics["iteration"] or 0)
         self._run.log({key: value for key, value in metrics.items() if value is not None}, step=step)
 
     def close(self) -> None:

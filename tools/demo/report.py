@@ -37,8 +37,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def held_out_losses(folder: Path) -> tuple[dict[str, float], int]:
-    """Nats per held-out token of the n-gram models and of the trained model, and the held-out text's bytes."""
+def held_out_losses(folder: Path) -> tuple[dict[str, float], int, int]:
+    """Nats per held-out token of the n-gram models and the trained model; how many tokens and bytes that text has."""
     config = load_config([CONFIG])
     data = config.data
     assert data.train_data_paths and data.valid_data_paths
@@ -53,9 +53,7 @@ def held_out_losses(folder: Path) -> tuple[dict[str, float], int]:
         )["loss"],
     }
     num_bytes = sum(len(line["text"].encode()) for line in read_jsonl(folder / "sotu_heldout.jsonl"))
-    return {name: loss * (len(held_out) - 1) for name, loss in losses.items()} | {
-        "tokens": len(held_out) - 1
-    }, num_bytes
+    return losses, len(held_out) - 1, num_bytes
 
 
 def zero_shot(folder: Path) -> dict[str, float]:
@@ -94,15 +92,14 @@ def draw_curves(metrics: list[dict[str, Any]], baselines: dict[str, float], path
 
 def report(folder: Path) -> None:
     """Print the table and write the figure."""
-    totals, num_bytes = held_out_losses(folder)
-    tokens = totals.pop("tokens")
+    losses, num_tokens, num_bytes = held_out_losses(folder)
     table = Table(title="Held-out text", title_justify="left")
     for column in ("model", "nats/token", "perplexity", "bits/byte"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    for name, total in totals.items():
-        loss = total / tokens
-        table.add_row(name, f"{loss:.3f}", f"{math.exp(loss):.1f}", f"{total / math.log(2) / num_bytes:.3f}")
-    unigram, bigram, model = (total / tokens for total in totals.values())
+    for name, loss in losses.items():
+        bits_per_byte = loss * num_tokens / math.log(2) / num_bytes
+        table.add_row(name, f"{loss:.3f}", f"{math.exp(loss):.1f}", f"{bits_per_byte:.3f}")
+    unigram, bigram, model = losses.values()
     table.add_section()
     table.add_row("gain over the unigram model", f"{unigram - model:.3f}", "", "")
     for name, value in zero_shot(folder).items():
