@@ -9,10 +9,10 @@ DEMO := demo_output
 .PHONY: demo test check format clean
 
 # torch first, by itself: no other package may choose its build.
-$(INSTALLED): $(REQ).txt $(REQ)-dev.txt $(REQ)-eval.txt $(REQ)-tensorboard.txt $(REQ)-demo.txt
+$(INSTALLED): $(REQ).txt $(REQ)-dev.txt $(REQ)-eval.txt $(REQ)-tensorboard.txt $(REQ)-tokenizers.txt $(REQ)-demo.txt
 	test -x $(PY) || python3 -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' $(REQ).txt)"
-	$(PIP) -r $(REQ).txt -r $(REQ)-eval.txt -r $(REQ)-demo.txt -r $(REQ)-dev.txt -r $(REQ)-tensorboard.txt
+	$(PIP) -r $(REQ).txt -r $(REQ)-eval.txt -r $(REQ)-demo.txt -r $(REQ)-dev.txt -r $(REQ)-tensorboard.txt -r $(REQ)-tokenizers.txt
 	touch $@
 
 demo: $(INSTALLED)
@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 	$(PY) prepare_data.py sotu_train -d $(DEMO)/data -t HFTokenizer -v $(DEMO)/tokenizer.json --input $(DEMO)/sotu_train.jsonl
 	$(PY) prepare_data.py sotu_heldout -d $(DEMO)/data -t HFTokenizer -v $(DEMO)/tokenizer.json --input $(DEMO)/sotu_heldout.jsonl
 	$(PY) deepy.py train.py configs/demo.yml
-	$(PY) deepy.py eval.py configs/demo.yml --eval_tasks sotu_continuation --include_path $(DEMO)/tasks --eval_results_prefix $(DEMO)/
+	$(PY) deepy.py eval.py configs/demo.yml --eval_tasks sotu_word_order --include_path $(DEMO)/tasks --eval_results_prefix $(DEMO)/
 	$(PY) deepy.py generate.py configs/demo.yml --text_gen_type input-file -i $(DEMO)/prompts.txt -o $(DEMO)/samples.jsonl
 	$(PY) -m tools.demo.report $(DEMO)
 

@@ -1,4 +1,4 @@
-"""A zero-shot task made from held-out text: which of four continuations did the sentence have?
+"""Zero-shot tasks made from held-out text: which of four continuations did the sentence have?
 
 The task is a folder with the documents (JSONL) and the lm-eval YAML, for `include_path`. Chance is 25 %.
 """
@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -28,12 +28,14 @@ def write_continuation_task(
     name: str = "sotu_continuation",
     num_documents: int = 200,
     seed: int = 1234,
+    distractors: Literal["sentences", "word_order"] = "sentences",
 ) -> Path:
     """Write a multiple-choice task from `texts` that the model has not seen; the YAML's path comes back.
 
-    A document is a sentence of at least 20 words: 12 are the context, the next 8 the true continuation, and the words
-    at the same place of three other sentences the distractors, so that length gives nothing away. The same texts and
-    seed give the same files.
+    A document is a sentence of at least 20 words: 12 are the context, the next 8 the true continuation. The distractors
+    are the words at the same place of three other sentences (`sentences`), or the true words in three other orders
+    (`word_order`, which smaller models can tell); either way length gives nothing away. The same texts and seed give
+    the same files.
 
     Raises: UserError when the texts hold fewer than `num_documents` such sentences, or the folder cannot be written.
     """
@@ -45,7 +47,7 @@ def write_continuation_task(
         )
     generator = random.Random(seed)
     generator.shuffle(sentences)
-    documents = [_document(i, sentences, generator) for i in range(num_documents)]
+    documents = [_document(i, sentences, generator, distractors) for i in range(num_documents)]
     folder = Path(folder)
     data_file, task_file = folder / f"{name}.jsonl", folder / f"{name}.yaml"
     lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
@@ -68,21 +70,38 @@ def long_sentences(texts: Sequence[str]) -> list[list[str]]:
         for line in text.splitlines():
             for sentence in _SENTENCE_END.split(line):
                 words = sentence.split()
-                if len(words) >= CONTEXT_WORDS + CONTINUATION_WORDS:
+                # A continuation of one repeated word has no other order.
+                if len(words) >= CONTEXT_WORDS + CONTINUATION_WORDS and len(set(_continued(words))) >= NUM_CHOICES:
                     found[_continuation(words)] = words
     return list(found.values())
 
 
+def _continued(words: list[str]) -> list[str]:
+    return words[CONTEXT_WORDS : CONTEXT_WORDS + CONTINUATION_WORDS]
+
+
 def _continuation(words: list[str]) -> str:
-    return " ".join(words[CONTEXT_WORDS : CONTEXT_WORDS + CONTINUATION_WORDS])
+    return " ".join(_continued(words))
 
 
-def _document(index: int, sentences: list[list[str]], generator: random.Random) -> dict[str, Any]:
-    drawn = generator.sample(range(len(sentences)), NUM_CHOICES)
-    others = [other for other in drawn if other != index][: NUM_CHOICES - 1]
-    order = generator.sample([index, *others], NUM_CHOICES)
+def _document(index: int, sentences: list[list[str]], generator: random.Random, distractors: str) -> dict[str, Any]:
+    truth = _continuation(sentences[index])
+    if distractors == "word_order":
+        others = _reordered(truth, generator)
+    else:
+        drawn = generator.sample(range(len(sentences)), NUM_CHOICES)
+        others = [_continuation(sentences[i]) for i in drawn if i != index][: NUM_CHOICES - 1]
+    choices = generator.sample([truth, *others], NUM_CHOICES)
     context = " ".join(sentences[index][:CONTEXT_WORDS])
-    return {"context": context, "choices": [_continuation(sentences[i]) for i in order], "label": order.index(index)}
+    return {"context": context, "choices": choices, "label": choices.index(truth)}
+
+
+def _reordered(text: str, generator: random.Random) -> list[str]:
+    """Three different orders of the words of `text`, none of them its own."""
+    words, found = text.split(), {text: None}
+    while len(found) < NUM_CHOICES:
+        found[" ".join(generator.sample(words, len(words)))] = None
+    return list(found)[1:]
 
 
 def task_config(name: str, data_file: Path) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class ModelConfig(Section):
     ffn_slot_num: int | None = Field(default=None, gt=0)
     """Parameter tokens of the feed-forward Pattention (TokenFormer blocks)."""
     norm_activation_type: PattentionActivation = "l2_norm_gelu"
-    """How Pattention turns scores into weights (SPEC: theta). l2_norm_gelu is the published form."""
+    """How Pattention turns scores into weights (theta of the paper). l2_norm_gelu is the published form."""
     seq_length: int = Field(gt=0)
     """Tokens a training sample holds; also the context length at evaluation and generation."""
     max_position_embeddings: int | None = Field(default=None, gt=0)
@@ -451,13 +451,17 @@ class DataConfig(Section):
         return self
 
 
+TokenizerType = Literal["HFTokenizer", "GPT2BPETokenizer", "SPMTokenizer", "TiktokenTokenizer", "CharLevelTokenizer"]
+
+
 class TokenizerConfig(Section):
     """The tokenizer."""
 
-    tokenizer_type: Literal["HFTokenizer", "GPT2BPETokenizer", "CharLevelTokenizer"] = "GPT2BPETokenizer"
-    """HFTokenizer: a tokenizer.json; GPT2BPETokenizer: vocab.json and merges.txt; CharLevelTokenizer: bytes."""
+    tokenizer_type: TokenizerType = "GPT2BPETokenizer"
+    """HFTokenizer: a tokenizer.json; GPT2BPETokenizer: vocab.json and merges.txt; SPMTokenizer: a sentencepiece model;
+    TiktokenTokenizer: a ranks file or the name of an encoding; CharLevelTokenizer: bytes."""
     vocab_file: str | None = None
-    """tokenizer.json, or vocab.json of GPT-2."""
+    """tokenizer.json, vocab.json of GPT-2, a sentencepiece .model, or a .tiktoken file or the name of an encoding."""
     merge_file: str | None = None
     """merges.txt of GPT-2."""
 

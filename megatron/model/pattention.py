@@ -14,7 +14,7 @@ ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 
 
 class Pattention(nn.Module):
-    """Input tokens attend to learnable key-value parameter tokens (paper, equation 3).
+    """Input tokens attend to learnable key-value parameter tokens (paper, section 3.2).
 
     The tokens are held in segments, one at first and one more for each growth, so that old and new tokens can have
     optimizer settings and states of their own. Segment i has the parameters `key_tokens_i` [n_i, in_features] and

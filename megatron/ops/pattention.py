@@ -1,7 +1,7 @@
 """Pattention, token-parameter attention: Pattention(X, K_P, V_P) = Theta(X K_P^T) V_P.
 
 Shapes: x [.., d_in], key [n, d_in], value [n, d_out], scores A and weights [.., n], output [.., d_out].
-Source: Wang et al., TokenFormer (ICLR 2025), equations 3 and 4. Departure: a row of scores that is all zero
+Source: Wang et al., TokenFormer (ICLR 2025), section 3.2. Departure: a row of scores that is all zero
 (the LayerNorm of a constant row) gives zeros and zero gradients where the plain quotient gives NaN.
 
 Two implementations of the same function: `pattention_reference` is the formula in autograd, `pattention_fused`
@@ -41,7 +41,7 @@ def _row_scale(rows: Tensor, tau: Tensor) -> Tensor:
 
 
 def theta(scores: Tensor, tau_tokens: Tensor, activation: str) -> Tensor:
-    """Weights of the parameter tokens from their scores, row by row (equation 4 of the paper).
+    """Weights of the parameter tokens from their scores, row by row (the paper's modified softmax).
 
     Args:
         scores: A = X K_P^T, [.., n].
@@ -65,7 +65,7 @@ def theta(scores: Tensor, tau_tokens: Tensor, activation: str) -> Tensor:
 
 
 def pattention_reference(x: Tensor, key: Tensor, value: Tensor, tau_tokens: Tensor, activation: str) -> Tensor:
-    """Theta(X K_P^T) V_P as written in the paper (equation 3); [.., d_in] -> [.., d_out]."""
+    """Theta(X K_P^T) V_P as written in the paper (section 3.2); [.., d_in] -> [.., d_out]."""
     return theta(x @ key.T, tau_tokens, activation) @ value
 
 

@@ -39,6 +39,15 @@ def test_the_true_continuation_is_among_four_of_equal_length(tmp_path: Path) -> 
     assert {document["label"] for document in documents} == {0, 1, 2, 3}
 
 
+def test_word_order_distractors_are_the_true_words_in_other_orders(tmp_path: Path) -> None:
+    task = write_continuation_task(make_texts(), tmp_path, num_documents=30, distractors="word_order")
+    for document in documents_of(task):
+        truth = document["choices"][document["label"]]
+        assert [word.split("w")[1] for word in truth.split()] == [str(j) for j in range(12, 20)]
+        assert len(set(document["choices"])) == 4
+        assert len({tuple(sorted(choice.split())) for choice in document["choices"]}) == 1
+
+
 def test_seed_decides_the_files(tmp_path: Path) -> None:
     files = [
         write_continuation_task(make_texts(), tmp_path / name, num_documents=9, seed=seed).with_suffix(".jsonl")
@@ -49,7 +58,7 @@ def test_seed_decides_the_files(tmp_path: Path) -> None:
 
 
 def test_sentences_do_not_cross_lines_and_are_distinct() -> None:
-    long = " ".join(["Word"] * 25)
+    long = " ".join(f"Word{i}" for i in range(25))
     assert long_sentences([f"{long}. Short one.\n{long}.", "half a\n" * 30]) == [f"{long}.".split()]
 
 

@@ -16,6 +16,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--output", required=True, metavar="DIR", help="folder of the task, for include_path")
     add("--name", default="sotu_continuation", help="name of the task, for eval_tasks")
     add("--num-documents", type=int, default=200, help="questions in the task")
+    add("--distractors", choices=("sentences", "word_order"), default="sentences", help="what the wrong choices are")
     add("--seed", type=int, default=1234, help="seed of the choice of sentences and distractors")
     return parser.parse_args(arguments)
 
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     args = parse_args(arguments)
     texts = [text for path in args.input for text in read_texts(path, args.jsonl_key)]
-    task_file = write_continuation_task(texts, args.output, args.name, args.num_documents, args.seed)
+    task_file = write_continuation_task(texts, args.output, args.name, args.num_documents, args.seed, args.distractors)
     get_logger().info("task %s written to %s", args.name, task_file)
 
 

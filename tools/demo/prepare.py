@@ -16,6 +16,7 @@ from megatron.tokenizer.training import train_tokenizer
 
 HELD_OUT_EVERY = 12
 VOCABULARY = 2048
+TASK = "sotu_word_order"
 PROMPTS = (
     "The people of the United States",
     "Fellow citizens of the Senate and House of Representatives:",
@@ -48,7 +49,7 @@ def prepare(folder: Path) -> None:
     write_jsonl(folder / "sotu_train.jsonl", training)
     write_jsonl(folder / "sotu_heldout.jsonl", held_out)
     train_tokenizer(training, VOCABULARY, folder / "tokenizer.json")
-    write_continuation_task(held_out, folder / "tasks")
+    write_continuation_task(held_out, folder / "tasks", TASK, distractors="word_order")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     print(f"{len(training)} addresses to train on, {len(held_out)} held out, in {folder}")
 

@@ -1,0 +1,116 @@
+"""A user's mistake ends every command with one line and exit code 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron.errors import run_command
+from tests.conftest import TINY
+
+pytestmark = pytest.mark.usefixtures("single_process")
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, tokenizer_file: Path, corpus_prefix: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> Command:
+    """Runs a script's main with a small configuration; returns exit code and stderr."""
+
+    def run(script: str, *flags: str, **keys: Any) -> tuple[int, str]:
+        paths = {"vocab_file": str(tokenizer_file), "data_path": corpus_prefix, "save": str(tmp_path / "out")}
+        file = tmp_path / "run.yml"
+        file.write_text(yaml.safe_dump({**TINY, **paths, **keys}), encoding="utf-8")
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", str(file), *flags])
+        monkeypatch.setattr("megatron.training.loop.shut_down", lambda: None)  # other tests share the process group
+        capsys.readouterr()
+        code = run_command(importlib.import_module(script).main)
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def half(source: str, target: Path, damaged: str) -> str:
+    """A copy of a .bin/.idx pair, one of them cut in half."""
+    for ending in (".bin", ".idx"):
+        content = Path(source + ending).read_bytes()
+        Path(str(target) + ending).write_bytes(content[: len(content) // 2] if ending == damaged else content)
+    return str(target)
+
+
+MISTAKES = [
+    pytest.param({"seq_lenght": 16}, ["seq_lenght", "run.yml", "seq_length"], id="unknown key"),
+    pytest.param({"num_layers": "two"}, ["num_layers", "run.yml", "two"], id="wrong type"),
+    pytest.param({"hidden_size": 33}, ["num_attention_heads", "33"], id="heads do not divide hidden size"),
+    pytest.param({"precision": "fp16"}, ["fp16", "GPU", "precision=bf16"], id="fp16 on a CPU"),
+    pytest.param({"padded_vocab_size": 64}, ["padded_vocab_size: 64", "290 token ids"], id="tokenizer larger than vocabulary"),
+    pytest.param({"vocab_file": "nowhere/tokenizer.json"}, ["vocab_file", "nowhere"], id="missing tokenizer"),
+    pytest.param({"data_path": "nowhere/corpus"}, ["nowhere/corpus"], id="missing data"),
+    pytest.param({"train_batch_size": 7}, ["train_batch_size", "7"], id="batch sizes that do not fit"),
+    pytest.param({"optimizer": {"type": "OneBitAdam"}}, ["OneBitAdam", "AdamW"], id="unknown optimizer"),
+    pytest.param({"optimizer": {"type": "FusedAdam"}}, ["FusedAdam", "GPU"], id="GPU optimizer on a CPU"),
+    pytest.param({"model_parallel_size": 2}, ["model_parallel_size"], id="tensor parallelism"),
+    pytest.param({"attention_backend": "flash_attn"}, ["flash_attn", "pip install"], id="flash-attn not installed"),
+]
+
+
+@pytest.mark.parametrize(("keys", "words"), MISTAKES)
+def test_mistakes_in_a_training_configuration(
+    command: Command, tmp_path: Path, keys: dict[str, Any], words: list[str]
+) -> None:
+    code, error = command("train", **keys)
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damaged", [".bin", ".idx"])
+def test_data_files_cut_in_half(command: Command, tmp_path: Path, corpus_prefix: str, damaged: str) -> None:
+    code, error = command("train", data_path=half(corpus_prefix, tmp_path / "cut", damaged))
+    assert code == 2 and error.count("\n") == 1 and "cut" in error
+
+
+@pytest.mark.parametrize("script", ["eval", "generate"])
+def test_evaluation_and_generation_need_a_checkpoint(command: Command, tmp_path: Path, script: str) -> None:
+    (tmp_path / "empty").mkdir()
+    keys = {"eval_tasks": ["anything"], "text_gen_type": "unconditional"}
+    for load in (str(tmp_path / "empty"), str(tmp_path / "absent")):
+        code, error = command(script, load=load, include_path=str(tmp_path), **keys)
+        assert code == 2 and error.count("\n") == 1, error
+
+
+def test_a_damaged_checkpoint_ends_training_with_one_line(command: Command, tmp_path: Path) -> None:
+    assert command("train", train_iters=1)[0] == 0
+    file = tmp_path / "out" / "global_step1" / "optimizer-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    code, error = command("train", train_iters=2, load=str(tmp_path / "out"))
+    assert code == 2 and error.count("\n") == 1 and "optimizer-00000.safetensors" in error
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.training import engine
+
+    real, calls = engine.cross_entropy, []
+
+    def broken(*arguments: Any) -> Any:
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(engine, "cross_entropy", broken)
+    code, error = command("train", checkpoint_factor=1)
+    assert code == 2 and "lm_loss: nan on rank 0 is not finite" in error
+    assert sorted(p.name for p in (tmp_path / "out").glob("global_step*")) == ["global_step1", "global_step2"]
+
+
+def test_tensorboard_events_are_written(command: Command, tmp_path: Path) -> None:
+    assert command("train", train_iters=2, tensorboard_dir=str(tmp_path / "board"))[0] == 0
+    assert list((tmp_path / "board").glob("events.out.tfevents.*"))

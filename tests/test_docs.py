@@ -1,0 +1,34 @@
+"""The documentation says what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROW = re.compile(r"^\| (?P<equation>.+) \| (?P<file>megatron/\S+\.py) \| `(?P<line>.+)` \|$", re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+
+
+def test_every_equation_is_computed_on_the_line_the_page_names() -> None:
+    rows = list(ROW.finditer((ROOT / "docs/equations.md").read_text(encoding="utf-8")))
+    assert len(rows) >= 13
+    for row in rows:
+        lines = [line.strip() for line in (ROOT / row["file"]).read_text(encoding="utf-8").splitlines()]
+        assert lines.count(row["line"]) == 1, row["equation"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_configs_and_scripts_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"\b(?:configs|requirements|tools|docs)/[\w./-]+\.(?:yml|txt|py|md|png)\b", text):
+        assert (ROOT / name).exists(), name
