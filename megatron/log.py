@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
 
 _NAME = "megatron"
+_FORMAT = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
 
 
 class _RankZeroOnly(logging.Filter):
@@ -19,9 +21,22 @@ def get_logger() -> logging.Logger:
     logger = logging.getLogger(_NAME)
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_FORMAT)
         handler.addFilter(_RankZeroOnly())
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
     return logger
+
+
+def log_to_file(path: Path) -> None:
+    """Append everything that reaches the console to `path` too; once for each file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    logger = get_logger()
+    known = {handler.baseFilename for handler in logger.handlers if isinstance(handler, logging.FileHandler)}
+    if str(path.absolute()) in known:
+        return
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(_FORMAT)
+    handler.addFilter(_RankZeroOnly())
+    logger.addHandler(handler)

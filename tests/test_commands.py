@@ -50,7 +50,7 @@ MISTAKES = [
     pytest.param({"num_layers": "two"}, ["num_layers", "run.yml", "two"], id="wrong type"),
     pytest.param({"hidden_size": 33}, ["num_attention_heads", "33"], id="heads do not divide hidden size"),
     pytest.param({"precision": "fp16"}, ["fp16", "GPU", "precision=bf16"], id="fp16 on a CPU"),
-    pytest.param({"padded_vocab_size": 64}, ["padded_vocab_size: 64", "290 token ids"], id="tokenizer larger than vocabulary"),
+    pytest.param({"padded_vocab_size": 64}, ["padded_vocab_size: 64", "290 token ids"], id="tokenizer too large"),
     pytest.param({"vocab_file": "nowhere/tokenizer.json"}, ["vocab_file", "nowhere"], id="missing tokenizer"),
     pytest.param({"data_path": "nowhere/corpus"}, ["nowhere/corpus"], id="missing data"),
     pytest.param({"train_batch_size": 7}, ["train_batch_size", "7"], id="batch sizes that do not fit"),
@@ -80,10 +80,13 @@ def test_data_files_cut_in_half(command: Command, tmp_path: Path, corpus_prefix:
 @pytest.mark.parametrize("script", ["eval", "generate"])
 def test_evaluation_and_generation_need_a_checkpoint(command: Command, tmp_path: Path, script: str) -> None:
     (tmp_path / "empty").mkdir()
-    keys = {"eval_tasks": ["anything"], "text_gen_type": "unconditional"}
+    output = tmp_path / "samples.jsonl"
+    output.write_text("earlier samples\n")
+    keys = {"eval_tasks": ["anything"], "text_gen_type": "unconditional", "sample_output_file": str(output)}
     for load in (str(tmp_path / "empty"), str(tmp_path / "absent")):
         code, error = command(script, load=load, include_path=str(tmp_path), **keys)
         assert code == 2 and error.count("\n") == 1, error
+        assert output.read_text() == "earlier samples\n"
 
 
 def test_a_damaged_checkpoint_ends_training_with_one_line(command: Command, tmp_path: Path) -> None:
@@ -109,6 +112,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     code, error = command("train", checkpoint_factor=1)
     assert code == 2 and "lm_loss: nan on rank 0 is not finite" in error
     assert sorted(p.name for p in (tmp_path / "out").glob("global_step*")) == ["global_step1", "global_step2"]
+
+
+def test_the_console_log_is_copied_to_log_dir(command: Command, tmp_path: Path) -> None:
+    assert command("train", train_iters=2, log_dir=str(tmp_path / "logs"))[0] == 0
+    assert "iteration 2/2" in (tmp_path / "logs" / "train.log").read_text()
+    assert (tmp_path / "logs" / "metrics.jsonl").is_file()
 
 
 def test_tensorboard_events_are_written(command: Command, tmp_path: Path) -> None:

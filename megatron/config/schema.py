@@ -505,7 +505,7 @@ class LoggingConfig(Section):
     steps_per_print: int = Field(default=10, gt=0)
     """Handed to DeepSpeed, whose own progress lines are off; log_interval rules."""
     log_dir: str | None = None
-    """Folder for metrics.jsonl and a copy of the console log. Default: `save`."""
+    """Folder for metrics.jsonl (default: `save`) and for train.log, a copy of the console log (default: none)."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard event files; none without it."""
     use_wandb: bool = False

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -28,9 +31,9 @@ def run_generation(config: RunConfig) -> None:
     """
     options = config.generation
     prompts = _prompts(options)
-    if prompts is not None:
-        _make_parent(options.sample_output_file)
     model, tokenizer = load_for_inference(config)
+    if prompts is not None:
+        _check_writable(options.sample_output_file)
     complete = partial(
         generate,
         model,
@@ -79,21 +82,25 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def _make_parent(path: str) -> None:
-    """Find out that the output cannot be written before the model has worked for it."""
+def _check_writable(path: str) -> None:
+    """Find out that the output cannot be written before the model has worked for it; an old output stays."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8"):
+        with tempfile.TemporaryFile(dir=Path(path).parent):
             pass
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     except OSError as error:
         raise UserError(f"sample_output_file: {path} cannot be written: {error.strerror}; name another file") from None
 
 
 def write_completions(completions: list[Completion], path: str) -> None:
     """One JSON object a line: context, text, length, finished, message, duration_seconds."""
-    with open(path, "w", encoding="utf-8") as file:
+    unfinished = Path(f"{path}.part")
+    with unfinished.open("w", encoding="utf-8") as file:
         for completion in completions:
             file.write(json.dumps(asdict(completion), ensure_ascii=False) + "\n")
+    os.replace(unfinished, path)
     get_logger().info("%d texts written to %s", len(completions), path)
 
 

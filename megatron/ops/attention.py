@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,7 +36,7 @@ def _flash_attention() -> AttentionFunction:
         ) from error
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-        if mask is not None or not q.is_cuda:
+        if mask is not None or not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
             return sdpa_attention(q, k, v, mask, dropout)
         # flash-attn wants [b, s, h, head_dim]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))

@@ -33,6 +33,8 @@ def initialize_distributed(config: RunConfig) -> Layout:
 
     Raises: UserError for fp16 without a GPU and for a world the model axes do not divide.
     """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, and says that it found none
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -73,6 +75,8 @@ def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
         "gradient_clipping": config.optimization.gradient_clipping if zero["stage"] else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # With offload_optimizer torch's fused AdamW runs on the CPU too; optimizer.type CPU_Adam asks for DeepSpeed's.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
         "wall_clock_breakdown": config.logging.wall_clock_breakdown,
     }

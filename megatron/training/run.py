@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from megatron.checkpoint.store import CheckpointReader
 from megatron.config.schema import RunConfig
 from megatron.data import batches, build_datasets
 from megatron.errors import UserError
-from megatron.log import get_logger
+from megatron.log import get_logger, log_to_file
 from megatron.model import LanguageModel
 from megatron.model.compatibility import check_fit
 from megatron.model.init import initial_value
@@ -80,6 +81,8 @@ def start_run(config: RunConfig) -> Run:
     if config.training.train_iters is None:
         raise UserError("train_iters: missing; give the number of updates of the run")
     layout = initialize_distributed(config)
+    if config.logging.log_dir and layout.rank == 0:
+        log_to_file(Path(config.logging.log_dir) / "train.log")
     torch.manual_seed(config.training.seed + layout.rank)
     tokenizer = build_tokenizer(config.tokenizer)
     try:
@@ -140,8 +143,10 @@ def _build_model(config: RunConfig, reader: CheckpointReader | None) -> tuple[La
 def _build_data(config: RunConfig, layout: Layout, state: TrainState, global_batch: int) -> Any:
     """Datasets for the whole run; rank 0 writes the index caches, the others wait for them."""
     training = config.training
+    # Not train_iters * global_batch: a resumed run may have another batch size than the samples it consumed.
+    remaining = max(0, (training.train_iters or 0) - state.iteration)
     evaluation_samples = training.eval_iters * global_batch
-    counts = (training.train_iters or 0) * global_batch, evaluation_samples, evaluation_samples
+    counts = state.consumed_samples + remaining * global_batch, evaluation_samples, evaluation_samples
     if layout.rank > 0:
         torch.distributed.barrier()
     datasets = build_datasets(config, *counts, epoch_blocks=state.epoch_blocks)

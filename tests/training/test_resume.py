@@ -84,6 +84,19 @@ def test_a_longer_run_keeps_the_data_it_consumed(tiny_config: MakeConfig, tmp_pa
     assert len(blocks) == len(first) + 1 and blocks[: len(first)] == first
 
 
+def test_a_run_may_go_on_with_a_larger_batch(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run(tiny_config, tmp_path, train_iters=5, train_micro_batch_size_per_gpu=64)
+    run(tiny_config, tmp_path, train_iters=10, train_micro_batch_size_per_gpu=16)
+    state = json.loads((tmp_path / "global_step10/train_state.json").read_text())
+    assert state["consumed_samples"] == 5 * 64 + 5 * 16
+
+
+def test_the_optimizer_may_live_on_the_cpu(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    for name, extra in (("plain", {}), ("offloaded", {"offload_optimizer": {"device": "cpu"}})):
+        run(tiny_config, tmp_path / name, train_iters=5, zero_optimization={"stage": 2, **extra})
+    assert losses(tmp_path / "offloaded") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
+
+
 def test_finetune_takes_the_weights_and_nothing_else(tiny_config: MakeConfig, tmp_path: Path) -> None:
     run(tiny_config, tmp_path / "base", train_iters=5)
     state = train(tiny_config(load=str(tmp_path / "base"), finetune=True, train_iters=2, save=str(tmp_path / "tuned")))
