@@ -1,11 +1,13 @@
-"""Encode text files into {data_dir}/{name}/{name}_text_document.bin and .idx: `python prepare_data.py -h`."""
+"""Encode text files or a public corpus into {data_dir}/{name}/{name}_text_document.bin and .idx."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import get_args
 
-from megatron.config.schema import TokenizerConfig
+from megatron.config.schema import TokenizerConfig, TokenizerType
+from megatron.data.corpora import CORPORA
 from megatron.data.preprocess import prepare_dataset
 from megatron.errors import run_command
 
@@ -14,17 +16,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, GPT-NeoX's flags and those for local text."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("dataset", nargs="?", help="name of the data set; names the output unless --name is given")
-    add("--input", nargs="+", metavar="FILE", help=".txt, .jsonl, .jsonl.gz or .jsonl.zst files")
+    known = ", ".join(CORPORA)
+    add("dataset", nargs="?", help=f"name of the data set; without --input it is downloaded, if one of {known}")
+    add("--input", nargs="+", metavar="FILE", help="local .txt, .jsonl, .jsonl.gz, .jsonl.zst or .jsonl.zst.tar files")
     add("--name", help="name of the output. Default: dataset, else the first file's name")
     add("--jsonl-keys", nargs="+", default=["text"], help="keys to encode, each into files of its own")
     add("--txt-documents", choices=["file", "lines"], default="file", help="a .txt file is one document, or one a line")
-    kinds = ["HFTokenizer", "GPT2BPETokenizer", "CharLevelTokenizer"]
-    add("-t", "--tokenizer", choices=kinds, default="GPT2BPETokenizer")
-    add("-v", "--vocab-file", help="tokenizer.json, or vocab.json of GPT-2")
+    add("-t", "--tokenizer", choices=get_args(TokenizerType), default="GPT2BPETokenizer")
+    add("-v", "--vocab-file", help="tokenizer.json, GPT-2's vocab.json, a .model, a .tiktoken or an encoding's name")
     add("-m", "--merge-file", help="merges.txt of GPT-2")
     add("-d", "--data-dir", default="data", help="folder for the output. Default: data")
-    add("-f", "--force-redownload", action="store_true", help="no effect on local files, which are always encoded anew")
+    add("-f", "--force-redownload", action="store_true", help="download again what is there already")
     add("--num-workers", type=int, default=1, help="processes that encode")
     return parser.parse_args(arguments)
 
@@ -42,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         keys=args.jsonl_keys,
         num_workers=args.num_workers,
         txt_documents=args.txt_documents,
+        force_redownload=args.force_redownload,
     )
 
 

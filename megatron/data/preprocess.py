@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -15,13 +15,12 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from megatron.config.schema import TokenizerConfig
+from megatron.data.corpora import CORPORA, Sources, fetch_corpus
 from megatron.data.indexed import IndexedDatasetBuilder, best_dtype
 from megatron.data.text import SUFFIXES, RawDocument, TxtDocuments, check_inputs, read_documents, texts
 from megatron.errors import UserError
 from megatron.log import get_logger
 from megatron.tokenizer import Tokenizer, build_tokenizer
-
-DOWNLOADS = ("enwik8", "openwebtext2", "pile")
 
 _CHUNK = 16
 _BATCH_PER_WORKER = 512
@@ -110,21 +109,34 @@ def prepare_dataset(
     keys: Sequence[str] = ("text",),
     num_workers: int = 1,
     txt_documents: TxtDocuments = "file",
+    force_redownload: bool = False,
+    corpora: Mapping[str, Sources] = CORPORA,
 ) -> Preprocessed:
     """Write `{data_dir}/{name}/{name}_{key}_document.{bin,idx}`; name: `name`, else `dataset`, else the first file's.
 
-    Raises UserError without `inputs`: no data set can be downloaded.
+    Without `inputs`, `dataset` names one of the `corpora`: it is downloaded to `{data_dir}/{dataset}/raw`, where
+    complete files are kept unless `force_redownload`. Raises UserError for other names, and before a download for a
+    tokenizer that cannot be built.
     """
-    if not inputs:
-        what = f"'{dataset}' is not available for download" if dataset in DOWNLOADS else "no text files given"
-        raise UserError(f"--input: {what}; pass the text files with --input FILES ({', '.join(SUFFIXES)})")
-    name = name or dataset or Path(inputs[0]).name.split(".")[0]
+    name = name or dataset or (Path(inputs[0]).name.split(".")[0] if inputs else "")
     if Path(name).name != name:
         raise UserError(
             f"--name: '{name}' is not a plain folder name; choose one without slashes, and the place with -d"
         )
+    if not inputs:
+        inputs = _downloaded(dataset, Path(data_dir), tokenizer_config, force_redownload, corpora)
     prefix = Path(data_dir) / name / name
     return preprocess(inputs, prefix, tokenizer_config, keys, True, num_workers, txt_documents)
+
+
+def _downloaded(
+    dataset: str | None, data_dir: Path, tokenizer: TokenizerConfig, force: bool, corpora: Mapping[str, Sources]
+) -> list[str]:
+    if dataset is None or dataset not in corpora:
+        what = f"'{dataset}' cannot be downloaded (known: {', '.join(corpora)})" if dataset else "no text files given"
+        raise UserError(f"--input: {what}; pass the text files with --input FILES ({', '.join(SUFFIXES)})")
+    build_tokenizer(tokenizer)
+    return fetch_corpus(dataset, data_dir / dataset / "raw", force, corpora)
 
 
 def encode_all(

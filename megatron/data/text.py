@@ -1,10 +1,11 @@
-"""Documents of text files: .txt, .jsonl, .jsonl.gz and .jsonl.zst."""
+"""Documents of text files: .txt, .jsonl, .jsonl.gz, .jsonl.zst and a .tar of the last."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import json
+import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import zstandard
 
 from megatron.errors import UserError
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zst.tar")
 TxtDocuments = Literal["file", "lines"]
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -44,14 +45,19 @@ def read_documents(paths: Sequence[str], txt_documents: TxtDocuments = "file") -
     """
     check_inputs(paths)
     for path in paths:
-        with _open(path) as file:
-            if path.endswith(".txt") and txt_documents == "file":
-                yield RawDocument(path, 0, file.read().removeprefix(_BYTE_ORDER_MARK))
-                continue
-            for number, line in enumerate(file, start=1):
-                content = (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).rstrip(b"\r\n")
-                if content.strip():
-                    yield RawDocument(path, number, content)
+        with _damage_reported(path), open(path, "rb") as raw:
+            for name, file in _streams(path, raw):
+                if path.endswith(".txt") and txt_documents == "file":
+                    yield RawDocument(path, 0, file.read().removeprefix(_BYTE_ORDER_MARK))
+                else:
+                    yield from _lines(name, file)
+
+
+def _lines(path: str, file: BinaryIO) -> Iterator[RawDocument]:
+    for number, line in enumerate(file, start=1):
+        content = (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).rstrip(b"\r\n")
+        if content.strip():
+            yield RawDocument(path, number, content)
 
 
 def texts(document: RawDocument, keys: Sequence[str]) -> list[str]:
@@ -98,16 +104,30 @@ def check_inputs(paths: Sequence[str]) -> None:
 
 
 @contextmanager
-def _open(path: str) -> Iterator[BinaryIO]:
-    """The file's uncompressed bytes; damage found while reading becomes a UserError."""
+def _damage_reported(path: str) -> Iterator[None]:
+    """Turns what damaged files raise while they are read into a UserError."""
     try:
-        with open(path, "rb") as raw:
-            if path.endswith(".gz"):
-                yield cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-            elif path.endswith(".zst"):
-                reader = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(raw, read_across_frames=True)
-                yield cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), 1 << 20))
-            else:
-                yield raw
-    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+        yield
+    except (EOFError, OSError, tarfile.TarError, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"{path}: cannot be read ({error}); it may be damaged or incomplete") from error
+
+
+def _streams(path: str, raw: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
+    """Name and uncompressed bytes of the file, or of each .jsonl.zst in a tar, read in place: nothing is unpacked."""
+    if not path.endswith(".tar"):
+        yield path, _uncompressed(path, raw)
+        return
+    with tarfile.open(fileobj=raw, mode="r|") as archive:
+        for member in archive:
+            if member.isfile() and member.name.endswith(".jsonl.zst"):
+                packed = cast(BinaryIO, archive.extractfile(member))
+                yield f"{path}/{member.name}", _uncompressed(member.name, packed)
+
+
+def _uncompressed(name: str, raw: BinaryIO) -> BinaryIO:
+    if name.endswith(".gz"):
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    if name.endswith(".zst"):
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(raw, read_across_frames=True)
+        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader), 1 << 20))
+    return raw

@@ -8,6 +8,11 @@ from collections.abc import Sequence
 END_OF_TEXT = "<|endoftext|>"
 
 
+def well_formed(text: str) -> str:
+    """`text` with a question mark for every lone surrogate, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
 class Tokenizer(ABC):
     """Text to token ids and back.
 

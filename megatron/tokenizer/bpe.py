@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from megatron.errors import UserError
-from megatron.tokenizer.base import END_OF_TEXT, Tokenizer
+from megatron.tokenizer.base import END_OF_TEXT, Tokenizer, well_formed
+from megatron.tokenizer.files import existing
 
 
 class _LibraryTokenizer(Tokenizer):
@@ -26,7 +26,7 @@ class _LibraryTokenizer(Tokenizer):
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._backend.encode(well_formed(text), add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([token for token in ids if token != self.eod_id], skip_special_tokens=True)
@@ -38,7 +38,7 @@ class HFTokenizer(_LibraryTokenizer):
     name = "HFTokenizer"
 
     def __init__(self, vocab_file: str | None) -> None:
-        path = _existing("vocab_file", vocab_file, self.name, "a tokenizer.json")
+        path = existing("vocab_file", vocab_file, self.name, "a tokenizer.json")
         try:
             backend = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the library raises plain Exception
@@ -52,8 +52,8 @@ class GPT2BPETokenizer(_LibraryTokenizer):
     name = "GPT2BPETokenizer"
 
     def __init__(self, vocab_file: str | None, merge_file: str | None) -> None:
-        vocab = _existing("vocab_file", vocab_file, self.name, "GPT-2's vocab.json")
-        merges = _existing("merge_file", merge_file, self.name, "GPT-2's merges.txt")
+        vocab = existing("vocab_file", vocab_file, self.name, "GPT-2's vocab.json")
+        merges = existing("merge_file", merge_file, self.name, "GPT-2's merges.txt")
         try:
             model = models.BPE.from_file(vocab, merges)
         except Exception as error:  # the library raises plain Exception
@@ -64,11 +64,3 @@ class GPT2BPETokenizer(_LibraryTokenizer):
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         super().__init__(backend, vocab)
-
-
-def _existing(key: str, value: str | None, name: str, content: str) -> str:
-    if not value:
-        raise UserError(f"{key}: missing; {name} needs the path of {content}")
-    if not Path(value).is_file():
-        raise UserError(f"{key}: no such file: {value}; give the path of {content} for {name}")
-    return value

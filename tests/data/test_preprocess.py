@@ -112,9 +112,9 @@ def test_prepare_dataset_names_the_output(tmp_path: Path) -> None:
         assert list(result.prefixes) == ["text"]
 
 
-def test_downloads_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'enwik8' is not available for download; pass .*--input"):
-        prepare_dataset("enwik8", None, tmp_path, BYTES)
+def test_what_cannot_be_prepared_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'enwik9' cannot be downloaded \(known: enwik8, .*; pass .*--input"):
+        prepare_dataset("enwik9", None, tmp_path, BYTES)
     with pytest.raises(UserError, match="no text files given"):
         prepare_dataset(None, None, tmp_path, BYTES)
     (tmp_path / "a.txt").write_text("one")
@@ -134,9 +134,9 @@ def test_prepare_data_writes_the_pair(tmp_path: Path) -> None:
 
 
 def test_prepare_data_reports_mistakes_in_one_line(tmp_path: Path) -> None:
-    result = command("prepare_data.py", "enwik8", "-d", str(tmp_path))
+    result = command("prepare_data.py", "enwik9", "-d", str(tmp_path))
     assert result.returncode == 2
-    assert result.stderr.startswith("error: --input: 'enwik8'") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: --input: 'enwik9'") and result.stderr.count("\n") == 1
 
 
 def test_preprocess_data_runs_by_path_and_as_a_module(tmp_path: Path) -> None:

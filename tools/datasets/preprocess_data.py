@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; --input takes files separated by commas, by spaces, or both."""
+    from megatron.config.schema import TokenizerType
+
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help=".txt, .jsonl, .jsonl.gz or .jsonl.zst files")
+    add("--input", nargs="+", required=True, help=".txt, .jsonl, .jsonl.gz, .jsonl.zst or .jsonl.zst.tar files")
     add("--jsonl-keys", nargs="+", default=["text"], help="keys to encode, each into files of its own")
     add("--num-docs", type=int, help="number of documents, for the progress bar")
     add("--txt-documents", choices=["file", "lines"], default="file", help="a .txt file is one document, or one a line")
-    kinds = ["HFTokenizer", "GPT2BPETokenizer", "CharLevelTokenizer"]
-    add("--tokenizer-type", choices=kinds, required=True)
-    add("--vocab-file", help="tokenizer.json, or vocab.json of GPT-2")
+    add("--tokenizer-type", choices=get_args(TokenizerType), required=True)
+    add("--vocab-file", help="tokenizer.json, GPT-2's vocab.json, a .model, a .tiktoken or an encoding's name")
     add("--merge-file", help="merges.txt of GPT-2")
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
     add("--ftfy", action="store_true", help="not supported; clean the text beforehand")

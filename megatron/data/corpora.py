@@ -1,0 +1,105 @@
+"""Public text corpora that are downloaded by name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.data.download import Patience, download, verify
+from megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of a corpus.
+
+    checksum: "algorithm:HEX" of the download. unpacked: for a zip of one file, the name that file gets, with
+    unpacked_checksum; the zip is removed then.
+    """
+
+    url: str
+    checksum: str | None = None
+    unpacked: str | None = None
+    unpacked_checksum: str | None = None
+
+    @property
+    def file_name(self) -> str:
+        """The downloaded file's name: the last part of the address."""
+        return self.url.rpartition("/")[2]
+
+
+Sources = tuple[Source, ...]
+
+
+def _pile(num_shards: int) -> Sources:
+    base = "https://huggingface.co/datasets/monology/pile-uncopyrighted/resolve/main/train"
+    return tuple(Source(f"{base}/{shard:02}.jsonl.zst") for shard in range(num_shards))
+
+
+# Hugging Face announces each file's sha256, which download() checks.
+CORPORA: Mapping[str, Sources] = {
+    "enwik8": (
+        Source(
+            "https://mattmahoney.net/dc/enwik8.zip",
+            checksum="sha256:547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+            unpacked="enwik8.txt",
+            unpacked_checksum="md5:a1fa5ffddb56f4953e226637dabbb36a",
+        ),
+    ),
+    "openwebtext2": (
+        Source("https://huggingface.co/datasets/segyges/OpenWebText2/resolve/main/openwebtext2.jsonl.zst.tar"),
+    ),
+    "pile": _pile(30),
+    "pile_subset": _pile(1),
+}
+
+
+def fetch_corpus(
+    name: str,
+    folder: Path,
+    force: bool = False,
+    corpora: Mapping[str, Sources] = CORPORA,
+    patience: Patience | None = None,
+) -> list[str]:
+    """Download the corpus into `folder` and return its text files, for read_documents().
+
+    Complete files are kept unless `force`. Raises UserError for what cannot be had or fails its checksum.
+    """
+    return [str(_fetch_source(source, folder, force, patience)) for source in corpora[name]]
+
+
+def _fetch_source(source: Source, folder: Path, force: bool, patience: Patience | None) -> Path:
+    archive = folder / source.file_name
+    if source.unpacked is None:
+        return download(source.url, archive, source.checksum, force, patience)
+    text = folder / source.unpacked
+    if force or not text.is_file():
+        download(source.url, archive, source.checksum, force, patience)
+        try:
+            _unpack(archive, text, source.unpacked_checksum)
+        finally:
+            archive.unlink()
+    return text
+
+
+def _unpack(archive: Path, target: Path, checksum: str | None) -> None:
+    """The only file of a zip to `target`; names inside the zip are never used as paths."""
+    partial = target.with_name(target.name + ".part")
+    try:
+        with zipfile.ZipFile(archive) as unzipped:
+            members = [member for member in unzipped.infolist() if not member.is_dir()]
+            if len(members) != 1:
+                raise UserError(f"{archive}: holds {len(members)} files instead of one; it was removed, try again")
+            with unzipped.open(members[0]) as packed, open(partial, "wb") as file:
+                shutil.copyfileobj(packed, file, 1 << 20)
+        verify(partial, checksum, str(archive))
+        os.replace(partial, target)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{archive}: not a valid zip file ({error}); it was removed, try again") from error
+    finally:
+        partial.unlink(missing_ok=True)

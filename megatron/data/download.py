@@ -1,0 +1,186 @@
+"""Files over HTTP: resumed after an interruption, verified, and under their final name only when complete.
+
+While a file comes in, `NAME.part` holds its bytes and `NAME.part.version` the server's ETag (or date) of it, so that a
+later call asks only for the rest, and only of the same version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from email.message import Message
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from megatron.errors import UserError
+
+_CHUNK = 1 << 20
+_WAITING_STATUS = {408, 425, 429, 500, 502, 503, 504}
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a transfer is tried: attempts in a row without a new byte, the first pause, the socket's timeout."""
+
+    attempts: int = 6
+    pause: float = 1.0
+    """Seconds; doubled after every further failure."""
+    timeout: float = 60.0
+
+
+def download(
+    url: str, path: Path, checksum: str | None = None, force: bool = False, patience: Patience | None = None
+) -> Path:
+    """Fetch `url` to `path`, unless that file exists already and `force` is false.
+
+    checksum: "sha256:HEX" or "md5:HEX" of the file. Without it, a sha256 that the server announces on redirecting is
+    used (Hugging Face does so), else only the length is checked. Raises UserError if the file cannot be had or fails
+    the check; then nothing is left under `path`, and an interrupted transfer is resumed by the next call.
+    """
+    if path.is_file() and not force:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _Partial(path.with_name(path.name + ".part"))
+    if force:
+        partial.discard()
+    announced = _fetch(url, partial, patience or Patience())
+    try:
+        verify(partial.path, checksum or announced, url)
+    except UserError:
+        partial.discard()
+        raise
+    os.replace(partial.path, path)
+    partial.discard()
+    return path
+
+
+def verify(path: Path, checksum: str | None, source: str) -> None:
+    """Raise UserError unless the file has this checksum ("algorithm:HEX"; None: anything goes)."""
+    if checksum is None:
+        return
+    algorithm, _, expected = checksum.partition(":")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, algorithm).hexdigest()
+    if found != expected:
+        raise UserError(
+            f"{source}: wrong checksum, {algorithm} is {found} instead of {expected}; the file was removed, try again"
+        )
+
+
+class _Partial:
+    """The bytes received so far and the version of the file that they belong to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._version = path, path.with_name(path.name + ".version")
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of a request for the missing bytes; empty if there is nothing to resume."""
+        if not self.size or not self._version.exists():
+            return {}
+        return {"Range": f"bytes={self.size}-", "If-Range": self._version.read_text(encoding="latin-1")}
+
+    def start(self, version: str | None) -> None:
+        """Forget what is there; new bytes are of this version (None: they cannot be resumed)."""
+        self.discard()
+        if version:
+            self._version.write_text(version, encoding="latin-1")
+
+    def discard(self) -> None:
+        """Remove both files."""
+        self.path.unlink(missing_ok=True)
+        self._version.unlink(missing_ok=True)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects and keeps the sha256 that Hugging Face announces with them."""
+
+    checksum: str | None = None
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+    ) -> urllib.request.Request | None:
+        etag = str(headers.get("X-Linked-Etag", "")).strip('"')
+        if re.fullmatch(r"[0-9a-f]{64}", etag):
+            self.checksum = f"sha256:{etag}"
+        return super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
+
+
+def _fetch(url: str, partial: _Partial, patience: Patience) -> str | None:
+    """Transfer until complete, with pauses between failures; returns the announced checksum."""
+    failures = 0
+    while True:
+        before, redirects = partial.size, _Redirects()
+        try:
+            _transfer(url, partial, urllib.request.build_opener(redirects), patience.timeout)
+            return redirects.checksum
+        except urllib.error.HTTPError as error:
+            problem = f"HTTP {error.code} {error.reason}"
+            if error.code not in _WAITING_STATUS:
+                raise UserError(f"{url}: {problem}; the address may have moved, pass the files with --input") from error
+        except (OSError, http.client.HTTPException) as error:
+            problem = str(getattr(error, "reason", error)) or type(error).__name__
+        failures = 1 if partial.size > before else failures + 1
+        if failures >= patience.attempts:
+            raise UserError(f"{url}: {problem}, {failures} times; check the network, the same command resumes")
+        time.sleep(patience.pause * 2 ** (failures - 1))
+
+
+def _transfer(url: str, partial: _Partial, opener: urllib.request.OpenerDirector, timeout: float) -> None:
+    """One request; raises OSError or HTTPException if it ends early."""
+    headers = {"User-Agent": "megatron-tokenformer", "Accept-Encoding": "identity", **partial.headers}
+    try:
+        response = opener.open(urllib.request.Request(url, headers=headers), timeout=timeout)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # nothing lies beyond what is there: it is complete, or of another version
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{partial.size}":
+            return
+        partial.discard()
+        raise ConnectionError("the file has changed") from error
+    with response:
+        total = _total_size(response, partial)
+        _save(response, partial.path, total, url)
+    if total is not None and partial.size != total:
+        raise ConnectionError(f"ended after {partial.size} of {total} bytes")
+
+
+def _total_size(response: Any, partial: _Partial) -> int | None:
+    """The length of the whole file if known; what is there stays only if the response continues it."""
+    span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+    if response.status == 206 and span and int(span[1]) == partial.size:
+        return int(span[2])
+    if response.status == 206:
+        partial.discard()
+        raise ConnectionError("the server sent another range than was asked for")
+    etag = response.headers.get("ETag", "")
+    partial.start(etag if etag.startswith('"') else response.headers.get("Last-Modified"))
+    length = response.headers.get("Content-Length")
+    return int(length) if length else None
+
+
+def _save(response: Any, path: Path, total: int | None, url: str) -> None:
+    """Append the response's body to `path`, with a progress bar."""
+    with (
+        open(path, "ab") as file,
+        tqdm(total=total, initial=file.tell(), unit="B", unit_scale=True, desc=url.rpartition("/")[2]) as bar,
+    ):
+        while chunk := response.read(_CHUNK):
+            try:
+                file.write(chunk)
+                file.flush()
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error.strerror}); the same command resumes") from error
+            bar.update(len(chunk))
