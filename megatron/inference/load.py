@@ -1,4 +1,6 @@
-"""Any checkpoint to a model in eval mode: a training checkpoint folder or an official pytorch_model.bin."""
+"""Any checkpoint to a model in eval mode: a training checkpoint folder, an official pytorch_model.bin, or a folder in
+Hugging Face's form.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from megatron.checkpoint.published import read_flat_file, to_canonical
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.errors import UserError
+from megatron.inference.huggingface_import import CONFIG, HuggingFaceCheckpoint
 from megatron.model import LanguageModel
 from megatron.model.compatibility import check_fit
 
@@ -30,9 +33,10 @@ def load_model(
     """A model in eval mode.
 
     Args:
-        path: a training checkpoint (its folder, or the folder of all of a run's checkpoints), or an official flat
-            `pytorch_model.bin`, for which `config` is needed.
-        config: what the model must be. A training checkpoint carries its own; one given here must agree with it.
+        path: a training checkpoint (its folder, or the folder of all of a run's checkpoints), an official flat
+            `pytorch_model.bin`, for which `config` is needed, or a folder in Hugging Face's form: an export of this
+            package or a GPT-NeoX (Pythia) model.
+        config: what the model must be. Folders carry their own; one given here must agree with it.
         dtype: of the parameters; default fp32.
         device: default the CPU.
         iteration: which of a run's checkpoints; default the latest.
@@ -43,6 +47,8 @@ def load_model(
     model_config = config.model if isinstance(config, RunConfig) else config
     if path.is_file():
         names, shape_of, tensor_of, model_config = _open_flat(path, model_config)
+    elif (path / CONFIG).is_file():
+        names, shape_of, tensor_of, model_config = _open_huggingface(path, model_config)
     else:
         names, shape_of, tensor_of, model_config = _open_training_checkpoint(path, model_config, iteration)
     model = LanguageModel(model_config, device="meta", attention_backend=attention_backend)
@@ -81,6 +87,13 @@ def _open_training_checkpoint(path: Path, config: ModelConfig | None, iteration:
         lambda name: reader.tensor("model", name),
         saved,
     )
+
+
+def _open_huggingface(path: Path, config: ModelConfig | None) -> _Opened:
+    found = HuggingFaceCheckpoint(path)
+    if config is not None:
+        _check_same_model(config, found.config, path)
+    return found.names, found.shape, found.tensor, found.config
 
 
 # Keys that may differ between training and use without changing what the tensors mean.

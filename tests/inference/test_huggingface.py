@@ -1,0 +1,263 @@
+"""Exports to Hugging Face's form: transformers computes, generates and trains what this package does."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from megatron.config.schema import ModelConfig, TokenizerConfig
+from megatron.errors import UserError
+from megatron.inference import generate, load_model
+from megatron.inference.convert import official_tensors
+from megatron.inference.huggingface import export_huggingface, joined_tensors
+from megatron.inference.huggingface_source import configuration_source, modeling_source
+from megatron.model import LanguageModel, Pattention
+from megatron.tokenizer import CharLevelTokenizer, build_tokenizer
+from tests.inference.helpers import make_model
+
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
+GOLDEN_MODELS = ("model_A", "model_C_untied_gelu_l2")
+MIXED = {"attention_config": [[["tokenformer", "global"], 1]]}
+PROMPTS = [[5, 9, 17, 3, 40, 8], [7], [88, 2, 4, 61]]
+
+
+@pytest.fixture(autouse=True)
+def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code of exports is copied below the test's own folder."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def golden_model(name: str) -> LanguageModel:
+    arguments = json.loads((GOLDEN / name / "config.json").read_text())["neox_args"]
+    config = ModelConfig(**{key: value for key, value in arguments.items() if key in ModelConfig.model_fields})
+    return load_model(GOLDEN / name / "pytorch_model.bin", config)
+
+
+def loaded(folder: Path, **arguments: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **arguments)
+
+
+def exported(model: LanguageModel, folder: Path, **arguments: Any) -> Any:
+    """The model as transformers loads it, in its own dtype."""
+    export_huggingface(model, folder, **arguments)
+    return loaded(folder, dtype=next(model.parameters()).dtype)
+
+
+def padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+    longest = max(map(len, prompts))
+    rows = [[0] * (longest - len(row)) + row for row in prompts]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in prompts]
+    return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
+
+
+@pytest.mark.parametrize("name", GOLDEN_MODELS)
+def test_golden_logits_survive_every_form(name: str, tmp_path: Path) -> None:
+    io = load_file(GOLDEN / name / "io.safetensors")
+    model = golden_model(name)
+    theirs = exported(model, tmp_path / "export")
+    back = load_model(tmp_path / "export")
+    for logits in (model(io["input_ids"]), theirs(io["input_ids"]).logits, back(io["input_ids"])):
+        assert (logits - io["logits"]).abs().max() < 1e-5
+    theirs.save_pretrained(tmp_path / "saved_by_transformers")
+    original = torch.load(GOLDEN / name / "pytorch_model.bin", weights_only=True)
+    for folder in ("export", "saved_by_transformers"):
+        tensors = official_tensors(load_model(tmp_path / folder))
+        assert tensors.keys() == original.keys()
+        assert all(torch.equal(tensors[key], original[key]) for key in original)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"norm": "rmsnorm", "final_norm": None, "norm_activation_type": "softmax"},
+        {"no_weight_tying": True, "gpt_j_residual": True, "norm_activation_type": "gelu_l2_norm", "pos_emb": "none"},
+        {**MIXED, "norm": "layernorm", "intermediate_size": 48, "activation": "silu", "use_bias_in_attn_linear": False},
+    ],
+    ids=["softmax-rmsnorm", "gelu_l2_norm-untied-parallel", "mixed-blocks"],
+)
+def test_every_kind_of_model_computes_the_same(keys: dict[str, Any], tmp_path: Path) -> None:
+    model = make_model(**keys)
+    theirs = exported(model, tmp_path / "export").eval()
+    ids = torch.randint(0, 500, (2, 20))
+    outputs = theirs(ids, output_hidden_states=True)
+    assert (outputs.logits - model(ids)).abs().max() < 1e-9
+    assert len(outputs.hidden_states) == 3 and outputs.hidden_states[-1].shape == (2, 20, 32)
+    back = load_model(tmp_path / "export", dtype=torch.float64)
+    assert all(torch.equal(tensor, back.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", None])
+def test_greedy_texts_of_left_padded_prompts_are_ours(cache: str | None, tmp_path: Path) -> None:
+    model, tokenizer = make_model(), CharLevelTokenizer()
+    theirs = exported(model, tmp_path / "export", tokenizer=TokenizerConfig(tokenizer_type="CharLevelTokenizer"))
+    ours = [c.text for c in generate(model, tokenizer, PROMPTS, maximum_tokens=12)]
+    options = {"cache_implementation": cache, "disable_compile": True} if cache else {"use_cache": False}
+    rows = theirs.generate(**padded(PROMPTS), max_new_tokens=12, **options)
+    texts = [row[6:].tolist() for row in rows]
+    assert [tokenizer.decode(t[: t.index(0)] if 0 in t else t) for t in texts] == ours
+    assert max(map(max, texts)) < tokenizer.vocab_size  # padding rows of the embedding are never generated
+
+
+def test_padding_positions_and_cached_continuations_change_nothing(tmp_path: Path) -> None:
+    theirs = exported(make_model(), tmp_path / "export").eval()
+    batch = padded(PROMPTS)
+    logits = theirs(**batch).logits
+    for row, prompt in enumerate(PROMPTS):
+        alone = theirs(torch.tensor([prompt]), use_cache=False).logits[0]
+        assert (logits[row, -len(prompt) :] - alone).abs().max() < 1e-9
+    first = theirs(batch["input_ids"][:, :3], attention_mask=batch["attention_mask"][:, :3])
+    rest = theirs(
+        batch["input_ids"][:, 3:], attention_mask=batch["attention_mask"], past_key_values=first.past_key_values
+    )
+    assert (rest.logits - logits[:, 3:]).abs().max() < 1e-9
+    assert (theirs(**batch, logits_to_keep=1).logits - logits[:, -1:]).abs().max() < 1e-9
+    beams = theirs.generate(**batch, max_new_tokens=4, num_beams=3, pad_token_id=0)
+    assert beams.shape == (3, 10)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path) -> None:
+    model = exported(make_model(), tmp_path / "export").train()
+    batch = padded(PROMPTS)
+    gradients = []
+    for enable in (False, True):
+        model.gradient_checkpointing_enable() if enable else None
+        model.zero_grad()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*gradients, strict=True))
+
+
+def grow(model: LanguageModel) -> None:
+    """Append a segment of tokens to every layer and keep its tau."""
+    for _, module in list(model.named_modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Pattention):
+                sizes = [child.num_tokens, 6]
+                grown = Pattention(32, 32, sizes, child.activation, tau_tokens=child.num_tokens).double()
+                grown.load_state_dict(child.state_dict(), strict=False)
+                setattr(module, name, grown)
+
+
+def test_a_grown_model_is_joined_and_keeps_its_tau(tmp_path: Path) -> None:
+    model = make_model()
+    grow(model)
+    theirs = exported(model.eval(), tmp_path / "export", dtype=None)
+    ids = torch.randint(0, 500, (2, 20))
+    assert (theirs(ids).logits - model(ids)).abs().max() < 1e-9
+    assert theirs.config.qkv_slot_num == 30 and theirs.model.layers[0].mlp.tau_tokens.item() == 40
+    halved = loaded(tmp_path / "export", dtype=torch.bfloat16)
+    assert halved.model.layers[0].mlp.tau_tokens.dtype == torch.int64 and halved.dtype == torch.bfloat16
+    back = load_model(tmp_path / "export", dtype=torch.float64)
+    assert (back(ids) - model(ids)).abs().max() < 1e-9
+    assert back.config.ffn_slot_num == 46
+    with pytest.raises(UserError, match=r"layers\.0\.attention\.query: has 30 tokens and tau\^2 = 24"):
+        official_tensors(model)
+
+
+def test_large_weights_are_spread_over_files(tmp_path: Path) -> None:
+    model = make_model()
+    theirs = exported(model, tmp_path / "export", shard_bytes=100_000)
+    files = sorted(file.name for file in (tmp_path / "export").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    back = load_model(tmp_path / "export", dtype=torch.float64)
+    ids = torch.randint(0, 500, (1, 9))
+    assert torch.equal(back(ids), model(ids)) and (theirs(ids).logits - model(ids)).abs().max() < 1e-9
+    (tmp_path / "export" / files[1]).unlink()
+    with pytest.raises(UserError, match=rf"{files[1]}: not a readable safetensors file"):
+        load_model(tmp_path / "export")
+
+
+def test_the_tokenizer_comes_along(tmp_path: Path, tokenizer_file: Path) -> None:
+    model = make_model(vocab_size=300, padded_vocab_size=384)
+    config = TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(tokenizer_file))
+    export_huggingface(model, tmp_path / "export", config)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    ours = build_tokenizer(config)
+    text = "the people of the states"
+    assert theirs(text).input_ids == ours.encode(text) and theirs.decode(ours.encode(text)) == text
+    assert theirs.eos_token_id == theirs.pad_token_id == ours.eod_id and theirs.padding_side == "left"
+    assert theirs(["the", text], padding=True, return_tensors="pt").attention_mask[0, 0] == 0
+
+
+def test_the_code_of_an_export_needs_no_other_package_than_torch_and_transformers() -> None:
+    for source in (modeling_source(), configuration_source()):
+        tree = ast.parse(source)
+        imported = {
+            (name.name if isinstance(node, ast.Import) else node.module or "").partition(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)
+            for name in node.names
+        }
+        assert imported <= {"__future__", "collections", "dataclasses", "typing", "torch", "transformers"}
+        result = subprocess.run(
+            [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", "--no-cache", "-"],
+            input=source, capture_output=True, text=True,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout
+
+
+def test_an_export_loads_where_this_package_is_missing(tmp_path: Path) -> None:
+    export_huggingface(make_model(), tmp_path / "export")
+    code = (
+        "import sys, torch, transformers\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained('export', trust_remote_code=True)\n"
+        "assert 'megatron' not in sys.modules\n"
+        "print(model(torch.tensor([[1, 2]])).logits.shape[-1], sum(p.numel() for p in model.parameters()))"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    command = [sys.executable, "-P", "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == ["640", str(make_model().num_parameters())], result.stderr
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    export_huggingface(make_model(), folder)
+    with pytest.raises(UserError, match="exists already; give a new or an empty folder"):
+        export_huggingface(make_model(), folder)
+    with pytest.raises(UserError, match="norm_activation_type: gelu_l2_norm in the configuration, l2_norm_gelu"):
+        load_model(folder, make_model(norm_activation_type="gelu_l2_norm").config)
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        ({"architectures": ["LlamaForCausalLM"]}, "architecture LlamaForCausalLM is not supported"),
+        ({"qkv_slot_num": 25}, r"query\.key_tokens_0 has shape \[24, 32\].*qkv_slot_num: 25"),
+        ({"norm": "batchnorm"}, r"config\.json: norm: Input should be"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=message):
+            load_model(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not a readable JSON file"):
+        load_model(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").rename(folder / "other")
+    with pytest.raises(UserError, match=r"has neither model\.safetensors nor pytorch_model\.bin"):
+        load_model(folder)
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("megatron.inference.huggingface.save_file", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        export_huggingface(make_model(), tmp_path / "export")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_joined_tensors_of_an_ungrown_model_are_its_own() -> None:
+    model = make_model()
+    assert joined_tensors(model).keys() == model.state_dict().keys()

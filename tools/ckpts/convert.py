@@ -1,0 +1,62 @@
+"""Convert checkpoints between this program, Hugging Face's form and the official code's flat file.
+
+to-hf IN OUT, from-hf IN OUT, to-official IN OUT, from-official IN OUT --config YAML...; see docs/exchange.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    descriptions = {
+        "to-hf": "any checkpoint to a folder that transformers loads",
+        "from-hf": "such a folder, or a GPT-NeoX (Pythia) one, to a training checkpoint",
+        "to-official": "any checkpoint to the official code's pytorch_model.bin",
+        "from-official": "an official pytorch_model.bin to a training checkpoint",
+    }
+    for name, text in descriptions.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("input", metavar="IN", help="checkpoint to read")
+        command.add_argument("output", metavar="OUT", help="folder to write; new or empty")
+        if name in ("to-hf", "from-official"):
+            what = "YAML files of the model" + (", for a pytorch_model.bin" if name == "to-hf" else "")
+            command.add_argument("--config", nargs="+", metavar="YAML", required=name == "from-official", help=what)
+        if name.startswith("to-"):
+            command.add_argument("--iteration", type=int, help="which of a run's checkpoints; default the latest")
+        if name == "to-hf":
+            command.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse and convert."""
+    args = parse_args(arguments)
+
+    from megatron.config import load_config
+    from megatron.inference import convert
+
+    config = load_config(args.config) if getattr(args, "config", None) else None
+    if args.command == "to-hf":
+        convert.to_huggingface(args.input, args.output, config, args.dtype, args.iteration)
+    elif args.command == "from-hf":
+        convert.from_huggingface(args.input, args.output)
+    elif args.command == "to-official":
+        convert.to_official(args.input, args.output, args.iteration)
+    else:
+        assert config is not None, "the parser requires it"
+        convert.from_official(args.input, args.output, config)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    if not __package__:  # run by its path: then this folder is on the import path, not the one that holds megatron
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from megatron.errors import run_command
+
+    sys.exit(run_command(main))
