@@ -21,6 +21,7 @@ from megatron.inference.huggingface import (
     joined_config,
     joined_tensors,
     new_folder,
+    require_new,
 )
 from megatron.inference.load import load_model
 from megatron.log import get_logger
@@ -55,7 +56,7 @@ def from_huggingface(source: str | Path, root: str | Path) -> Path:
     """A folder in Hugging Face's form to a canonical checkpoint of iteration 0 under `root`, in fp32."""
     if not (Path(source) / "config.json").is_file():
         raise UserError(f"{source}: has no config.json; give a folder in Hugging Face's form")
-    _refuse_checkpoints(Path(root))
+    require_new(Path(root))
     model = load_model(source)
     return _save(model, RunConfig(model=model.config, tokenizer=copy_tokenizer(Path(source), Path(root))), Path(root))
 
@@ -64,7 +65,7 @@ def from_official(source: str | Path, root: str | Path, config: RunConfig) -> Pa
     """An official flat file and its configuration to a canonical checkpoint of iteration 0 under `root`."""
     if not Path(source).is_file():
         raise UserError(f"{source}: no such file; give an official {FLAT_FILE}")
-    _refuse_checkpoints(Path(root))
+    require_new(Path(root))
     model = load_model(source, config)
     return _save(model, config.model_copy(update={"model": model.config}), Path(root))
 
@@ -104,11 +105,8 @@ def official_name(canonical: str, num_layers: int) -> str:
     if part == "layers":
         number, _, rest = rest.partition(".")
         return f"sequential.{int(number) + 2}." + _TOKENS.sub(r"\1_param_tokens", rest)
-    return (
-        "sequential."
-        + {"embedding": "0.", "final_norm": f"{num_layers + 3}.norm.", "head": f"{num_layers + 4}."}[part]
-        + rest
-    )
+    prefixes = {"embedding": "0.", "final_norm": f"{num_layers + 3}.norm.", "head": f"{num_layers + 4}."}
+    return f"sequential.{prefixes[part]}{rest}"
 
 
 def _tokenizer_of(source: Path, config: RunConfig | None, iteration: int | None) -> TokenizerConfig | None:
@@ -130,11 +128,6 @@ def _tokenizer_of(source: Path, config: RunConfig | None, iteration: int | None)
         )
         return None
     return found
-
-
-def _refuse_checkpoints(root: Path) -> None:
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root}: exists already; give a new or an empty folder")
 
 
 def _save(model: LanguageModel, config: RunConfig, root: Path) -> Path:
