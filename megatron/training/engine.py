@@ -45,6 +45,7 @@ def initialize_distributed(config: RunConfig) -> Layout:
     else:
         # Without this DeepSpeed compiles a shared-memory collective for a minute before the first step.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _share_cores()
     if not dist.is_initialized():
         backend = config.launch.distributed_backend if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
@@ -55,6 +56,13 @@ def initialize_distributed(config: RunConfig) -> Layout:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _share_cores() -> None:
+    """Divide the machine's cores among its processes: each would otherwise start a thread for every core."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    if "OMP_NUM_THREADS" not in os.environ and processes > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
 def training_device() -> torch.device:
