@@ -6,22 +6,25 @@ ones included.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 from tqdm import tqdm
 
 from megatron.errors import UserError
+from megatron.inference.batching import Batches, BatchSize
 from megatron.inference.generate import evaluating, generate
+from megatron.inference.ranks import DataRanks
+from megatron.inference.scoring import Score, Window, score_windows
 from megatron.model import LanguageModel
 from megatron.tokenizer import Tokenizer
 
 # (context, continuation), context ids, continuation ids
 Request = tuple[tuple[str, str], list[int], list[int]]
+_SAMPLED_TOGETHER = 8
 
 
 class TokenFormerLM(TemplateLM):
@@ -30,9 +33,10 @@ class TokenFormerLM(TemplateLM):
     Args:
         model: in any dtype, on any device.
         tokenizer: its end-of-document token stands before a text without context.
-        batch_size: requests computed together; results do not depend on it.
+        batch_size: requests computed together, or `auto`; results do not depend on it.
         max_length: context length in tokens; longer inputs lose their first tokens. Default: the model's seq_length.
         progress: show progress bars.
+        ranks: processes that share the requests; each of them gets all results.
     """
 
     max_gen_toks = 256
@@ -41,15 +45,18 @@ class TokenFormerLM(TemplateLM):
         self,
         model: LanguageModel,
         tokenizer: Tokenizer,
-        batch_size: int = 8,
+        batch_size: BatchSize = 8,
         max_length: int | None = None,
         progress: bool = True,
+        ranks: DataRanks | None = None,
     ) -> None:
         super().__init__()
         self.model, self.text_tokenizer = model, tokenizer
-        self.batch_size, self.progress = batch_size, progress
+        self.ranks = ranks or DataRanks()
+        self.progress = progress and self.ranks.rank == 0
         self.max_length = max_length or model.config.seq_length
         self._device = next(model.parameters()).device
+        self.batches = Batches(batch_size, self._device.type)
 
     @property
     def eot_token_id(self) -> int:
@@ -74,37 +81,26 @@ class TokenFormerLM(TemplateLM):
 
         Raises: UserError for a continuation longer than the context length.
         """
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
-        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        # All ranks look at all requests: a mistake ends every one of them alike.
+        windows = [self._window(context, continuation) for _, context, continuation in requests]
+        scores = self.ranks.compute(windows, lambda window: len(window.ids), partial(self._score, disable_tqdm))
+        return [(score.log_likelihood, score.greedy) for score in scores]
+
+    def _score(self, disable_tqdm: bool, windows: list[Window]) -> list[Score]:
         hidden = disable_tqdm or not self.progress
-        with evaluating(self.model), tqdm(total=len(order), desc="scoring", disable=hidden) as bar:
-            for start in range(0, len(order), self.batch_size):
-                chosen = order[start : start + self.batch_size]
-                scores = self._score_batch([(requests[i][1], requests[i][2]) for i in chosen])
-                for i, score in zip(chosen, scores, strict=True):
-                    results[i] = score
-                bar.update(len(chosen))
-        return results
+        with evaluating(self.model), tqdm(total=len(windows), desc="scoring", disable=hidden) as bar:
+            return self.batches.run(
+                windows, lambda window: len(window.ids), partial(score_windows, self.model), bar.update
+            )
 
-    def _score_batch(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Padding goes to the right, where causal attention never sees it."""
-        inputs = [self._model_input(context, continuation) for context, continuation in pairs]
-        longest = max(map(len, inputs))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in inputs], device=self._device)
-        logits = self.model(ids)  # [b, s, V_pad]
-        return [
-            _score(row[len(input_ids) - len(continuation) : len(input_ids)], continuation)
-            for row, input_ids, (_, continuation) in zip(logits, inputs, pairs, strict=True)
-        ]
-
-    def _model_input(self, context: list[int], continuation: list[int]) -> list[int]:
-        """All but the last token, cut from the left: the logits at i are those of token i + 1."""
+    def _window(self, context: list[int], continuation: list[int]) -> Window:
+        """Context and continuation, cut from the left."""
         if len(continuation) > self.max_length:
             raise UserError(
                 f"seq_length: a continuation of {len(continuation)} tokens does not fit the context length of "
                 f"{self.max_length}; use a task with shorter ones"
             )
-        return (context + continuation)[-(self.max_length + 1) :][:-1]
+        return Window((context + continuation)[-(self.max_length + 1) :], len(continuation))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, each predicted token once, in windows of the context length."""
@@ -130,32 +126,30 @@ class TokenFormerLM(TemplateLM):
         for members in groups.values():
             options = generation_options(requests[members[0]].args[1], self.max_gen_toks)
             contexts = [self._generation_context(requests[i].args[0], options["maximum_tokens"]) for i in members]
-            completions = generate(
-                self.model,
-                self.text_tokenizer,
-                contexts,
-                batch_size=self.batch_size,
-                seq_length=self.max_length,
-                progress=self.progress and not disable_tqdm,
-                **options,
-            )
-            for i, completion in zip(members, completions, strict=True):
-                texts[i] = completion.text
+            for i, text in zip(members, self._complete(contexts, options, disable_tqdm), strict=True):
+                texts[i] = text
         return texts
+
+    def _complete(self, contexts: list[list[int]], options: dict[str, Any], disable_tqdm: bool) -> list[str]:
+        def completed(batch: list[list[int]], batch_size: int) -> list[str]:
+            arguments = {**options, "batch_size": batch_size, "seq_length": self.max_length}
+            return [found.text for found in generate(self.model, self.text_tokenizer, batch, **arguments)]
+
+        def share(mine: list[list[int]]) -> list[str]:
+            with tqdm(total=len(mine), desc="generating", disable=disable_tqdm or not self.progress) as bar:
+                return self.batches.run(
+                    mine, lambda ids: len(ids) + limit, lambda batch: completed(batch, len(batch)), bar.update
+                )
+
+        limit = options["maximum_tokens"]
+        if options["temperature"] > 0:
+            # What is drawn for a text depends on its place among all texts: every rank computes all of them.
+            return completed(contexts, self.batches.size or _SAMPLED_TOGETHER)
+        return self.ranks.compute(contexts, len, share)
 
     def _generation_context(self, text: str, maximum_tokens: int) -> list[int]:
         """The last tokens of a text, so many that max_gen_toks fit behind them."""
         return self.tok_encode(text)[-max(1, self.max_length - maximum_tokens) :]
-
-
-def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """Sum of the log-probabilities of the continuation [n] under logits [n, V_pad], in fp32 at least."""
-    if not continuation:
-        return 0.0, True
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    target = torch.tensor(continuation, device=logits.device)
-    chosen = wide.log_softmax(dim=-1).gather(-1, target[:, None])
-    return chosen.sum().item(), bool((wide.argmax(dim=-1) == target).all())
 
 
 def generation_options(gen_kwargs: dict[str, Any], default_maximum: int) -> dict[str, Any]:

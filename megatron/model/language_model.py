@@ -100,13 +100,20 @@ class LanguageModel(nn.Module):
 
     def forward(self, input_ids: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
         """ids [b, s] -> logits [b, s, V_pad]; with a cache (one entry a block), ids are the new tokens only."""
+        return self.logits(self.hidden(input_ids, cache))
+
+    def hidden(self, input_ids: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
+        """ids [b, s] -> what the head reads, [b, s, d], so that callers need not take logits at every position."""
         x = self.embedding(input_ids)
         if self.checkpoint_layers and self.training and cache is None:
             x = self._forward_blocks_recomputed(x)
         else:
             for i, layer in enumerate(self.layers):
                 x = layer(x, None if cache is None else cache[i])
-        x = self.final_norm(x)
+        return self.final_norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[.., d] of `hidden` -> logits [.., V_pad]."""
         return self.embedding(x, as_head=True) if self.head is None else self.head(x)
 
     def _forward_blocks_recomputed(self, x: Tensor) -> Tensor:

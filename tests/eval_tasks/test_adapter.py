@@ -10,6 +10,7 @@ from lm_eval.api.instance import Instance
 
 from eval_tasks.adapter import TokenFormerLM, generation_options
 from megatron.errors import UserError
+from megatron.inference.batching import Batches
 from megatron.inference.generate import generate
 
 PAIRS = [
@@ -37,7 +38,7 @@ def direct(lm: TokenFormerLM, ids: list[int], count: int) -> tuple[float, bool]:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_loglikelihood_equals_direct_computation(lm: TokenFormerLM, batch_size: int) -> None:
-    lm.batch_size = batch_size
+    lm.batches = Batches(batch_size)
     found = lm.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
     for (context, continuation), (score, greedy) in zip(PAIRS, found, strict=True):
         whole = lm.tok_encode(context + continuation) if context else [lm.eot_token_id, *lm.tok_encode(continuation)]
