@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import types
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -584,7 +584,7 @@ class GenerationConfig(Section):
     """What generate.py does."""
     maximum_tokens: int = Field(default=64, gt=0)
     """Most tokens generated for a prompt."""
-    prompt_end: str = "\n"
+    prompt_end: str = Field(default="\n", min_length=1)
     """End of a prompt in interactive mode."""
     temperature: float = Field(default=0.0, ge=0)
     """Softmax temperature; 0 means greedy."""
@@ -592,14 +592,27 @@ class GenerationConfig(Section):
     """Sample among this many most probable tokens; 0 is off."""
     top_p: float = Field(default=0.0, ge=0, le=1)
     """Sample among the most probable tokens of this total probability; 0 is off."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Sample among tokens at least this times as probable as the most probable one; 0 is off."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Positive logits of tokens seen before are divided by it, negative ones multiplied; 1 is off."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Strings that end a text, one or a list; the text is cut before the first of them."""
+    logprobs: bool = False
+    """Write the log-probability of each generated token too."""
     recompute: bool = False
     """Generate without a key-value cache (slow; for checks)."""
     num_samples: int = Field(default=1, gt=0)
     """Texts per prompt, or in all for unconditional generation."""
     sample_input_file: str | None = None
-    """File of prompts, one a line."""
+    """File of prompts, one a line; a .jsonl file has objects with a prompt and settings of its own."""
     sample_output_file: str = "samples.txt"
     """File the texts are written to, one JSON object a line."""
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 SECTIONS = (

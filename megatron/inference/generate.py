@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from megatron.inference.cache import KVCache
-from megatron.inference.sampling import sample
+from megatron.inference.decoding import Decoder, Text
+from megatron.inference.sampling import Sampling
 from megatron.model import LanguageModel
 from megatron.tokenizer import Tokenizer
 
-# Prompt tokens computed at a time: bounds the logits at batch x 256 x V_pad.
-PREFILL_TOKENS = 256
 _SEED_STRIDE = 1_000_003
+Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -30,57 +27,37 @@ class Completion:
     text: str
     """The generated text alone, without the end-of-document token or the stop string."""
     length: int
-    """Number of generated tokens, the end-of-document token not counted."""
+    """Number of generated tokens, those of a stop string counted and the end-of-document token not."""
     finished: bool
     """Whether the text came to an end of its own (end of document or stop string) before a limit."""
     message: str | None
     """Why the text is not what was asked for: a prompt that was cut, a context that was full."""
     duration_seconds: float
     """Wall-clock time from the start of its batch."""
-
-
-@dataclass(frozen=True)
-class _Limits:
-    maximum_tokens: int
-    seq_length: int
-    eod_id: int | None
-    stop: tuple[str, ...]
-
-
-@dataclass
-class _Text:
-    """A text while it is being generated."""
-
-    context: str
-    prompt: list[int]
-    generator: torch.Generator | None = None
-    messages: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    finished: bool = False
-    ended: bool = False
-    seconds: float = 0.0
-
-    def completion(self) -> Completion:
-        message = "; ".join(self.messages) or None
-        return Completion(self.context, self.text, len(self.tokens), self.finished, message, self.seconds)
+    logprobs: list[float] | None = None
+    """Where asked for, the log-probability of each of the `length` tokens by the model itself, before penalty,
+    temperature and filters: the logarithm of a softmax over all rows of the embedding, as in evaluation."""
 
 
 def generate(
     model: LanguageModel,
     tokenizer: Tokenizer,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
+    settings: Sequence[Sampling] | None = None,
     maximum_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 0.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
     num_samples: int = 1,
     seed: int | None = None,
+    logprobs: bool = False,
     recompute: bool = False,
     batch_size: int = 8,
     stop_at_eod: bool = True,
-    stop: Sequence[str] = (),
     seq_length: int | None = None,
     progress: bool = False,
 ) -> list[Completion]:
@@ -93,35 +70,29 @@ def generate(
     Args:
         model: in any dtype, on any device.
         prompts: texts or token ids; an empty one starts from the end-of-document token.
-        maximum_tokens: most tokens generated for a prompt.
-        temperature, top_k, top_p: see megatron.inference.sampling.sample; temperature 0 is greedy.
+        settings: one for each prompt, instead of the next eight arguments.
+        maximum_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop, num_samples: of every prompt; see
+            megatron.inference.sampling.Sampling.
         seed: the same seed gives the same texts, whatever the batch size; None takes a new one each time.
+        logprobs: see Completion.
         recompute: compute the whole text anew for each token, without a cache (slow; for checks).
         batch_size: texts generated together.
         stop_at_eod: end a text at the end-of-document token.
-        stop: strings that end a text.
         seq_length: context length in tokens; default the model's.
         progress: show a progress bar.
     """
-    if min(maximum_tokens, num_samples, batch_size) < 1:
-        raise ValueError("maximum_tokens, num_samples, batch_size: must be at least 1")
-    eod_id = tokenizer.eod_id if stop_at_eod else None
-    limits = _Limits(maximum_tokens, seq_length or model.config.seq_length, eod_id, tuple(stop))
-    texts = [_start_text(prompt, tokenizer, limits) for prompt in prompts for _ in range(num_samples)]
-    if temperature > 0:
-        _seed_texts(texts, seed)
-
-    def choose(logits: Tensor, rows: list[_Text]) -> list[int]:
-        generators = [row.generator for row in rows if row.generator is not None]
-        return sample(logits[:, : tokenizer.vocab_size], temperature, top_k, top_p, generators).tolist()
-
-    by_length = sorted(texts, key=lambda text: len(text.prompt), reverse=True)
+    if settings is None:
+        of_all = Sampling(
+            maximum_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop), num_samples
+        )
+        settings = [of_all] * len(prompts)
+    decoder = Decoder(model, tokenizer, seq_length or model.config.seq_length, recompute, logprobs, stop_at_eod)
+    texts = start_texts(decoder, prompts, settings, seed)
     with evaluating(model), tqdm(total=len(texts), desc="generating", disable=not progress) as bar:
-        for start in range(0, len(texts), batch_size):
-            batch = by_length[start : start + batch_size]
-            _complete(batch, _Recomputed(model) if recompute else _Cached(model), choose, tokenizer, limits)
+        for batch in length_batches(texts, batch_size):
+            decoder.complete([texts[i] for i in batch])
             bar.update(len(batch))
-    return [text.completion() for text in texts]
+    return [completion_of(text, logprobs) for text in texts]
 
 
 @contextmanager
@@ -137,104 +108,33 @@ def evaluating(model: LanguageModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _start_text(prompt: str | Sequence[int], tokenizer: Tokenizer, limits: _Limits) -> _Text:
-    context = prompt if isinstance(prompt, str) else tokenizer.decode(list(prompt))
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    text = _Text(context, ids or [tokenizer.eod_id])
-    if len(ids) >= limits.seq_length:
-        kept = max(1, limits.seq_length - limits.maximum_tokens, limits.seq_length // 2)
-        text.prompt = ids[-kept:]
-        text.messages.append(f"prompt cut to its last {kept} of {len(ids)} tokens (seq_length {limits.seq_length})")
-    return text
+def start_texts(
+    decoder: Decoder, prompts: Sequence[Prompt], settings: Sequence[Sampling], seed: int | None
+) -> list[Text]:
+    """All texts of all prompts, each with a seed of its own, so that its draws do not depend on batches.
 
-
-def _seed_texts(texts: list[_Text], seed: int | None) -> None:
-    """A generator of its own for each text, so that its draws do not depend on batches."""
+    A prompt with its own seed gives what it would give alone with that seed.
+    """
     base = torch.Generator().seed() if seed is None else seed * _SEED_STRIDE
-    for i, text in enumerate(texts):
-        text.generator = torch.Generator().manual_seed((base + i) % 2**63)
+    texts: list[Text] = []
+    for prompt, sampling in zip(prompts, settings, strict=True):
+        own = len(texts) + base if sampling.seed is None else sampling.seed * _SEED_STRIDE
+        for number in range(sampling.num_samples):
+            text_seed = (own + number) % 2**63 if sampling.temperature > 0 else None
+            texts.append(decoder.start(prompt, sampling, text_seed))
+    return texts
 
 
-class _Cached:
-    """Logits after the last token of each row; past tokens come from a cache."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
-        self.cache: KVCache | None = None
-
-    def __call__(self, sequences: list[list[int]]) -> Tensor:
-        """Whole texts in, first time with any number of tokens and later with one more each; logits [b, V_pad]."""
-        device = next(self.model.parameters()).device
-        if self.cache is None:
-            longest = max(map(len, sequences))
-            padding = [longest - len(row) for row in sequences]
-            self.cache = KVCache(len(self.model.layers), torch.tensor(padding, device=device))
-            rows = [[0] * count + row for count, row in zip(padding, sequences, strict=True)]
-        else:
-            rows = [row[-1:] for row in sequences]
-        ids = torch.tensor(rows, device=device)
-        for part in ids.split(PREFILL_TOKENS, dim=1):
-            logits = self.model(part, cache=self.cache.step(part.shape[1]))
-        return logits[:, -1]
-
-    def select(self, rows: list[int]) -> None:
-        """Go on with these rows only."""
-        assert self.cache is not None, "called after the first step"
-        self.cache.select(torch.tensor(rows, device=self.cache.padding.device))
+def length_batches(texts: Sequence[Text], batch_size: int) -> list[list[int]]:
+    """Indices of texts of similar length, longest first: little padding, and too little memory shows at once."""
+    if batch_size < 1:
+        raise ValueError("batch_size: must be at least 1")
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].prompt), reverse=True)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-class _Recomputed:
-    """The same without a cache: padding goes to the right, where causal attention never sees it."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
-
-    def __call__(self, sequences: list[list[int]]) -> Tensor:
-        """Whole texts in; logits after the last token of each, [b, V_pad]."""
-        device = next(self.model.parameters()).device
-        longest = max(map(len, sequences))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in sequences], device=device)
-        last = torch.tensor([len(row) - 1 for row in sequences], device=device)
-        return self.model(ids)[torch.arange(len(sequences), device=device), last]
-
-    def select(self, rows: list[int]) -> None:
-        """Nothing is kept between steps."""
-
-
-def _complete(
-    texts: list[_Text],
-    next_logits: _Cached | _Recomputed,
-    choose: Callable[[Tensor, list[_Text]], list[int]],
-    tokenizer: Tokenizer,
-    limits: _Limits,
-) -> None:
-    """Generate until every text of the batch has ended; a text that has ended leaves the batch."""
-    started = time.perf_counter()
-    while texts:
-        logits = next_logits([text.prompt + text.tokens for text in texts])
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        for text, token in zip(texts, choose(wide, texts), strict=True):
-            _append(text, token, tokenizer, limits)
-            text.seconds = time.perf_counter() - started
-        going = [i for i, text in enumerate(texts) if not text.ended]
-        if 0 < len(going) < len(texts):
-            next_logits.select(going)
-        texts = [texts[i] for i in going]
-
-
-def _append(text: _Text, token: int, tokenizer: Tokenizer, limits: _Limits) -> None:
-    """Add a token and see whether the text has ended."""
-    if token == limits.eod_id:
-        text.finished = text.ended = True
-    else:
-        text.tokens.append(token)
-        full = len(text.prompt) + len(text.tokens) >= limits.seq_length
-        text.ended = full or len(text.tokens) >= limits.maximum_tokens
-        if full and len(text.tokens) < limits.maximum_tokens:
-            text.messages.append(f"stopped at the context length of {limits.seq_length} tokens (seq_length)")
-    if limits.stop or text.ended:
-        text.text = tokenizer.decode(text.tokens)
-    ends = [text.text.find(string) for string in limits.stop if string in text.text]
-    if ends:
-        text.text = text.text[: min(ends)]
-        text.finished = text.ended = True
+def completion_of(text: Text, logprobs: bool) -> Completion:
+    """What is reported of a text that has ended."""
+    message = "; ".join(text.messages) or None
+    noted = text.logprobs if logprobs else None
+    return Completion(text.context, text.text, len(text.tokens), text.finished, message, text.seconds, noted)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron.inference.generate import Completion, generate
+from megatron.inference.sampling import Sampling
 from megatron.model import LanguageModel
 from megatron.tokenizer import CharLevelTokenizer
 from tests.inference.helpers import make_model
@@ -19,6 +20,17 @@ PROMPTS = ["The state of the Union", "a", "", "My fellow citizens,", "We", "libe
 def texts(completions: list[Completion]) -> list[Completion]:
     """Without the times."""
     return [replace(completion, duration_seconds=0.0) for completion in completions]
+
+
+class RecordingTokenizer(CharLevelTokenizer):
+    """Remembers the ids of every text."""
+
+    def __init__(self) -> None:
+        self.decoded: list[list[int]] = []
+
+    def decode(self, ids: Any) -> str:
+        self.decoded.append(list(ids))
+        return super().decode(ids)
 
 
 def force(model: LanguageModel, token: int, logit: float = 1e4) -> None:
@@ -49,7 +61,7 @@ def test_cache_and_batch_composition_leave_texts_unchanged(
 def test_long_prompts_are_computed_in_parts(tokenizer: CharLevelTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     whole = texts(generate(model, tokenizer, PROMPTS, maximum_tokens=8))
-    monkeypatch.setitem(generate.__globals__, "PREFILL_TOKENS", 5)
+    monkeypatch.setattr("megatron.inference.decoding.PREFILL_TOKENS", 5)
     assert texts(generate(model, tokenizer, PROMPTS, maximum_tokens=8)) == whole
 
 
@@ -79,6 +91,60 @@ def test_seed_decides_the_samples(tokenizer: CharLevelTokenizer) -> None:
     assert len(set(sampled(1))) == 6
 
 
+def test_prompts_of_one_batch_keep_their_own_settings(model: LanguageModel, tokenizer: CharLevelTokenizer) -> None:
+    settings = [
+        Sampling(maximum_tokens=9),
+        Sampling(maximum_tokens=5, temperature=1.0, top_k=5, seed=3, num_samples=2),
+        Sampling(maximum_tokens=20, temperature=1.5, min_p=0.1, seed=4, stop=("a", "e")),
+        Sampling(maximum_tokens=12, repetition_penalty=3.0),
+        Sampling(maximum_tokens=7, temperature=0.7, top_p=0.8, seed=3, num_samples=3),
+    ]
+    prompts = PROMPTS[: len(settings)]
+    alone = [
+        text
+        for prompt, setting in zip(prompts, settings, strict=True)
+        for text in texts(generate(model, tokenizer, [prompt], settings=[setting]))
+    ]
+    assert [text.context for text in alone].count(prompts[4]) == 3
+    for batch_size in (1, 3, 8):
+        assert texts(generate(model, tokenizer, prompts, settings=settings, batch_size=batch_size)) == alone
+    own = [replace(setting, seed=None) for setting in settings[1:2]]
+    assert texts(generate(model, tokenizer, prompts[1:2], settings=own, seed=3)) == alone[1:3]
+
+
+def test_logprobs_are_those_of_the_model_before_any_setting(
+    model: LanguageModel, tokenizer: CharLevelTokenizer
+) -> None:
+    options: dict[str, Any] = {"temperature": 2.0, "top_k": 9, "repetition_penalty": 1.5, "seed": 1, "num_samples": 2}
+    found = generate(model, tokenizer, ["Union", "a"], maximum_tokens=6, logprobs=True, stop_at_eod=False, **options)
+    without = generate(model, tokenizer, ["Union", "a"], maximum_tokens=6, stop_at_eod=False, **options)
+    assert texts([replace(completion, logprobs=None) for completion in found]) == texts(without)
+    recorded = RecordingTokenizer()
+    generate(model, recorded, ["Union"], maximum_tokens=6, stop_at_eod=False, **options)
+    for completion, ids in zip(found, recorded.decoded, strict=False):
+        prompt = tokenizer.encode("Union")
+        with torch.no_grad():
+            scores = model(torch.tensor([prompt + ids]))[0].log_softmax(dim=-1)
+        expected = [scores[len(prompt) - 1 + i, token].item() for i, token in enumerate(ids)]
+        assert completion.logprobs == pytest.approx(expected, abs=1e-9)
+        assert completion.length == len(expected) == 6
+
+
+def test_a_text_of_no_tokens_has_no_logprobs(tokenizer: CharLevelTokenizer) -> None:
+    model = make_model()
+    force(model, tokenizer.eod_id)
+    (completion,) = generate(model, tokenizer, ["a"], logprobs=True)
+    assert completion.logprobs == []
+
+
+def test_repetition_penalty_counts_the_prompt(tokenizer: CharLevelTokenizer) -> None:
+    model = make_model()
+    force(model, ord("x"), logit=100.0)
+    assert generate(model, tokenizer, ["a"], maximum_tokens=3)[0].text == "xxx"
+    assert "x" not in generate(model, tokenizer, ["x"], maximum_tokens=3, repetition_penalty=1e4)[0].text
+    assert generate(model, tokenizer, ["a"], maximum_tokens=3, repetition_penalty=1e4)[0].text.count("x") == 1
+
+
 def test_completions_come_prompt_by_prompt(tokenizer: CharLevelTokenizer) -> None:
     completions = generate(make_model(), tokenizer, ["a", "longer"], num_samples=2, maximum_tokens=2)
     assert [completion.context for completion in completions] == ["a", "a", "longer", "longer"]
@@ -87,19 +153,11 @@ def test_completions_come_prompt_by_prompt(tokenizer: CharLevelTokenizer) -> Non
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_padded_vocabulary_is_never_sampled(temperature: float, recompute: bool) -> None:
-    class Recorder(CharLevelTokenizer):
-        seen: set[int] = set()
-
-        def decode(self, ids: Any) -> str:
-            self.seen.update(ids)
-            return super().decode(ids)
-
-    tokenizer, model = Recorder(), make_model()
+    tokenizer, model = RecordingTokenizer(), make_model()
     force(model, 600)
     options = {"temperature": temperature, "recompute": recompute, "seed": 0, "maximum_tokens": 30}
     generate(model, tokenizer, ["a", "b", "c"], **options)
-    assert tokenizer.seen
-    assert max(tokenizer.seen) < tokenizer.vocab_size
+    assert max(max(ids) for ids in tokenizer.decoded) < tokenizer.vocab_size
 
 
 def test_end_of_document_ends_a_text(tokenizer: CharLevelTokenizer) -> None:

@@ -16,7 +16,7 @@ import torch
 from megatron.errors import UserError
 from megatron.inference.generate import generate
 from megatron.inference.load import load_model
-from megatron.inference.modes import read_prompts, run_generation
+from megatron.inference.modes import run_generation
 from megatron.inference.prepare import inference_dtype, load_for_inference
 from megatron.log import get_logger
 from megatron.tokenizer import CharLevelTokenizer
@@ -54,7 +54,8 @@ def test_unconditional_writes_num_samples_texts(checkpoint: Path, tmp_path: Path
     ("typed", "prompt_end", "prompts"),
     [
         (["one", "", "two"], "\n", ["one", "two"]),
-        (["one", "still one END", "two"], "END", ["one\nstill one ", "two"]),
+        (["one", "/reset", "two"], "\n", ["one", "two"]),
+        (["one", "still one END", "/resetEND", "two"], "END", ["one\nstill one ", "two"]),
         ([], "\n", []),
     ],
 )
@@ -124,12 +125,6 @@ def test_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     save_random_models(tmp_path / "small", small, (1,))
     with pytest.raises(UserError, match="the tokenizer has 512 ids, the model's embedding 256 rows"):
         load_for_inference(make_config(load=str(tmp_path / "small"), padded_vocab_size=256))
-
-
-def test_binary_prompts_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "prompts").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="it is not UTF-8 text"):
-        read_prompts(str(tmp_path / "prompts"))
 
 
 def test_command_line_reports_one_line_and_other_ranks_do_nothing(tmp_path: Path) -> None:

@@ -1,11 +1,21 @@
-"""Exact meaning of temperature, top-k and top-p."""
+"""Exact meaning of the sampling settings."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
-from megatron.inference.sampling import filter_top_k, filter_top_p, sample
+from megatron.inference.sampling import (
+    Sampling,
+    filter_min_p,
+    filter_top_k,
+    filter_top_p,
+    penalize_repetition,
+    sample,
+    sample_rows,
+)
 
 PROBABILITIES = torch.tensor([[0.05, 0.5, 0.15, 0.3]])
 LOGITS = PROBABILITIES.log()
@@ -73,3 +83,67 @@ def test_tiny_temperature_is_finite() -> None:
 def test_missing_generators_are_an_error() -> None:
     with pytest.raises(ValueError, match="generators: sampling needs one for each of the 1 rows"):
         sample(LOGITS, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("min_p", "expected"), [(0.0, [0, 1, 2, 3]), (0.09, [0, 1, 2, 3]), (0.25, [1, 2, 3]), (0.59, [1, 3]), (1.0, [1])]
+)
+def test_min_p_keeps_tokens_that_are_probable_beside_the_best(min_p: float, expected: list[int]) -> None:
+    assert kept(filter_min_p(LOGITS, min_p)) == [expected]
+    assert kept(filter_min_p(filter_top_k(LOGITS, 2), min_p)) == [[i for i in expected if i in (1, 3)]]
+
+
+def test_min_p_sees_tempered_probabilities() -> None:
+    generators = [torch.Generator().manual_seed(i) for i in range(300)]
+    # 0.3 / 0.5 = 0.6, and 0.36 after squaring.
+    hot, cold = (sample(LOGITS.expand(300, -1), t, min_p=0.5, generators=generators) for t in (1.0, 0.5))
+    assert (set(hot.tolist()), set(cold.tolist())) == ({1, 3}, {1})
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_once() -> None:
+    logits = torch.tensor([[2.0, -1.0, 3.0, 0.0], [2.0, -1.0, 3.0, 0.0]])
+    found = penalize_repetition(logits, [[0, 1, 0], [2]], [2.0, 1.0])
+    assert found.tolist() == [[1.0, -2.0, 3.0, 0.0], [2.0, -1.0, 3.0, 0.0]]
+    assert logits[0, 0] == 2.0
+    assert penalize_repetition(logits, [[0], [1]], [1.0, 1.0]) is logits
+
+
+def test_repetition_penalty_changes_greedy_choices() -> None:
+    logits = torch.tensor([[2.0, 1.5], [2.0, 1.5]])
+    settings = [Sampling(repetition_penalty=2.0), Sampling()]
+    assert sample_rows(logits, settings, [[0], [0]], [None, None]).tolist() == [1, 0]
+
+
+def test_every_row_is_chosen_as_if_it_were_alone() -> None:
+    settings = [
+        Sampling(),
+        Sampling(temperature=1.0),
+        Sampling(temperature=1.0, top_k=3),
+        Sampling(temperature=2.0, min_p=0.2, repetition_penalty=1.3),
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.7, top_p=0.8),
+    ]
+    logits = torch.randn(len(settings), 50, generator=torch.Generator().manual_seed(0))
+    seen = [[i, i + 1] for i in range(len(settings))]
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(i) for i in range(len(settings))]
+
+    together = sample_rows(logits, settings, seen, generators()).tolist()
+    alone = [
+        sample_rows(logits[i : i + 1], [settings[i]], [seen[i]], [generator]).item()
+        for i, generator in enumerate(generators())
+    ]
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": -1.0}, {"top_k": -1}, {"top_p": 1.1}, {"min_p": -0.1}, {"repetition_penalty": 0.0},
+        {"stop": ("",)}, {"num_samples": 0},
+    ],
+)  # fmt: skip
+def test_settings_outside_their_range_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Sampling(**settings)

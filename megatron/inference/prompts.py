@@ -1,0 +1,84 @@
+"""Prompt files: lines of text, or JSON lines with settings of their own."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from megatron.config.messages import describe_validation_error
+from megatron.config.schema import GenerationConfig, Section
+from megatron.errors import UserError
+from megatron.inference.sampling import Sampling
+
+
+class _OwnSeed(Section):
+    seed: int | None = Field(default=None, ge=0)
+
+
+_SETTINGS = (
+    "maximum_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "num_samples",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how its texts are to be chosen."""
+
+    prompt: str
+    sampling: Sampling
+
+
+def sampling_of(options: GenerationConfig, seed: int | None = None) -> Sampling:
+    """The configuration's settings, as those of a prompt without its own."""
+    values = {name: getattr(options, name) for name in _SETTINGS}
+    return Sampling(**{**values, "stop": tuple(options.stop), "seed": seed})
+
+
+def read_requests(path: str, options: GenerationConfig) -> list[Request]:
+    """The prompts of a UTF-8 file; a name that ends in .jsonl means JSON lines, see _request_of.
+
+    Other files have one prompt a line, without surrounding white space and empty ones. Raises UserError.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"sample_input_file: {path} cannot be read: {reason}; give a text file") from None
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UserError(f"sample_input_file: {path} holds no prompts; write one a line")
+    if path.endswith(".jsonl"):
+        return [_request_of(line, f"sample_input_file: {path}, line {number}", options) for number, line in numbered]
+    common = sampling_of(options)
+    return [Request(line, common) for _, line in numbered]
+
+
+def _request_of(line: str, where: str, options: GenerationConfig) -> Request:
+    """A JSON object: `prompt`, used as it is, and any of _SETTINGS and `seed` in place of the configuration's."""
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error}); a .jsonl file has one object a line") from None
+    if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
+        raise UserError(f'{where} has no text called prompt; write {{"prompt": "..."}}')
+    prompt = values.pop("prompt")
+    _refuse_unknown(values, where)
+    try:
+        seed = _OwnSeed(seed=values.pop("seed", None)).seed
+        return Request(prompt, sampling_of(GenerationConfig(**{**options.model_dump(), **values}), seed))
+    except ValidationError as error:
+        raise UserError(describe_validation_error(error, {}, where)) from None
+
+
+def _refuse_unknown(values: dict[str, Any], where: str) -> None:
+    known = [*_SETTINGS, "seed"]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.5)
+            advice = f"did you mean {near[0]}?" if near else f"known: prompt, {', '.join(known)}"
+            raise UserError(f"{where}: unknown setting '{name}'; {advice}")

@@ -1,0 +1,67 @@
+"""Prompt files: lines of text and JSON lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.config.schema import GenerationConfig
+from megatron.errors import UserError
+from megatron.inference.prompts import read_requests
+from megatron.inference.sampling import Sampling
+
+OPTIONS = GenerationConfig(temperature=0.5, stop="END", num_samples=2)
+
+
+def write(path: Path, *lines: Any) -> str:
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_lines_of_text_all_have_the_settings_of_the_configuration(tmp_path: Path) -> None:
+    path = write(tmp_path / "prompts.txt", " The Union \n", "\n", '{"prompt": "as it is"}\n', "a\u2028b")
+    requests = read_requests(path, OPTIONS)
+    assert [request.prompt for request in requests] == ["The Union", '{"prompt": "as it is"}', "a\u2028b"]
+    assert {request.sampling for request in requests} == {Sampling(temperature=0.5, stop=("END",), num_samples=2)}
+
+
+def test_json_lines_may_have_settings_of_their_own(tmp_path: Path) -> None:
+    own = {"temperature": 0, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.2}
+    own |= {"maximum_tokens": 7, "num_samples": 1, "stop": ["a", "b"], "seed": 5}
+    path = write(tmp_path / "p.jsonl", {"prompt": " kept \n", **own}, {"prompt": "", "stop": "x"}, {"prompt": "c"})
+    first, second, third = read_requests(path, OPTIONS)
+    assert first.prompt == " kept \n"
+    assert first.sampling == Sampling(**{**own, "stop": ("a", "b")})
+    assert (second.prompt, second.sampling.stop, second.sampling.temperature) == ("", ("x",), 0.5)
+    assert third.sampling == Sampling(temperature=0.5, stop=("END",), num_samples=2)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ('"text"', "line 2 has no text called prompt"),
+        ({"text": "a"}, "line 2 has no text called prompt"),
+        ({"prompt": "a", "temprature": 1}, "line 2: unknown setting 'temprature'; did you mean temperature"),
+        ({"prompt": "a", "zzz": 1}, "line 2: unknown setting 'zzz'; known: prompt, maximum_tokens"),
+        ({"prompt": "a", "sample_output_file": "x"}, "line 2: unknown setting 'sample_output_file'"),
+        ({"prompt": "a", "top_p": 1.5}, "line 2: top_p: must be at most 1, got 1.5"),
+        ({"prompt": "a", "top_k": "many"}, "line 2: top_k: expected a whole number, got 'many'"),
+        ({"prompt": "a", "seed": -1}, "line 2: seed: must be at least 0, got -1"),
+        ({"prompt": "a", "stop": [""]}, "line 2: stop: "),
+    ],
+)
+def test_mistakes_name_file_line_and_setting(tmp_path: Path, line: Any, message: str) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "fine"}, line)
+    with pytest.raises(UserError, match=message) as error:
+        read_requests(path, OPTIONS)
+    assert "p.jsonl, line 2" in str(error.value)
+
+
+def test_binary_prompts_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="it is not UTF-8 text"):
+        read_requests(str(tmp_path / "prompts"), OPTIONS)
