@@ -11,12 +11,12 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from megatron.errors import UserError
 from megatron.inference.batching import Batches, BatchSize
 from megatron.inference.generate import evaluating, generate
+from megatron.inference.perplexity import sliding_windows
 from megatron.inference.ranks import DataRanks
 from megatron.inference.scoring import Score, Window, score_windows
 from megatron.model import LanguageModel
@@ -83,10 +83,12 @@ class TokenFormerLM(TemplateLM):
         """
         # All ranks look at all requests: a mistake ends every one of them alike.
         windows = [self._window(context, continuation) for _, context, continuation in requests]
-        scores = self.ranks.compute(windows, lambda window: len(window.ids), partial(self._score, disable_tqdm))
-        return [(score.log_likelihood, score.greedy) for score in scores]
+        return [(score.log_likelihood, score.greedy) for score in self._scores(windows, disable_tqdm)]
 
-    def _score(self, disable_tqdm: bool, windows: list[Window]) -> list[Score]:
+    def _scores(self, windows: list[Window], disable_tqdm: bool) -> list[Score]:
+        return self.ranks.compute(windows, lambda window: len(window.ids), partial(self._share, disable_tqdm))
+
+    def _share(self, disable_tqdm: bool, windows: list[Window]) -> list[Score]:
         hidden = disable_tqdm or not self.progress
         with evaluating(self.model), tqdm(total=len(windows), desc="scoring", disable=hidden) as bar:
             return self.batches.run(
@@ -104,16 +106,10 @@ class TokenFormerLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, each predicted token once, in windows of the context length."""
-        windows: list[Request] = []
-        counts = []
-        for request in requests:
-            (text,) = request.args
-            rolling = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
-            pairs = [make_disjoint_window(window) for window in rolling]
-            windows += [(("", ""), list(context), list(predicted)) for context, predicted in pairs]
-            counts.append(len(pairs))
-        scores = iter(self._loglikelihood_tokens(windows, disable_tqdm))
-        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+        texts = [[self.prefix_token_id, *self.tok_encode(request.args[0])] for request in requests]
+        windows = [list(sliding_windows(ids, self.max_length, self.max_length)) for ids in texts]
+        scores = iter(self._scores([window for text in windows for window in text], disable_tqdm))
+        return [sum(next(scores).log_likelihood for _ in text) for text in windows]
 
     # ---- generation ----
 

@@ -1,50 +1,92 @@
-"""What eval.py does: lm-eval's tasks on a checkpoint, a table, and a results file."""
+"""What eval.py does: lm-eval's tasks and perplexity of a checkpoint, tables, and a results file."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import os
-from collections.abc import Iterator, Mapping
-from datetime import datetime
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval_tasks.results import flat_metrics, log_to_boards, results_path, write_results
+from eval_tasks.tables import format_summary, format_table, paper_summary
 from megatron.config.schema import EvaluationConfig, RunConfig
 from megatron.errors import UserError
+from megatron.inference.batching import Batches
+from megatron.inference.corpus import corpus_documents
+from megatron.inference.perplexity import corpus_perplexity
 from megatron.inference.prepare import checkpoint_source, load_for_inference
-from megatron.log import get_logger
+from megatron.inference.ranks import DataRanks
+from megatron.model import LanguageModel
+from megatron.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
-
-    from eval_tasks.adapter import TokenFormerLM
 
 # Standard errors without a closed form (perplexities) come from this many resamples.
 BOOTSTRAP_ITERS = 100
 
 
-def run_evaluation(config: RunConfig) -> dict[str, Any]:
-    """Evaluate the checkpoint of `config` on eval_tasks, print a table and write a results file.
+def run_evaluation(config: RunConfig, ranks: DataRanks | None = None) -> dict[str, Any]:
+    """Evaluate the checkpoint of `config` on eval_tasks and perplexity_data; rank 0 prints tables, writes the results
+    file and logs to TensorBoard and Weights & Biases where configured.
 
-    Returns: lm-eval's results, `results[task]["acc,none"]` and so on, with `checkpoint` and `tokenizer`.
+    Args:
+        ranks: processes that share the work; all call this, rank 0 gets all results.
+
+    Returns: lm-eval's results, `results[task]["acc,none"]` and so on, with `checkpoint` and `tokenizer`; the
+        perplexities are those of the task `perplexity`; `summary` is the paper's table if all its tasks were run.
 
     Raises: UserError when tasks, checkpoint, tokenizer, data or the lm_eval package are missing.
     """
-    _check_installed()
-    options = config.evaluation
-    tasks, manager = find_tasks(options)
+    ranks, options = ranks or DataRanks(), config.evaluation
+    evaluate_tasks = _prepare_tasks(options) if options.eval_tasks or not options.perplexity_data else None
     path = checkpoint_source(config.checkpoint)
     results_file = results_path(options.eval_results_prefix)
     model, tokenizer = load_for_inference(config)
-    from eval_tasks.adapter import TokenFormerLM
-
-    lm = TokenFormerLM(model, tokenizer, options.eval_batch_size, config.model.seq_length)
-    evaluated = _evaluate(lm, tasks, manager, options)
-    results = {**evaluated, "checkpoint": str(path), "tokenizer": lm.tokenizer_name}
-    print(format_table(results["results"]), flush=True)
-    _write_results(results, results_file)
+    results: dict[str, Any] = evaluate_tasks(model, tokenizer, config, ranks) if evaluate_tasks else {"results": {}}
+    if options.perplexity_data:
+        results["results"]["perplexity"] = _perplexity(model, tokenizer, config, ranks)
+    results.update(checkpoint=str(path), tokenizer=f"{tokenizer.name}-{tokenizer.vocab_size}")
+    summary = paper_summary(results["results"], model.config)
+    results.update({"summary": summary} if summary else {})
+    if ranks.rank == 0:
+        _report(results, results_file, config)
     return results
+
+
+def _report(results: dict[str, Any], file: Path, config: RunConfig) -> None:
+    print(format_table(results["results"]), flush=True)
+    if "summary" in results:
+        print("\n" + format_summary(results["summary"]), flush=True)
+    write_results(results, file)
+    log_to_boards(config, flat_metrics(results))
+
+
+def _perplexity(model: LanguageModel, tokenizer: Tokenizer, config: RunConfig, ranks: DataRanks) -> dict[str, Any]:
+    """Perplexity of perplexity_data, in the form of a task's results."""
+    options, seq_length = config.evaluation, config.model.seq_length
+    assert options.perplexity_data is not None, "asked for"
+    found = corpus_perplexity(
+        model,
+        corpus_documents(options.perplexity_data, tokenizer, options.eval_limit),
+        tokenizer.eod_id,
+        seq_length,
+        options.perplexity_stride,
+        Batches(options.eval_batch_size, next(model.parameters()).device.type),
+        ranks,
+        progress=True,
+    )
+    stride = options.perplexity_stride or max(1, seq_length // 2)
+    values = {name if name.startswith("num_") else f"{name},none": value for name, value in found.items()}
+    return {"alias": options.perplexity_data, **values, "seq_length": seq_length, "stride": stride}
+
+
+def _prepare_tasks(options: EvaluationConfig) -> Any:
+    """The evaluation of eval_tasks, with what can be wrong about them found before a model is loaded."""
+    _check_installed()
+    return partial(_evaluate, *find_tasks(options))
 
 
 def _check_installed() -> None:
@@ -82,22 +124,24 @@ def find_tasks(options: EvaluationConfig) -> tuple[list[str], TaskManager]:
     return manager.match_tasks(options.eval_tasks), manager
 
 
-def results_path(prefix: str) -> Path:
-    """`{prefix}_eval_results_{date and time}.json`; a prefix ending in a separator stays as it is."""
-    if prefix and prefix[-1] not in "/_-.":
-        prefix += "_"
-    return Path(f"{prefix}eval_results_{datetime.now():%m-%d-%Y-%H-%M-%S}.json")
-
-
 def _evaluate(
-    lm: TokenFormerLM, tasks: list[str], manager: TaskManager, options: EvaluationConfig
-) -> Mapping[str, Any]:
+    tasks: list[str],
+    manager: TaskManager,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    config: RunConfig,
+    ranks: DataRanks,
+) -> dict[str, Any]:
     from lm_eval import simple_evaluate
 
+    from eval_tasks.adapter import TokenFormerLM
+
+    options = config.evaluation
+    lm = TokenFormerLM(model, tokenizer, options.eval_batch_size, config.model.seq_length, ranks=ranks)
     # Resampling is a short loop; worker processes forked beside a CUDA context or torch's threads are a risk.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     try:
-        results = simple_evaluate(
+        results: Mapping[str, Any] | None = simple_evaluate(
             model=lm,
             tasks=tasks,
             num_fewshot=options.num_fewshot,
@@ -112,44 +156,5 @@ def _evaluate(
         raise UserError(
             f"eval_tasks: the data of {names} cannot be loaded: {error}; check the network or the task's data_files"
         ) from error
-    assert results is not None, "only ranks other than 0 get None"
-    return dict(results)
-
-
-def _rows(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str, str]]:
-    for task, values in results.items():
-        for key, value in values.items():
-            metric, comma, filter_name = key.partition(",")
-            if not comma or metric.endswith("_stderr"):
-                continue
-            error = values.get(f"{metric}_stderr,{filter_name}")
-            name = metric if filter_name == "none" else f"{metric} ({filter_name})"
-            yield task, name, _number(value), _number(error)
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, (int, float)) else "-"
-
-
-def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line for each task and metric: task, metric, value, standard error."""
-    rows = [("task", "metric", "value", "stderr"), *_rows(results)]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}" for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def _write_results(results: Mapping[str, Any], path: Path) -> None:
-    from lm_eval.utils import handle_non_serializable
-
-    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"eval_results_prefix: {path} cannot be written: {error.strerror}; choose another prefix"
-        ) from error
-    get_logger().info("results written to %s", path)
+    # lm-eval has results for the first process of a node only.
+    return dict(results or {"results": {}})

@@ -29,6 +29,8 @@ FLAG_KEYS: dict[str, str] = {
     "limit": "eval_limit",
     "num_fewshot": "num_fewshot",
     "include_path": "include_path",
+    "perplexity": "perplexity_data",
+    "perplexity_stride": "perplexity_stride",
     "text_gen_type": "text_gen_type",
     "sample_input_file": "sample_input_file",
     "sample_output_file": "sample_output_file",
@@ -39,6 +41,9 @@ FLAG_KEYS: dict[str, str] = {
 }
 """The key that each flag sets."""
 
+_NUMBER_KEYS = {
+    "iteration", "eval_batch_size", "eval_limit", "num_fewshot", "perplexity_stride", "num_gpus", "master_port",
+}  # fmt: skip
 _SCRIPT_HELP = "train.py, eval.py or generate.py"
 
 
@@ -95,10 +100,12 @@ def _add_run_flags(group: Any) -> None:
 def _add_evaluation_flags(group: Any) -> None:
     group.add_argument("--eval_tasks", nargs="+", metavar="TASK", help="lm-eval tasks, for example lambada_openai piqa")
     group.add_argument("--eval_results_prefix", metavar="TEXT", help="prefix of the results file")
-    group.add_argument("--eval_batch_size", metavar="N", help="requests evaluated together")
+    group.add_argument("--eval_batch_size", metavar="N", help="requests evaluated together, or auto")
     group.add_argument("--limit", metavar="N", help="documents per task")
     group.add_argument("--num_fewshot", metavar="N", help="examples in the prompt")
     group.add_argument("--include_path", metavar="DIR", help="folder with further task YAMLs")
+    group.add_argument("--perplexity", metavar="DATA", help="measure the perplexity of a .bin/.idx prefix or text file")
+    group.add_argument("--perplexity_stride", metavar="N", help="tokens the window moves on; default seq_length / 2")
     group.add_argument("--text_gen_type", metavar="KIND", help="unconditional, input-file or interactive")
     group.add_argument("-i", "--sample_input_file", metavar="FILE", help="prompts, one a line")
     group.add_argument("-o", "--sample_output_file", metavar="FILE", help="where texts are written")
@@ -150,8 +157,7 @@ def resolve_arguments(args: Namespace, prog: str) -> Resolved:
 
 def _flag_value(text: Any, key: str) -> Any:
     """Flags of number keys become numbers where they can; the schema reports the others."""
-    is_number = key in ("iteration", "eval_batch_size", "eval_limit", "num_fewshot", "num_gpus", "master_port")
-    return int(text) if is_number and text.lstrip("-").isdigit() else text
+    return int(text) if key in _NUMBER_KEYS and text.lstrip("-").isdigit() else text
 
 
 def check_command(resolved: Resolved, script: str) -> None:

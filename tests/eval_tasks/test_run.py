@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from eval_tasks.adapter import TokenFormerLM
-from eval_tasks.run import find_tasks, format_table, results_path, run_evaluation
+from eval_tasks.results import results_path
+from eval_tasks.run import find_tasks, run_evaluation
 from megatron.config import EvaluationConfig, RunConfig
 from megatron.errors import UserError
 from megatron.inference import load_model
@@ -80,6 +81,44 @@ def test_patterns_limits_and_resampled_errors_work(config: RunConfig) -> None:
     assert results["results"]["harbor_last"]["perplexity_stderr,none"] > 0
 
 
+def test_perplexity_stands_beside_the_tasks_and_needs_no_lm_eval(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "held_out.txt"
+    text.write_text("The ferry leaves the harbor at noon. " * 9, encoding="utf-8")
+    both = run_evaluation(with_evaluation(config, perplexity_data=str(text)))["results"]
+    assert set(both) == {"harbor_choice", "perplexity"}
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    alone = run_evaluation(with_evaluation(config, perplexity_data=str(text), eval_tasks=None))["results"]
+    assert alone == {"perplexity": both["perplexity"]}
+    assert (alone["perplexity"]["num_words"], alone["perplexity"]["stride"]) == (63, 24)
+    assert alone["perplexity"]["word_perplexity,none"] > alone["perplexity"]["token_perplexity,none"] > 1
+    rows = [line.split()[1:3] for line in capsys.readouterr().out.splitlines()]
+    assert ["token_perplexity", f"{alone['perplexity']['token_perplexity,none']:.4f}"] in rows
+
+
+def test_results_go_to_tensorboard_and_wandb(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[dict[str, float]] = []
+
+    class Sink:
+        def __init__(self, place: Any) -> None: ...
+
+        def write(self, metrics: dict[str, float]) -> None:
+            written.append(metrics)
+
+        def close(self) -> None: ...
+
+    for name in ("TensorBoard", "WandB"):
+        monkeypatch.setattr(f"megatron.training.metrics.{name}", Sink)
+    boards = config.logging.model_copy(update={"tensorboard_dir": str(tmp_path / "board"), "use_wandb": True})
+    results = run_evaluation(config.model_copy(update={"logging": boards}))["results"]["harbor_choice"]
+    assert len(written) == 2 and written[0] == written[1]
+    assert written[0]["iteration"] == 7
+    assert written[0]["eval/harbor_choice/acc"] == results["acc,none"]
+
+
 def test_missing_tasks_and_folders_are_named(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.tasks import TaskManager
 
@@ -129,8 +168,3 @@ def test_own_tasks_are_found_without_reading_lm_evals() -> None:
 )
 def test_results_file_begins_with_the_prefix(prefix: str, start: str) -> None:
     assert str(results_path(prefix)).startswith(start)
-
-
-def test_table_shows_values_and_errors() -> None:
-    table = format_table({"t": {"alias": "t", "acc,none": 0.25, "acc_stderr,none": "N/A", "em,strict": 1}})
-    assert table.splitlines()[2:] == ["t     acc          0.2500       -", "t     em (strict)  1.0000       -"]

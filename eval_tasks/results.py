@@ -1,0 +1,73 @@
+"""Where results go: a JSON file, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from megatron.config.schema import RunConfig
+from megatron.errors import UserError
+from megatron.log import get_logger
+
+
+def results_path(prefix: str) -> Path:
+    """`{prefix}_eval_results_{date and time}.json`; a prefix ending in a separator stays as it is."""
+    if prefix and prefix[-1] not in "/_-.":
+        prefix += "_"
+    return Path(f"{prefix}eval_results_{datetime.now():%m-%d-%Y-%H-%M-%S}.json")
+
+
+def write_results(results: Mapping[str, Any], path: Path) -> None:
+    """Write the results file. Raises UserError when its folder cannot be written."""
+    text = json.dumps(results, indent=2, default=_plain, ensure_ascii=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"eval_results_prefix: {path} cannot be written: {error.strerror}; choose another prefix"
+        ) from error
+    get_logger().info("results written to %s", path)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON lacks: numpy's numbers, sets, and anything else by its text."""
+    if callable(getattr(value, "item", None)):
+        return value.item()
+    return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def flat_metrics(results: Mapping[str, Any]) -> dict[str, float | int | None]:
+    """The numbers of run_evaluation as `eval/{task}/{metric}`, with the checkpoint's `iteration` (0 if it has none)."""
+    step = re.search(r"global_step(\d+)$", results["checkpoint"])
+    metrics: dict[str, float | int | None] = {"iteration": int(step[1]) if step else 0}
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, comma, filter_name = key.partition(",")
+            if comma and isinstance(value, (int, float)):
+                name = metric if filter_name == "none" else f"{metric}_{filter_name}"
+                metrics[f"eval/{task}/{name}"] = value
+    if "summary" in results:
+        metrics["eval/average"] = results["summary"]["this model"]["average"]
+    return metrics
+
+
+def log_to_boards(config: RunConfig, metrics: dict[str, float | int | None]) -> None:
+    """Send metrics to TensorBoard (tensorboard_dir) and Weights & Biases (use_wandb), where configured."""
+    from megatron.training.metrics import Sink, TensorBoard, WandB
+
+    sinks: list[Sink] = []
+    if config.logging.tensorboard_dir:
+        try:
+            sinks.append(TensorBoard(config.logging.tensorboard_dir))
+        except ImportError:
+            get_logger().warning("tensorboard_dir: results are not logged there, TensorBoard is not installed")
+    if config.logging.use_wandb:
+        sinks.append(WandB(config))
+    for sink in sinks:
+        sink.write(metrics)
+        sink.close()

@@ -1,0 +1,63 @@
+"""Documents of a text file or a .bin/.idx pair, as token ids with the words and bytes of their text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from megatron.data.indexed import IndexedDataset
+from megatron.data.text import SUFFIXES, read_documents, texts
+from megatron.errors import UserError
+from megatron.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document; the end-of-document token is not in it."""
+
+    ids: list[int]
+    num_words: int
+    """Pieces of the text between white space."""
+    num_bytes: int
+    """Length of the text in UTF-8."""
+
+
+def corpus_documents(path: str, tokenizer: Tokenizer, limit: int | None = None) -> Iterator[Document]:
+    """The documents of `path`, in order, the first `limit` of them: the prefix of a .bin/.idx pair, or a text file.
+
+    A .txt file is one document, of .jsonl every line's `text`. The text of a .bin file is what its ids decode to.
+
+    Raises: UserError when there is no such corpus, it is damaged, or the tokenizer is not the one it was made with.
+    """
+    prefix = path.removesuffix(".bin").removesuffix(".idx")
+    if Path(f"{prefix}.idx").is_file():
+        return islice(_indexed_documents(IndexedDataset(prefix), tokenizer), limit)
+    if not path.endswith(SUFFIXES) or not Path(path).is_file():
+        raise UserError(
+            f"perplexity_data: {path} is neither the prefix of a .bin/.idx pair nor a text file ({', '.join(SUFFIXES)})"
+        )
+    found = (text for document in read_documents([path]) for text in texts(document, ["text"]))
+    return islice((_document(tokenizer.encode(text), text) for text in found), limit)
+
+
+def _document(ids: list[int], text: str) -> Document:
+    return Document(ids, len(text.split()), len(text.encode("utf-8", errors="replace")))
+
+
+def _indexed_documents(dataset: IndexedDataset, tokenizer: Tokenizer) -> Iterator[Document]:
+    ends = dataset.document_indices
+    for first, last in zip(ends[:-1], ends[1:], strict=True):
+        parts = [dataset[i] for i in range(first, last)]
+        ids = np.concatenate(parts).tolist() if parts else []
+        if ids and max(ids) >= tokenizer.vocab_size:
+            raise UserError(
+                f"perplexity_data: {dataset.prefix} holds token id {max(ids)}, the tokenizer has {tokenizer.vocab_size}"
+                " ids; use the tokenizer the data was made with"
+            )
+        if ids and ids[-1] == tokenizer.eod_id:
+            ids.pop()
+        yield _document(ids, tokenizer.decode(ids))
