@@ -10,9 +10,10 @@ from megatron.errors import run_command
 def main() -> int:
     """Parse the command line and train; returns the exit code."""
     from megatron.config.cli import parse_run
-    from megatron.launch import ensure_process_environment
+    from megatron.launch import ensure_process_environment, stop_with_launcher
 
     ensure_process_environment()
+    stop_with_launcher()
     config, _ = parse_run(sys.argv[1:], "train.py")
     from megatron.training.loop import shut_down, train
 

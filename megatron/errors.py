@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -15,6 +16,10 @@ class UserError(ValueError):
     """
 
 
+class RankError(UserError):
+    """A UserError that this process may have met alone, so that it speaks whatever its rank."""
+
+
 def run_command(function: Callable[[], int | None]) -> int:
     """Call `function`; report a UserError as one line on stderr instead of a traceback.
 
@@ -23,6 +28,8 @@ def run_command(function: Callable[[], int | None]) -> int:
     try:
         return function() or 0
     except UserError as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        # Ranks share a console: the first of each node speaks for all, in one write.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+            sys.stderr.flush()
         return EXIT_USER_ERROR

@@ -16,6 +16,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from megatron.errors import UserError
 from megatron.log import get_logger
 
 DEFAULT_PORT = 29500
+_LAUNCHER_PID, _LAUNCHER_HOST = "DEEPY_LAUNCHER_PID", "DEEPY_LAUNCHER_HOST"
 _DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg", "/dev/davinci[0-9]*", "/dev/accel/*")
 _CLUSTER_HOSTFILE = "/job/hostfile"
 _FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -105,9 +108,8 @@ def _local_options(resolved: Resolved, hosts: Mapping[str, int], env: dict[str, 
         options += _filter_options(config)
     elif config.num_gpus or (env.get("DS_ACCELERATOR") == "cpu" and not hosts):
         options += ["--num_gpus", str(config.num_gpus or 1)]
-    port = config.master_port
-    if "master_port" not in resolved.settings and not _is_free(port):
-        port = free_port()
+    # Two runs started together would both find the default port free: only a port that was asked for is kept.
+    port = config.master_port if "master_port" in resolved.settings else free_port()
     options += ["--master_port", str(port)]
     return options + (["--no_ssh_check", "--master_addr", config.master_addr or "127.0.0.1"] if hosts else [])
 
@@ -245,16 +247,6 @@ def has_accelerator(env: Mapping[str, str]) -> bool:
     return any(glob.glob(pattern) for pattern in _DEVICE_FILES)
 
 
-def _is_free(port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
 def free_port() -> int:
     """A TCP port that is free on this machine now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
@@ -271,7 +263,8 @@ def run_plan(plan: LaunchPlan) -> int:
     The launcher gets a session of its own, so that a Ctrl-C reaches the workers through here only, as one SIGTERM:
     they save and stop. DeepSpeed's own handler would kill them after 30 seconds. A second signal ends everything.
     """
-    process = subprocess.Popen(plan.command, env=plan.environment, start_new_session=True)
+    environment = {**plan.environment, _LAUNCHER_PID: str(os.getpid()), _LAUNCHER_HOST: socket.gethostname()}
+    process = subprocess.Popen(plan.command, env=environment, start_new_session=True)
     received: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
@@ -316,6 +309,25 @@ def _signal_below(pid: int, depth: int) -> None:
 
 
 # ---- inside a worker ----
+
+
+def stop_with_launcher(env: Mapping[str, str] = os.environ, interval: float = 2.0) -> None:
+    """Send this worker SIGTERM, so that it saves and stops, once the deepy.py on this machine that started it is gone.
+
+    A killed deepy.py cannot forward anything; without this its workers would train on, unseen.
+    """
+    launcher = env.get(_LAUNCHER_PID, "")
+    host = env.get(_LAUNCHER_HOST, "")
+    if not launcher.isdecimal() or host != socket.gethostname():
+        return
+
+    def watch() -> None:
+        while Path(f"/proc/{launcher}").exists():
+            time.sleep(interval)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if Path("/proc/self").exists():
+        threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
 
 
 def ensure_process_environment(env: MutableMapping[str, str] = os.environ) -> None:

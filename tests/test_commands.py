@@ -56,6 +56,22 @@ MISTAKES = [
     pytest.param({"train_batch_size": 7}, ["train_batch_size", "7"], id="batch sizes that do not fit"),
     pytest.param({"optimizer": {"type": "OneBitAdam"}}, ["OneBitAdam", "AdamW"], id="unknown optimizer"),
     pytest.param({"optimizer": {"type": "FusedAdam"}}, ["FusedAdam", "GPU"], id="GPU optimizer on a CPU"),
+    pytest.param(
+        {"zero_optimization": {"stage": 1, "reduce_bucket_size": "abc"}}, ["reduce_bucket_size", "abc"], id="ZeRO value"
+    ),
+    pytest.param(
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}},
+        ["offload_optimizer.device: nvme"],
+        id="offload to a disk",
+    ),
+    pytest.param(
+        {"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": 1}},
+        ["gradient_clipping: 1.0", "Muon"],
+        id="Muon",
+    ),
+    pytest.param({"load": __file__}, ["load: ", "is a file"], id="load names a file"),
+    pytest.param({"save": f"{__file__}/out"}, ["save: ", "cannot be written"], id="save cannot be written"),
+    pytest.param({"log_dir": f"{__file__}/logs"}, ["log_dir: ", "cannot be written"], id="log_dir cannot be written"),
     pytest.param({"model_parallel_size": 2}, ["model_parallel_size"], id="tensor parallelism"),
     pytest.param({"attention_backend": "flash_attn"}, ["flash_attn", "pip install"], id="flash-attn not installed"),
 ]
@@ -112,6 +128,40 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     code, error = command("train", checkpoint_factor=1)
     assert code == 2 and "lm_loss: nan on rank 0 is not finite" in error
     assert sorted(p.name for p in (tmp_path / "out").glob("global_step*")) == ["global_step1", "global_step2"]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.training import engine
+
+    real, calls = engine.cross_entropy, []
+
+    def steep(*arguments: Any) -> Any:
+        loss = real(*arguments)
+        calls.append(1)
+        if len(calls) == 3:
+            loss.register_hook(lambda grad: grad * float("inf"))
+        return loss
+
+    monkeypatch.setattr(engine, "cross_entropy", steep)
+    for stage in (0, 1):
+        calls.clear()
+        save = str(tmp_path / f"zero{stage}")
+        code, error = command("train", checkpoint_factor=1, save=save, zero_optimization={"stage": stage})
+        assert code == 2 and "grad_norm" in error and "not finite" in error, error
+        assert (Path(save) / "latest").read_text().strip() == "global_step2"
+
+
+def test_data_of_another_tokenizer_is_named(command: Command, tmp_path: Path) -> None:
+    from megatron.data import IndexedDatasetBuilder
+
+    with IndexedDatasetBuilder(tmp_path / "large", "int32") as builder:
+        for _ in range(20):
+            builder.add_document([5000] * 50)
+        builder.finalize()
+    code, error = command("train", data_path=str(tmp_path / "large"))
+    assert code == 2 and "token id 5000" in error and "tokenizer" in error
 
 
 def test_the_console_log_is_copied_to_log_dir(command: Command, tmp_path: Path) -> None:

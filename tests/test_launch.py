@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -69,15 +68,26 @@ def test_slurm_launcher_of_published_configs_starts_locally() -> None:
     assert "--launcher" not in plan.command
 
 
-def test_a_busy_default_port_is_replaced_but_not_a_given_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as busy:
-        busy.bind(("127.0.0.1", 0))
-        busy.listen()
-        port = busy.getsockname()[1]
-        assert not launch_module._is_free(port)
-        assert option(plan_of([f"master_port={port}"]).command, "--master_port") == str(port)
-    monkeypatch.setattr(launch_module, "_is_free", lambda port: False)
-    assert option(plan_of([]).command, "--master_port") != "29500"
+def test_runs_on_one_machine_get_ports_of_their_own_unless_one_is_given() -> None:
+    ports = {option(plan_of([]).command, "--master_port") for _ in range(3)}
+    assert len(ports) > 1 and "29500" not in ports
+    assert option(plan_of(["master_port=29501"]).command, "--master_port") == "29501"
+
+
+def test_a_worker_stops_when_its_launcher_is_gone() -> None:
+    code = (
+        "import os, sys, time, socket; from megatron.launch import stop_with_launcher; "
+        "stop_with_launcher({'DEEPY_LAUNCHER_PID': sys.argv[1], 'DEEPY_LAUNCHER_HOST': socket.gethostname()}, 0.05); "
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    worker = subprocess.Popen([sys.executable, "-c", code, str(launcher.pid)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert worker.stdout is not None and worker.stdout.readline() == b"ready\n"
+    time.sleep(0.3)
+    assert worker.poll() is None
+    launcher.kill()
+    launcher.wait()
+    assert worker.wait(10) == -signal.SIGTERM
 
 
 def test_one_host_in_a_hostfile_is_this_machine(tmp_path: Path) -> None:

@@ -13,16 +13,29 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.serialization import safe_globals
 
 from megatron.errors import UserError
 
 # Positions in the official list of layers: 0 embedding, 1 a reshaping lambda, then the blocks.
 _FIRST_BLOCK = 2
 _TOKENS = re.compile(r"(key|value)_param_tokens$")
+_FORBIDDEN = re.compile(r"GLOBAL (\S+)")
+# Rotary frequencies follow from the configuration; the official code saves them where it is told to.
+_DERIVED = ".rotary_emb.inv_freq"
+_RECONSTRUCT = np.zeros(0).__reduce__()[0]
+_RANDOM_STATE: list[Any] = [
+    np.ndarray, np.dtype, type(np.dtype("uint32")), (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
+    (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
+]  # fmt: skip
+"""What numpy's random state consists of, as numpy 1 and 2 pickle it: training checkpoints hold one."""
 
 
 def canonical_name(official: str, num_layers: int) -> str | None:
@@ -47,22 +60,36 @@ def canonical_name(official: str, num_layers: int) -> str | None:
 
 def read_flat_file(path: str | Path) -> dict[str, Tensor]:
     """Read a `pytorch_model.bin` with weights_only=True; UserError when it is none."""
+    return check_flat(load_file(path), path)
+
+
+def load_file(path: str | Path) -> Any:
+    """What torch.save wrote: tensors, plain values and numpy's random state, and no other object. Raises UserError."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with safe_globals(_RANDOM_STATE):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"eval_ckpt: {path} does not exist; check the path") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"eval_ckpt: {path} is not a readable PyTorch file of tensors ({reason[:120]})") from error
+        forbidden = _FORBIDDEN.search(str(error))
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = f"it holds a {forbidden[1]} object, which could run code" if forbidden else lines[0][:120]
+        raise UserError(f"eval_ckpt: {path} is not a readable PyTorch file of tensors ({reason})") from error
+
+
+def check_flat(content: Any, path: str | Path) -> dict[str, Tensor]:
+    """`content` if it is a flat dictionary of tensors, else a UserError."""
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"eval_ckpt: {path} is not a flat dictionary of tensors, as pytorch_model.bin is")
     return content
 
 
-def to_canonical(flat: dict[str, Tensor], num_layers: int, path: str | Path) -> dict[str, Tensor]:
+def to_canonical(flat: Mapping[str, Tensor], num_layers: int, path: str | Path) -> dict[str, Tensor]:
     """Rename an official flat dictionary; UserError names a tensor that has no place in a model of this depth."""
     renamed: dict[str, Tensor] = {}
     for official, tensor in flat.items():
+        if official.endswith(_DERIVED):
+            continue
         name = canonical_name(official, num_layers)
         if name is None:
             raise UserError(

@@ -7,6 +7,8 @@ next save removes.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +33,7 @@ from megatron.checkpoint.state import (
     folder_name,
 )
 from megatron.errors import UserError
+from megatron.log import get_logger
 
 SHARD_BYTES = 2 * 1024**3
 LATEST = "latest"
@@ -54,6 +57,7 @@ def save_checkpoint(root: str | Path, state: CanonicalState, write: bool = True)
     try:
         _write_checkpoint(target, state)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(target.parent / f"{_TEMPORARY}{target.name}", ignore_errors=True)
         raise UserError(
             f"save: cannot write checkpoint {target}: {error}; earlier checkpoints are intact, "
             "free space or change `save` and resume"
@@ -151,9 +155,16 @@ def list_iterations(root: str | Path) -> list[int]:
 
 
 def remove_old(root: str | Path, keep: int, protected: Collection[int] = ()) -> list[int]:
-    """Remove all but the newest `keep` checkpoints, never those of `protected` iterations; returns what was removed."""
-    candidates = [i for i in list_iterations(root) if i not in protected]
-    removed = candidates[: max(0, len(candidates) - keep)]
+    """Remove all but the `keep` checkpoints saved last, never those of `protected` iterations; returns what went.
+
+    Last saved, not highest iteration: a run that was rolled back saves lower iterations than it finds.
+    """
+
+    def saved_at(iteration: int) -> int:
+        return (Path(root) / folder_name(iteration) / MANIFEST).stat().st_mtime_ns
+
+    candidates = sorted((i for i in list_iterations(root) if i not in protected), key=saved_at)
+    removed = sorted(candidates[: max(0, len(candidates) - keep)])
     for iteration in removed:
         folder = Path(root) / folder_name(iteration)
         # Renamed first, so that a kill while deleting leaves no half checkpoint under a valid name.
@@ -174,7 +185,7 @@ def find_checkpoint(path: str | Path, iteration: int | None = None) -> Path | No
     if iteration is not None:
         name = folder_name(iteration)
     elif (path / LATEST).is_file():
-        name = (path / LATEST).read_text(encoding="utf-8").strip()
+        name = (path / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     else:
         return None
     for folder in (path / name, path / f"{_REPLACED}{name}"):
@@ -184,6 +195,36 @@ def find_checkpoint(path: str | Path, iteration: int | None = None) -> Path | No
     raise UserError(
         f"load: {path / name} is not a complete checkpoint; iterations found there: {known}; set `iteration`"
     )
+
+
+class FolderLock:
+    """Keeps a second run from writing into the same folder; released by `close` or by the end of the process.
+
+    Raises: UserError when another process holds it or the folder cannot be written.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        try:
+            Path(root).mkdir(parents=True, exist_ok=True)
+            self._file = (Path(root) / ".lock").open("a")
+        except OSError as error:
+            raise UserError(f"save: {root} cannot be written: {error.strerror}; choose another folder") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"save: another run is writing to {root}; stop it first, or save to another folder"
+            ) from error
+        except OSError:
+            get_logger().warning("%s does not support file locks; make sure that only one run saves there", root)
+
+    def close(self) -> None:
+        """Release the folder, and remove it if nothing was saved in it."""
+        path = Path(self._file.name)
+        path.unlink(missing_ok=True)
+        self._file.close()
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
 
 
 class CheckpointReader:
@@ -214,9 +255,11 @@ class CheckpointReader:
             raise self._damaged(MANIFEST, "is not valid JSON") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise UserError(f"load: {path} does not describe a {FORMAT} checkpoint")
-        if manifest.get("version") != FORMAT_VERSION:
+        if not {"version", "iteration", "files", "tensors"} <= manifest.keys():
+            raise self._damaged(MANIFEST, "is incomplete")
+        if manifest["version"] != FORMAT_VERSION:
             raise UserError(
-                f"load: {self.folder} has format version {manifest.get('version')}, this program reads "
+                f"load: {self.folder} has format version {manifest['version']}, this program reads "
                 f"{FORMAT_VERSION}; use the program version that wrote it"
             )
         return manifest

@@ -280,6 +280,25 @@ def check_trainable(config: RunConfig) -> None:
     names = [name for name, value in missing.items() if value is None]
     if names:
         raise UserError(f"training needs {', '.join(names)}: add to a YAML file, or give --set {names[0]}=VALUE")
+    _check_optimizer_and_zero(config)
+
+
+def _check_optimizer_and_zero(config: RunConfig) -> None:
+    zero, options = config.parallel.zero_optimization, config.optimization
+    for key in ("offload_optimizer", "offload_param"):
+        table = (zero.model_extra or {}).get(key)
+        device = table.get("device", "cpu") if isinstance(table, dict) else "cpu"
+        if device not in ("cpu", "none"):
+            raise UserError(f"zero_optimization.{key}.device: {device} cannot be checkpointed here; use cpu or none")
+    if options.optimizer.type != "Muon" or zero.stage == 0:
+        return
+    if zero.stage == 3:
+        raise UserError("zero_optimization.stage: DeepSpeed's Muon cannot run at stage 3; use stage 0, 1 or 2")
+    if options.gradient_clipping:
+        raise UserError(
+            f"gradient_clipping: {options.gradient_clipping}: at ZeRO 1 and 2 DeepSpeed clips Muon's finished update "
+            "instead of the gradient; set gradient_clipping: 0 (Muon does not depend on the gradient's size)"
+        )
 
 
 ZERO_KEYS = (

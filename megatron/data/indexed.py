@@ -13,7 +13,8 @@ import shutil
 import struct
 import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -154,7 +155,8 @@ class IndexedDatasetBuilder:
                 f"{self.prefix}.bin: token ids {tokens.min()} to {tokens.max()} do not fit {self.dtype}; "
                 "build it with the dtype of the tokenizer's vocabulary"
             )
-        self._file.write(tokens.astype(self.dtype, copy=False).tobytes())
+        with self._explained():
+            self._file.write(tokens.astype(self.dtype, copy=False).tobytes())
         self._sizes.append(tokens.size)
         self._boundaries.append(len(self._sizes))
 
@@ -164,7 +166,7 @@ class IndexedDatasetBuilder:
         if other.dtype != self.dtype:
             raise UserError(f"{other.bin_path}: holds {other.dtype}, cannot be merged into {self.dtype} files")
         offset = len(self._sizes)
-        with other.bin_path.open("rb") as source:
+        with self._explained(), other.bin_path.open("rb") as source:
             shutil.copyfileobj(source, self._file, 1 << 24)
         self._sizes.frombytes(other.sizes.tobytes())
         self._boundaries.frombytes((other.document_indices[1:] + offset).tobytes())
@@ -173,16 +175,27 @@ class IndexedDatasetBuilder:
         """Write the index and move both files to their final names."""
         idx_part = self._part.with_name(self._part.name.replace(".bin.part", ".idx.part"))
         try:
-            with idx_part.open("wb") as file:
-                file.write(self._index_bytes())
-                _flush_to_disk(file)
-            _flush_to_disk(self._file)
-            self._file.close()
-            os.replace(self._part, f"{self.prefix}.bin")
-            os.replace(idx_part, f"{self.prefix}.idx")
+            with self._explained():
+                with idx_part.open("wb") as file:
+                    file.write(self._index_bytes())
+                    _flush_to_disk(file)
+                _flush_to_disk(self._file)
+                self._file.close()
+                os.replace(self._part, f"{self.prefix}.bin")
+                os.replace(idx_part, f"{self.prefix}.idx")
         finally:
             idx_part.unlink(missing_ok=True)
             self._abort()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.prefix}.bin: cannot be written ({error.strerror}); nothing was left there, free space and "
+                "try again"
+            ) from error
 
     def _index_bytes(self) -> bytes:
         sizes = np.frombuffer(self._sizes, dtype=np.int32) if self._sizes else np.empty(0, np.int32)

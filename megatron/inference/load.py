@@ -1,22 +1,24 @@
-"""Any checkpoint to a model in eval mode: a training checkpoint folder, an official pytorch_model.bin, or a folder in
-Hugging Face's form.
+"""Any checkpoint to a model in eval mode: a training checkpoint folder, an official pytorch_model.bin or training
+folder, or a folder in Hugging Face's form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.official_folder import find_official_folder, read_official_folder
 from megatron.checkpoint.published import read_flat_file, to_canonical
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.errors import UserError
 from megatron.inference.huggingface_import import CONFIG, HuggingFaceCheckpoint
 from megatron.model import LanguageModel
-from megatron.model.compatibility import check_fit
+from megatron.model.compatibility import check_fit, check_same_model
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -24,7 +26,7 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 def load_model(
     path: str | Path,
     config: RunConfig | ModelConfig | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["saved"] | None = None,
     device: torch.device | str | None = None,
     *,
     iteration: int | None = None,
@@ -33,11 +35,11 @@ def load_model(
     """A model in eval mode.
 
     Args:
-        path: a training checkpoint (its folder, or the folder of all of a run's checkpoints), an official flat
-            `pytorch_model.bin`, for which `config` is needed, or a folder in Hugging Face's form: an export of this
-            package or a GPT-NeoX (Pythia) model.
+        path: a training checkpoint (its folder, or the folder of all of a run's checkpoints), the official code's flat
+            `pytorch_model.bin` or training folder (see megatron.checkpoint.official_folder), for which `config` is
+            needed, or a folder in Hugging Face's form: an export of this package or a GPT-NeoX (Pythia) model.
         config: what the model must be. Folders carry their own; one given here must agree with it.
-        dtype: of the parameters; default fp32.
+        dtype: of the parameters; default fp32, and `saved` is that of the checkpoint's embedding.
         device: default the CPU.
         iteration: which of a run's checkpoints; default the latest.
 
@@ -49,6 +51,8 @@ def load_model(
         names, shape_of, tensor_of, model_config = _open_flat(path, model_config)
     elif (path / CONFIG).is_file():
         names, shape_of, tensor_of, model_config = _open_huggingface(path, model_config)
+    elif (folder := find_official_folder(path, iteration)) is not None:
+        names, shape_of, tensor_of, model_config = _open_flat(folder, model_config)
     else:
         names, shape_of, tensor_of, model_config = _open_training_checkpoint(path, model_config, iteration)
     model = LanguageModel(model_config, device="meta", attention_backend=attention_backend)
@@ -56,6 +60,8 @@ def load_model(
     check_fit(model, {name: shape_of(name) for name in names}, str(path))
     model.to_empty(device=device or "cpu")
     _fill(model, names, tensor_of)
+    if dtype == "saved":
+        dtype = tensor_of(_EMBEDDING).dtype
     return model.to(dtype or torch.float32).eval()
 
 
@@ -65,7 +71,8 @@ _Opened = tuple[Iterable[str], Callable[[str], tuple[int, ...]], Callable[[str],
 def _open_flat(path: Path, config: ModelConfig | None) -> _Opened:
     if config is None:
         raise UserError(f"eval_ckpt: {path} holds tensors only; give the YAML configuration of its model too")
-    tensors = to_canonical(read_flat_file(path), config.num_layers, path)
+    flat = read_flat_file(path) if path.is_file() else read_official_folder(path)
+    tensors = to_canonical(flat, config.num_layers, path)
     if config.padded_vocab_size is None and _EMBEDDING in tensors:
         config = config.model_copy(update={"padded_vocab_size": tensors[_EMBEDDING].shape[0]})
     return tensors, lambda name: tuple(tensors[name].shape), tensors.__getitem__, config
@@ -80,7 +87,7 @@ def _open_training_checkpoint(path: Path, config: ModelConfig | None, iteration:
     reader = CheckpointReader(folder)
     saved = ModelConfig(**{key: reader.config[key] for key in ModelConfig.model_fields if key in reader.config})
     if config is not None:
-        _check_same_model(config, saved, folder)
+        check_same_model(config, saved, folder)
     return (
         reader.names("model"),
         lambda name: reader.shape("model", name),
@@ -92,31 +99,8 @@ def _open_training_checkpoint(path: Path, config: ModelConfig | None, iteration:
 def _open_huggingface(path: Path, config: ModelConfig | None) -> _Opened:
     found = HuggingFaceCheckpoint(path)
     if config is not None:
-        _check_same_model(config, found.config, path)
+        check_same_model(config, found.config, path)
     return found.names, found.shape, found.tensor, found.config
-
-
-# Keys that may differ between training and use without changing what the tensors mean.
-_FREE_KEYS = {
-    "seq_length", "max_position_embeddings", "hidden_dropout", "attention_dropout", "init_method", "init_method_std",
-    "output_layer_init_method", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
-    "attention_config", "final_norm",
-}  # fmt: skip
-
-
-def _check_same_model(config: ModelConfig, saved: ModelConfig, folder: Path) -> None:
-    for key in ModelConfig.model_fields:
-        if key not in _FREE_KEYS and getattr(config, key) != getattr(saved, key):
-            raise UserError(
-                f"{key}: {getattr(config, key)} in the configuration, {getattr(saved, key)} in checkpoint {folder}; "
-                "use the configuration the model was trained with"
-            )
-    for name in ("layer_kinds", "final_norm_kind"):
-        if getattr(config, name) != getattr(saved, name):
-            key = "attention_config" if name == "layer_kinds" else "final_norm"
-            raise UserError(
-                f"{key}: does not describe the model of checkpoint {folder}; use the one it was trained with"
-            )
 
 
 @torch.no_grad()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
+from megatron.config.schema import ModelConfig
 from megatron.errors import UserError
 from megatron.model.language_model import LanguageModel
 
@@ -49,3 +51,27 @@ def check_fit(model: LanguageModel, shapes: Mapping[str, tuple[int, ...]], sourc
     for name in shapes:
         if name not in expected and name not in buffers:
             raise UserError(f"{source} has a tensor {name} the model lacks; does {_key_of_missing(name)} fit it?")
+
+
+# Keys that may differ between training and use without changing what the tensors mean.
+_FREE_KEYS = {
+    "seq_length", "max_position_embeddings", "hidden_dropout", "attention_dropout", "init_method", "init_method_std",
+    "output_layer_init_method", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
+    "attention_config", "final_norm",
+}  # fmt: skip
+
+
+def check_same_model(config: ModelConfig, saved: ModelConfig, folder: Path) -> None:
+    """Raise a UserError that names the first key in which `config` is another model than the one in `folder`."""
+    for key in ModelConfig.model_fields:
+        if key not in _FREE_KEYS and getattr(config, key) != getattr(saved, key):
+            raise UserError(
+                f"{key}: {getattr(config, key)} in the configuration, {getattr(saved, key)} in checkpoint {folder}; "
+                "use the configuration the model was trained with"
+            )
+    for name in ("layer_kinds", "final_norm_kind"):
+        if getattr(config, name) != getattr(saved, name):
+            key = "attention_config" if name == "layer_kinds" else "final_norm"
+            raise UserError(
+                f"{key}: does not describe the model of checkpoint {folder}; use the one it was trained with"
+            )

@@ -15,6 +15,9 @@ from megatron.tokenizer.files import existing
 class _LibraryTokenizer(Tokenizer):
     def __init__(self, backend: tokenizers.Tokenizer, vocab_file: str) -> None:
         self._backend = backend
+        # Many tokenizer.json files cut or pad to a model's length; documents stay whole here.
+        backend.no_truncation()
+        backend.no_padding()
         eod_id = backend.token_to_id(END_OF_TEXT)
         if eod_id is None:
             raise UserError(

@@ -16,8 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.checkpoint.state import CanonicalState
-from megatron.checkpoint.store import CheckpointReader, find_checkpoint, remove_old, save_checkpoint
-from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.checkpoint.store import (
+    CheckpointReader,
+    find_checkpoint,
+    list_iterations,
+    remove_old,
+    save_checkpoint,
+)
+from megatron.config.schema import CheckpointConfig, ModelConfig, RunConfig
 from megatron.errors import UserError
 from megatron.log import get_logger
 from megatron.training.engine import Engine
@@ -102,7 +108,11 @@ def restore_random_states(reader: CheckpointReader, rank: int) -> None:
     """Set this rank's generators; a rank the checkpoint does not know keeps its fresh seed and says so."""
     saved = {n.partition("/")[2]: n for n in reader.names("rng") if n.startswith(f"rank{rank}/")}
     if "torch" not in saved:
-        get_logger().warning("random-number state of rank %d is not in the checkpoint; it starts from the seed", rank)
+        get_logger().warning(
+            "random-number state of rank %d is not in the checkpoint; it starts from the seed",
+            rank,
+            extra={"all_ranks": True},
+        )
         return
     values = {kind: reader.tensor("rng", name) for kind, name in saved.items()}
     torch.set_rng_state(values["torch"])
@@ -121,6 +131,8 @@ def open_for_resume(config: RunConfig, rank: int) -> CheckpointReader | None:
     load = config.checkpoint.load
     if load is None:
         return None
+    if Path(load).exists() and not Path(load).is_dir():
+        raise UserError(f"load: {load} is a file; give the folder of the run's checkpoints")
     folder = find_checkpoint(load, config.checkpoint.iteration)
     if folder is None:
         if Path(load).is_dir() and any(Path(load).glob("global_step*")):
@@ -130,6 +142,54 @@ def open_for_resume(config: RunConfig, rank: int) -> CheckpointReader | None:
     return CheckpointReader(folder, verify=rank == 0)
 
 
+def saved_model_config(reader: CheckpointReader) -> ModelConfig:
+    """The model section of the configuration in a checkpoint."""
+    return ModelConfig(**{key: reader.config[key] for key in ModelConfig.model_fields if key in reader.config})
+
+
+def check_save_folder(config: RunConfig, reader: CheckpointReader | None) -> None:
+    """Raise a UserError rather than mix this run's checkpoints with those of a run it does not continue."""
+    options = config.checkpoint
+    if options.save is None or not list_iterations(options.save):
+        return
+    continues = reader is not None and not options.finetune
+    if not (continues and options.load and Path(options.load).resolve() == Path(options.save).resolve()):
+        raise UserError(
+            f"save: {options.save} has checkpoints of a run that this one does not continue; "
+            "set load to the same folder to resume it, or save to another one"
+        )
+
+
+# Changing one of these gives the samples another order, in which the consumed ones are not a prefix.
+_DATA_KEYS = (
+    "seed", "seq_length", "data_path", "train_data_paths", "train_data_weights", "split", "weight_by_num_documents",
+    "weighted_sampler_alpha",
+)  # fmt: skip
+
+
+def _warn_of_other_data(config: RunConfig, reader: CheckpointReader) -> None:
+    now = config.flat()
+    changed = [f"{key} {reader.config[key]} -> {now[key]}" for key in _DATA_KEYS if reader.config.get(key) != now[key]]
+    if changed:
+        get_logger().warning("data differs from the checkpoint's, samples may repeat: %s", "; ".join(changed))
+
+
+_ADAM_FAMILY = ("Adam", "AdamW", "FusedAdam", "ApexAdam", "CPU_Adam")
+
+
+def _restore_optimizer(config: RunConfig, engine: Engine, reader: CheckpointReader) -> None:
+    saved, now = reader.config["optimizer"]["type"], config.optimization.optimizer.type
+    if saved != now and not (saved in _ADAM_FAMILY and now in _ADAM_FAMILY):
+        raise UserError(
+            f"optimizer.type: {now} cannot take over the state of {saved} in {reader.folder}; "
+            "keep the optimizer, or set no_load_optim: true to start with a fresh state"
+        )
+    if reader.config.get("no_save_optim") and reader.iteration > 0:
+        raise UserError(f"load: {reader.folder} has no optimizer state; set no_load_optim: true to go on without it")
+    names = reader.names("optimizer")
+    engine.state.write_optimizer_state(names, lambda name: reader.tensor("optimizer", name))
+
+
 def restore(config: RunConfig, engine: Engine, state: TrainState, reader: CheckpointReader) -> None:
     """Continue from a checkpoint whose weights the engine's model already holds."""
     options = config.checkpoint
@@ -137,13 +197,9 @@ def restore(config: RunConfig, engine: Engine, state: TrainState, reader: Checkp
         get_logger().info("took the weights of %s; everything else starts anew (finetune)", reader.folder)
         return
     state.load_state_dict(reader.train_state)
+    _warn_of_other_data(config, reader)
     if not options.no_load_optim:
-        names = reader.names("optimizer")
-        if not names and state.iteration > 0:
-            raise UserError(
-                f"load: {reader.folder} has no optimizer state; set no_load_optim: true to go on without it"
-            )
-        engine.state.write_optimizer_state(names, lambda name: reader.tensor("optimizer", name))
+        _restore_optimizer(config, engine, reader)
     engine.loss_scaler = state.loss_scaler
     if not options.no_load_rng:
         restore_random_states(reader, engine.layout.rank)

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor
 
 from megatron.checkpoint.state import ParameterSource
 from megatron.config.schema import RunConfig
-from megatron.errors import UserError
+from megatron.errors import RankError, UserError
 from megatron.model import LanguageModel
 from megatron.mpu import Layout
 from megatron.ops.cross_entropy import cross_entropy
@@ -26,6 +27,11 @@ from megatron.training.optimizer import build_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def uses_gpu() -> bool:
+    """Does this run use a GPU? DS_ACCELERATOR=cpu says no on a machine that has one."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 def initialize_distributed(config: RunConfig) -> Layout:
@@ -67,7 +73,7 @@ def _share_cores() -> None:
 
 def training_device() -> torch.device:
     """This process's GPU, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if uses_gpu() else torch.device("cpu")
 
 
 def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
@@ -123,13 +129,18 @@ class Engine:
         self.eod_id = eod_id if config.training.eod_mask_loss else None
         self.clip = config.optimization.gradient_clipping
         self.zero_stage: int = config.parallel.zero_optimization.stage
+        # With ZeRO, DeepSpeed's Muon replaces gradients by updates before it takes their norm.
+        self._norm_is_of_updates = config.optimization.optimizer.type == "Muon" and self.zero_stage > 0
         # A training run saves and restores through EngineState: DeepSpeed's checkpoint engine is never used.
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(model, config.optimization),
-            config=deepspeed_config(config, layout),
-            dist_init_required=False,
-        )
+        optimizer = build_optimizer(model, config.optimization)
+        try:
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=deepspeed_config(config, layout), dist_init_required=False
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise UserError(f"zero_optimization.{key}: {first['msg']}; got {first.get('input')!r}") from error
         self.state = EngineState(model, self._engine.optimizer, self.zero_stage)
         if config.precision.dtype != "fp32":
             self.state.write_masters(source)
@@ -137,7 +148,7 @@ class Engine:
     def train_step(self, batches: Sequence[Tensor], learning_rate: float) -> StepResult:
         """One update from `gradient_accumulation_steps` micro-batches of tokens [micro, seq_length + 1].
 
-        Raises: UserError when the loss is not finite; the weights are then still those of the last update.
+        Raises: UserError when the loss or the gradient norm is not finite; nothing of such a step is saved.
         """
         self._engine.train()
         self._set_learning_rate(learning_rate)
@@ -149,12 +160,21 @@ class Engine:
             if position + 1 < len(batches):
                 self._engine.step()
         mean = torch.stack(losses).mean()
-        self._require_finite(mean)
         norm = self._clip() if self.zero_stage == 0 else None
+        self._require_finite("lm_loss", mean)
+        if norm is not None:
+            self._require_finite("grad_norm", norm)
         skipped_before = self._engine.skipped_steps
         self._engine.step()
-        norm = norm if self.zero_stage == 0 else self._engine.get_global_grad_norm()
-        return StepResult(mean, norm, self._engine.skipped_steps > skipped_before)
+        skipped = self._engine.skipped_steps > skipped_before
+        if norm is None and not self._norm_is_of_updates:
+            norm = self._engine.get_global_grad_norm()
+        # ZeRO learns the norm while it updates. It skips updates that are not finite, which only fp16 recovers from.
+        if skipped and self.config.precision.dtype != "fp16":
+            self._require_finite("grad_norm", torch.tensor(float("inf")))
+        elif norm is not None and not skipped and self.zero_stage > 0:
+            self._require_finite("grad_norm", torch.as_tensor(norm))
+        return StepResult(mean, norm, skipped)
 
     def _loss(self, tokens: Tensor) -> Tensor:
         tokens = tokens.to(self.device, non_blocking=True)
@@ -162,11 +182,11 @@ class Engine:
         mask = None if self.eod_id is None else inputs != self.eod_id
         return cross_entropy(self._engine(inputs), labels, mask)
 
-    def _require_finite(self, loss: Tensor) -> None:
-        # The update ahead waits for the gradient norm anyway, so looking at the loss first costs no extra stall.
-        if not self.config.training.allow_nonfinite_loss and not torch.isfinite(loss):
-            raise UserError(
-                f"lm_loss: {loss.item()} on rank {self.layout.rank} is not finite, stopped before the update; "
+    def _require_finite(self, name: str, value: Tensor) -> None:
+        # The update waits for the gradient norm anyway, so looking at these costs no extra stall.
+        if not self.config.training.allow_nonfinite_loss and not torch.isfinite(value):
+            raise RankError(
+                f"{name}: {value.item()} on rank {self.layout.rank} is not finite, stopped before anything was saved; "
                 "resume from the last checkpoint with a smaller lr or another seed, or set allow_nonfinite_loss: true"
             )
 
@@ -183,7 +203,8 @@ class Engine:
         self._engine.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for tokens in batches:
-            total += torch.tensor([self._loss(tokens).double(), 1.0], dtype=torch.float64, device=self.device)
+            total[0] += self._loss(tokens)
+            total[1] += 1
         self._engine.train()
         if self.layout.data_size > 1:
             dist.all_reduce(total)

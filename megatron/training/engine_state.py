@@ -85,7 +85,9 @@ class EngineState:
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         """(`{moment}/{name}`, whole tensor) of every trained parameter; step counts are scalars. Empty at first."""
         for name, place in self._slices.items():
-            for moment, value in sorted(self.inner.state.get(place.flat, {}).items()):
+            for moment, value in sorted(
+                {**self._group_step(place.flat), **self.inner.state.get(place.flat, {})}.items()
+            ):
                 if isinstance(value, Tensor) and value.shape == place.flat.shape:
                     yield f"{moment}/{name}", self._gather(name, moment)
                 elif isinstance(value, (int, Tensor)):
@@ -110,14 +112,27 @@ class EngineState:
             place = self._slices[name]
             value, entries = source(full_name), self.inner.state[place.flat]
             if value.dim() == 0:
-                entries[moment] = self._scalar(value, place.flat)
+                self._write_scalar(moment, value, place.flat)
                 continue
             if moment not in entries:
                 entries[moment] = torch.zeros_like(place.flat, dtype=torch.float32)
             self._write(place, entries[moment], value)
 
-    def _scalar(self, value: Tensor, flat: Tensor) -> Tensor | int:
-        if not value.is_floating_point():
-            return int(value)
-        on_device = any(self.inner.defaults.get(option) for option in ("fused", "capturable"))
-        return value.to(flat.device if on_device else "cpu")
+    def _group_step(self, flat: Tensor) -> dict[str, int]:
+        """The step count of optimizers that keep one a group (apex) instead of one a parameter."""
+        steps = [group["step"] for group in self._groups_of(flat) if group.get("step") is not None]
+        return {"step": steps[0]} if steps else {}
+
+    def _groups_of(self, flat: Tensor) -> list[dict[str, Any]]:
+        return [group for group in self.inner.param_groups if any(p is flat for p in group["params"])]
+
+    def _write_scalar(self, moment: str, value: Tensor, flat: Tensor) -> None:
+        """Set a step count in the form this optimizer wants: torch's AdamW a float tensor, others a number."""
+        if moment == "step" and self._group_step(flat):
+            for group in self._groups_of(flat):
+                group["step"] = int(value)
+        elif isinstance(self.inner, torch.optim.AdamW):
+            on_device = any(self.inner.defaults.get(option) for option in ("fused", "capturable"))
+            self.inner.state[flat][moment] = value.float().to(flat.device if on_device else "cpu")
+        else:
+            self.inner.state[flat][moment] = int(value)

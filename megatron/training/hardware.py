@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
 
 # Dense 16-bit TFLOP/s of the vendors' data sheets, by a part of the device name; the first match counts.
 PEAK_TFLOPS = {
-    "H200": 989.5, "H100 PCIe": 756.0, "H100": 989.5, "H800": 989.5, "B200": 2250.0, "GH200": 989.5, "A100": 312.0,
-    "A800": 312.0, "A40": 149.7, "A10": 125.0, "L40S": 362.0, "L40": 181.0, "V100": 125.0, "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
+    "H200": 989.5, "H100 PCIe": 756.0, "H100 NVL": 835.5, "H100": 989.5, "H800": 989.5, "B200": 2250.0,
+    "GH200": 989.5, "A100": 312.0, "A800": 312.0, "A40": 149.7, "A10": 125.0, "L40S": 362.0, "L40": 181.0,
+    "V100": 125.0, "RTX 4090": 165.2, "RTX 3090": 71.0,
 }  # fmt: skip
 
 
@@ -21,7 +22,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, override_tflops: float 
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for part, tflops in PEAK_TFLOPS.items():
-            if part in name:
+            if re.search(rf"\b{part}\b", name):
                 return tflops * 1e12, f"data sheet of {name}"
     return _measured_flops(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matrix multiplication"
 

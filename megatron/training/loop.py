@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 
 import torch.distributed as dist
@@ -30,12 +31,15 @@ def train(config: RunConfig) -> TrainState:
         with StopRequest() as stop:
             _train_until_done(run, stop)
     finally:
-        run.metrics.close()
+        run.close()
     return run.state
 
 
 def _train_until_done(run: Run, stop: StopRequest) -> None:
     state, batches = run.state, run.training_batches()
+    if state.iteration >= run.last_iteration:
+        get_logger().info("iteration %d of train_iters %d is reached already", state.iteration, run.last_iteration)
+        return
     if state.iteration == 0:
         _save_if_due(run)
     while state.iteration < run.last_iteration:
@@ -56,6 +60,7 @@ def _iterate(run: Run, batches: Iterator[list[Tensor]]) -> StepResult:
     """One update, counted."""
     micro_batches = next(batches)
     step = run.engine.train_step(micro_batches, run.schedule(run.state.updates))
+    run.add_loss(step.loss)
     run.state.advance(run.global_batch, run.config.model.seq_length, step.skipped)
     run.throughput.add(run.global_batch * run.config.model.seq_length)
     return step
@@ -79,9 +84,9 @@ def _training_metrics(run: Run, step: StepResult) -> Metrics:
     flops_per_second = rate * run.flops_per_token / run.layout.world_size
     metrics: Metrics = {
         "iteration": state.iteration,
-        "lm_loss": run.engine.mean_over_ranks(step.loss),
+        "lm_loss": run.take_mean_loss(),
         "learning_rate": run.schedule(state.updates - (0 if step.skipped else 1)),
-        "grad_norm": None if step.grad_norm is None else float(step.grad_norm),
+        "grad_norm": None if step.skipped or step.grad_norm is None else float(step.grad_norm),
         "consumed_tokens": state.consumed_tokens,
         "consumed_samples": state.consumed_samples,
         "tokens_per_second": rate,
@@ -90,6 +95,7 @@ def _training_metrics(run: Run, step: StepResult) -> Metrics:
     }
     if run.engine.loss_scaler:
         metrics["loss_scale"] = run.engine.loss_scaler["cur_scale"]
+        metrics["skipped_iterations"] = state.skipped_iterations
     return metrics
 
 
@@ -114,4 +120,5 @@ def shut_down() -> None:
     """Leave the process group so that no communication thread outlives the interpreter."""
     if dist.is_initialized():
         dist.barrier()
+        time.sleep(0.3)
         dist.destroy_process_group()

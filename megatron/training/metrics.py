@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -27,13 +28,22 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object a line. A resumed run drops the lines past the point it resumes from."""
+    """metrics.jsonl: one JSON object a line. A resumed run drops the lines past its start, a new one the file."""
 
     def __init__(self, folder: Path, resumed_iteration: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
-        self._keep_until(path, resumed_iteration)
+        if resumed_iteration:
+            self._keep_until(path, resumed_iteration)
+        elif path.is_file():
+            self._set_aside(path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    @staticmethod
+    def _set_aside(path: Path) -> None:
+        """An earlier run's file becomes metrics.jsonl.1 (or the next free number)."""
+        number = next(n for n in itertools.count(1) if not path.with_name(f"{METRICS_FILE}.{n}").exists())
+        os.replace(path, path.with_name(f"{METRICS_FILE}.{number}"))
 
     @staticmethod
     def _keep_until(path: Path, iteration: int) -> None:
@@ -114,10 +124,15 @@ class WandB:
             ) from error
         options = config.logging
         os.environ.setdefault("WANDB_BASE_URL", options.wandb_host)
-        self._run = wandb.init(
-            project=options.wandb_project, group=options.wandb_group, entity=options.wandb_team,
-            dir=options.log_dir or config.checkpoint.save, config=config.flat(),
-        )  # fmt: skip
+        try:
+            self._run = wandb.init(
+                project=options.wandb_project, group=options.wandb_group, entity=options.wandb_team,
+                dir=options.log_dir or config.checkpoint.save, config=config.flat(),
+            )  # fmt: skip
+        except wandb.Error as error:
+            raise UserError(
+                f"use_wandb: {str(error).splitlines()[0]}; run `wandb login`, or set WANDB_MODE=offline"
+            ) from error
 
     def write(self, metrics: Metrics) -> None:
         """Log under the iteration as step."""

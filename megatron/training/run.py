@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,18 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.state import ParameterSource
-from megatron.checkpoint.store import CheckpointReader
+from megatron.checkpoint.store import CheckpointReader, FolderLock
 from megatron.config.schema import RunConfig
 from megatron.data import batches, build_datasets
-from megatron.errors import UserError
+from megatron.errors import RankError, UserError
 from megatron.log import get_logger, log_to_file
 from megatron.model import LanguageModel
-from megatron.model.compatibility import check_fit
+from megatron.model.compatibility import check_fit, check_same_model
 from megatron.model.init import initial_value
 from megatron.mpu import Layout
 from megatron.ops.pattention import select_backend
 from megatron.tokenizer import build_tokenizer
-from megatron.training.checkpointing import open_for_resume, restore
+from megatron.training.checkpointing import check_save_folder, open_for_resume, restore, saved_model_config
 from megatron.training.engine import DTYPES, Engine, initialize_distributed, training_device
 from megatron.training.hardware import peak_flops
 from megatron.training.metrics import MetricsLog, Throughput
@@ -45,6 +46,9 @@ class Run:
     global_batch: int
     flops_per_token: float
     peak_flops: float
+    lock: FolderLock | None = None
+    loss_sum: Tensor | None = None
+    losses_summed: int = 0
 
     @property
     def last_iteration(self) -> int:
@@ -72,15 +76,54 @@ class Run:
     def _batches(self, dataset: Any, start: int, workers: int) -> Iterator[Tensor]:
         micro, steps = self.config.training.resolve_batch(self.layout.data_size)
         layout = self.layout
-        stream = batches(dataset, micro, steps, layout.data_rank, layout.data_size, start, workers)
-        return (batch["tokens"] for batch in stream)
+        for batch in batches(dataset, micro, steps, layout.data_rank, layout.data_size, start, workers):
+            self._check_ids(batch["tokens"])
+            yield batch["tokens"]
+
+    def _check_ids(self, tokens: Tensor) -> None:
+        rows, highest = self.config.model.padded_vocab_size or 0, int(tokens.max())
+        if highest >= rows:
+            raise RankError(
+                f"data_path: the data has token id {highest}, the embedding {rows} rows (padded_vocab_size); "
+                "was the data prepared with the tokenizer of vocab_file?"
+            )
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Collect a step's loss for the mean of the next log line, without waiting for the device."""
+        self.loss_sum = loss if self.loss_sum is None else self.loss_sum + loss
+        self.losses_summed += 1
+
+    def take_mean_loss(self) -> float:
+        """Mean loss over all ranks and the iterations since the last call. Collective."""
+        assert self.loss_sum is not None, "called after at least one step"
+        mean = self.engine.mean_over_ranks(self.loss_sum / self.losses_summed)
+        self.loss_sum, self.losses_summed = None, 0
+        return mean
+
+    def close(self) -> None:
+        """Flush the metrics and give the save folder free."""
+        self.metrics.close()
+        if self.lock is not None:
+            self.lock.close()
 
 
 def start_run(config: RunConfig) -> Run:
-    """Build everything, and load the checkpoint where there is one."""
+    """Build everything, and load the checkpoint where there is one; raises UserError and leaves no trace."""
+    layout = initialize_distributed(config)
+    lock = _claim_folders(config) if layout.rank == 0 else None
+    try:
+        run = _assemble(config, layout)
+    except BaseException:
+        if lock is not None:
+            lock.close()
+        raise
+    run.lock = lock
+    return run
+
+
+def _assemble(config: RunConfig, layout: Layout) -> Run:
     if config.training.train_iters is None:
         raise UserError("train_iters: missing; give the number of updates of the run")
-    layout = initialize_distributed(config)
     if config.logging.log_dir and layout.rank == 0:
         log_to_file(Path(config.logging.log_dir) / "train.log")
     torch.manual_seed(config.training.seed + layout.rank)
@@ -91,6 +134,7 @@ def start_run(config: RunConfig) -> Run:
     except ValueError as error:
         raise UserError(str(error)) from error
     reader = open_for_resume(config, layout.rank)
+    check_save_folder(config, reader)
     model, source = _build_model(config, reader)
     engine = Engine(config, layout, model, source, tokenizer.eod_id)
     state = TrainState()
@@ -104,8 +148,31 @@ def start_run(config: RunConfig) -> Run:
     _report(config, layout, global_batch, peak, origin)
     metrics = MetricsLog(config, layout.rank, state.iteration)
     return Run(
-        config, layout, engine, state, LRSchedule(config), datasets, metrics, Throughput(), global_batch, flops, peak
+        config,
+        layout,
+        engine,
+        state,
+        LRSchedule(config),
+        datasets,
+        metrics,
+        Throughput(),
+        global_batch,
+        flops,
+        peak,
     )
+
+
+def _claim_folders(config: RunConfig) -> FolderLock | None:
+    """Find out now, not at the first checkpoint, that a folder cannot be written or another run is writing to it."""
+    for key in ("log_dir", "tensorboard_dir"):
+        folder = getattr(config.logging, key)
+        try:
+            if folder:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"{key}: {folder} cannot be written: {error.strerror}; choose another folder") from error
+    return FolderLock(config.checkpoint.save) if config.checkpoint.save else None
 
 
 def _build_model(config: RunConfig, reader: CheckpointReader | None) -> tuple[LanguageModel, ParameterSource]:
@@ -126,6 +193,7 @@ def _build_model(config: RunConfig, reader: CheckpointReader | None) -> tuple[La
     source: ParameterSource = initial
     if reader is not None:
         check_fit(model, {n: reader.shape("model", n) for n in reader.names("model")}, f"load: {reader.folder}")
+        check_same_model(config.model, saved_model_config(reader), reader.folder)
         saved = reader
 
         def source(name: str) -> Tensor:

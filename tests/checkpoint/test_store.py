@@ -108,6 +108,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path: Path, monkeypatch
     with pytest.raises(UserError, match="cannot write checkpoint .*No space left on device; earlier checkpoints are"):
         save_checkpoint(tmp_path, state(2))
     assert list_iterations(tmp_path) == [1]
+    assert not list(tmp_path.glob(".saving-*"))
 
 
 @pytest.mark.parametrize(
@@ -164,6 +165,13 @@ def test_old_checkpoints_go_and_protected_ones_stay(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, state(iteration))
     assert remove_old(tmp_path, 2, protected=[0]) == [1, 2]
     assert list_iterations(tmp_path) == [0, 3, 4]
+
+
+def test_kept_are_the_ones_saved_last_not_the_highest_numbers(tmp_path: Path) -> None:
+    for iteration in (8, 10, 3):
+        save_checkpoint(tmp_path, state(iteration))
+    assert remove_old(tmp_path, 2) == [8]
+    assert list_iterations(tmp_path) == [3, 10]
 
 
 def test_ranks_that_do_not_write_walk_every_stream(tmp_path: Path) -> None:

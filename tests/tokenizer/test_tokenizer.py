@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron.config.schema import TokenizerConfig
 from megatron.errors import UserError
-from megatron.tokenizer import build_tokenizer
+from megatron.tokenizer import HFTokenizer, build_tokenizer
+from megatron.tokenizer.training import train_tokenizer
 
 TEXT = "The union is strong. Gr\u00fc\u00dfe, \u4f60\u597d!\n\n\tNew  spaces"
 
@@ -82,3 +83,16 @@ def test_bad_files_name_key_and_path(kind: str, key: str, value: str | None, mes
 def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.json has no <\|endoftext\|> token"):
         build_tokenizer(config("HFTokenizer", train(tmp_path, [])))
+
+
+def test_truncation_and_padding_of_the_file_are_left_out(tmp_path: Path) -> None:
+    import tokenizers
+
+    train_tokenizer(["we hold these truths"], 260, tmp_path / "plain.json")
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "plain.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=12)
+    backend.save(str(tmp_path / "cutting.json"))
+    plain, cutting = (HFTokenizer(str(tmp_path / f"{name}.json")) for name in ("plain", "cutting"))
+    assert cutting.encode("we hold these truths") == plain.encode("we hold these truths")
+    assert len(cutting.encode("a")) == 1

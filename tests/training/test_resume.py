@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from megatron.checkpoint import CheckpointReader, find_checkpoint
+from megatron.checkpoint.store import FolderLock
 from megatron.config import RunConfig
 from megatron.errors import UserError
 from megatron.training import train
+from megatron.training.engine_state import EngineState
 
 pytestmark = pytest.mark.usefixtures("single_process")
 MakeConfig = Callable[..., RunConfig]
@@ -59,10 +61,19 @@ def test_ten_and_ten_iterations_equal_twenty(tiny_config: MakeConfig, tmp_path: 
         assert torch.equal(whole[name], parts[name]), name
 
 
+def test_muon_is_the_same_optimizer_at_every_zero_stage(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    keys = {"optimizer": {"type": "Muon", "params": {"lr": 5e-3}}, "gradient_clipping": 0.0, "train_iters": 6}
+    for stage in (0, 1, 2):
+        run(tiny_config, tmp_path / str(stage), zero_optimization={"stage": stage}, **keys)
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "0"), abs=1e-5)
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "0"), abs=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["SGD", "Lion", "Muon"])
 def test_every_optimizer_resumes_exactly_and_learns(tiny_config: MakeConfig, tmp_path: Path, kind: str) -> None:
     lr = {"SGD": 0.5, "Lion": 5e-3, "Muon": 3e-3}[kind]
     keys = {"optimizer": {"type": kind, "params": {"lr": lr, "momentum": 0.9}}, "zero_optimization": {"stage": 1}}
+    keys["gradient_clipping"] = 0.0
     run(tiny_config, tmp_path / "whole", **keys)
     run(tiny_config, tmp_path / "parts", **keys, exit_interval=10)
     run(tiny_config, tmp_path / "parts", **keys)
@@ -95,6 +106,96 @@ def test_the_optimizer_may_live_on_the_cpu(tiny_config: MakeConfig, tmp_path: Pa
     for name, extra in (("plain", {}), ("offloaded", {"offload_optimizer": {"device": "cpu"}})):
         run(tiny_config, tmp_path / name, train_iters=5, zero_optimization={"stage": 2, **extra})
     assert losses(tmp_path / "offloaded") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
+
+
+def test_a_run_rolled_back_keeps_what_it_saves(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run(tiny_config, tmp_path, train_iters=8, checkpoint_factor=2)
+    run(tiny_config, tmp_path, iteration=2, train_iters=3, keep_last_n_checkpoints=2)
+    assert (tmp_path / "latest").read_text().strip() == "global_step3"
+    assert sorted(p.name for p in tmp_path.glob("global_step*")) == ["global_step3", "global_step8"]
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run(tiny_config, tmp_path / "old", train_iters=3)
+    before = (tmp_path / "old" / "metrics.jsonl").read_text()
+    for keys in ({}, {"load": str(tmp_path / "old"), "finetune": True}, {"load": str(tmp_path / "empty")}):
+        with pytest.raises(UserError, match=r"save: .*old has checkpoints of a run that this one does not continue"):
+            train(tiny_config(save=str(tmp_path / "old"), train_iters=2, **keys))
+    assert (tmp_path / "old" / "metrics.jsonl").read_text() == before
+    logs = {"log_dir": str(tmp_path / "logs"), "train_iters": 2}
+    for name in ("a", "b"):
+        train(tiny_config(save=str(tmp_path / name), **logs))
+    assert losses(tmp_path / "logs").keys() == {1, 2} and (tmp_path / "logs" / "metrics.jsonl.1").is_file()
+
+
+def test_two_runs_do_not_write_into_one_folder(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path / "out")
+    with pytest.raises(UserError, match="another run is writing to"):
+        run(tiny_config, tmp_path / "out", train_iters=1)
+    lock.close()
+    run(tiny_config, tmp_path / "out", train_iters=1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("norm_activation_type", "softmax"), ("num_attention_heads", 4), ("rotary_pct", 0.5)]
+)
+def test_resuming_another_model_of_the_same_shapes_is_refused(
+    tiny_config: MakeConfig, tmp_path: Path, key: str, value: Any
+) -> None:
+    run(tiny_config, tmp_path, train_iters=1)
+    with pytest.raises(UserError, match=f"{key}: {value} in the configuration, .* in checkpoint"):
+        run(tiny_config, tmp_path, train_iters=2, **{key: value})
+
+
+def test_sgd_without_momentum_resumes(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    keys = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    run(tiny_config, tmp_path, train_iters=2, **keys)
+    run(tiny_config, tmp_path, train_iters=4, **keys)
+    assert losses(tmp_path).keys() == {1, 2, 3, 4}
+
+
+def test_state_of_another_optimizer_is_refused_with_the_way_out(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run(tiny_config, tmp_path, train_iters=2)
+    lion = {"optimizer": {"type": "Lion", "params": {"lr": 1e-4}}}
+    with pytest.raises(UserError, match=r"optimizer\.type: Lion cannot take over the state of Adam.*no_load_optim"):
+        run(tiny_config, tmp_path, train_iters=4, **lion)
+    run(tiny_config, tmp_path, train_iters=4, no_load_optim=True, **lion)
+    assert losses(tmp_path).keys() == {1, 2, 3, 4}
+
+
+def test_step_counts_take_the_form_the_optimizer_wants() -> None:
+    class GroupStep(torch.optim.Optimizer):
+        """Counts its steps in the group, as apex's FusedAdam does."""
+
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": 1.0, "step": 7})
+
+    model = torch.nn.Linear(2, 2, bias=False)
+    source = EngineState(model, GroupStep(model.parameters()), zero_stage=0)
+    saved = dict(source.optimizer_state())
+    assert saved.keys() == {"step/weight"} and saved["step/weight"].item() == 7
+    adam = torch.optim.AdamW(model.parameters())
+    EngineState(model, adam, 0).write_optimizer_state(["step/weight"], saved.__getitem__)
+    assert torch.equal(adam.state[model.weight]["step"], torch.tensor(7.0))
+    target = GroupStep(model.parameters())
+    target.param_groups[0]["step"] = 0
+    EngineState(model, target, 0).write_optimizer_state(["step/weight"], saved.__getitem__)
+    assert target.param_groups[0]["step"] == 7
+
+
+def test_a_finished_run_says_so_and_adds_nothing(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run(tiny_config, tmp_path, train_iters=3)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    run(tiny_config, tmp_path, train_iters=2)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_lm_loss_is_the_mean_since_the_last_line(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    for name, interval in (("each", 1), ("every", 5)):
+        run(tiny_config, tmp_path / name, train_iters=10, log_interval=interval)
+    each, every = losses(tmp_path / "each"), losses(tmp_path / "every")
+    assert every.keys() == {5, 10}
+    assert every[5] == pytest.approx(sum(each[i] for i in range(1, 6)) / 5, abs=1e-6)
 
 
 def test_finetune_takes_the_weights_and_nothing_else(tiny_config: MakeConfig, tmp_path: Path) -> None:
