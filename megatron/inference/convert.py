@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.official_folder import find_official_folder
 from megatron.checkpoint.state import CanonicalState
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint, save_checkpoint
 from megatron.config.schema import RunConfig, TokenizerConfig
@@ -62,9 +63,9 @@ def from_huggingface(source: str | Path, root: str | Path) -> Path:
 
 
 def from_official(source: str | Path, root: str | Path, config: RunConfig) -> Path:
-    """An official flat file and its configuration to a canonical checkpoint of iteration 0 under `root`."""
-    if not Path(source).is_file():
-        raise UserError(f"{source}: no such file; give an official {FLAT_FILE}")
+    """An official flat file or training folder and its configuration to a canonical checkpoint of iteration 0."""
+    if not Path(source).is_file() and find_official_folder(source) is None:
+        raise UserError(f"{source}: no such file; give an official {FLAT_FILE} or global_step folder")
     require_new(Path(root))
     model = load_model(source, config)
     return _save(model, config.model_copy(update={"model": model.config}), Path(root))

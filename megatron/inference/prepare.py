@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from megatron.checkpoint.official_folder import find_official_folder
 from megatron.checkpoint.store import find_checkpoint
 from megatron.config.schema import CheckpointConfig, RunConfig
 from megatron.errors import UserError
@@ -46,8 +47,9 @@ def checkpoint_source(config: CheckpointConfig) -> Path:
     path = Path(named)
     if not path.exists():
         raise UserError(f"{key}: {path} does not exist; train first, or name an existing checkpoint")
-    folder = None if path.is_file() else find_checkpoint(path, config.iteration)
-    return folder or path
+    if path.is_file():
+        return path
+    return find_official_folder(path, config.iteration) or find_checkpoint(path, config.iteration) or path
 
 
 def inference_dtype(name: Literal["fp32", "bf16", "fp16"], device: torch.device) -> torch.dtype:
