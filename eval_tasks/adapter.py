@@ -11,8 +11,11 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
+from eval_tasks.pretrained import load_adapter
 from megatron.errors import UserError
 from megatron.inference.batching import Batches, BatchSize
 from megatron.inference.generate import evaluating, generate
@@ -27,8 +30,9 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 _SAMPLED_TOGETHER = 8
 
 
+@register_model("tokenformer")
 class TokenFormerLM(TemplateLM):
-    """Scores and generates text for lm-eval.
+    """Scores and generates text for lm-eval; once this module is imported, also by its name `tokenformer`.
 
     Args:
         model: in any dtype, on any device.
@@ -57,6 +61,19 @@ class TokenFormerLM(TemplateLM):
         self.max_length = max_length or model.config.seq_length
         self._device = next(model.parameters()).device
         self.batches = Batches(batch_size, self._device.type)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> TokenFormerLM:
+        """The model that `--model_args` describe (see eval_tasks.pretrained.load_adapter)."""
+        additional = {key: value for key, value in (additional_config or {}).items() if value is not None}
+        return load_adapter(cls, **{**additional, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> TokenFormerLM:
+        """The same for `key=value,key=value`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
     def eot_token_id(self) -> int:
