@@ -14,7 +14,7 @@ from megatron.inference.sampling import Sampling, sample_rows
 from megatron.model import LanguageModel
 from megatron.tokenizer import Tokenizer
 
-# Prompt tokens computed at a time: bounds the logits at batch x 256 x V_pad.
+# Prompt tokens computed at a time: bounds activations at batch x 256 x the largest number of slots.
 PREFILL_TOKENS = 256
 
 
@@ -150,8 +150,8 @@ class _Cached:
             rows = [row[-1:] for row in sequences]
         ids = torch.tensor(rows, device=device)
         for part in ids.split(PREFILL_TOKENS, dim=1):
-            logits = self.model(part, cache=self.cache.step(part.shape[1]))
-        return logits[:, -1]
+            hidden = self.model.hidden(part, self.cache.step(part.shape[1]))
+        return self.model.logits(hidden[:, -1])
 
     def select(self, rows: list[int]) -> None:
         """Go on with these rows only."""
@@ -172,7 +172,7 @@ class _Recomputed:
         longest = max(map(len, sequences))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in sequences], device=device)
         last = torch.tensor([len(row) - 1 for row in sequences], device=device)
-        return self.model(ids)[torch.arange(len(sequences), device=device), last]
+        return self.model.logits(self.model.hidden(ids)[torch.arange(len(sequences), device=device), last])
 
     def select(self, rows: list[int]) -> None:
         """Nothing is kept between steps."""

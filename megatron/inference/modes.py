@@ -17,7 +17,7 @@ from megatron.inference.prompts import Request, read_requests, sampling_of
 from megatron.log import get_logger
 
 _BATCH_SIZE = 8
-"""Where eval_batch_size is no number."""
+"""Where eval_batch_size is auto."""
 
 
 def run_generation(config: RunConfig) -> None:
