@@ -35,9 +35,7 @@ def test_the_command_line_evaluates_a_checkpoint(run_folder: Path, tmp_path: Pat
     assert "|harbor_choice|" in done.stdout and "acc_norm" in done.stdout
 
 
-def test_every_form_of_a_model_brings_its_tokenizer(
-    run_folder: Path, tmp_path: Path, tokenizer_file: Path
-) -> None:
+def test_every_form_of_a_model_brings_its_tokenizer(run_folder: Path, tmp_path: Path, tokenizer_file: Path) -> None:
     lm = TokenFormerLM.create_from_arg_string(f"pretrained={run_folder},max_length=20", {"batch_size": "auto:4"})
     assert (lm.max_length, lm.batches.size, lm.tokenizer_name) == (20, None, "HFTokenizer-320")
     export_huggingface(make_model(padded_vocab_size=384), tmp_path / "hf", tokenizer_of(run_folder))
