@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron.config.schema import CheckpointConfig, ModelConfig
+from megatron.config.schema import CheckpointConfig, ModelConfig, RunConfig
 from megatron.errors import UserError
 from megatron.inference import load_model
+from megatron.inference.convert import from_official
 from megatron.inference.prepare import checkpoint_source
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
@@ -116,6 +117,16 @@ def test_latest_and_iteration_choose_the_folder(tmp_path: Path) -> None:
     assert checkpoint_source(CheckpointConfig(load=str(tmp_path), iteration=5)) == tmp_path / "global_step5"
 
 
+def test_a_folder_becomes_a_canonical_checkpoint(tmp_path: Path) -> None:
+    folder, config = write_layers(tmp_path / "global_step5", flat_of("model_A")), RunConfig(model=config_of("model_A"))
+    from_official(folder, tmp_path / "canonical", config)
+    expected = load_model(folder, config).state_dict()
+    found = load_model(tmp_path / "canonical").state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    with pytest.raises(UserError, match="no such file; give an official"):
+        from_official(tmp_path / "canonical", tmp_path / "other", config)
+
+
 def test_dtype_is_kept_or_converted(tmp_path: Path) -> None:
     flat = {key: tensor.bfloat16() for key, tensor in flat_of("model_A").items()}
     folder, config = write_model_file(tmp_path / "global_step1", flat), config_of("model_A")
@@ -125,7 +136,6 @@ def test_dtype_is_kept_or_converted(tmp_path: Path) -> None:
     saved = flat["sequential.0.word_embeddings.weight"]
     assert torch.equal(kept.embedding.word_embeddings.weight, saved)
     assert torch.equal(converted.embedding.word_embeddings.weight, saved.float())
-    assert load_model(GOLDEN / "model_A" / "pytorch_model.bin", config, dtype="saved").layers[0] is not None
 
 
 def test_saved_rotary_frequencies_are_not_needed(tmp_path: Path) -> None:
