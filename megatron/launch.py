@@ -344,6 +344,9 @@ def ensure_process_environment(env: MutableMapping[str, str] = os.environ) -> No
                 env["RANK"], env["LOCAL_RANK"] = env[rank], env.get(local_rank, "0")
                 env["WORLD_SIZE"] = size or env.get(world_size, "1")
                 break
+    if not has_accelerator(env):
+        # Threads that spin while they wait cost a run on a shared machine most of its speed. Read when torch is loaded.
+        env.setdefault("OMP_WAIT_POLICY", "passive")
     env.setdefault("RANK", "0")
     env.setdefault("LOCAL_RANK", "0")
     env.setdefault("WORLD_SIZE", "1")
