@@ -53,12 +53,18 @@ def task_manager(folder: Path) -> TaskManager:
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
-def build_models(folder: str, batch_size: int) -> dict[str, LM]:
-    """lm-eval's model for transformers, and ours, of a folder in Hugging Face's form, in fp32 on the CPU."""
+def build_models(folder: str, batch_size: int, softmax_dtype: str = "float32") -> dict[str, LM]:
+    """lm-eval's model for transformers, and ours, of a folder in Hugging Face's form, in fp32 on the CPU.
+
+    softmax_dtype: what HFLM takes its softmax and its sums in (ours sums in fp64).
+    """
     from lm_eval.models.huggingface import HFLM
 
     from eval_tasks.adapter import TokenFormerLM
 
     ours = TokenFormerLM.create_from_arg_obj({"pretrained": folder, "batch_size": batch_size, "device": "cpu"})
-    theirs = HFLM(pretrained=folder, dtype="float32", device="cpu", batch_size=batch_size, trust_remote_code=True)
+    theirs = HFLM(
+        pretrained=folder, dtype="float32", softmax_dtype=softmax_dtype, device="cpu", batch_size=batch_size,
+        trust_remote_code=True,
+    )  # fmt: skip
     return {"HFLM": theirs, "ours": ours}
