@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 _NAME = "megatron"
 _FORMAT = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
@@ -16,11 +17,22 @@ class _RankZeroOnly(logging.Filter):
         return getattr(record, "all_ranks", False) or int(os.environ.get("RANK", "0")) == 0
 
 
+class _Console(logging.StreamHandler[TextIO]):
+    """Writes to whatever sys.stdout is now: it may be redirected, and the first one closed, during a process."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stdout
+
+
 def get_logger() -> logging.Logger:
     """The package's logger; INFO from rank 0, everything marked `extra={"all_ranks": True}` from all."""
     logger = logging.getLogger(_NAME)
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = _Console()
         handler.setFormatter(_FORMAT)
         handler.addFilter(_RankZeroOnly())
         logger.addHandler(handler)

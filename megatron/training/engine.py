@@ -39,22 +39,28 @@ def initialize_distributed(config: RunConfig) -> Layout:
 
     Raises: UserError for fp16 without a GPU and for a world the model axes do not divide.
     """
-    if not torch.cuda.is_available():
+    if not uses_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, and says that it found none
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if config.precision.dtype == "fp16" and not torch.cuda.is_available():
+    if config.precision.dtype == "fp16" and not uses_gpu():
         raise UserError("fp16.enabled: fp16 needs a GPU, this machine has none; use `--set precision=bf16` (or fp32)")
-    if torch.cuda.is_available():
+    if uses_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         # Without this DeepSpeed compiles a shared-memory collective for a minute before the first step.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         _share_cores()
     if not dist.is_initialized():
-        backend = config.launch.distributed_backend if torch.cuda.is_available() else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        backend = config.launch.distributed_backend if uses_gpu() else "gloo"
+        try:
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        except dist.DistNetworkError as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(
+                f"master_port: no process group at {address} ({str(error).splitlines()[0][:150]}); choose another port"
+            ) from error
     parallel = config.parallel
     try:
         return Layout.for_world(
