@@ -58,7 +58,7 @@ class Run:
 
     def training_batches(self) -> Iterator[list[Tensor]]:
         """For each update its micro-batches, from the first sample that was not consumed yet."""
-        micro, steps = self.config.training.resolve_batch(self.layout.data_size)
+        _, steps = self.config.training.resolve_batch(self.layout.data_size)
         stream = self._batches(self.datasets.train, self.state.consumed_samples, self.config.data.num_workers)
         while True:
             yield [next(stream) for _ in range(steps)]
