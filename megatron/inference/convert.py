@@ -27,8 +27,8 @@ from megatron.inference.huggingface import (
 from megatron.inference.load import load_model
 from megatron.log import get_logger
 from megatron.model import LanguageModel, Pattention
+from megatron.mpu.device import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLAT_FILE = "pytorch_model.bin"
 _TOKENS = re.compile(r"(key|value)_tokens_0$")
 

@@ -18,7 +18,7 @@ from megatron.config.schema import ModelConfig, RunConfig
 from megatron.errors import UserError
 from megatron.inference.huggingface_import import CONFIG, HuggingFaceCheckpoint
 from megatron.model import LanguageModel
-from megatron.model.compatibility import check_fit, check_same_model
+from megatron.model.compatibility import check_fit, check_same_model, saved_model_config
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -85,7 +85,7 @@ def _open_training_checkpoint(path: Path, config: ModelConfig | None, iteration:
             f"load: no checkpoint in {path}; train first, or set eval_ckpt to an official pytorch_model.bin"
         )
     reader = CheckpointReader(folder)
-    saved = ModelConfig(**{key: reader.config[key] for key in ModelConfig.model_fields if key in reader.config})
+    saved = saved_model_config(reader)
     if config is not None:
         check_same_model(config, saved, folder)
     return (

@@ -14,9 +14,8 @@ from megatron.errors import UserError
 from megatron.inference.load import load_model
 from megatron.log import get_logger
 from megatron.model import LanguageModel
+from megatron.mpu.device import DTYPES, process_device
 from megatron.tokenizer import Tokenizer, build_tokenizer
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_for_inference(config: RunConfig) -> tuple[LanguageModel, Tokenizer]:
@@ -25,7 +24,7 @@ def load_for_inference(config: RunConfig) -> tuple[LanguageModel, Tokenizer]:
     Raises: UserError when no checkpoint is named or found, or the tokenizer does not fit the model.
     """
     path = checkpoint_source(config.checkpoint)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = process_device()
     dtype = inference_dtype(config.precision.dtype, device)
     tokenizer = build_tokenizer(config.tokenizer)
     model = load_model(path, config, dtype, device, attention_backend=config.training.attention_backend)
@@ -57,7 +56,7 @@ def inference_dtype(name: Literal["fp32", "bf16", "fp16"], device: torch.device)
     if name == "fp16" and device.type == "cpu":
         get_logger().info("fp16: no GPU here, the model runs in fp32")
         return torch.float32
-    return _DTYPES[name]
+    return DTYPES[name]
 
 
 def _check_vocabulary(tokenizer: Tokenizer, model: LanguageModel) -> None:

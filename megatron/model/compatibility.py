@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron.checkpoint.store import CheckpointReader
 from megatron.config.schema import ModelConfig
 from megatron.errors import UserError
 from megatron.model.language_model import LanguageModel
@@ -59,6 +60,11 @@ _FREE_KEYS = {
     "output_layer_init_method", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
     "attention_config", "final_norm",
 }  # fmt: skip
+
+
+def saved_model_config(reader: CheckpointReader) -> ModelConfig:
+    """The model section of the configuration in a canonical checkpoint."""
+    return ModelConfig(**{key: reader.config[key] for key in ModelConfig.model_fields if key in reader.config})
 
 
 def check_same_model(config: ModelConfig, saved: ModelConfig, folder: Path) -> None:

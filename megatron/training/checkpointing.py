@@ -23,9 +23,10 @@ from megatron.checkpoint.store import (
     remove_old,
     save_checkpoint,
 )
-from megatron.config.schema import CheckpointConfig, ModelConfig, RunConfig
+from megatron.config.schema import CheckpointConfig, RunConfig
 from megatron.errors import UserError
 from megatron.log import get_logger
+from megatron.mpu.device import uses_gpu
 from megatron.training.engine import Engine
 from megatron.training.state import TrainState
 
@@ -99,7 +100,7 @@ def _local_random_states() -> dict[str, Tensor]:
         "python": torch.tensor(python_state, dtype=torch.int64),
         "numpy": torch.tensor([*map(int, keys), position], dtype=torch.int64),
     }
-    if torch.cuda.is_available():
+    if uses_gpu():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
@@ -119,7 +120,7 @@ def restore_random_states(reader: CheckpointReader, rank: int) -> None:
     random.setstate((3, tuple(values["python"].tolist()), None))
     *keys, position = values["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, 0, 0.0))
-    if "cuda" in values and torch.cuda.is_available():
+    if "cuda" in values and uses_gpu():
         torch.cuda.set_rng_state(values["cuda"])
 
 
@@ -140,11 +141,6 @@ def open_for_resume(config: RunConfig, rank: int) -> CheckpointReader | None:
         get_logger().info("no checkpoint in %s: starting from scratch", load)
         return None
     return CheckpointReader(folder, verify=rank == 0)
-
-
-def saved_model_config(reader: CheckpointReader) -> ModelConfig:
-    """The model section of the configuration in a checkpoint."""
-    return ModelConfig(**{key: reader.config[key] for key in ModelConfig.model_fields if key in reader.config})
 
 
 def check_save_folder(config: RunConfig, reader: CheckpointReader | None) -> None:

@@ -21,17 +21,12 @@ from megatron.config.schema import RunConfig
 from megatron.errors import RankError, UserError
 from megatron.model import LanguageModel
 from megatron.mpu import Layout
+from megatron.mpu.device import process_device, uses_gpu
 from megatron.ops.cross_entropy import cross_entropy
 from megatron.training.engine_state import EngineState
 from megatron.training.optimizer import build_optimizer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def uses_gpu() -> bool:
-    """Does this run use a GPU? DS_ACCELERATOR=cpu says no on a machine that has one."""
-    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 def initialize_distributed(config: RunConfig) -> Layout:
@@ -75,11 +70,6 @@ def _share_cores() -> None:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
     if "OMP_NUM_THREADS" not in os.environ and processes > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-
-
-def training_device() -> torch.device:
-    """This process's GPU, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if uses_gpu() else torch.device("cpu")
 
 
 def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
@@ -131,7 +121,7 @@ class Engine:
     ) -> None:
         import deepspeed
 
-        self.config, self.layout, self.model, self.device = config, layout, model, training_device()
+        self.config, self.layout, self.model, self.device = config, layout, model, process_device()
         self.eod_id = eod_id if config.training.eod_mask_loss else None
         self.clip = config.optimization.gradient_clipping
         self.zero_stage: int = config.parallel.zero_optimization.stage

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron.config.schema import OptimizationConfig
 from megatron.errors import UserError
+from megatron.mpu.device import uses_gpu
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -65,7 +66,7 @@ def _fused_available(model: nn.Module) -> bool:
 
 
 def _fused_adam(kind: str) -> Callable[..., torch.optim.Optimizer]:
-    if not torch.cuda.is_available():
+    if not uses_gpu():
         raise UserError(f"optimizer.type: {kind} needs a GPU; use Adam, which is torch's fused AdamW")
     if kind == "FusedAdam":
         from deepspeed.ops.adam import FusedAdam

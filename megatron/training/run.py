@@ -18,13 +18,14 @@ from megatron.data import batches, build_datasets
 from megatron.errors import RankError, UserError
 from megatron.log import get_logger, log_to_file
 from megatron.model import LanguageModel
-from megatron.model.compatibility import check_fit, check_same_model
+from megatron.model.compatibility import check_fit, check_same_model, saved_model_config
 from megatron.model.init import initial_value
 from megatron.mpu import Layout
+from megatron.mpu.device import DTYPES, process_device
 from megatron.ops.pattention import select_backend
 from megatron.tokenizer import build_tokenizer
-from megatron.training.checkpointing import check_save_folder, open_for_resume, restore, saved_model_config
-from megatron.training.engine import DTYPES, Engine, initialize_distributed, training_device
+from megatron.training.checkpointing import check_save_folder, open_for_resume, restore
+from megatron.training.engine import Engine, initialize_distributed
 from megatron.training.hardware import peak_flops
 from megatron.training.metrics import MetricsLog, Throughput
 from megatron.training.schedule import LRSchedule
@@ -128,11 +129,8 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
         log_to_file(Path(config.logging.log_dir) / "train.log")
     torch.manual_seed(config.training.seed + layout.rank)
     tokenizer = build_tokenizer(config.tokenizer)
-    try:
-        config = config.with_vocabulary(tokenizer.vocab_size)
-        micro, steps = config.training.resolve_batch(layout.data_size)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    config = config.with_vocabulary(tokenizer.vocab_size)
+    micro, steps = config.training.resolve_batch(layout.data_size)
     reader = open_for_resume(config, layout.rank)
     check_save_folder(config, reader)
     model, source = _build_model(config, reader)
@@ -141,11 +139,13 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
     if reader is not None:
         restore(config, engine, state, reader)
     global_batch = micro * steps * layout.data_size
-    datasets = _build_data(config, layout, state, global_batch)
-    device, dtype = training_device(), DTYPES[config.precision.dtype]
-    flops = model.flops_per_token(config.model.seq_length) if engine.zero_stage < 3 else _flops_on_meta(config)
+    datasets = _build_data(config, state, global_batch)
+    device, dtype = process_device(), DTYPES[config.precision.dtype]
+    # Counted without storage: ZeRO 3 has left empty parameters behind in the model itself.
+    counted = LanguageModel(config.model, device="meta")
+    flops = counted.flops_per_token(config.model.seq_length)
     peak, origin = peak_flops(device, dtype, config.logging.peak_tflops)
-    _report(config, layout, global_batch, peak, origin)
+    _report(config, layout, counted.num_parameters(), global_batch, f"{peak / 1e12:.2f} TFLOP/s a device ({origin})")
     metrics = MetricsLog(config, layout.rank, state.iteration)
     return Run(
         config,
@@ -180,7 +180,7 @@ def _build_model(config: RunConfig, reader: CheckpointReader | None) -> tuple[La
     training = config.training
     model = LanguageModel(
         config.model,
-        device=training_device(),
+        device=process_device(),
         pattention_backend=training.pattention_backend,
         attention_backend=training.attention_backend,
         checkpoint_layers=training.checkpoint_num_layers if training.checkpoint_activations else 0,
@@ -208,37 +208,24 @@ def _build_model(config: RunConfig, reader: CheckpointReader | None) -> tuple[La
     return model, source
 
 
-def _build_data(config: RunConfig, layout: Layout, state: TrainState, global_batch: int) -> Any:
-    """Datasets for the whole run; rank 0 writes the index caches, the others wait for them."""
+def _build_data(config: RunConfig, state: TrainState, global_batch: int) -> Any:
+    """Datasets for the whole run; index caches are built by one process a node, under a file lock."""
     training = config.training
     # Not train_iters * global_batch: a resumed run may have another batch size than the samples it consumed.
     remaining = max(0, (training.train_iters or 0) - state.iteration)
     evaluation_samples = training.eval_iters * global_batch
     counts = state.consumed_samples + remaining * global_batch, evaluation_samples, evaluation_samples
-    if layout.rank > 0:
-        torch.distributed.barrier()
     datasets = build_datasets(config, *counts, epoch_blocks=state.epoch_blocks)
-    if layout.rank == 0 and layout.world_size > 1:
-        torch.distributed.barrier()
     state.epoch_blocks = datasets.epoch_blocks
     return datasets
 
 
-def _flops_on_meta(config: RunConfig) -> float:
-    # ZeRO 3 leaves empty parameters behind, so shapes are read from a model without storage.
-    return LanguageModel(config.model, device="meta").flops_per_token(config.model.seq_length)
-
-
-def _report(config: RunConfig, layout: Layout, global_batch: int, peak: float, origin: str) -> None:
-    log, device = get_logger(), training_device()
+def _report(config: RunConfig, layout: Layout, parameters: int, global_batch: int, peak: str) -> None:
+    log, device = get_logger(), process_device()
     backend, _ = select_backend(config.training.pattention_backend, device.type)
-    parameters = LanguageModel(config.model, device="meta").num_parameters()
     log.info(
         "%s parameters in %s on %d x %s, ZeRO %d, pattention %s, attention %s",
         f"{parameters:,}", config.precision.dtype, layout.world_size, device.type,
         config.parallel.zero_optimization.stage, backend, config.training.attention_backend,
     )  # fmt: skip
-    log.info(
-        "%d samples x %d tokens an update; MFU against %.2f TFLOP/s a device (%s)",
-        global_batch, config.model.seq_length, peak / 1e12, origin,
-    )  # fmt: skip
+    log.info("%d samples x %d tokens an update; MFU against %s", global_batch, config.model.seq_length, peak)
