@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from megatron.config import schema
 from megatron.config.messages import describe_validation_error
-from megatron.config.neox_keys import ALIASES, RULES, ZERO_KEYS, check_supported
+from megatron.config.neox_keys import ALIASES, RULES, ZERO_KEYS, check_parallel
 from megatron.config.schema import RunConfig
 from megatron.config.yaml_file import (
     TABLES,
@@ -203,7 +203,7 @@ def _build(settings: dict[str, Setting], files: str) -> RunConfig:
             raise UserError(describe_validation_error(error, settings, files)) from None
     config = RunConfig(**sections)
     try:
-        check_supported(config)
+        check_parallel(config)
     except ValueError as error:
         source = settings[normalise(str(error).partition(":")[0])].source
         raise UserError(f"{source}: {error}") from None

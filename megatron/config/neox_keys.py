@@ -257,11 +257,43 @@ REFUSED: dict[str, Rule] = {
 RULES: dict[str, Rule] = {**IGNORED, **REFUSED}
 
 
-def check_supported(config: RunConfig) -> None:
-    """Refuse values of schema keys that no part of this version implements; raises ValueError("key: reason")."""
-    for key in ("pipe_parallel_size", "model_parallel_size"):
-        if getattr(config.parallel, key) > 1:
-            raise ValueError(f"{key}: {getattr(config.parallel, key)} is not supported by this version; set 1")
+def check_parallel(config: RunConfig) -> None:
+    """Refuse axes that the model cannot be cut along, whatever the number of processes; ValueError("key: reason")."""
+    _check_tensor_axis(config)
+    stages, zero = config.parallel.pipeline_stages, config.parallel.zero_optimization
+    if stages > config.model.num_layers:
+        raise ValueError(
+            f"pipe_parallel_size: {stages} stages for num_layers {config.model.num_layers}; each needs a block"
+        )
+    if stages > 1 and zero.stage > 1:
+        raise ValueError(
+            f"zero_optimization.stage: DeepSpeed has no stage {zero.stage} beside pipe_parallel_size {stages}; "
+            "use stage 0 or 1, or no pipeline"
+        )
+
+
+def _check_tensor_axis(config: RunConfig) -> None:
+    model, ranks = config.model, config.parallel.model_parallel_size
+    if ranks == 1:
+        return
+    if model.num_attention_heads % ranks:
+        raise ValueError(
+            f"model_parallel_size: {ranks} ranks cannot share num_attention_heads {model.num_attention_heads} evenly; "
+            "choose a divisor of it"
+        )
+    for key in ("qkv_slot_num", "proj_slot_num", "ffn_slot_num"):
+        tokens = getattr(model, key)
+        if tokens is not None and tokens < ranks:
+            raise ValueError(f"{key}: {tokens} parameter tokens for model_parallel_size {ranks}; each rank needs one")
+    if config.parallel.sequence_parallel and model.seq_length % ranks:
+        raise ValueError(
+            f"sequence_parallel: seq_length {model.seq_length} is no multiple of model_parallel_size {ranks}; "
+            "change one of them or set sequence_parallel: false"
+        )
+    if config.optimization.optimizer.type == "Muon":
+        raise ValueError(
+            f"optimizer.type: Muon orthogonalises whole matrices, model_parallel_size {ranks} splits them; use Adam"
+        )
 
 
 def check_trainable(config: RunConfig) -> None:

@@ -339,6 +339,9 @@ class ParallelConfig(Section):
     """Pipeline stages; 0 and 1 both mean no pipeline."""
     model_parallel_size: int = Field(default=1, gt=0)
     """Tensor-parallel ranks that share one layer."""
+    sequence_parallel: bool = False
+    """With model_parallel_size above 1: shard activations between the projections by tokens over the same ranks. Saves
+    activation memory at the same communication volume."""
     zero_optimization: ZeroConfig = ZeroConfig()
     """DeepSpeed's ZeRO table, for example {stage: 1, reduce_bucket_size: 500000000}."""
 

@@ -58,11 +58,16 @@ def initialize_distributed(config: RunConfig) -> Layout:
             ) from error
     parallel = config.parallel
     try:
-        return Layout.for_world(
-            dist.get_rank(), dist.get_world_size(), parallel.pipeline_stages, parallel.model_parallel_size
+        layout = Layout.for_world(
+            dist.get_rank(),
+            dist.get_world_size(),
+            parallel.pipeline_stages,
+            parallel.model_parallel_size,
+            parallel.sequence_parallel,
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    return layout.connect()
 
 
 def _share_cores() -> None:

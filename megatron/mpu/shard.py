@@ -1,0 +1,55 @@
+"""How a parameter's tensor on one tensor rank relates to the whole, canonical tensor.
+
+A parameter that is sharded over the tensor axis carries a `ShardSpec` as its attribute `shard`; one without is the
+same on every tensor rank. Shares follow `Layout.share`: when the size is no multiple of the number of ranks, some
+ranks hold one row more. No layer here needs equal shares (only row statistics and full-width outputs are exchanged),
+so nothing is padded and no inert row takes memory, is updated or has to be left out of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron.mpu.layout import Layout
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """A parameter is rows `Layout.share(shape[dim])` of dimension `dim` of a whole tensor of `shape`."""
+
+    dim: int
+    shape: torch.Size
+
+    def take(self, whole: Tensor, layout: Layout) -> Tensor:
+        """This rank's part of the whole tensor (a view)."""
+        start, stop = layout.share(self.shape[self.dim])
+        return whole.narrow(self.dim, start, stop - start)
+
+
+def mark_sharded(parameter: nn.Parameter, dim: int, shape: torch.Size | tuple[int, ...], layout: Layout) -> None:
+    """Declare that `parameter` is this rank's share of a tensor of `shape`; nothing to declare on an axis of one."""
+    if layout.tensor_size > 1:
+        parameter.shard = ShardSpec(dim, torch.Size(shape))  # type: ignore[attr-defined]
+        # DeepSpeed's gradient norm counts a parameter on every tensor rank only when it carries this name.
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+def shard_spec(parameter: Tensor) -> ShardSpec | None:
+    """The parameter's ShardSpec; None when it is whole."""
+    return getattr(parameter, "shard", None)
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Shape of the canonical tensor that this parameter is, or is a part of."""
+    spec = shard_spec(parameter)
+    # ZeRO 3 leaves an empty parameter between uses, but keeps its shape.
+    return spec.shape if spec is not None else getattr(parameter, "ds_shape", parameter.shape)
+
+
+def take_share(whole: Tensor, parameter: Tensor, layout: Layout) -> Tensor:
+    """What this rank's `parameter` holds of its whole tensor."""
+    spec = shard_spec(parameter)
+    return whole if spec is None else spec.take(whole, layout)
