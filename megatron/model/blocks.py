@@ -16,6 +16,7 @@ from megatron.config.schema import TOKENFORMER, ModelConfig
 from megatron.model.attention import LayerCache, SelfAttention
 from megatron.model.norms import build_norm
 from megatron.model.pattention import Pattention
+from megatron.mpu import Layout
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class BuildOptions:
     pattention_backend: str = "auto"
     attention_backend: str = "sdpa"
     device: torch.device | str | None = None
+    layout: Layout = Layout()
+    gather_logits: bool = True
+    """Whole logits on every tensor rank; else each rank has those of its share of the vocabulary (training)."""
 
 
 class MLP(nn.Module):

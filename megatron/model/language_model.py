@@ -25,6 +25,7 @@ from megatron.model.flops import flops_per_token
 from megatron.model.init import initialize
 from megatron.model.norms import build_norm
 from megatron.model.pattention import Pattention
+from megatron.mpu import Layout
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class LanguageModel(nn.Module):
         dtype: parameter dtype, fp32 by default.
         pattention_backend, attention_backend: as in the configuration.
         checkpoint_layers: blocks recomputed together in the backward pass; 0 keeps all activations.
+        layout: the grid; each tensor rank builds its share. Its pipeline axis belongs to megatron.model.pipeline.
+        gather_logits: false leaves each tensor rank the logits of its share of the vocabulary, for the loss.
     """
 
     def __init__(
@@ -80,13 +83,15 @@ class LanguageModel(nn.Module):
         pattention_backend: str = "auto",
         attention_backend: str = "sdpa",
         checkpoint_layers: int = 0,
+        layout: Layout = Layout(),
+        gather_logits: bool = True,
     ) -> None:
         super().__init__()
         if config.padded_vocab_size is None:
             raise ValueError("padded_vocab_size: unknown; use config.with_vocabulary(size of the tokenizer)")
         self.config, self.checkpoint_layers = config, checkpoint_layers
         # Layers are built without storage first: their own default init would be thrown away.
-        specs = layer_specs(config, BuildOptions(pattention_backend, attention_backend, "meta"))
+        specs = layer_specs(config, BuildOptions(pattention_backend, attention_backend, "meta", layout, gather_logits))
         self.embedding, *blocks, self.final_norm = (spec.build() for spec in specs[:-1])
         self.layers = nn.ModuleList(blocks)
         self.head = specs[-1].build() if config.no_weight_tying else None

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.mpu import Layout
+
 # Rows of logits taken through fp32 at a time: 2048 x 50304 x 4 bytes = 412 MB at most.
 CHUNK_ROWS = 2048
 
@@ -33,7 +35,7 @@ class _TokenLosses(torch.autograd.Function):
         return grad_logits, None
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+def token_losses(logits: Tensor, labels: Tensor, layout: Layout = Layout()) -> Tensor:
     """Cross entropy of every token, in nats.
 
     Args:
@@ -46,9 +48,9 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.view(labels.shape)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, layout: Layout = Layout()) -> Tensor:
     """Mean of `token_losses` over the loss mask ([..], ones count); over all tokens without one."""
-    losses = token_losses(logits, labels)
+    losses = token_losses(logits, labels, layout)
     if loss_mask is None:
         return losses.mean()
     mask = loss_mask.to(losses.dtype)
