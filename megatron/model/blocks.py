@@ -16,7 +16,7 @@ from megatron.config.schema import TOKENFORMER, ModelConfig
 from megatron.model.attention import LayerCache, SelfAttention
 from megatron.model.norms import build_norm
 from megatron.model.pattention import Pattention
-from megatron.mpu import Layout
+from megatron.mpu import SINGLE, Layout
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class BuildOptions:
     pattention_backend: str = "auto"
     attention_backend: str = "sdpa"
     device: torch.device | str | None = None
-    layout: Layout = Layout()
+    layout: Layout = SINGLE
     gather_logits: bool = True
     """Whole logits on every tensor rank; else each rank has those of its share of the vocabulary (training)."""
 

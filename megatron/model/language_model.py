@@ -25,7 +25,7 @@ from megatron.model.flops import flops_per_token
 from megatron.model.init import initialize
 from megatron.model.norms import build_norm
 from megatron.model.pattention import Pattention
-from megatron.mpu import Layout
+from megatron.mpu import SINGLE, Layout
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class LanguageModel(nn.Module):
         pattention_backend: str = "auto",
         attention_backend: str = "sdpa",
         checkpoint_layers: int = 0,
-        layout: Layout = Layout(),
+        layout: Layout = SINGLE,
         gather_logits: bool = True,
     ) -> None:
         super().__init__()

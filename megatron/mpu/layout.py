@@ -111,3 +111,7 @@ class Layout:
     def share(self, size: int) -> tuple[int, int]:
         """[start, stop) of `size` items that belong to this tensor rank; shares differ by one item at most."""
         return size * self.tensor_rank // self.tensor_size, size * (self.tensor_rank + 1) // self.tensor_size
+
+
+SINGLE = Layout()
+"""The layout of one process."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.mpu import Layout
+from megatron.mpu import SINGLE, Layout
 
 # Rows of logits taken through fp32 at a time: 2048 x 50304 x 4 bytes = 412 MB at most.
 CHUNK_ROWS = 2048
@@ -35,7 +35,7 @@ class _TokenLosses(torch.autograd.Function):
         return grad_logits, None
 
 
-def token_losses(logits: Tensor, labels: Tensor, layout: Layout = Layout()) -> Tensor:
+def token_losses(logits: Tensor, labels: Tensor, layout: Layout = SINGLE) -> Tensor:
     """Cross entropy of every token, in nats.
 
     Args:
@@ -48,7 +48,7 @@ def token_losses(logits: Tensor, labels: Tensor, layout: Layout = Layout()) -> T
     return losses.view(labels.shape)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, layout: Layout = Layout()) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, layout: Layout = SINGLE) -> Tensor:
     """Mean of `token_losses` over the loss mask ([..], ones count); over all tokens without one."""
     losses = token_losses(logits, labels, layout)
     if loss_mask is None:
