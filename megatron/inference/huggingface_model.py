@@ -2,13 +2,16 @@
 
 megatron.inference.huggingface_source inlines everything that this file imports from the package, so the export runs
 without it, and puts the export's TokenFormerConfig in the place of ModelConfig. A function defined here replaces the
-package's function of the same name: an export has one implementation of Pattention and of attention, free of kernels.
+package's function of the same name: an export has one implementation of Pattention and of attention, free of kernels,
+and runs in one process, so that nothing is shared with other ranks.
 
 Legend: b batch, s new tokens, s_kv cached slots, d hidden size, V rows of the embedding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,12 +29,89 @@ from megatron.model.embedding import Embedding
 from megatron.model.norms import RMSNorm, build_norm
 from megatron.model.pattention import Pattention
 from megatron.ops.attention import AttentionFunction, sdpa_attention
-from megatron.ops.pattention import PattentionFunction, pattention_reference
+from megatron.ops.pattention import PattentionFunction, joint_reference
+
+
+class Layout:
+    """One process."""
+
+    tensor_size, tensor_rank, sequence_parallel = 1, 0, False
+
+    def share(self, size: int) -> tuple[int, int]:
+        """[start, stop): everything."""
+        return 0, size
+
+
+SINGLE = Layout()
+
+
+def enter(x: Tensor, form: str, layout: Layout) -> Tensor:
+    """Inputs are whole."""
+    return x
+
+
+def leave(x: Tensor, form: str, layout: Layout) -> Tensor:
+    """Outputs are whole."""
+    return x
+
+
+def sum_scatter(parts: Sequence[Tensor], dim: int, layout: Layout) -> list[Tensor]:
+    """Outputs are whole."""
+    return list(parts)
+
+
+def copy_to_ranks(x: Tensor, layout: Layout) -> Tensor:
+    """Nothing is shared."""
+    return x
+
+
+def sum_statistics(x: Tensor, layout: Layout) -> Tensor:
+    """Statistics are whole."""
+    return x
+
+
+def norm_over_ranks(norms: Tensor, layout: Layout) -> Tensor:
+    """Norms are whole."""
+    return norms
+
+
+def max_over_ranks(x: Tensor, layout: Layout) -> Tensor:
+    """Maxima are whole."""
+    return x.detach()
+
+
+def gather_shares(x: Tensor, size: int, layout: Layout) -> Tensor:
+    """Logits are whole."""
+    return x
+
+
+def mark_sharded(parameter: nn.Parameter, dim: int, shape: tuple[int, ...], layout: Layout) -> None:
+    """Parameters are whole."""
+
+
+def take_share(whole: Tensor, parameter: Tensor, layout: Layout) -> Tensor:
+    """Parameters are whole."""
+    return whole
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Parameters are whole."""
+    return parameter.shape
+
+
+def dropout(x: Tensor, probability: float, training: bool, layout: Layout) -> Tensor:
+    """F.dropout."""
+    return F.dropout(x, probability, training) if probability else x
+
+
+def own_stream(layout: Layout, device: torch.device) -> AbstractContextManager[None]:
+    """The default generator."""
+    return nullcontext()
 
 
 def select_backend(name: str, device_type: str) -> tuple[str, PattentionFunction]:
     """Pattention by its formula, on every device."""
-    return "reference", pattention_reference
+    return "reference", joint_reference
 
 
 def select_attention(name: str) -> AttentionFunction:
@@ -121,8 +201,8 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.embedding = Embedding(config)
         options = BuildOptions()
+        self.embedding = Embedding(config, options)
         self.layers = nn.ModuleList(TokenFormerLayer(config, kind, options) for kind in config.layer_kinds)
         self.final_norm = build_norm(config.final_norm_kind, config)
         self.gradient_checkpointing = False

@@ -1,17 +1,19 @@
 """Causal self-attention with rotary positions; its four projections are Pattention or linear layers.
 
-Legend: b batch, s sequence, d hidden size, h heads.
+Legend: b batch, s sequence, d hidden size, h heads of this tensor rank (all of them without tensor parallelism).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
+from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.random import own_stream
 from megatron.ops.attention import select_attention
 from megatron.ops.rotary import apply_rotary, rotary_tables
 
@@ -54,15 +56,23 @@ class SelfAttention(nn.Module):
 
     Args:
         config: the model.
-        projection: makes the projection called `query`, `key`, `value` or `proj` (d -> d).
+        projection: makes the projection called `query`, `key`, `value` or `proj` (d -> d). The first three give, the
+            last takes this tensor rank's share of the channels: its heads.
         attention_backend: sdpa or flash_attn.
+        layout: the grid.
     """
 
     def __init__(
-        self, config: ModelConfig, projection: Callable[[str], nn.Module], attention_backend: str = "sdpa"
+        self,
+        config: ModelConfig,
+        projection: Callable[[str], Any],
+        attention_backend: str = "sdpa",
+        layout: Layout = SINGLE,
     ) -> None:
         super().__init__()
-        self.num_heads, self.dropout = config.num_attention_heads, config.attention_dropout
+        self.layout, self.dropout = layout, config.attention_dropout
+        first, last = layout.share(config.num_attention_heads)
+        self.num_heads = last - first
         self.query, self.key, self.value, self.proj = (projection(name) for name in ("query", "key", "value", "proj"))
         self.rotary = None
         if config.rotary_dim:
@@ -71,24 +81,30 @@ class SelfAttention(nn.Module):
         self._attend = select_attention(attention_backend)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """x [b, s, d] -> [b, s, d]."""
-        q, k, v = (self._split_heads(project(x)) for project in (self.query, self.key, self.value))
+        """x [b, s, d] -> [b, s, d]; with sequence parallelism both are this rank's share of the s tokens."""
+        q, k, v = map(self._split_heads, self.query.jointly([self.query, self.key, self.value], x))
         if self.rotary is not None:
-            cos, sin = self._rotation(x, cache)
+            cos, sin = self._rotation(q, cache)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         mask = None
         if cache is not None:
             k, v = cache.extend(k, v)
             mask = cache.mask
-        context = self._attend(q, k, v, mask, self.dropout if self.training else 0.0)
-        return self.proj(context.transpose(1, 2).flatten(2))  # [b, h, s, d/h] -> [b, s, d]
+        context = self._heads_attend(q, k, v, mask)
+        return self.proj(context.transpose(1, 2).flatten(2))  # [b, h, s, head_dim] -> [b, s, h head_dim]
+
+    def _heads_attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if not self.dropout or not self.training:
+            return self._attend(q, k, v, mask, 0.0)
+        with own_stream(self.layout, q.device):  # the heads of different ranks drop different weights
+            return self._attend(q, k, v, mask, self.dropout)
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [b, s, d] -> [b, h, s, d/h]
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [b, s, h head_dim] -> [b, h, s, head_dim]
 
-    def _rotation(self, x: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+    def _rotation(self, q: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
         assert self.rotary is not None
         if cache is None:
-            return self.rotary(x.shape[1], x.device)
-        cos, sin = self.rotary(cache.mask.shape[-1], x.device)
+            return self.rotary(q.shape[2], q.device)
+        cos, sin = self.rotary(cache.mask.shape[-1], q.device)
         return cos[cache.positions][:, None], sin[cache.positions][:, None]  # [b, 1, s, r]

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from megatron.config.schema import TOKENFORMER, ModelConfig
 from megatron.model.attention import LayerCache, SelfAttention
+from megatron.model.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.model.norms import build_norm
 from megatron.model.pattention import Pattention
-from megatron.mpu import SINGLE, Layout
+from megatron.mpu.collectives import Form
+from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.random import dropout
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,21 @@ class BuildOptions:
     gather_logits: bool = True
     """Whole logits on every tensor rank; else each rank has those of its share of the vocabulary (training)."""
 
+    @property
+    def stream(self) -> Form:
+        """Form of the residual stream between tensor ranks."""
+        return "tokens" if self.layout.sequence_parallel else "whole"
+
 
 class MLP(nn.Module):
     """The Transformer's feed-forward: activation(x W_in + b) W_out + b."""
 
-    def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
+    def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
         super().__init__()
-        inner = config.intermediate_size or 4 * config.hidden_size
-        self.fc_in = nn.Linear(config.hidden_size, inner, device=device)
-        self.fc_out = nn.Linear(inner, config.hidden_size, device=device)
+        width, inner = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
+        layout, stream, device = options.layout, options.stream, options.device
+        self.fc_in = ColumnParallelLinear(width, inner, True, layout, stream, device)
+        self.fc_out = RowParallelLinear(inner, width, True, layout, stream, device)
         activations: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
         self.activation = activations[config.activation]
 
@@ -64,24 +73,37 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, kind: str, options: BuildOptions) -> None:
         super().__init__()
-        self.parallel_residual, self.dropout = config.gpt_j_residual, config.hidden_dropout
-        width, device = config.hidden_size, options.device
+        self.parallel_residual, self.dropout, self.layout = config.gpt_j_residual, config.hidden_dropout, options.layout
+        width, device, layout, stream = config.hidden_size, options.device, options.layout, options.stream
 
         def pattention(name: str) -> nn.Module:
-            tokens, activation = _token_count(config, name), config.norm_activation_type
-            return Pattention(width, width, tokens, activation, backend=options.pattention_backend, device=device)
+            return Pattention(
+                width,
+                width,
+                _token_count(config, name),
+                config.norm_activation_type,
+                backend=options.pattention_backend,
+                layout=layout,
+                inputs="channels" if name == "proj" else stream,
+                outputs=stream if name in ("proj", "mlp") else "channels",
+                device=device,
+            )
 
         def linear(name: str) -> nn.Module:
-            return nn.Linear(width, width, bias=config.use_bias_in_attn_linear, device=device)
+            bias = config.use_bias_in_attn_linear
+            if name == "proj":
+                return RowParallelLinear(width, width, bias, layout, stream, device)
+            return ColumnParallelLinear(width, width, bias, layout, stream, device)
 
         is_tokenformer = kind == TOKENFORMER
-        self.input_layernorm = build_norm(config.norm, config, device)
-        self.attention = SelfAttention(config, pattention if is_tokenformer else linear, options.attention_backend)
-        self.post_attention_layernorm = build_norm(config.norm, config, device)
-        self.mlp = pattention("mlp") if is_tokenformer else MLP(config, device)
+        projection = pattention if is_tokenformer else linear
+        self.input_layernorm = build_norm(config.norm, config, device, layout)
+        self.attention = SelfAttention(config, projection, options.attention_backend, layout)
+        self.post_attention_layernorm = build_norm(config.norm, config, device, layout)
+        self.mlp = pattention("mlp") if is_tokenformer else MLP(config, options)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """x [b, s, d] -> [b, s, d]."""
+        """x [b, s, d] -> [b, s, d]; with sequence parallelism both are this rank's share of the s tokens."""
         attended = self._drop(self.attention(self.input_layernorm(x), cache))
         if self.parallel_residual:
             return x + attended + self._drop(self.mlp(self.post_attention_layernorm(x)))
@@ -89,4 +111,4 @@ class Block(nn.Module):
         return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return dropout(x, self.dropout, self.training, self.layout)

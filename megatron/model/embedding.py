@@ -1,4 +1,7 @@
-"""Token embedding and the output head, which is the transposed embedding or a matrix of its own."""
+"""Token embedding and the output head, which is the transposed embedding or a matrix of its own.
+
+Both matrices are shared by the tensor ranks along the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +10,66 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
+from megatron.model.blocks import BuildOptions
+from megatron.mpu.collectives import enter, gather_shares, leave
+from megatron.mpu.random import dropout
+from megatron.mpu.shard import mark_sharded
 
 
-class Embedding(nn.Module):
+class _Vocabulary(nn.Module):
+    """What embedding and head have in common: this rank's share of the rows, and logits through them."""
+
+    def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
+        super().__init__()
+        assert config.padded_vocab_size is not None, "LanguageModel checks the vocabulary"
+        self.size, self.options = config.padded_vocab_size, options
+        self.start, self.stop = options.layout.share(self.size)
+
+    def _logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        layout = self.options.layout
+        logits = F.linear(enter(x, self.options.stream, layout), weight)
+        return gather_shares(logits, self.size, layout) if self.options.gather_logits else logits
+
+
+class Embedding(_Vocabulary):
     """Token ids to vectors, and with `as_head` vectors to logits through the same matrix.
 
     Both uses go through forward, so that ZeRO 3 gathers the weight for either.
     """
 
-    def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        assert config.padded_vocab_size is not None, "LanguageModel checks the vocabulary"
+    def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
+        super().__init__(config, options)
         self.dropout = config.hidden_dropout
-        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size, device=device)
+        self.word_embeddings = nn.Embedding(self.stop - self.start, config.hidden_size, device=options.device)
+        mark_sharded(self.word_embeddings.weight, 0, (self.size, config.hidden_size), options.layout)
 
     def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
-        """ids [b, s] -> [b, s, d]; as_head: [b, s, d] -> logits [b, s, V_pad]."""
+        """ids [b, s] -> [b, s, d]; as_head: [b, s, d] -> logits [b, s, V_pad] (or this rank's share of V_pad)."""
         if as_head:
-            return F.linear(x, self.word_embeddings.weight)
-        embedded = self.word_embeddings(x)
-        return F.dropout(embedded, self.dropout, self.training) if self.dropout else embedded
+            return self._logits(x, self.word_embeddings.weight)
+        layout = self.options.layout
+        embedded = self.word_embeddings(x) if layout.tensor_size == 1 else self._look_up_share(x)
+        return dropout(leave(embedded, self.options.stream, layout), self.dropout, self.training, layout)
+
+    def _look_up_share(self, ids: Tensor) -> Tensor:
+        """The rows of this rank's ids, and zeros for those of other ranks."""
+        mine = (ids >= self.start) & (ids < self.stop)
+        rows = self.word_embeddings(torch.where(mine, ids - self.start, 0))
+        return torch.where(mine[..., None], rows, 0.0)
 
 
-class Head(nn.Module):
+class Head(_Vocabulary):
     """Logits through a matrix of its own (no_weight_tying)."""
 
-    def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        assert config.padded_vocab_size is not None, "LanguageModel checks the vocabulary"
-        self.final_linear = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False, device=device)
+    def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
+        super().__init__(config, options)
+        rows = self.stop - self.start
+        self.final_linear = nn.Linear(config.hidden_size, rows, bias=False, device=options.device)
+        mark_sharded(self.final_linear.weight, 0, (self.size, config.hidden_size), options.layout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, s, d] -> logits [b, s, V_pad]."""
-        return self.final_linear(x)
+        """[b, s, d] -> logits [b, s, V_pad] (or this rank's share of V_pad)."""
+        return self._logits(x, self.final_linear.weight)
 
 
 def tied_logits(embedding: Embedding, x: Tensor) -> Tensor:

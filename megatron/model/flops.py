@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from megatron.config.schema import ModelConfig
+from megatron.mpu.shard import whole_shape
 
 
 def matmul_parameters(model: nn.Module, config: ModelConfig) -> int:
@@ -12,7 +13,7 @@ def matmul_parameters(model: nn.Module, config: ModelConfig) -> int:
 
     The embedding look-up is free; a tied embedding counts once, as the head.
     """
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    matrices = sum(whole_shape(p).numel() for p in model.parameters() if p.dim() == 2)
     embedding = (config.padded_vocab_size or 0) * config.hidden_size
     return matrices - embedding if config.no_weight_tying else matrices
 

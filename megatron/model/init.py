@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
+from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.shard import take_share, whole_shape
 
 _OUTPUT_PARTS = ("value_tokens_", "proj.weight", "fc_out.weight")
 
@@ -59,7 +61,8 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of `model` by the table above."""
+def initialize(model: nn.Module, config: ModelConfig, seed: int, layout: Layout = SINGLE) -> None:
+    """Fill every parameter of `model`, or this tensor rank's share of it, by the table above."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(initial_value(name, parameter.shape, config, seed))
+        whole = initial_value(name, whole_shape(parameter), config, seed)
+        parameter.copy_(take_share(whole, parameter, layout))

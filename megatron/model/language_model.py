@@ -25,7 +25,8 @@ from megatron.model.flops import flops_per_token
 from megatron.model.init import initialize
 from megatron.model.norms import build_norm
 from megatron.model.pattention import Pattention
-from megatron.mpu import SINGLE, Layout
+from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.shard import whole_shape
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,13 @@ class LayerSpec:
 
 def layer_specs(config: ModelConfig, options: BuildOptions) -> list[LayerSpec]:
     """The model's layers in order: embedding, blocks, final norm, head."""
-    embed = partial(Embedding, config, options.device)
-    norm = partial(build_norm, config.final_norm_kind, config, options.device)
+    embed = partial(Embedding, config, options)
+    norm = partial(build_norm, config.final_norm_kind, config, options.device, options.layout)
     blocks = [
         LayerSpec(f"layers.{i}", partial(Block, config, kind, options)) for i, kind in enumerate(config.layer_kinds)
     ]
     if config.no_weight_tying:
-        first, last = LayerSpec("embedding", embed), LayerSpec("head", partial(Head, config, options.device))
+        first, last = LayerSpec("embedding", embed), LayerSpec("head", partial(Head, config, options))
     else:
         first = LayerSpec("embedding", embed, tie="embedding")
         last = LayerSpec("embedding", embed, tie="embedding", forward=tied_logits)
@@ -101,10 +102,13 @@ class LanguageModel(nn.Module):
             self.to_empty(device=device or "cpu")
             self.reset_tau()
         if seed is not None:
-            initialize(self, config, seed)
+            initialize(self, config, seed, layout)
 
     def forward(self, input_ids: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
-        """ids [b, s] -> logits [b, s, V_pad]; with a cache (one entry a block), ids are the new tokens only."""
+        """ids [b, s] -> logits [b, s, V_pad]; with a cache (one entry a block), ids are the new tokens only.
+
+        Without `gather_logits`, each tensor rank gets its share of V_pad.
+        """
         return self.logits(self.hidden(input_ids, cache))
 
     def hidden(self, input_ids: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
@@ -134,8 +138,8 @@ class LanguageModel(nn.Module):
                 module.reset_tau()
 
     def num_parameters(self) -> int:
-        """Number of parameters; a tied embedding counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Number of parameters, those of all tensor ranks; a tied embedding counts once."""
+        return sum(whole_shape(parameter).numel() for parameter in self.parameters())
 
     def flops_per_token(self, seq_length: int) -> float:
         """Training FLOPs of one token at this sequence length (see megatron.model.flops)."""

@@ -5,10 +5,15 @@ Needs only torch: `Pattention(768, 768, num_tokens=3072)` works in a notebook.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from megatron.ops.pattention import select_backend
+from megatron.mpu.collectives import Form, enter, leave, sum_scatter
+from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.shard import mark_sharded, take_share, whole_shape
+from megatron.ops.pattention import ParameterTokens, select_backend
 
 ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 
@@ -20,12 +25,18 @@ class Pattention(nn.Module):
     optimizer settings and states of their own. Segment i has the parameters `key_tokens_i` [n_i, in_features] and
     `value_tokens_i` [n_i, out_features]; the tokens of the layer are their concatenation.
 
+    With tensor parallelism each rank holds a share of the tokens of every segment. Tokens have no order, so any share
+    is as good as another; the ranks sum the squares of their scores for the row norm, and their outputs.
+
     Args:
         in_features, out_features: widths of input and output.
         num_tokens: parameter tokens n, one number or one a segment.
         activation: l2_norm_gelu, gelu_l2_norm or softmax (see `megatron.ops.pattention.theta`).
         backend: auto, reference or fused.
         tau_tokens: tau^2; n when not given. It stays what it was when tokens are appended.
+        layout: the grid. Row statistics and outputs are summed over its tensor ranks.
+        inputs, outputs: form of x and of the result between tensor ranks: `whole` on each; `channels`, a share of the
+            last dimension each; `tokens`, a share of the sequence each (sequence parallelism).
         device, dtype: as in nn.Linear; the meta device works.
     """
 
@@ -40,6 +51,9 @@ class Pattention(nn.Module):
         *,
         backend: str = "auto",
         tau_tokens: int | None = None,
+        layout: Layout = SINGLE,
+        inputs: Form = "whole",
+        outputs: Form = "whole",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -51,10 +65,13 @@ class Pattention(nn.Module):
             raise ValueError(f"activation: unknown '{activation}'; choose one of {', '.join(ACTIVATIONS)}")
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
         self.num_segments, self.backend = len(segments), backend
+        self.layout, self.inputs, self.outputs = layout, inputs, outputs
         for i, size in enumerate(segments):
+            start, stop = layout.share(size)
             for kind, width in (("key", in_features), ("value", out_features)):
-                tokens = torch.empty(size, width, device=device, dtype=dtype)
-                self.register_parameter(f"{kind}_tokens_{i}", nn.Parameter(tokens))
+                tokens = nn.Parameter(torch.empty(stop - start, width, device=device, dtype=dtype))
+                mark_sharded(tokens, 0, (size, width), layout)
+                self.register_parameter(f"{kind}_tokens_{i}", tokens)
         initial_tau = tau_tokens if tau_tokens is not None else sum(segments)
         # The count is data, not weights: it is real even while the weights are on the meta device.
         self.register_buffer("tau_tokens", torch.tensor(initial_tau, dtype=torch.int64, device=device))
@@ -64,8 +81,10 @@ class Pattention(nn.Module):
     def reset_parameters(self) -> None:
         """Keys N(0, 0.02), values N(0, 1/n): outputs of about the inputs' size. LanguageModel has its own."""
         for i in range(self.num_segments):
-            nn.init.normal_(getattr(self, f"key_tokens_{i}"), std=0.02)
-            nn.init.normal_(getattr(self, f"value_tokens_{i}"), std=self.num_tokens**-0.5)
+            for kind, std in (("key", 0.02), ("value", self.num_tokens**-0.5)):
+                tokens = getattr(self, f"{kind}_tokens_{i}")
+                whole = torch.empty(whole_shape(tokens), device=tokens.device, dtype=tokens.dtype).normal_(std=std)
+                tokens.data.copy_(take_share(whole, tokens, self.layout))
         self.reset_tau()
 
     def reset_tau(self) -> None:
@@ -74,34 +93,51 @@ class Pattention(nn.Module):
 
     @property
     def segment_sizes(self) -> list[int]:
-        """Number of tokens of each segment, oldest first."""
-        # Not shape[0]: ZeRO 3 replaces a parameter by an empty one between uses, but keeps ds_shape.
-        shapes = (getattr(self, f"key_tokens_{i}") for i in range(self.num_segments))
-        return [getattr(key, "ds_shape", key.shape)[0] for key in shapes]
+        """Number of tokens of each segment, those of all tensor ranks, oldest first."""
+        return [whole_shape(getattr(self, f"key_tokens_{i}"))[0] for i in range(self.num_segments)]
 
     @property
     def num_tokens(self) -> int:
-        """Parameter tokens n of the layer."""
+        """Parameter tokens n of the layer, those of all tensor ranks."""
         return sum(self.segment_sizes)
 
     @property
     def key_param_tokens(self) -> Tensor:
-        """Keys of all segments, [n, in_features]."""
+        """Keys of all segments, [n, in_features]; this rank's share."""
         return self._joined("key")
 
     @property
     def value_param_tokens(self) -> Tensor:
-        """Values of all segments, [n, out_features]."""
+        """Values of all segments, [n, out_features]; this rank's share."""
         return self._joined("value")
 
     def _joined(self, kind: str) -> Tensor:
         segments = [getattr(self, f"{kind}_tokens_{i}") for i in range(self.num_segments)]
         return segments[0] if len(segments) == 1 else torch.cat(segments)
 
+    @property
+    def parameter_tokens(self) -> ParameterTokens:
+        """Keys, values and tau_tokens; this rank's share."""
+        return ParameterTokens(self.key_param_tokens, self.value_param_tokens, self.tau_tokens)
+
+    @staticmethod
+    def jointly(layers: Sequence[Pattention], x: Tensor) -> list[Tensor]:
+        """Several layers of one input (query, key, value) with one message for each thing that ranks exchange."""
+        outputs, first = Pattention._partial_sums(layers, x), layers[0]
+        if first.outputs == "channels":
+            return sum_scatter(outputs, -1, first.layout)
+        return [leave(output, first.outputs, first.layout) for output in outputs]
+
+    @staticmethod
+    def _partial_sums(layers: Sequence[Pattention], x: Tensor) -> list[Tensor]:
+        first = layers[0]
+        _, function = select_backend(first.backend, x.device.type)
+        x = enter(x, first.inputs, first.layout)
+        return function(x, [layer.parameter_tokens for layer in layers], first.activation, first.layout)
+
     def forward(self, x: Tensor) -> Tensor:
-        """x [.., in_features] -> [.., out_features]."""
-        _, function = select_backend(self.backend, x.device.type)
-        return function(x, self.key_param_tokens, self.value_param_tokens, self.tau_tokens, self.activation)
+        """x [.., in_features] -> [.., out_features], in the forms `inputs` and `outputs`."""
+        return leave(self._partial_sums([self], x)[0], self.outputs, self.layout)
 
     def extra_repr(self) -> str:
         return (

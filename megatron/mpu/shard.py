@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron.mpu.layout import Layout
 
@@ -29,7 +29,7 @@ class ShardSpec:
         return whole.narrow(self.dim, start, stop - start)
 
 
-def mark_sharded(parameter: nn.Parameter, dim: int, shape: torch.Size | tuple[int, ...], layout: Layout) -> None:
+def mark_sharded(parameter: Tensor, dim: int, shape: torch.Size | tuple[int, ...], layout: Layout) -> None:
     """Declare that `parameter` is this rank's share of a tensor of `shape`; nothing to declare on an axis of one."""
     if layout.tensor_size > 1:
         parameter.shard = ShardSpec(dim, torch.Size(shape))  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Cross entropy over a large vocabulary without an fp32 copy of all logits."""
+"""Cross entropy over a large vocabulary without an fp32 copy of all logits, the vocabulary shared by tensor ranks."""
 
 from __future__ import annotations
 
@@ -7,50 +7,75 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.mpu import SINGLE, Layout
+from megatron.mpu.collectives import max_over_ranks, sum_over_ranks
+from megatron.mpu.layout import SINGLE, Layout
 
 # Rows of logits taken through fp32 at a time: 2048 x 50304 x 4 bytes = 412 MB at most.
 CHUNK_ROWS = 2048
 
 
-class _TokenLosses(torch.autograd.Function):
-    """-log softmax(logits)[label] row by row; keeps the logits and one log-sum-exp a row."""
+class _ShareOfTokenLosses(torch.autograd.Function):
+    """-log softmax(logits)[label] row by row; keeps the logits and one log-sum-exp a row.
+
+    Each rank has columns [start, start + width) of the logits. Ranks exchange two numbers a row, forward only: the
+    gradient of a rank's logits needs the whole row's log-sum-exp and nothing else.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, start: int, layout: Layout) -> Tensor:
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        log_sum = torch.cat([torch.logsumexp(rows.to(wide), dim=-1) for rows in logits.split(CHUNK_ROWS)])
-        ctx.save_for_backward(logits, labels, log_sum)
-        return log_sum - logits.gather(-1, labels[:, None]).squeeze(-1).to(wide)
+        share_sum = torch.cat([torch.logsumexp(rows.to(wide), dim=-1) for rows in logits.split(CHUNK_ROWS)])
+        columns = labels - start
+        mine = (columns >= 0) & (columns < logits.shape[1])
+        columns = torch.where(mine, columns, 0)
+        label_logits = torch.where(mine, logits.gather(-1, columns[:, None]).squeeze(-1).to(wide), 0.0)
+        highest = max_over_ranks(share_sum, layout)
+        sums = torch.stack([torch.exp(share_sum - highest), label_logits])
+        total, label_logits = sum_over_ranks(sums, layout)
+        log_sum = highest + torch.log(total)
+        ctx.save_for_backward(logits, columns, mine, log_sum)
+        return log_sum - label_logits
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits, labels, log_sum = ctx.saved_tensors
+        logits, columns, mine, log_sum = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
         for start in range(0, len(logits), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             grad = torch.exp(logits[rows].to(log_sum.dtype) - log_sum[rows, None])
-            grad.scatter_add_(-1, labels[rows, None], torch.full_like(grad[:, :1], -1.0))
+            grad.scatter_add_(-1, columns[rows, None], -mine[rows, None].to(grad.dtype))
             grad_logits[rows] = grad * grads[0][rows, None]
-        return grad_logits, None
+        return grad_logits, None, None, None
 
 
-def token_losses(logits: Tensor, labels: Tensor, layout: Layout = SINGLE) -> Tensor:
+def token_losses(logits: Tensor, labels: Tensor, layout: Layout = SINGLE, vocabulary_size: int | None = None) -> Tensor:
     """Cross entropy of every token, in nats.
 
     Args:
-        logits: [.., V_pad]; padded vocabulary rows take part in the softmax, as in the published models.
+        logits: [.., V_pad], or this tensor rank's share of the vocabulary; padded vocabulary rows take part in the
+            softmax, as in the published models.
         labels: int64 [..].
+        layout: the grid; its tensor ranks share the vocabulary by `Layout.share`.
+        vocabulary_size: V_pad, needed where it is shared.
 
-    Returns: [..] in fp32 (fp64 for fp64 logits).
+    Returns: [..] in fp32 (fp64 for fp64 logits), the same on every tensor rank.
     """
-    losses = _TokenLosses.apply(logits.flatten(0, -2), labels.flatten())
+    if layout.tensor_size > 1 and vocabulary_size is None:
+        raise ValueError("vocabulary_size: needed to know which share of the vocabulary the logits are")
+    start, _ = layout.share(vocabulary_size or logits.shape[-1])
+    losses = _ShareOfTokenLosses.apply(logits.flatten(0, -2), labels.flatten(), start, layout)
     return losses.view(labels.shape)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None, layout: Layout = SINGLE) -> Tensor:
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor | None = None,
+    layout: Layout = SINGLE,
+    vocabulary_size: int | None = None,
+) -> Tensor:
     """Mean of `token_losses` over the loss mask ([..], ones count); over all tokens without one."""
-    losses = token_losses(logits, labels, layout)
+    losses = token_losses(logits, labels, layout, vocabulary_size)
     if loss_mask is None:
         return losses.mean()
     mask = loss_mask.to(losses.dtype)

@@ -4,20 +4,34 @@ Shapes: x [.., d_in], key [n, d_in], value [n, d_out], scores A and weights [..,
 Source: Wang et al., TokenFormer (ICLR 2025), section 3.2. Departure: a row of scores that is all zero
 (the LayerNorm of a constant row) gives zeros and zero gradients where the plain quotient gives NaN.
 
-Two implementations of the same function: `pattention_reference` is the formula in autograd, `pattention_fused`
-keeps only the scores and one number a row for the backward pass. `select_backend` picks one by name.
+Two implementations of the same function: `joint_reference` is the formula in autograd, `joint_fused` keeps only the
+scores and one number a row for the backward pass. `select_backend` picks one by name. Both compute several layers
+that read the same x together (query, key and value), and both run on a tensor rank's share of each layer's tokens:
+the row statistics of all layers are then summed over the ranks in one message, and the outputs are partial sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PattentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor, str], Tensor]
+from megatron.mpu.collectives import PendingSum, max_over_ranks, norm_over_ranks, sum_statistics
+from megatron.mpu.layout import SINGLE, Layout
+
+
+class ParameterTokens(NamedTuple):
+    """What a Pattention layer learns: key [n, d_in], value [n, d_out]; and its int64 scalar tau_tokens = tau^2."""
+
+    key: Tensor
+    value: Tensor
+    tau_tokens: Tensor
+
+
+PattentionFunction = Callable[[Tensor, Sequence[ParameterTokens], str, Layout], list[Tensor]]
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -30,14 +44,26 @@ def _tau(tau_tokens: Tensor, scores: Tensor) -> Tensor:
     return tau_tokens.to(statistics_dtype(scores)).sqrt()
 
 
-def _row_scale(rows: Tensor, tau: Tensor) -> Tensor:
-    """tau / ||row||_2, and 0 where the row is all zero; [.., 1] in the statistics dtype.
+def _row_scales(rows: Sequence[Tensor], tau_tokens: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+    """tau / ||row||_2 over the rows of all ranks, and 0 where the row is all zero; [.., 1] in the statistics dtype.
 
     The inner `where` keeps the quotient finite on the branch that is not taken, so its gradient is 0, not NaN.
     """
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=statistics_dtype(rows))
-    nonzero = norm > 0
-    return torch.where(nonzero, tau / torch.where(nonzero, norm, 1.0), 0.0)
+    norms = [torch.linalg.vector_norm(r, dim=-1, keepdim=True, dtype=statistics_dtype(r)) for r in rows]
+    norms = list(norm_over_ranks(torch.stack(norms), layout).unbind())
+    scales = []
+    for norm, count in zip(norms, tau_tokens, strict=True):
+        tau, nonzero = _tau(count, norm), norm > 0
+        scales.append(torch.where(nonzero, tau / torch.where(nonzero, norm, 1.0), 0.0))
+    return scales
+
+
+def _softmax_numerators(rows: Sequence[Tensor], layout: Layout) -> list[tuple[Tensor, Tensor]]:
+    """exp(A - max) and its row sum [.., 1], maximum and sum over the columns of all ranks."""
+    highest = max_over_ranks(torch.stack([row.amax(-1, keepdim=True) for row in rows]), layout)
+    numerators = [torch.exp(row - peak) for row, peak in zip(rows, highest, strict=True)]
+    sums = sum_statistics(torch.stack([numerator.sum(-1, keepdim=True) for numerator in numerators]), layout)
+    return list(zip(numerators, sums, strict=True))
 
 
 def theta(scores: Tensor, tau_tokens: Tensor, activation: str) -> Tensor:
@@ -51,58 +77,107 @@ def theta(scores: Tensor, tau_tokens: Tensor, activation: str) -> Tensor:
 
     Returns: [.., n] in the dtype of `scores`; computed in fp32 for 16-bit scores.
     """
-    wide = scores.to(statistics_dtype(scores))
+    return joint_theta([scores], [tau_tokens], activation, SINGLE)[0]
+
+
+def joint_theta(
+    scores: Sequence[Tensor], tau_tokens: Sequence[Tensor], activation: str, layout: Layout
+) -> list[Tensor]:
+    """`theta` of several layers with rows of equal number, each rank holding a share of the columns [.., n_rank]."""
+    wide = [score.to(statistics_dtype(score)) for score in scores]
     if activation == "l2_norm_gelu":
-        weights = F.gelu(wide * _row_scale(wide, _tau(tau_tokens, wide)))
+        weights = [F.gelu(w * r) for w, r in zip(wide, _row_scales(wide, tau_tokens, layout), strict=True)]
     elif activation == "gelu_l2_norm":
-        gelu = F.gelu(wide)
-        weights = gelu * _row_scale(gelu, _tau(tau_tokens, wide))
+        gelus = [F.gelu(w) for w in wide]
+        weights = [gelu * r for gelu, r in zip(gelus, _row_scales(gelus, tau_tokens, layout), strict=True)]
     elif activation == "softmax":
-        weights = torch.softmax(wide, dim=-1) * tau_tokens.to(wide.dtype)
+        parts = _softmax_numerators(wide, layout)
+        weights = [e * (count.to(e.dtype) / total) for (e, total), count in zip(parts, tau_tokens, strict=True)]
     else:
         raise ValueError(f"activation: unknown '{activation}'; choose l2_norm_gelu, gelu_l2_norm or softmax")
-    return weights.to(scores.dtype)
+    return [weight.to(score.dtype) for weight, score in zip(weights, scores, strict=True)]
 
 
-def pattention_reference(x: Tensor, key: Tensor, value: Tensor, tau_tokens: Tensor, activation: str) -> Tensor:
-    """Theta(X K_P^T) V_P as written in the paper (section 3.2); [.., d_in] -> [.., d_out]."""
-    return theta(x @ key.T, tau_tokens, activation) @ value
+def joint_reference(
+    x: Tensor, layers: Sequence[ParameterTokens], activation: str, layout: Layout = SINGLE
+) -> list[Tensor]:
+    """Theta(X K_P^T) V_P of each layer as written in the paper (section 3.2).
+
+    Args:
+        x: [.., d_in], whole on every tensor rank.
+        layers: tokens of the layers, this rank's share of them.
+        activation: see `theta`.
+        layout: the grid.
+
+    Returns: for each layer [.., d_out]; over the tensor ranks they are partial sums.
+    """
+    scores = [x @ layer.key.T for layer in layers]
+    weights = joint_theta(scores, [layer.tau_tokens for layer in layers], activation, layout)
+    return [weight @ layer.value for weight, layer in zip(weights, layers, strict=True)]
 
 
 class _FusedL2NormGelu(torch.autograd.Function):
     """l2_norm_gelu that keeps A and r = tau / ||A|| only (1 u instead of the 3 u of autograd; u = one score matrix)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, key: Tensor, value: Tensor, tau_tokens: Tensor) -> Tensor:
-        scores = x @ key.T
-        scale = _row_scale(scores, _tau(tau_tokens, scores))
-        ctx.save_for_backward(x, key, value, scores, scale, tau_tokens)
-        return F.gelu(scores * scale).to(x.dtype) @ value
+    def forward(ctx: Any, x: Tensor, layout: Layout, *flat: Tensor) -> tuple[Tensor, ...]:
+        layers = [ParameterTokens(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
+        scores = [x @ layer.key.T for layer in layers]
+        scales = _row_scales(scores, [layer.tau_tokens for layer in layers], layout)
+        ctx.layout = layout
+        ctx.save_for_backward(x, *flat, *scores, *scales)
+        return tuple(
+            F.gelu(score * scale).to(x.dtype) @ layer.value
+            for score, scale, layer in zip(scores, scales, layers, strict=True)
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, key, value, scores, scale, tau_tokens = ctx.saved_tensors
-        grad_out = grads[0]
-        z = scores * scale
-        weights = F.gelu(z).to(x.dtype)
-        grad_z = torch.ops.aten.gelu_backward((grad_out @ value.T).to(z.dtype), z)
-        # A -> Z = tau A/||A|| projects: dA = r (dZ - Z (dZ.Z) / tau^2).
-        row_dot = (grad_z * z).sum(-1, keepdim=True) / tau_tokens.to(z.dtype)
-        grad_scores = ((grad_z - z * row_dot) * scale).to(x.dtype)
-        grad_x = grad_scores @ key
-        grad_key = grad_scores.flatten(0, -2).T @ x.flatten(0, -2)
-        grad_value = weights.flatten(0, -2).T @ grad_out.flatten(0, -2)
-        return grad_x, grad_key, grad_value, None
+        x, *saved = ctx.saved_tensors
+        count = len(grads)
+        layers = [ParameterTokens(*saved[i : i + 3]) for i in range(0, 3 * count, 3)]
+        scores, scales = saved[3 * count : 4 * count], saved[4 * count :]
+        z = [score * scale for score, scale in zip(scores, scales, strict=True)]
+        grad_z = [
+            torch.ops.aten.gelu_backward((grad @ layer.value.T).to(zi.dtype), zi)
+            for grad, layer, zi in zip(grads, layers, z, strict=True)
+        ]
+        row_dots = torch.stack([(dz * zi).sum(-1, keepdim=True) for dz, zi in zip(grad_z, z, strict=True)])
+        pending = PendingSum(row_dots, ctx.layout)
+        # The sum over the ranks is on its way while the values' gradients are computed.
+        grad_values = [
+            F.gelu(zi).to(x.dtype).flatten(0, -2).T @ grad.flatten(0, -2) for zi, grad in zip(z, grads, strict=True)
+        ]
+        row_dots = pending.wait()
+        grad_x, flat_grads = None, list[Tensor | None]()
+        for i, layer in enumerate(layers):
+            # A -> Z = tau A/||A|| projects: dA = r (dZ - Z (dZ.Z) / tau^2).
+            row_dot = row_dots[i] / layer.tau_tokens.to(row_dots.dtype)
+            grad_scores = ((grad_z[i] - z[i] * row_dot) * scales[i]).to(x.dtype)
+            grad_x = grad_scores @ layer.key if grad_x is None else grad_x + grad_scores @ layer.key
+            flat_grads += [grad_scores.flatten(0, -2).T @ x.flatten(0, -2), grad_values[i], None]
+        return grad_x, None, *flat_grads
+
+
+def joint_fused(x: Tensor, layers: Sequence[ParameterTokens], activation: str, layout: Layout = SINGLE) -> list[Tensor]:
+    """`joint_reference` with a hand-written backward for l2_norm_gelu; the other two activations use autograd."""
+    if activation != "l2_norm_gelu":
+        return joint_reference(x, layers, activation, layout)
+    flat = [tensor for layer in layers for tensor in layer]
+    return list(_FusedL2NormGelu.apply(x, layout, *flat))
+
+
+def pattention_reference(x: Tensor, key: Tensor, value: Tensor, tau_tokens: Tensor, activation: str) -> Tensor:
+    """`joint_reference` of one layer in one process; [.., d_in] -> [.., d_out]."""
+    return joint_reference(x, [ParameterTokens(key, value, tau_tokens)], activation)[0]
 
 
 def pattention_fused(x: Tensor, key: Tensor, value: Tensor, tau_tokens: Tensor, activation: str) -> Tensor:
-    """`pattention_reference` with a hand-written backward for l2_norm_gelu; the other two activations use autograd."""
-    if activation == "l2_norm_gelu":
-        return _FusedL2NormGelu.apply(x, key, value, tau_tokens)
-    return pattention_reference(x, key, value, tau_tokens, activation)
+    """`joint_fused` of one layer in one process; [.., d_in] -> [.., d_out]."""
+    return joint_fused(x, [ParameterTokens(key, value, tau_tokens)], activation)[0]
 
 
-_BACKENDS: dict[str, PattentionFunction] = {"reference": pattention_reference, "fused": pattention_fused}
+_BACKENDS: dict[str, PattentionFunction] = {"reference": joint_reference, "fused": joint_fused}
 
 
 def select_backend(name: str, device_type: str) -> tuple[str, PattentionFunction]:

@@ -1,0 +1,90 @@
+"""Linear layers split over the tensor ranks (Shoeybi et al., Megatron-LM, 2019, section 3), for Transformer blocks.
+
+With a layout of one they are nn.Linear, parameter names included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.mpu.collectives import Form, copy_to_ranks, enter, leave
+from megatron.mpu.layout import Layout
+from megatron.mpu.shard import mark_sharded
+
+
+class ColumnParallelLinear(nn.Linear):
+    """Each rank computes its share of the outputs: weight [out share, in], bias [out share].
+
+    Args:
+        in_features, out_features: widths of the whole layer.
+        bias: has a bias.
+        layout: the grid.
+        inputs: form of the input, `whole` or `tokens`.
+        device: as in nn.Linear.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        layout: Layout,
+        inputs: Form,
+        device: torch.device | str | None = None,
+    ) -> None:
+        start, stop = layout.share(out_features)
+        super().__init__(in_features, stop - start, bias=bias, device=device)
+        self.layout, self.inputs = layout, inputs
+        mark_sharded(self.weight, 0, (out_features, in_features), layout)
+        if bias:
+            mark_sharded(self.bias, 0, (out_features,), layout)
+
+    @staticmethod
+    def jointly(layers: Sequence[ColumnParallelLinear], x: Tensor) -> list[Tensor]:
+        """Several layers of one input, which is gathered (and its gradient reduced) once."""
+        x = enter(x, layers[0].inputs, layers[0].layout)
+        return [F.linear(x, layer.weight, layer.bias) for layer in layers]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, s, in] in the form `inputs` -> [b, s, out share]."""
+        return self.jointly([self], x)[0]
+
+
+class RowParallelLinear(nn.Linear):
+    """Each rank reads its share of the inputs, and the ranks' outputs are summed: weight [out, in share], bias [out].
+
+    Args:
+        in_features, out_features: widths of the whole layer.
+        bias: has a bias, the same on all ranks.
+        layout: the grid.
+        outputs: form of the output, `whole` or `tokens`.
+        device: as in nn.Linear.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        layout: Layout,
+        outputs: Form,
+        device: torch.device | str | None = None,
+    ) -> None:
+        start, stop = layout.share(in_features)
+        super().__init__(stop - start, out_features, bias=bias, device=device)
+        self.layout, self.outputs = layout, outputs
+        mark_sharded(self.weight, 1, (out_features, in_features), layout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, s, in share] -> [b, s, out] in the form `outputs`."""
+        if self.layout.tensor_size == 1:
+            return super().forward(x)  # one fused call
+        out = leave(F.linear(x, self.weight), self.outputs, self.layout)
+        if self.bias is None:
+            return out
+        # Added to a share of the tokens, the bias gets a share of its gradient.
+        return out + (copy_to_ranks(self.bias, self.layout) if self.outputs == "tokens" else self.bias)

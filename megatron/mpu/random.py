@@ -1,0 +1,47 @@
+"""Random numbers on the tensor axis.
+
+Tensor ranks that hold the same activations must drop the same elements; where heads or tokens are split between them,
+they must drop different ones. All tensor ranks of one place start torch's default generator from the same seed: it is
+the stream they agree on. `own_stream` derives a rank's own stream from it, so that there is no second generator whose
+state has to be saved in a checkpoint or replayed when activations are recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.mpu.layout import Layout
+
+
+@contextmanager
+def own_stream(layout: Layout, device: torch.device) -> Iterator[None]:
+    """Inside, torch's default generators of the CPU and of `device` differ from tensor rank to tensor rank.
+
+    Afterwards they continue where the ranks agree, one draw further. On an axis of one nothing changes.
+    """
+    if layout.tensor_size == 1:
+        yield
+        return
+    seed = int(torch.randint(2**62, ()))
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        seed += layout.tensor_rank
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+def dropout(x: Tensor, probability: float, training: bool, layout: Layout) -> Tensor:
+    """F.dropout on activations of the residual stream: whole, or sharded by tokens with sequence parallelism."""
+    if not probability or not training:
+        return x
+    if not layout.sequence_parallel:
+        return F.dropout(x, probability)
+    with own_stream(layout, x.device):
+        return F.dropout(x, probability)
