@@ -26,7 +26,7 @@ from megatron.model.init import initialize
 from megatron.model.norms import build_norm
 from megatron.model.pattention import Pattention
 from megatron.mpu.layout import SINGLE, Layout
-from megatron.mpu.shard import whole_shape
+from megatron.mpu.shard import allocate, whole_shape
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class LanguageModel(nn.Module):
         if dtype is not None:
             self.to(dtype)
         if torch.device(device or "cpu").type != "meta":
-            self.to_empty(device=device or "cpu")
+            allocate(self, device or "cpu")
             self.reset_tau()
         if seed is not None:
             initialize(self, config, seed, layout)

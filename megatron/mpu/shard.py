@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.mpu.layout import Layout
 
@@ -53,3 +53,14 @@ def take_share(whole: Tensor, parameter: Tensor, layout: Layout) -> Tensor:
     """What this rank's `parameter` holds of its whole tensor."""
     spec = shard_spec(parameter)
     return whole if spec is None else spec.take(whole, layout)
+
+
+def allocate(module: nn.Module, device: torch.device | str) -> None:
+    """Give a module built on the meta device uninitialised storage on `device`, in place.
+
+    `Module.to_empty` makes new Parameter objects, without the marks of `mark_sharded`: these are carried over.
+    """
+    marks = {name: dict(parameter.__dict__) for name, parameter in module.named_parameters()}
+    module.to_empty(device=device)
+    for name, parameter in module.named_parameters():
+        parameter.__dict__.update(marks[name])
