@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import random
@@ -26,6 +27,7 @@ from megatron.checkpoint.store import (
 from megatron.config.schema import CheckpointConfig, RunConfig
 from megatron.errors import UserError
 from megatron.log import get_logger
+from megatron.mpu import Layout
 from megatron.mpu.device import uses_gpu
 from megatron.training.engine import Engine
 from megatron.training.state import TrainState
@@ -105,21 +107,36 @@ def _local_random_states() -> dict[str, Tensor]:
     return states
 
 
-def restore_random_states(reader: CheckpointReader, rank: int) -> None:
-    """Set this rank's generators; a rank the checkpoint does not know keeps its fresh seed and says so."""
-    saved = {n.partition("/")[2]: n for n in reader.names("rng") if n.startswith(f"rank{rank}/")}
-    if "torch" not in saved:
-        get_logger().warning(
-            "random-number state of rank %d is not in the checkpoint; it starts from the seed",
-            rank,
-            extra={"all_ranks": True},
-        )
+def seed_generators(seed: int, layout: Layout, iteration: int = 0) -> None:
+    """Seed this process's generators; the tensor ranks of one place of the grid draw the same numbers.
+
+    Dropout that has to differ between tensor ranks derives its own streams (megatron.mpu.random).
+    """
+    place = layout.rank // layout.tensor_size
+    if iteration:
+        digest = hashlib.blake2b(f"{seed}/{iteration}/{place}".encode(), digest_size=4).digest()
+        seed, place = int.from_bytes(digest, "little"), 0
+    torch.manual_seed(seed + place)
+    random.seed(seed + place)
+    np.random.seed((seed + place) % 2**32)
+
+
+def restore_random_states(config: RunConfig, reader: CheckpointReader, layout: Layout) -> None:
+    """Set this rank's generators as saved; seed them afresh when the run that saved had another grid."""
+    keys = ("model_parallel_size", "pipe_parallel_size")
+    now = config.flat()
+    saved_ranks = {name.partition("/")[0] for name in reader.names("rng")}
+    same_axes = all(max(1, reader.config.get(key) or 1) == max(1, now[key]) for key in keys)
+    if not same_axes or len(saved_ranks) != layout.world_size:
+        seed_generators(config.training.seed, layout, reader.iteration)
+        get_logger().info("the checkpoint is of another process grid: random numbers go on from a new seed")
         return
-    values = {kind: reader.tensor("rng", name) for kind, name in saved.items()}
+    prefix = f"rank{layout.rank}/"
+    values = {n.removeprefix(prefix): reader.tensor("rng", n) for n in reader.names("rng") if n.startswith(prefix)}
     torch.set_rng_state(values["torch"])
     random.setstate((3, tuple(values["python"].tolist()), None))
-    *keys, position = values["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, 0, 0.0))
+    *keys_of_numpy, position = values["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys_of_numpy, dtype=np.uint32), position, 0, 0.0))
     if "cuda" in values and uses_gpu():
         torch.cuda.set_rng_state(values["cuda"])
 
@@ -198,5 +215,5 @@ def restore(config: RunConfig, engine: Engine, state: TrainState, reader: Checkp
         _restore_optimizer(config, engine, reader)
     engine.loss_scaler = state.loss_scaler
     if not options.no_load_rng:
-        restore_random_states(reader, engine.layout.rank)
+        restore_random_states(config, reader, engine.layout)
     get_logger().info("resumed from %s at iteration %d", reader.folder, state.iteration)

@@ -1,12 +1,14 @@
 """The DeepSpeed engine: process group, DeepSpeed configuration, one training step, evaluation.
 
-The only file that calls `deepspeed.initialize`.
+The only file that calls `deepspeed.initialize`. `Engine` is what the loop works with, `SingleStageEngine` the one
+without a pipeline; the one with is in megatron.training.pipeline_engine.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +16,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.checkpoint.state import ParameterSource
 from megatron.config.schema import RunConfig
 from megatron.errors import RankError, UserError
-from megatron.model import LanguageModel
+from megatron.model.attention import SelfAttention
 from megatron.mpu import Layout
 from megatron.mpu.device import process_device, uses_gpu
 from megatron.ops.cross_entropy import cross_entropy
 from megatron.training.engine_state import EngineState
+from megatron.training.gradients import clip_gradients
+from megatron.training.grid import DeepSpeedGrid
 from megatron.training.optimizer import build_optimizer
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -95,6 +99,9 @@ def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
         "steps_per_print": 2**62,
         "wall_clock_breakdown": config.logging.wall_clock_breakdown,
     }
+    if layout.pipeline_size > 1:
+        # Tensor ranks send different activations between stages: DeepSpeed must not cut them up again.
+        result["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if config.precision.dtype == "bf16":
         result["bf16"] = {"enabled": True}
     if config.precision.dtype == "fp16":
@@ -111,21 +118,19 @@ class StepResult:
     skipped: bool
 
 
-class Engine:
-    """Trains one model with DeepSpeed.
+class Engine(ABC):
+    """Trains one model, or this process's part of it, with DeepSpeed.
 
     Args:
         config, layout: the run.
         model: on the training device, fp32, holding the values of `source`.
-        source: the fp32 value of each parameter, for 16-bit training's master weights.
+        source: the whole fp32 value of each parameter, for 16-bit training's master weights.
         eod_id: end-of-document token, for eod_mask_loss.
     """
 
     def __init__(
-        self, config: RunConfig, layout: Layout, model: LanguageModel, source: ParameterSource, eod_id: int
+        self, config: RunConfig, layout: Layout, model: nn.Module, source: ParameterSource, eod_id: int
     ) -> None:
-        import deepspeed
-
         self.config, self.layout, self.model, self.device = config, layout, model, process_device()
         self.eod_id = eod_id if config.training.eod_mask_loss else None
         self.clip = config.optimization.gradient_clipping
@@ -133,55 +138,71 @@ class Engine:
         # With ZeRO, DeepSpeed's Muon replaces gradients by updates before it takes their norm.
         self._norm_is_of_updates = config.optimization.optimizer.type == "Muon" and self.zero_stage > 0
         # A training run saves and restores through EngineState: DeepSpeed's checkpoint engine is never used.
-        optimizer = build_optimizer(model, config.optimization)
+        self._engine = self._initialize()
+        self.state = EngineState(model, self._engine.optimizer, self.zero_stage, layout)
+        if config.precision.dtype != "fp32":
+            self.state.write_masters(source)
+
+    def _initialize(self) -> Any:
+        import deepspeed
+
+        deepspeed.utils.groups.mpu = None  # DeepSpeed would take over the grid of an earlier engine of this process
+        optimizer = build_optimizer(self.model, self.config.optimization)
+        # A PipelineModule brings its own grid.
+        grid = DeepSpeedGrid(self.layout) if self.layout.tensor_size > 1 and self.layout.pipeline_size == 1 else None
         try:
-            self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=deepspeed_config(config, layout), dist_init_required=False
+            engine, *_ = deepspeed.initialize(
+                model=self.model,
+                optimizer=optimizer,
+                config=deepspeed_config(self.config, self.layout),
+                mpu=grid,
+                dist_init_required=False,
             )
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise UserError(f"zero_optimization.{key}: {first['msg']}; got {first.get('input')!r}") from error
-        self.state = EngineState(model, self._engine.optimizer, self.zero_stage)
-        if config.precision.dtype != "fp32":
-            self.state.write_masters(source)
+        return engine
 
+    @abstractmethod
     def train_step(self, batches: Sequence[Tensor], learning_rate: float) -> StepResult:
         """One update from `gradient_accumulation_steps` micro-batches of tokens [micro, seq_length + 1].
 
         Raises: UserError when the loss or the gradient norm is not finite; nothing of such a step is saved.
         """
-        self._engine.train()
-        self._set_learning_rate(learning_rate)
-        losses = []
-        for position, tokens in enumerate(batches):
-            loss = self._loss(tokens)
-            losses.append(loss.detach())
-            self._engine.backward(loss)
-            if position + 1 < len(batches):
-                self._engine.step()
-        mean = torch.stack(losses).mean()
-        norm = self._clip() if self.zero_stage == 0 else None
-        self._require_finite("lm_loss", mean)
-        if norm is not None:
-            self._require_finite("grad_norm", norm)
-        skipped_before = self._engine.skipped_steps
-        self._engine.step()
-        skipped = self._engine.skipped_steps > skipped_before
+
+    @abstractmethod
+    def _sum_of_losses(self, batches: Iterable[Tensor]) -> Tensor:
+        """Sum of the mean losses of micro-batches and their number, [2] in fp64, over this process's data rank.
+
+        The same on every tensor rank; on the last pipeline stage only, zeros elsewhere.
+        """
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Tensor]) -> float:
+        """Mean loss over micro-batches [micro, seq_length + 1] of all data ranks, in nats per token. Collective."""
+        total = self._sum_of_losses(batches)
+        for group in (self.layout.data_group, self.layout.pipeline_group):
+            if group is not None:
+                dist.all_reduce(total, group=group)
+        return (total[0] / total[1]).item()
+
+    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens [b, s + 1] -> inputs [b, s], labels [b, s] and, with eod_mask_loss, which predictions count."""
+        tokens = tokens.to(self.device, non_blocking=True)
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        return inputs, labels, None if self.eod_id is None else inputs != self.eod_id
+
+    def _finish_step(self, loss: Tensor, norm: Tensor | float | None, skipped: bool) -> StepResult:
+        """Check what DeepSpeed says after an update; `norm` None asks it for the norm."""
         if norm is None and not self._norm_is_of_updates:
             norm = self._engine.get_global_grad_norm()
         # ZeRO learns the norm while it updates. It skips updates that are not finite, which only fp16 recovers from.
         if skipped and self.config.precision.dtype != "fp16":
             self._require_finite("grad_norm", torch.tensor(float("inf")))
-        elif norm is not None and not skipped and self.zero_stage > 0:
+        elif norm is not None and not skipped:
             self._require_finite("grad_norm", torch.as_tensor(norm))
-        return StepResult(mean, norm, skipped)
-
-    def _loss(self, tokens: Tensor) -> Tensor:
-        tokens = tokens.to(self.device, non_blocking=True)
-        inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        mask = None if self.eod_id is None else inputs != self.eod_id
-        return cross_entropy(self._engine(inputs), labels, mask)
+        return StepResult(loss, norm, skipped)
 
     def _require_finite(self, name: str, value: Tensor) -> None:
         # The update waits for the gradient norm anyway, so looking at these costs no extra stall.
@@ -191,36 +212,20 @@ class Engine:
                 "resume from the last checkpoint with a smaller lr or another seed, or set allow_nonfinite_loss: true"
             )
 
-    def _clip(self) -> Tensor:
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or float("inf"))
-
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
 
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Tensor]) -> float:
-        """Mean loss over micro-batches [micro, seq_length + 1] of all data ranks, in nats per token."""
-        self._engine.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for tokens in batches:
-            total[0] += self._loss(tokens)
-            total[1] += 1
-        self._engine.train()
-        if self.layout.data_size > 1:
-            dist.all_reduce(total)
-        return (total[0] / total[1]).item()
-
     def mean_over_ranks(self, value: Tensor) -> float:
-        """Average of a scalar over the data ranks."""
+        """Average of a scalar over the data ranks. Collective."""
         value = value.detach().clone()
-        if self.layout.data_size > 1:
-            dist.all_reduce(value)
+        if self.layout.data_group is not None:
+            dist.all_reduce(value, group=self.layout.data_group)
             value /= self.layout.data_size
         return value.item()
 
     def any_rank(self, flag: bool) -> bool:
-        """True on every rank when it is true on one."""
+        """True on every rank when it is true on one. Collective over the world."""
         if self.layout.world_size == 1:
             return flag
         tensor = torch.tensor(int(flag), device=self.device)
@@ -228,9 +233,9 @@ class Engine:
         return bool(tensor.item())
 
     def model_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Canonical parameters (fp32) and buffers; collective."""
+        """Whole canonical parameters (fp32) and buffers; collective."""
         yield from self.state.masters()
-        yield from self.model.named_buffers()
+        yield from self.state.buffers()
 
     @property
     def loss_scaler(self) -> dict[str, float]:
@@ -245,3 +250,48 @@ class Engine:
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         for name in self.loss_scaler.keys() & values.keys():
             setattr(scaler, name, values[name])
+
+
+class SingleStageEngine(Engine):
+    """Every process runs the whole depth of the model: data and tensor parallelism, ZeRO 0 to 3."""
+
+    def _initialize(self) -> Any:
+        from deepspeed.utils import set_z3_leaf_modules
+
+        if self.zero_stage == 3:
+            # ZeRO 3 gathers parameters around a module's own forward; attention uses those of its children.
+            set_z3_leaf_modules(self.model, [SelfAttention])
+        return super()._initialize()
+
+    def train_step(self, batches: Sequence[Tensor], learning_rate: float) -> StepResult:
+        """One update; see Engine."""
+        self._engine.train()
+        self._set_learning_rate(learning_rate)
+        losses = []
+        for position, tokens in enumerate(batches):
+            loss = self._loss(tokens)
+            losses.append(loss.detach())
+            self._engine.backward(loss)
+            if position + 1 < len(batches):
+                self._engine.step()
+        mean = torch.stack(losses).mean()
+        norm = clip_gradients(self.model.parameters(), self.clip, self.layout) if self.zero_stage == 0 else None
+        self._require_finite("lm_loss", mean)
+        if norm is not None:
+            self._require_finite("grad_norm", norm)
+        skipped_before = self._engine.skipped_steps
+        self._engine.step()
+        return self._finish_step(mean, norm, self._engine.skipped_steps > skipped_before)
+
+    def _loss(self, tokens: Tensor) -> Tensor:
+        inputs, labels, mask = self._split(tokens)
+        return cross_entropy(self._engine(inputs), labels, mask, self.layout)
+
+    def _sum_of_losses(self, batches: Iterable[Tensor]) -> Tensor:
+        self._engine.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for tokens in batches:
+            total[0] += self._loss(tokens)
+            total[1] += 1
+        self._engine.train()
+        return total

@@ -1,21 +1,28 @@
-"""Reads and writes the whole tensors behind a DeepSpeed engine: fp32 masters and optimizer state.
+"""Reads and writes the whole tensors behind a DeepSpeed engine: fp32 masters, optimizer state and buffers.
 
 DeepSpeed keeps the fp32 values of a parameter in one of three places: in the parameter itself (fp32 without ZeRO), in a
 slice of a flat partition (ZeRO 1 and 2), or in a slice of a flat sub-group (ZeRO 3). `_locate` finds this rank's slice;
 everything else is the same for all three.
+
+A whole tensor is put together axis by axis: ZeRO slices over the data axis, shares over the tensor axis; then its
+pipeline stage shows it to the others. All processes of the grid walk the same tensors in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.checkpoint.state import ParameterSource
+from megatron.mpu import SINGLE, Layout
+from megatron.mpu.shard import shard_spec, take_share, whole_shape
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -36,23 +43,25 @@ class EngineState:
     """Access to one engine's optimizer. Names are canonical: those of `model.named_parameters()`.
 
     Args:
-        model: the module the engine trains.
+        model: the module the engine trains; its parameters may be one tensor rank's or one pipeline stage's.
         optimizer: `engine.optimizer`, DeepSpeed's wrapper or a torch optimizer.
         zero_stage: ZeRO stage of the engine.
+        layout: the grid. With a pipeline, making an EngineState is collective.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, zero_stage: int) -> None:
-        self.optimizer, self.zero_stage = optimizer, zero_stage
+    def __init__(self, model: nn.Module, optimizer: Any, zero_stage: int, layout: Layout = SINGLE) -> None:
+        self.model, self.optimizer, self.zero_stage, self.layout = model, optimizer, zero_stage, layout
         self.inner: torch.optim.Optimizer = optimizer if zero_stage == 0 else optimizer.optimizer
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._slices = {name: self._locate(p) for name, p in self.parameters.items()}
+        self._shapes = self._of_all_stages({name: whole_shape(p) for name, p in self.parameters.items()})
 
     def _locate(self, parameter: Any) -> _Slice:
         if self.zero_stage == 0:
             return _Slice(parameter, 0, 0, parameter.numel())
         if self.zero_stage == 3:
             group, offset, padded = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-            start = min(padded * dist.get_rank(), parameter.ds_numel)
+            start = min(padded * self.layout.data_rank, parameter.ds_numel)
             size = min(padded, parameter.ds_numel - start)
             return _Slice(self.optimizer.fp32_partitioned_groups_flat[group], offset, start, size)
         group = next(i for i, g in enumerate(self.optimizer.bit16_groups) if any(p is parameter for p in g))
@@ -62,53 +71,105 @@ class EngineState:
         here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
         return _Slice(flat, here.start, there.start, here.numel)
 
-    def _shape(self, name: str) -> torch.Size:
-        parameter = self.parameters[name]
-        return getattr(parameter, "ds_shape", parameter.shape)
+    def _of_all_stages(self, mine: Mapping[str, Entry]) -> dict[str, tuple[int, Entry]]:
+        """name -> (first pipeline stage that has it, its entry there), in the same order on every stage. Collective."""
+        stages: list[Mapping[str, Entry]] = [mine]
+        if self.layout.pipeline_group is not None:
+            stages = [{}] * self.layout.pipeline_size
+            dist.all_gather_object(stages, mine, group=self.layout.pipeline_group)
+        merged: dict[str, tuple[int, Entry]] = {}
+        for stage, entries in enumerate(stages):
+            for name, entry in entries.items():
+                merged.setdefault(name, (stage, entry))
+        return merged
 
     def _gather(self, name: str, moment: str | None) -> Tensor:
-        """The whole fp32 master (moment None) or moment of a parameter; collective when sharded."""
-        place, shape = self._slices[name], self._shape(name)
-        device = self.parameters[name].device
-        whole = torch.zeros(shape.numel(), dtype=torch.float32, device=device)
+        """The whole fp32 master (moment None) or moment of a parameter, on every process. Collective."""
+        stage, shape = self._shapes[name]
+        layout = self.layout
+        if stage == layout.pipeline_rank:
+            whole = self._join_shares(name, self._join_slices(name, moment))
+        else:
+            whole = torch.empty(shape, dtype=torch.float32, device=next(iter(self.parameters.values())).device)
+        if layout.pipeline_group is not None:
+            dist.broadcast(whole, group=layout.pipeline_group, group_src=stage)
+        return whole
+
+    def _join_slices(self, name: str, moment: str | None) -> Tensor:
+        """This tensor rank's share of a master or moment, from the slices of the data ranks."""
+        place, parameter = self._slices[name], self.parameters[name]
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        share = torch.zeros(shape.numel(), dtype=torch.float32, device=parameter.device)
         source = place.flat if moment is None else self.inner.state[place.flat][moment]
-        whole.narrow(0, place.start, place.size).copy_(place.of(source))
-        if self.zero_stage > 0 and dist.get_world_size() > 1:
-            dist.all_reduce(whole)
-        return whole.view(shape)
+        share.narrow(0, place.start, place.size).copy_(place.of(source))
+        if self.zero_stage > 0 and self.layout.data_group is not None:
+            dist.all_reduce(share, group=self.layout.data_group)
+        return share.view(shape)
+
+    def _join_shares(self, name: str, share: Tensor) -> Tensor:
+        """The whole tensor from the shares of the tensor ranks, which may be of different sizes."""
+        spec = shard_spec(self.parameters[name])
+        if spec is None or self.layout.tensor_group is None:
+            return share
+        whole = torch.zeros(spec.shape, dtype=share.dtype, device=share.device)
+        spec.take(whole, self.layout).copy_(share)
+        dist.all_reduce(whole, group=self.layout.tensor_group)
+        return whole
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole fp32 value) of every trained parameter."""
-        for name in self.parameters:
+        """(name, whole fp32 value) of every trained parameter of the model. Collective."""
+        for name in self._shapes:
             yield name, self._gather(name, None)
 
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, value) of every buffer of the model; buffers are whole and small. Collective."""
+        mine = {name: buffer.cpu() for name, buffer in self.model.named_buffers()}
+        for name, (_, buffer) in self._of_all_stages(mine).items():
+            yield name, buffer
+
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
-        """(`{moment}/{name}`, whole tensor) of every trained parameter; step counts are scalars. Empty at first."""
-        for name, place in self._slices.items():
-            for moment, value in sorted(
-                {**self._group_step(place.flat), **self.inner.state.get(place.flat, {})}.items()
-            ):
-                if isinstance(value, Tensor) and value.shape == place.flat.shape:
-                    yield f"{moment}/{name}", self._gather(name, moment)
-                elif isinstance(value, (int, Tensor)):
-                    # Every rank counts the steps of its partition of a group alike.
-                    yield f"{moment}/{name}", torch.as_tensor(value).clone()
+        """(`{moment}/{name}`, whole tensor) of every trained parameter; step counts are scalars. Empty at first.
+
+        Collective.
+        """
+        mine = {name: self._moments(place.flat) for name, place in self._slices.items()}
+        for name, (_, moments) in self._of_all_stages(mine).items():
+            for moment, scalar in moments.items():
+                yield f"{moment}/{name}", self._gather(name, moment) if scalar is None else scalar
+
+    def _moments(self, flat: Tensor) -> dict[str, Tensor | None]:
+        """What the optimizer keeps for `flat`: None for a tensor of its shape, the value itself for a count."""
+        kept: dict[str, Tensor | None] = {}
+        for moment, value in sorted({**self._group_step(flat), **self.inner.state.get(flat, {})}.items()):
+            if isinstance(value, Tensor) and value.shape == flat.shape:
+                kept[moment] = None
+            elif isinstance(value, (int, Tensor)):
+                # Every rank counts the steps of its partition of a group alike.
+                kept[moment] = torch.as_tensor(value).cpu().clone()
+        return kept
 
     @torch.no_grad()
     def write_masters(self, source: ParameterSource) -> None:
         """Set the fp32 values; the 16-bit weights are assumed to be their rounded copies already."""
         for name, place in self._slices.items():
-            self._write(place, place.flat, source(name))
+            self._write(name, place.flat, source(name))
 
-    @staticmethod
-    def _write(place: _Slice, flat: Tensor, whole: Tensor) -> None:
-        place.of(flat).copy_(whole.reshape(-1).narrow(0, place.start, place.size))
+    def _write(self, name: str, flat: Tensor, whole: Tensor) -> None:
+        """Copy this process's part of a whole tensor into a tensor shaped like the parameter's `flat`."""
+        place = self._slices[name]
+        share = take_share(whole, self.parameters[name], self.layout)
+        place.of(flat).copy_(share.reshape(-1).narrow(0, place.start, place.size))
 
     @torch.no_grad()
     def write_optimizer_state(self, names: list[str], source: ParameterSource) -> None:
-        """Set moments and step counts from whole tensors named as `optimizer_state` names them."""
+        """Set moments and step counts from whole tensors named as `optimizer_state` names them.
+
+        Those of parameters that other pipeline stages hold are left to them.
+        """
         for full_name in names:
             moment, _, name = full_name.partition("/")
+            if name not in self._slices:
+                continue
             place = self._slices[name]
             value, entries = source(full_name), self.inner.state[place.flat]
             if value.dim() == 0:
@@ -116,7 +177,7 @@ class EngineState:
                 continue
             if moment not in entries:
                 entries[moment] = torch.zeros_like(place.flat, dtype=torch.float32)
-            self._write(place, entries[moment], value)
+            self._write(name, entries[moment], value)
 
     def _group_step(self, flat: Tensor) -> dict[str, int]:
         """The step count of optimizers that keep one a group (apex) instead of one a parameter."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.checkpoint.state import ParameterSource
 from megatron.checkpoint.store import CheckpointReader, FolderLock
@@ -18,16 +18,19 @@ from megatron.data import batches, build_datasets
 from megatron.errors import RankError, UserError
 from megatron.log import get_logger, log_to_file
 from megatron.model import LanguageModel
+from megatron.model.blocks import BuildOptions
 from megatron.model.compatibility import check_fit, check_same_model, saved_model_config
 from megatron.model.init import initial_value
 from megatron.mpu import Layout
 from megatron.mpu.device import DTYPES, process_device
+from megatron.mpu.shard import take_share
 from megatron.ops.pattention import select_backend
 from megatron.tokenizer import build_tokenizer
-from megatron.training.checkpointing import check_save_folder, open_for_resume, restore
-from megatron.training.engine import Engine, initialize_distributed
+from megatron.training.checkpointing import check_save_folder, open_for_resume, restore, seed_generators
+from megatron.training.engine import Engine, SingleStageEngine, initialize_distributed
 from megatron.training.hardware import peak_flops
 from megatron.training.metrics import MetricsLog, Throughput
+from megatron.training.pipeline_engine import PipelineEngine
 from megatron.training.schedule import LRSchedule
 from megatron.training.state import TrainState
 
@@ -127,14 +130,13 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
         raise UserError("train_iters: missing; give the number of updates of the run")
     if config.logging.log_dir and layout.rank == 0:
         log_to_file(Path(config.logging.log_dir) / "train.log")
-    torch.manual_seed(config.training.seed + layout.rank)
+    seed_generators(config.training.seed, layout)
     tokenizer = build_tokenizer(config.tokenizer)
     config = config.with_vocabulary(tokenizer.vocab_size)
     micro, steps = config.training.resolve_batch(layout.data_size)
     reader = open_for_resume(config, layout.rank)
     check_save_folder(config, reader)
-    model, source = _build_model(config, reader)
-    engine = Engine(config, layout, model, source, tokenizer.eod_id)
+    engine = _build_engine(config, layout, reader, tokenizer.eod_id)
     state = TrainState()
     if reader is not None:
         restore(config, engine, state, reader)
@@ -175,37 +177,58 @@ def _claim_folders(config: RunConfig) -> FolderLock | None:
     return FolderLock(config.checkpoint.save) if config.checkpoint.save else None
 
 
-def _build_model(config: RunConfig, reader: CheckpointReader | None) -> tuple[LanguageModel, ParameterSource]:
-    """The fp32 model on the training device with its first or loaded values, and where these come from."""
-    training = config.training
-    model = LanguageModel(
+def _build_engine(config: RunConfig, layout: Layout, reader: CheckpointReader | None, eod_id: int) -> Engine:
+    """The engine around this process's part of the model, with its first or loaded values."""
+    source = _parameter_source(config, reader)
+    model: nn.Module
+    if layout.pipeline_size == 1:
+        model = _single_stage_model(config, layout)
+        _fill(model, layout, source, reader)
+        return SingleStageEngine(config, layout, model, source, eod_id)
+    # Imports DeepSpeed, which looks at the environment that initialize_distributed has set up.
+    from megatron.model.pipeline import PipelineModel
+
+    options = BuildOptions(config.training.pattention_backend, config.training.attention_backend, gather_logits=False)
+    model = PipelineModel(config.model, layout, options, process_device(), _checkpoint_layers(config))
+    _fill(model, layout, source, reader)
+    return PipelineEngine(config, layout, model, source, eod_id)
+
+
+def _checkpoint_layers(config: RunConfig) -> int:
+    return config.training.checkpoint_num_layers if config.training.checkpoint_activations else 0
+
+
+def _single_stage_model(config: RunConfig, layout: Layout) -> LanguageModel:
+    return LanguageModel(
         config.model,
         device=process_device(),
-        pattention_backend=training.pattention_backend,
-        attention_backend=training.attention_backend,
-        checkpoint_layers=training.checkpoint_num_layers if training.checkpoint_activations else 0,
+        pattention_backend=config.training.pattention_backend,
+        attention_backend=config.training.attention_backend,
+        checkpoint_layers=_checkpoint_layers(config),
+        layout=layout,
+        gather_logits=False,
     )
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
-    def initial(name: str) -> Tensor:
-        return initial_value(name, shapes[name], config.model, training.seed)
 
-    source: ParameterSource = initial
+def _parameter_source(config: RunConfig, reader: CheckpointReader | None) -> ParameterSource:
+    """Whole fp32 values by canonical name: those of the checkpoint, which has to fit, or the initial ones."""
+    whole = LanguageModel(config.model, device="meta")
+    if reader is None:
+        shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
+        return lambda name: initial_value(name, shapes[name], config.model, config.training.seed)
+    check_fit(whole, {n: reader.shape("model", n) for n in reader.names("model")}, f"load: {reader.folder}")
+    check_same_model(config.model, saved_model_config(reader), reader.folder)
+    return lambda name: reader.tensor("model", name)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, layout: Layout, source: ParameterSource, reader: CheckpointReader | None) -> None:
+    """Write this process's share of every parameter, and the buffers of a checkpoint."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(take_share(source(name), parameter, layout))
     if reader is not None:
-        check_fit(model, {n: reader.shape("model", n) for n in reader.names("model")}, f"load: {reader.folder}")
-        check_same_model(config.model, saved_model_config(reader), reader.folder)
-        saved = reader
-
-        def source(name: str) -> Tensor:
-            return saved.tensor("model", name)
-
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(source(name))
         for name, buffer in model.named_buffers():
-            if reader is not None:
-                buffer.copy_(reader.tensor("model", name))
-    return model, source
+            buffer.copy_(reader.tensor("model", name))
 
 
 def _build_data(config: RunConfig, state: TrainState, global_batch: int) -> Any:
@@ -224,8 +247,16 @@ def _report(config: RunConfig, layout: Layout, parameters: int, global_batch: in
     log, device = get_logger(), process_device()
     backend, _ = select_backend(config.training.pattention_backend, device.type)
     log.info(
-        "%s parameters in %s on %d x %s, ZeRO %d, pattention %s, attention %s",
-        f"{parameters:,}", config.precision.dtype, layout.world_size, device.type,
+        "%s parameters in %s on %d x %s%s, ZeRO %d, pattention %s, attention %s",
+        f"{parameters:,}", config.precision.dtype, layout.world_size, device.type, _grid(layout),
         config.parallel.zero_optimization.stage, backend, config.training.attention_backend,
     )  # fmt: skip
     log.info("%d samples x %d tokens an update; MFU against %s", global_batch, config.model.seq_length, peak)
+
+
+def _grid(layout: Layout) -> str:
+    """` (2 data x 1 pipeline x 4 tensor, sequence parallel)`; nothing for one process."""
+    if layout.world_size == 1:
+        return ""
+    axes = f"{layout.data_size} data x {layout.pipeline_size} pipeline x {layout.tensor_size} tensor"
+    return f" ({axes}{', sequence parallel' if layout.sequence_parallel else ''})"

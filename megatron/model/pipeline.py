@@ -1,0 +1,197 @@
+"""The language model as a DeepSpeed pipeline: the same list of layers, cut into stages.
+
+Stage boundaries carry one tensor, the hidden state [b, s, d] (with sequence parallelism this rank's tokens of it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec as DeepSpeedLayerSpec
+from deepspeed.pipe import PipelineModule as DeepSpeedPipelineModule
+from deepspeed.pipe import TiedLayerSpec as DeepSpeedTiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron.config.schema import ModelConfig
+from megatron.model.blocks import Block, BuildOptions
+from megatron.model.language_model import LayerSpec, layer_specs
+from megatron.model.pattention import Pattention
+from megatron.mpu import Layout
+from megatron.mpu.shard import allocate
+
+_BLOCK_PREFIX = "layers."
+_TIED_WEIGHT = "word_embeddings.weight"
+
+
+def layer_weights(config: ModelConfig) -> list[int]:
+    """Matmul parameters of each layer of `layer_specs`; the embedding, the final norm and the head weigh nothing."""
+    by_kind = {
+        kind: sum(p.numel() for p in Block(config, kind, BuildOptions(device="meta")).parameters() if p.dim() == 2)
+        for kind in set(config.layer_kinds)
+    }
+    specs = layer_specs(config, BuildOptions(device="meta"))
+    kinds = iter(config.layer_kinds)
+    return [by_kind[next(kinds)] if spec.name.startswith(_BLOCK_PREFIX) else 0 for spec in specs]
+
+
+def partition(weights: Sequence[int], stages: int) -> list[int]:
+    """Cut a list of layers into `stages` runs of even weight.
+
+    Layers of weight 0 stay with the first or last weighty one. Of equally even cuts the one with more layers in early
+    stages is taken, since the last stage has the head.
+
+    Returns: bounds [0, .., len(weights)]; stage i holds layers bounds[i] to bounds[i + 1] - 1.
+    Raises: ValueError when there are fewer weighty layers than stages.
+    """
+    blocks = [i for i, weight in enumerate(weights) if weight]
+    if stages > len(blocks):
+        raise ValueError(f"{stages} pipeline stages for {len(blocks)} blocks; each stage needs a block")
+    sums = [0]
+    for i in blocks:
+        sums.append(sums[-1] + weights[i])
+    # best[n]: the cuts of the first n blocks with the least sum of squared stage weights, and that sum.
+    best: dict[int, tuple[int, list[int]]] = {0: (0, [0])}
+    for stage in range(stages):
+        last = stage == stages - 1
+        ends = [len(blocks)] if last else range(stage + 1, len(blocks) - (stages - stage - 1) + 1)
+        best = {end: _best_cut(best, sums, end) for end in ends}
+    cuts = best[len(blocks)][1]
+    return [0, *(blocks[cut] for cut in cuts[1:-1]), len(weights)]
+
+
+def _best_cut(best: dict[int, tuple[int, list[int]]], sums: Sequence[int], end: int) -> tuple[int, list[int]]:
+    # Among equals the latest start wins: the last stage is then the shorter one.
+    options = [
+        (cost + (sums[end] - sums[start]) ** 2, -start, [*cuts, end])
+        for start, (cost, cuts) in best.items()
+        if start < end
+    ]
+    cost, _, cuts = min(options)
+    return cost, cuts
+
+
+def _build(spec: LayerSpec, device: torch.device) -> nn.Module:
+    """The layer with storage on `device`; its parameters hold nothing yet."""
+    module = spec.build()
+    allocate(module, device)
+    for part in module.modules():
+        if isinstance(part, Pattention):
+            part.reset_tau()
+    return module
+
+
+class _Layer(DeepSpeedLayerSpec):
+    """A LayerSpec that DeepSpeed builds on the stage it belongs to."""
+
+    def __init__(self, spec: LayerSpec, device: torch.device) -> None:
+        super().__init__(nn.Module)
+        self.spec, self.device = spec, device
+
+    def build(self, log: bool = False) -> nn.Module:
+        """The module, on this process's device."""
+        return _build(self.spec, self.device)
+
+
+class _TiedLayer(DeepSpeedTiedLayerSpec):
+    """A layer that shares its weight with the other layers of the same tie."""
+
+    def __init__(self, spec: LayerSpec, device: torch.device) -> None:
+        super().__init__(spec.tie, nn.Module, forward_fn=spec.forward, tied_weight_attr=_TIED_WEIGHT)
+        self.spec, self.device = spec, device
+
+    def build(self, log: bool = False) -> nn.Module:
+        """The module, on this process's device."""
+        return _build(self.spec, self.device)
+
+
+class PipelineModel(DeepSpeedPipelineModule):
+    """This process's stage of the model, with parameters that hold nothing yet. Collective.
+
+    `named_parameters` and `named_buffers` give canonical names, those of LanguageModel; a tied embedding has the same
+    name on both of its stages.
+
+    Args:
+        config: `RunConfig.model`, with padded_vocab_size known.
+        layout: a connected grid with pipeline_size above 1.
+        options: backends of the layers; its device and layout are set here.
+        device: where parameters live.
+        checkpoint_layers: blocks recomputed together in the backward pass; 0 keeps all activations.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: Layout,
+        options: BuildOptions,
+        device: torch.device,
+        checkpoint_layers: int = 0,
+    ) -> None:
+        specs = layer_specs(config, replace(options, device="meta", layout=layout))
+        self._bounds = partition(layer_weights(config), layout.pipeline_size)
+        mine = range(self._bounds[layout.pipeline_rank], self._bounds[layout.pipeline_rank + 1])
+        self._is_block = [specs[i].name.startswith(_BLOCK_PREFIX) for i in mine]
+        self._prefixes = {str(i): specs[i].name for i in mine}
+        topology = PipeModelDataParallelTopology(
+            num_pp=layout.pipeline_size, num_mp=layout.tensor_size, num_dp=layout.data_size
+        )
+        layers = [(_Layer if spec.tie is None else _TiedLayer)(spec, device) for spec in specs]
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its topology and every layer
+            super().__init__(layers, topology=topology)
+        self.config, self.checkpoint_layers = config, checkpoint_layers
+        assert (self.stage_id, self._grid.data_parallel_id) == (layout.pipeline_rank, layout.data_rank)
+
+    def _partition_layers(self, method: str = "") -> None:
+        """Take the bounds computed here: DeepSpeed balances parameters, in which the look-up table would count."""
+        self.parts = self._bounds
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def forward(self, forward_input: Tensor) -> Tensor:
+        """Token ids [b, s] (first stage) or hidden state -> hidden state or logits (last stage)."""
+        x = forward_input
+        for layers, recompute in self._runs():
+            x = checkpoint(_chain(layers), x, use_reentrant=False) if recompute else _chain(layers)(x)
+        return x
+
+    def _runs(self) -> Iterator[tuple[list[Callable[[Tensor], Tensor]], bool]]:
+        """Consecutive layers, and whether their activations are recomputed: blocks by `checkpoint_layers`."""
+        size = self.checkpoint_layers if self.training else 0
+        first, stop = self._is_block.index(True), len(self._is_block) - self._is_block[::-1].index(True)
+        if not size:
+            yield self.forward_funcs, False
+            return
+        yield self.forward_funcs[:first], False
+        for start in range(first, stop, size):
+            yield self.forward_funcs[start : min(start + size, stop)], True
+        yield self.forward_funcs[stop:], False
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As nn.Module's, with canonical names."""
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield self._canonical(name), parameter
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """As nn.Module's, with canonical names."""
+        for name, buffer in super().named_buffers(*args, **kwargs):
+            yield self._canonical(name), buffer
+
+    def _canonical(self, name: str) -> str:
+        head, _, rest = name.partition(".")
+        # DeepSpeed calls modules by their place in the list and tied ones `tied_modules.{tie}`, the tie being the name.
+        return rest if head == "tied_modules" else f"{self._prefixes[head]}.{rest}"
+
+
+def _chain(layers: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    return run

@@ -1,0 +1,65 @@
+"""The engine of a model cut into pipeline stages: DeepSpeed's schedule runs forward, backward and update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.ops.cross_entropy import cross_entropy
+from megatron.training.engine import Engine, StepResult
+from megatron.training.gradients import clip_gradients, combine_norm_of_stages
+
+
+class PipelineEngine(Engine):
+    """Trains one stage of a `megatron.model.pipeline.PipelineModel`; ZeRO 0 and 1.
+
+    Losses are those of the last stage, and every stage reports them.
+    """
+
+    def _initialize(self) -> Any:
+        self._norm: Tensor | None = None
+        model: Any = self.model
+        model.loss_fn = self._loss
+        engine = super()._initialize()
+        if self.zero_stage == 0:
+            # DeepSpeed's schedule ends with the update: this is the only place between it and the last gradient.
+            engine.optimizer.register_step_pre_hook(self._clip)
+        else:
+            combine_norm_of_stages(engine.optimizer, self.layout)
+        return engine
+
+    def _clip(self, *_: Any) -> None:
+        self._norm = clip_gradients(self.model.parameters(), self.clip, self.layout)
+
+    def train_step(self, batches: Sequence[Tensor], learning_rate: float) -> StepResult:
+        """One update; see Engine."""
+        self._set_learning_rate(learning_rate)
+        skipped_before = self._engine.skipped_steps
+        self._engine.train_batch(self._items(batches))
+        loss = self._engine.dp_group_loss
+        self._require_finite("lm_loss", loss)
+        return self._finish_step(loss, self._norm, self._engine.skipped_steps > skipped_before)
+
+    def _items(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """(inputs for the first stage, what `_loss` needs on the last one) of each micro-batch."""
+        for tokens in batches:
+            inputs, *targets = self._split(tokens)
+            yield inputs, tuple(t for t in targets if t is not None)
+
+    def _loss(self, logits: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
+        labels, mask = targets if len(targets) == 2 else (targets[0], None)
+        return cross_entropy(logits, labels, mask, self.layout)
+
+    def _sum_of_losses(self, batches: Iterable[Tensor]) -> Tensor:
+        items = list(self._items(batches))  # the schedule needs their number
+        losses = self._engine.eval_batch(
+            iter(items), reduce_output=None, bcast_loss=False, num_micro_batches=len(items)
+        )  # None but on the last stage
+        self.model.train()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if self.layout.is_last_stage:
+            total[0], total[1] = torch.stack(losses).double().sum(), len(losses)
+        return total
