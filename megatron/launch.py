@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from megatron.config.cli import check_command, parse_arguments, resolve_arguments
+from megatron.config.cli import check_command, parse_arguments, resolve_arguments, without_plan_flags
 from megatron.config.explain import explain
 from megatron.config.load import Resolved
 from megatron.config.schema import LaunchConfig
@@ -68,6 +68,8 @@ def launch(argv: Sequence[str], prog: str = "deepy.py") -> int:
     check_command(resolved, script)
     arguments = list(argv)
     arguments.remove(args.script)
+    if args.dry_run:
+        return _dry_run(resolved, script, without_plan_flags(arguments), args.gpus, args.machine)
     return run_plan(make_plan(resolved, script, arguments, os.environ))
 
 
@@ -78,6 +80,27 @@ def _check_script(script: str | None, prog: str) -> str:
     if not Path(script).is_file():
         raise UserError(f"{prog}: script '{script}' not found in {Path.cwd()}")
     return script
+
+
+def _dry_run(resolved: Resolved, script: str, arguments: list[str], gpus: int | None, machine: str | None) -> int:
+    """Print the launcher command, the processes it would start and a plan of layouts; start nothing."""
+    from megatron.planner import DEFAULT_MACHINE, find_machine, report, world  # needs torch, a launch does not
+
+    cluster, config = find_machine(machine or DEFAULT_MACHINE), resolved.config
+    try:
+        hosts = find_hosts(config.launch, os.environ)
+        processes = sum(hosts.values()) or config.launch.num_gpus or 1
+        grid = world(config, max(1, len(hosts)), processes)
+        plan = make_plan(resolved, script, arguments, os.environ)
+    except UserError as error:
+        if gpus is None:  # else this machine is not the one that is planned for
+            raise
+        print(f"command: none here: {error}")
+    else:
+        print(f"command: {shlex.join(plan.command)}\nworld: {grid}")
+        gpus = gpus or processes
+    print(report(config, cluster, gpus))
+    return 0
 
 
 # ---- the command ----

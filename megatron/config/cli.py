@@ -76,6 +76,7 @@ def build_parser(prog: str, with_script: bool = False) -> argparse.ArgumentParse
     )
     if with_script:
         parser.add_argument("script", nargs="?", help=_SCRIPT_HELP)
+        _add_plan_flags(parser.add_argument_group("plan"))
     parser.add_argument("conf_file", nargs="*", help="YAML files, merged in this order; .yml may be left off")
     parser.add_argument("-d", "--conf_dir", metavar="DIR", help="folder the YAML files are looked up in first")
     set_help = "override a key, for example --set train_iters=100 --set optimizer.params.lr=1e-3"
@@ -84,6 +85,33 @@ def build_parser(prog: str, with_script: bool = False) -> argparse.ArgumentParse
     _add_run_flags(parser.add_argument_group("run"))
     _add_evaluation_flags(parser.add_argument_group("evaluation and generation"))
     return parser
+
+
+def _add_plan_flags(group: Any) -> None:
+    group.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="print the command and a plan, start nothing"
+    )
+    group.add_argument("--gpus", type=_positive, metavar="N", help="GPUs to plan for; default: those of the launch")
+    group.add_argument("--machine", metavar="NAME", help="known machine, or a YAML file that describes one")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got '{text}'")
+    return int(text)
+
+
+def without_plan_flags(argv: Sequence[str]) -> list[str]:
+    """The words of a command line less --dry-run, --gpus N and --machine NAME, which are not for the workers."""
+    words, kept = iter(argv), []
+    for word in words:
+        name, equals, _ = _underscores(word).partition("=")
+        if name in ("--gpus", "--machine"):
+            if not equals:
+                next(words, None)
+        elif name != "--dry_run":
+            kept.append(word)
+    return kept
 
 
 def _add_run_flags(group: Any) -> None:
@@ -126,7 +154,10 @@ def describe_keys() -> str:
 
 def parse_arguments(argv: Sequence[str], prog: str, with_script: bool = False) -> Namespace:
     """The parsed flags; YAML files swallowed by --eval_tasks are given back. Raises UserError for a bad flag."""
-    args = build_parser(prog, with_script).parse_intermixed_args([_underscores(word) for word in argv])
+    parser = build_parser(prog, with_script)
+    args = parser.parse_intermixed_args([_underscores(word) for word in argv])
+    if with_script and not args.dry_run and (args.gpus or args.machine):
+        parser.error("--gpus and --machine are for --dry-run: a run takes the GPUs that the launch finds")
     tasks = args.eval_tasks or []
     args.conf_file += [task for task in tasks if task.endswith((".yml", ".yaml"))]
     args.eval_tasks = [task for task in tasks if not task.endswith((".yml", ".yaml"))] or None

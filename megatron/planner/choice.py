@@ -1,0 +1,83 @@
+"""One way to run a configuration on a number of GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.config.schema import RunConfig
+from megatron.mpu import Layout
+from megatron.ops.pattention import select_backend
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layout, a ZeRO stage, a division of the update into micro-batches, and whether blocks are recomputed.
+
+    Attributes:
+        tensor, pipeline, data: lengths of the axes (t, p, d in formulas).
+        sequence_parallel: activations between the projections are sharded by tokens over the tensor axis.
+        zero_stage: DeepSpeed's ZeRO stage.
+        micro_batch: samples of a micro-batch on one data rank.
+        accumulation: micro-batches of an update (m in formulas).
+        recompute: checkpoint_activations.
+    """
+
+    tensor: int
+    pipeline: int
+    data: int
+    sequence_parallel: bool
+    zero_stage: int
+    micro_batch: int
+    accumulation: int
+    recompute: bool
+
+    @property
+    def gpus(self) -> int:
+        """Number of processes."""
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def samples(self) -> int:
+        """Samples of one update."""
+        return self.micro_batch * self.accumulation * self.data
+
+    def overrides(self) -> dict[str, object]:
+        """The configuration keys that ask for this choice."""
+        return {
+            "model_parallel_size": self.tensor,
+            "sequence_parallel": self.sequence_parallel,
+            "pipe_parallel_size": self.pipeline,
+            "zero_optimization.stage": self.zero_stage,
+            "train_micro_batch_size_per_gpu": self.micro_batch,
+            "gradient_accumulation_steps": self.accumulation,
+            "checkpoint_activations": self.recompute,
+        }
+
+
+def configured_choice(config: RunConfig, gpus: int) -> Choice:
+    """What the configuration asks for on `gpus` processes; ValueError when it does not fit that number."""
+    parallel, training = config.parallel, config.training
+    layout = Layout.for_world(0, gpus, parallel.pipeline_stages, parallel.model_parallel_size)
+    micro, steps = training.resolve_batch(layout.data_size)
+    return Choice(
+        layout.tensor_size,
+        layout.pipeline_size,
+        layout.data_size,
+        parallel.sequence_parallel and layout.tensor_size > 1,
+        parallel.zero_optimization.stage,
+        micro,
+        steps,
+        training.checkpoint_activations,
+    )
+
+
+def gpu_backend(config: RunConfig) -> str:
+    """The Pattention backend on a GPU; activations without a hand-written backward run as `reference`."""
+    if config.model.norm_activation_type != "l2_norm_gelu":
+        return "reference"
+    return select_backend(config.training.pattention_backend, "cuda")[0]
+
+
+def element_bytes(config: RunConfig) -> int:
+    """Bytes of a parameter or activation entry (e in formulas)."""
+    return 4 if config.precision.dtype == "fp32" else 2

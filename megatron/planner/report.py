@@ -1,0 +1,127 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.config.schema import RunConfig
+from megatron.errors import UserError
+from megatron.planner.choice import configured_choice
+from megatron.planner.counts import num_parameters
+from megatron.planner.machine import GIB, Machine
+from megatron.planner.plan import Candidate, candidates, configured, samples_per_update
+from megatron.tokenizer import build_tokenizer
+
+ASSUMED_VOCABULARY = 50304
+"""Rows of the published models' embedding."""
+
+_HEADINGS = (
+    "", "tensor", "seq.par.", "pipeline", "data", "ZeRO", "micro x steps", "recompute", "GiB/GPU", "s/update",
+    "tokens/s", "MFU", "comm.", "bubble", "",
+)  # fmt: skip
+
+
+def report(config: RunConfig, machine: Machine, gpus: int, rows: int = 10) -> str:
+    """The configured layout and the `rows` best ones, as a table with the assumptions above it."""
+    config, note = with_vocabulary(config)
+    found = candidates(config, machine, gpus)
+    lines = [*_facts(config, machine, gpus), *note]
+    table: list[tuple[str, ...]] = [_HEADINGS]
+    try:
+        table.append(_row("configured", configured(config, machine, gpus), machine))
+    except UserError as error:
+        lines.append(f"configured: cannot run on {gpus} GPUs: {error}")
+    best = distinct([candidate for candidate in found if candidate.fits])[:rows]
+    table += [_row(str(number), candidate, machine) for number, candidate in enumerate(best, 1)]
+    shown = ["", *align(table)] if len(table) > 1 else []
+    return "\n".join([*lines, *shown, "", _advice(best, found, machine, gpus)])
+
+
+def world(config: RunConfig, nodes: int, processes: int) -> str:
+    """The processes that a launch starts, and their grid; UserError when the layout does not fit their number."""
+    choice = configured_choice(config, processes)
+    per_node = f"{nodes} x {processes // nodes}" if processes % nodes == 0 else f"{nodes}, {processes} in all"
+    return f"nodes x processes {per_node} -> data {choice.data} x pipeline {choice.pipeline} x tensor {choice.tensor}"
+
+
+def with_vocabulary(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """A configuration whose vocabulary is known, and a line that says so if it had to be assumed."""
+    if config.model.padded_vocab_size is not None:
+        return config, []
+    if config.model.vocab_size is not None:
+        return config.with_vocabulary(config.model.vocab_size), []
+    if Path(config.tokenizer.vocab_file or "").is_file():
+        return config.with_vocabulary(build_tokenizer(config.tokenizer).vocab_size), []
+    note = f"vocabulary: unknown without the tokenizer, {ASSUMED_VOCABULARY} rows assumed (set padded_vocab_size)"
+    return config.with_vocabulary(ASSUMED_VOCABULARY), [note]
+
+
+def distinct(found: Sequence[Candidate]) -> list[Candidate]:
+    """The best candidate of each layout and ZeRO stage, whatever its micro-batches."""
+    best: dict[object, Candidate] = {}
+    for candidate in found:
+        c = candidate.choice
+        best.setdefault((c.tensor, c.pipeline, c.sequence_parallel, c.zero_stage), candidate)
+    return list(best.values())
+
+
+def _facts(config: RunConfig, machine: Machine, gpus: int) -> list[str]:
+    samples = samples_per_update(config, gpus)
+    return [
+        f"machine: {machine.name}, {machine.gpus_per_node} GPUs a node, {machine.usable_bytes / GIB:.1f} GiB a GPU for "
+        "tensors (choose another with --machine NAME or FILE)",
+        f"model: {num_parameters(config.model):,} parameters, {config.precision.dtype}",
+        f"update: {samples} samples x {config.model.seq_length} tokens, number of GPUs: {gpus}",
+        "memory and times are predictions, not measurements",
+    ]
+
+
+def _row(name: str, candidate: Candidate, machine: Machine) -> tuple[str, ...]:
+    c, time = candidate.choice, candidate.time
+    missing = (candidate.memory.total - machine.usable_bytes) / GIB
+    return (
+        name,
+        str(c.tensor),
+        "yes" if c.sequence_parallel else "no",
+        str(c.pipeline),
+        str(c.data),
+        str(c.zero_stage),
+        f"{c.micro_batch} x {c.accumulation}",
+        "yes" if c.recompute else "no",
+        f"{candidate.memory.total / GIB:.1f}",
+        f"{time.total:.3g}",
+        f"{candidate.tokens_per_second:,.0f}",
+        f"{candidate.mfu:.1%}",
+        f"{time.communication / time.total:.1%}",
+        f"{time.bubble / time.total:.1%}",
+        "" if candidate.fits else f"does not fit: {missing:.1f} GiB too much",
+    )
+
+
+def _advice(best: Sequence[Candidate], found: Sequence[Candidate], machine: Machine, gpus: int) -> str:
+    if best:
+        keys = " ".join(f"--set {key}={str(value).lower()}" for key, value in best[0].choice.overrides().items())
+        return f"for layout 1: {keys}"
+    if not found:
+        return f"no layout: the samples of an update cannot be divided over {gpus} GPUs; change train_batch_size"
+    smallest = min(found, key=lambda candidate: candidate.memory.total)
+    missing, c = (smallest.memory.total - machine.usable_bytes) / GIB, smallest.choice
+    return (
+        f"nothing fits {gpus} x {machine.name}: the smallest layout (tensor {c.tensor}, pipeline {c.pipeline}, ZeRO "
+        f"{c.zero_stage}, micro-batch {c.micro_batch}) needs {missing:.1f} GiB more a GPU; take more GPUs"
+    )
+
+
+def align(table: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of text in columns: numbers to the right, the first and the last column to the left."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    last = len(widths) - 1
+    lines = []
+    for row in table:
+        cells = [
+            cell.ljust(width) if i in (0, last) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
