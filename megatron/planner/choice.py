@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.config.schema import RunConfig
+from megatron.errors import UserError
 from megatron.mpu import Layout
 from megatron.ops.pattention import select_backend
 
@@ -55,9 +56,12 @@ class Choice:
 
 
 def configured_choice(config: RunConfig, gpus: int) -> Choice:
-    """What the configuration asks for on `gpus` processes; ValueError when it does not fit that number."""
+    """What the configuration asks for on `gpus` processes; UserError when it does not fit that number."""
     parallel, training = config.parallel, config.training
-    layout = Layout.for_world(0, gpus, parallel.pipeline_stages, parallel.model_parallel_size)
+    try:
+        layout = Layout.for_world(0, gpus, parallel.pipeline_stages, parallel.model_parallel_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     micro, steps = training.resolve_batch(layout.data_size)
     return Choice(
         layout.tensor_size,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from megatron.config.neox_keys import check_parallel
 from megatron.config.schema import RunConfig
-from megatron.errors import UserError
 from megatron.planner.choice import Choice, configured_choice
 from megatron.planner.counts import flops_per_token
 from megatron.planner.machine import Machine
@@ -85,12 +84,7 @@ def samples_per_update(config: RunConfig, gpus: int) -> int:
 
 def configured(config: RunConfig, machine: Machine, gpus: int) -> Candidate:
     """The prediction for the configuration as it is; UserError when it cannot run on `gpus` GPUs."""
-    try:
-        return predict(config, machine, configured_choice(config, gpus))
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return predict(config, machine, configured_choice(config, gpus))
 
 
 def _choices(config: RunConfig, gpus: int) -> Iterator[Choice]:
