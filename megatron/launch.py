@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,9 +28,10 @@ from types import FrameType
 from megatron.config.cli import check_command, parse_arguments, resolve_arguments, without_plan_flags
 from megatron.config.explain import explain
 from megatron.config.load import Resolved
-from megatron.config.schema import LaunchConfig
+from megatron.config.schema import LaunchConfig, RunConfig
 from megatron.errors import UserError
 from megatron.log import get_logger
+from megatron.mpu.layout import Layout
 
 DEFAULT_PORT = 29500
 _LAUNCHER_PID, _LAUNCHER_HOST = "DEEPY_LAUNCHER_PID", "DEEPY_LAUNCHER_HOST"
@@ -50,8 +52,14 @@ class LaunchPlan:
 
     command: list[str]
     environment: dict[str, str]
-    signal_depth: int
+    signal_depth: int = 0
     """Where a signal goes in the process tree below the launcher: 2 is a local worker, 1 is srun or mpirun."""
+    stop_signal: signal.Signals = signal.SIGTERM
+    """What is sent there to have the workers save and stop. srun and mpirun pass SIGUSR1 on, and kill on SIGTERM."""
+    stop_command: list[str] | None = None
+    """Run instead of sending a signal, where the workers are no descendants of the launcher."""
+    written: str | None = None
+    """The hostfile written for this launch, removed after it."""
 
 
 def launch(argv: Sequence[str], prog: str = "deepy.py") -> int:
@@ -89,7 +97,7 @@ def _dry_run(resolved: Resolved, script: str, arguments: list[str], gpus: int | 
     cluster, config = find_machine(machine or DEFAULT_MACHINE), resolved.config
     try:
         hosts = find_hosts(config.launch, os.environ)
-        processes = sum(hosts.values()) or config.launch.num_gpus or 1
+        processes = count_processes(config.launch, hosts, os.environ) or 1
         grid = world(config, max(1, len(hosts)), processes)
         plan = make_plan(resolved, script, arguments, os.environ)
     except UserError as error:
@@ -98,6 +106,8 @@ def _dry_run(resolved: Resolved, script: str, arguments: list[str], gpus: int | 
         print(f"command: none here: {error}")
     else:
         print(f"command: {shlex.join(plan.command)}\nworld: {grid}")
+        if plan.written:
+            Path(plan.written).unlink(missing_ok=True)
         gpus = gpus or processes
     print(report(config, cluster, gpus))
     return 0
@@ -111,13 +121,42 @@ def make_plan(resolved: Resolved, script: str, arguments: list[str], environment
     config = resolved.config.launch
     env = dict(environment)
     hosts = find_hosts(config, env)
+    check_world(resolved.config, script, count_processes(config, hosts, env))
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical"]
-    if len(hosts) > 1 or config.force_multi or config.deepspeed_slurm:
-        launcher = "slurm" if config.deepspeed_slurm else config.launcher
-        options, depth = _multi_node_options(config, launcher, hosts, env), 0 if launcher == "pdsh" else 1
-    else:
-        options, depth = _local_options(resolved, hosts, env), 2
-    return LaunchPlan([*runner, *options, script, *arguments], env, depth)
+    work = [script, *arguments]
+    if not (len(hosts) > 1 or config.force_multi or config.deepspeed_slurm):
+        return LaunchPlan([*runner, *_local_options(resolved, hosts, env), *work], env, signal_depth=2)
+    launcher = "slurm" if config.deepspeed_slurm else config.launcher
+    _check_multi_node(config, launcher, hosts)
+    given = _hostfile(config, env)
+    file = given or _write_hostfile(hosts)
+    options = ["--hostfile", file, "--launcher", launcher, *_multi_node_options(resolved, launcher, hosts, env)]
+    written = None if given else file
+    if launcher == "pdsh":
+        command = [*runner, *options, *_remote_words(work)]
+        return LaunchPlan(command, env, stop_command=_pdsh_stop(config, hosts, work), written=written)
+    return LaunchPlan([*runner, *options, *work], env, 1, stop_signal=signal.SIGUSR1, written=written)
+
+
+def _is_training(script: str) -> bool:
+    return script.rpartition("/")[2].startswith("train")
+
+
+def check_world(config: RunConfig, script: str, processes: int | None) -> None:
+    """Raise UserError when the layout or the batch does not fit the number of processes, where that is known.
+
+    Evaluation and generation load a model at one pipeline stage and read no batch keys.
+    """
+    if processes is None:
+        return
+    training, tensor_size = _is_training(script), config.parallel.model_parallel_size
+    stages = config.parallel.pipeline_stages if training else 1
+    try:
+        layout = Layout.for_world(0, processes, stages, tensor_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if training:
+        config.training.resolve_batch(layout.data_size)
 
 
 def _local_options(resolved: Resolved, hosts: Mapping[str, int], env: dict[str, str]) -> list[str]:
@@ -127,9 +166,9 @@ def _local_options(resolved: Resolved, hosts: Mapping[str, int], env: dict[str, 
     options = ["--hostfile", _hostfile(config, env) or _CLUSTER_HOSTFILE]
     if not has_accelerator(env):
         env.setdefault("DS_ACCELERATOR", "cpu")
-    if config.include or config.exclude:
+    if hosts or config.include or config.exclude:
         options += _filter_options(config)
-    elif config.num_gpus or (env.get("DS_ACCELERATOR") == "cpu" and not hosts):
+    elif config.num_gpus or env.get("DS_ACCELERATOR") == "cpu":
         options += ["--num_gpus", str(config.num_gpus or 1)]
     # Two runs started together would both find the default port free: only a port that was asked for is kept.
     port = config.master_port if "master_port" in resolved.settings else free_port()
@@ -137,14 +176,12 @@ def _local_options(resolved: Resolved, hosts: Mapping[str, int], env: dict[str, 
     return options + (["--no_ssh_check", "--master_addr", config.master_addr or "127.0.0.1"] if hosts else [])
 
 
-def _multi_node_options(
-    config: LaunchConfig, launcher: str, hosts: Mapping[str, int], env: dict[str, str]
-) -> list[str]:
-    _check_multi_node(config, launcher, hosts)
+def _multi_node_options(resolved: Resolved, launcher: str, hosts: Mapping[str, int], env: dict[str, str]) -> list[str]:
+    config = resolved.config.launch
     address = config.master_addr or env.get("MASTER_ADDR") or next(iter(hosts))
-    env.update(MASTER_ADDR=address, MASTER_PORT=str(config.master_port))
-    options = ["--hostfile", _hostfile(config, env) or _write_hostfile(hosts), "--launcher", launcher, "--force_multi"]
-    options += ["--master_addr", address, "--master_port", str(config.master_port)]
+    port = config.master_port if "master_port" in resolved.settings else job_port(env)
+    env.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    options = ["--force_multi", "--master_addr", address, "--master_port", str(port)]
     options += ["--no_ssh_check"] if config.no_ssh_check or launcher == "slurm" else []
     extra = _launcher_arguments(config, launcher, hosts)
     return options + _filter_options(config) + ([f"--launcher_args={extra}"] if extra else [])
@@ -159,9 +196,15 @@ def _check_multi_node(config: LaunchConfig, launcher: str, hosts: Mapping[str, i
     if launcher == "local":
         raise UserError(f"launcher: local cannot start {len(hosts)} nodes; use pdsh, openmpi, mvapich or slurm")
     if launcher in ("openmpi", "mvapich"):
-        for key in ("include", "exclude", "num_gpus"):
-            if getattr(config, key):
+        for key in ("include", "exclude", "num_gpus", "num_nodes"):
+            if getattr(config, key) not in (None, "", -1):
                 raise UserError(f"{key}: launcher {launcher} cannot do this; write a hostfile with just these slots")
+    if launcher == "slurm":
+        key, filters = _filters(config)
+        if any(filters.values()):
+            raise UserError(f"{key}: launcher slurm cannot pick slots; name whole nodes, or use pdsh")
+        if len(set(hosts.values())) > 1 and not config.num_gpus:
+            raise UserError(f"hostfile: launcher slurm needs as many slots on every node, not {dict(hosts)}")
     program = _LAUNCHER_PROGRAMS[launcher]
     if shutil.which(program) is None:
         raise UserError(f"launcher: {launcher} needs the program `{program}`, which is not on PATH; install it")
@@ -172,7 +215,7 @@ def _filter_options(config: LaunchConfig) -> list[str]:
     options += ["--exclude", config.exclude] if config.exclude else []
     if config.num_nodes > 0:
         options += ["--num_nodes", str(config.num_nodes)]
-    if config.num_gpus and not options:
+    if config.num_gpus:
         options += ["--num_gpus", str(config.num_gpus)]
     return options
 
@@ -182,6 +225,7 @@ def _launcher_arguments(config: LaunchConfig, launcher: str, hosts: Mapping[str,
     if launcher == "slurm":
         # Without --ntasks-per-node srun may place ranks unevenly.
         words += [f"--nodes={len(hosts)}", f"--ntasks-per-node={config.num_gpus or max(hosts.values())}"]
+        words += ["--kill-on-bad-exit=1"]  # else the other ranks wait for one that has failed
         words += [f"--comment={config.comment}"] if config.comment else []
         words += [f"--account={config.account}"] if config.account else []
     elif launcher == "openmpi":
@@ -198,18 +242,55 @@ def find_hosts(config: LaunchConfig, env: Mapping[str, str]) -> dict[str, int]:
     if path is None and not config.deepspeed_slurm:
         return {}
     hosts = read_hostfile(path) if path else slurm_hosts(config, env)
-    names = list(hosts)
-    for key, text in (("include", config.include), ("exclude", config.exclude)):
-        whole = {item.partition(":")[0]: ":" not in item for item in (text or "").split("@") if item}
-        for name in whole:
-            if name not in hosts:
-                raise UserError(f"{key}: host '{name}' is not in {path or 'the allocation'} ({', '.join(hosts)})")
-        if whole:
-            names = [name for name in names if (name in whole if key == "include" else not whole.get(name, False))]
-    names = names[: config.num_nodes] if config.num_nodes > 0 else names
-    if not names:
-        raise UserError("include, exclude: they leave no host to run on; change them")
-    return {name: hosts[name] for name in names}
+    key, filters = _filters(config)
+    for name, slots in filters.items():
+        if name not in hosts:
+            raise UserError(f"{key}: host '{name}' is not in {path or 'the allocation'} ({', '.join(hosts)})")
+        if slots and max(slots) >= hosts[name]:
+            raise UserError(f"{key}: host '{name}' has the slots 0 to {hosts[name] - 1}, not {max(slots)}")
+    chosen = {name: size for name, size in hosts.items() if _slots(key, filters, name, size)}
+    if not chosen:
+        raise UserError(f"{key}: it leaves no host to run on; change it")
+    return dict(list(chosen.items())[: config.num_nodes]) if config.num_nodes > 0 else chosen
+
+
+def _filters(config: LaunchConfig) -> tuple[str, dict[str, set[int]]]:
+    """The key, include or exclude, that is set, and its {host: slots}; no slots mean the whole host."""
+    if config.include and config.exclude:
+        raise UserError("include, exclude: give one of them")
+    key, text = ("exclude", config.exclude) if config.exclude else ("include", config.include or "")
+    if text and (config.num_gpus or config.num_nodes > 0):
+        raise UserError(f"{key}: cannot be combined with {'num_gpus' if config.num_gpus else 'num_nodes'}; give one")
+    filters: dict[str, set[int]] = {}
+    for item in filter(None, text.split("@")):
+        match = re.fullmatch(r"([^:]+)(?::(\d+(?:,\d+)*))?", item)
+        if match is None:
+            raise UserError(f"{key}: expected `name` or `name:0,1`, joined by @, got '{item}'")
+        filters.setdefault(match[1], set()).update(int(slot) for slot in (match[2] or "").split(",") if slot)
+    return key, filters
+
+
+def _slots(key: str, filters: Mapping[str, set[int]], name: str, size: int) -> int:
+    """How many of a host's slots the filters leave."""
+    if not filters:
+        return size
+    named = len(filters.get(name, ())) or size
+    if key == "include":
+        return named if name in filters else 0
+    return size - named if name in filters else size
+
+
+def count_processes(config: LaunchConfig, hosts: Mapping[str, int], env: Mapping[str, str]) -> int | None:
+    """Number of workers on `hosts`, those of find_hosts (none: this machine). None: only DeepSpeed can know."""
+    if config.num_gpus:
+        return config.num_gpus * max(1, len(hosts))
+    key, filters = _filters(config)
+    if hosts:
+        return sum(_slots(key, filters, name, size) for name, size in hosts.items())
+    if not has_accelerator(env):
+        return None if filters else 1
+    devices = count_devices(env)
+    return _slots(key, filters, "localhost", devices) if devices else None
 
 
 def _hostfile(config: LaunchConfig, env: Mapping[str, str]) -> str | None:
@@ -270,6 +351,21 @@ def has_accelerator(env: Mapping[str, str]) -> bool:
     return any(glob.glob(pattern) for pattern in _DEVICE_FILES)
 
 
+def count_devices(env: Mapping[str, str]) -> int | None:
+    """Number of NVIDIA GPUs this process may use; None where another maker's devices cannot be told apart."""
+    files = glob.glob("/dev/nvidia[0-9]*")
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if not files or visible is None:
+        return len(files) or None
+    return len([device for device in visible.split(",") if device.strip()]) or None
+
+
+def job_port(env: Mapping[str, str]) -> int:
+    """A port that all processes of a Slurm job step or of one mpirun agree on, other for another job."""
+    job = env.get("SLURM_JOB_ID") or env.get("PMIX_NAMESPACE")
+    return 10000 + zlib.crc32(job.encode()) % 20000 if job else DEFAULT_PORT
+
+
 def free_port() -> int:
     """A TCP port that is free on this machine now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
@@ -294,7 +390,7 @@ def run_plan(plan: LaunchPlan) -> int:
         received.append(number)
         if len(received) == 1:
             get_logger().info("%s: asking the workers to save and stop", signal.Signals(number).name)
-            _signal_below(process.pid, plan.signal_depth)
+            _stop_workers(plan, process.pid)
         else:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM if len(received) == 2 else signal.SIGKILL)
@@ -309,6 +405,8 @@ def run_plan(plan: LaunchPlan) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        if plan.written:
+            Path(plan.written).unlink(missing_ok=True)
 
 
 def _shell_code(code: int) -> int:
@@ -318,17 +416,41 @@ def _shell_code(code: int) -> int:
     return 128 + 256 - code if code > 192 else code
 
 
-def _signal_below(pid: int, depth: int) -> None:
-    """Send SIGTERM to the processes `depth` levels below `pid`, or to the deepest there are yet."""
+def _stop_workers(plan: LaunchPlan, pid: int) -> None:
+    """Ask the workers of the launcher `pid` to save and stop; those not started yet are ended with it."""
     import psutil  # comes with deepspeed
 
+    if plan.stop_command:
+        subprocess.Popen(plan.stop_command, env=plan.environment, start_new_session=True)
+        return
     with suppress(psutil.NoSuchProcess):
         level = [psutil.Process(pid)]
-        for _ in range(depth):
+        for _ in range(plan.signal_depth):
             level = [child for parent in level for child in parent.children()] or level
         for process in level:
             with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(plan.stop_signal)
+
+
+def _pdsh_stop(config: LaunchConfig, hosts: Mapping[str, int], work: Sequence[str]) -> list[str]:
+    """The command that sends SIGTERM to the workers of `work`: sshd, not the launcher, is their ancestor.
+
+    DeepSpeed's own way of stopping gives them no time to save. The pattern goes from the interpreter to the last
+    argument, so that it meets neither DeepSpeed's launcher nor the remote shell. Training stops everywhere when one
+    rank is asked to.
+    """
+    targets = list(hosts)[:1] if _is_training(work[0]) else list(hosts)
+    pattern = "^" + re.escape(" ".join([sys.executable, "-u", *work])) + "$"
+    remote = shlex.join(["pkill", "-TERM", "-f", "--", pattern])
+    return ["pdsh", "-R", "ssh", "-w", ",".join(targets), *shlex.split(config.launcher_args), remote]
+
+
+def _remote_words(work: Sequence[str]) -> list[str]:
+    """Arguments as DeepSpeed's pdsh launcher has to be given them: a shell reads them on the other side.
+
+    DeepSpeed puts those with a space between double quotes, and escapes no more than double quotes in them.
+    """
+    return [re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word) for word in work]
 
 
 # ---- inside a worker ----
@@ -374,12 +496,17 @@ def ensure_process_environment(env: MutableMapping[str, str] = os.environ) -> No
     env.setdefault("LOCAL_RANK", "0")
     env.setdefault("WORLD_SIZE", "1")
     single = env["WORLD_SIZE"] == "1"
-    env.setdefault("MASTER_ADDR", "127.0.0.1" if single else _first_slurm_host(env))
-    env.setdefault("MASTER_PORT", str(free_port() if single else DEFAULT_PORT))
+    if "MASTER_ADDR" not in env:
+        env["MASTER_ADDR"] = "127.0.0.1" if single else _first_host(env)
+    env.setdefault("MASTER_PORT", str(free_port() if single else job_port(env)))
 
 
-def _first_slurm_host(env: Mapping[str, str]) -> str:
-    """The first node of the job step, `node[1-2]` -> node1; this machine without Slurm."""
+def _first_host(env: Mapping[str, str]) -> str:
+    """The first node of the Slurm job step, `node[1-2]` -> node1; this machine without Slurm."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
     match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
-    return match[1] + (match[2] or "") if match else "127.0.0.1"
+    if match:
+        return match[1] + (match[2] or "")
+    if env.get("OMPI_COMM_WORLD_LOCAL_SIZE", env["WORLD_SIZE"]) != env["WORLD_SIZE"]:
+        raise UserError("MASTER_ADDR: mpirun does not tell the first node; give it with `mpirun -x MASTER_ADDR=NODE`")
+    return "127.0.0.1"

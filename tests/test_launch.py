@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import megatron.launch as launch_module
 from megatron.config import resolve_config
 from megatron.errors import UserError
 from megatron.launch import ensure_process_environment, launch, make_plan, read_hostfile
+from tests.launched import environment, training_lines, write_config
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "configs/demo.yml"
@@ -74,6 +77,12 @@ def test_runs_on_one_machine_get_ports_of_their_own_unless_one_is_given() -> Non
     assert option(plan_of(["master_port=29501"]).command, "--master_port") == "29501"
 
 
+def test_jobs_on_the_same_nodes_get_ports_of_their_own() -> None:
+    ports = {launch_module.job_port({"SLURM_JOB_ID": str(job)}) for job in range(20)}
+    assert len(ports) == 20 and all(10000 <= port < 30000 for port in ports)
+    assert launch_module.job_port({}) == 29500
+
+
 def test_a_worker_stops_when_its_launcher_is_gone() -> None:
     code = (
         "import os, sys, time, socket; from megatron.launch import stop_with_launcher; "
@@ -114,8 +123,40 @@ def test_several_hosts_use_the_launcher(hostfile: str) -> None:
 def test_slurm_places_ranks_evenly(hostfile: str) -> None:
     plan = plan_of([f"hostfile={hostfile}", "deepspeed_slurm=true", "comment='two words'", "launcher_args=--exclusive"])
     extra = next(word for word in plan.command if word.startswith("--launcher_args="))
-    assert extra == "--launcher_args=--nodes=2 --ntasks-per-node=2 '--comment=two words' --exclusive"
-    assert plan.signal_depth == 1
+    assert extra == (
+        "--launcher_args=--nodes=2 --ntasks-per-node=2 --kill-on-bad-exit=1 '--comment=two words' --exclusive"
+    )
+    # srun kills its tasks on SIGTERM and passes SIGUSR1 on to them.
+    assert plan.signal_depth == 1 and plan.stop_signal == signal.SIGUSR1
+
+
+@pytest.mark.usefixtures("all_launchers")
+def test_nodes_and_gpus_can_be_limited_together(hostfile: str) -> None:
+    plan = plan_of([f"hostfile={hostfile}", "launcher=pdsh", "num_nodes=2", "num_gpus=1"])
+    assert (option(plan.command, "--num_nodes"), option(plan.command, "--num_gpus")) == ("2", "1")
+    one = plan_of([f"hostfile={hostfile}", "num_nodes=1"])
+    assert option(one.command, "--num_nodes") == "1" and "--launcher" not in one.command
+
+
+@pytest.mark.usefixtures("all_launchers")
+def test_pdsh_stops_the_workers_of_this_run_and_no_others(hostfile: str) -> None:
+    plan = plan_of([f"hostfile={hostfile}", "launcher=pdsh"])
+    assert plan.stop_command is not None
+    assert plan.stop_command[:5] == ["pdsh", "-R", "ssh", "-w", "node1"], "one rank is enough"
+    pattern = shlex.split(plan.stop_command[-1])[-1]
+    worker = f"{sys.executable} -u train.py a.yml --set x=1"
+    assert re.search(pattern, worker)
+    launcher = f"{sys.executable} -u -m deepspeed.launcher.launch --node_rank=0 train.py a.yml --set x=1"
+    for other in (launcher, f"{worker}2", f"/bin/sh -c pkill {pattern}"):
+        assert not re.search(pattern, other)
+
+
+@pytest.mark.parametrize("word", ["{type:Adam}", "a;b&c*", "it's $HOME", 'a "b" \\ `c`', "(x y)", "runs/a_1.yml"])
+def test_arguments_reach_the_workers_of_pdsh_as_they_are(word: str) -> None:
+    given = launch_module._remote_words([word])[0]
+    by_deepspeed = '"{}"'.format(given.replace('"', '\\"')) if " " in given else given
+    result = subprocess.run(["sh", "-c", f"printf %s {by_deepspeed}"], capture_output=True, text=True, check=True)
+    assert result.stdout == word
 
 
 @pytest.mark.usefixtures("all_launchers")
@@ -127,7 +168,8 @@ def test_slurm_hosts_come_from_the_allocation(tmp_path: Path, monkeypatch: pytes
     plan = plan_of(["deepspeed_slurm=true"], {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS_PER_NODE": "4"})
     written = option(plan.command, "--hostfile")
     assert read_hostfile(written) == {"node1": 4, "node2": 4}
-    Path(written).unlink()
+    finished = launch_module.LaunchPlan([sys.executable, "-c", ""], {}, written=plan.written)
+    assert launch_module.run_plan(finished) == 0 and not Path(written).exists()
 
 
 @pytest.mark.usefixtures("all_launchers")
@@ -137,7 +179,14 @@ def test_slurm_hosts_come_from_the_allocation(tmp_path: Path, monkeypatch: pytes
         (["launcher=local"], "launcher: local cannot start 2 nodes"),
         (["launcher=openmpi", "num_gpus=1"], "num_gpus: launcher openmpi cannot do this"),
         (["include=node3"], "include: host 'node3' is not in"),
-        (["exclude=node1@node2"], "include, exclude: they leave no host to run on"),
+        (["exclude=node1@node2"], "exclude: it leaves no host to run on"),
+        (["exclude='node1:0,1@node2'"], "exclude: it leaves no host to run on"),
+        (["include='node1:2'"], "include: host 'node1' has the slots 0 to 1, not 2"),
+        (["include='node1:a'"], "include: expected `name` or `name:0,1`, joined by @, got 'node1:a'"),
+        (["include=node1", "exclude=node2"], "include, exclude: give one of them"),
+        (["include=node1", "num_nodes=1"], "include: cannot be combined with num_nodes"),
+        (["launcher=openmpi", "num_nodes=1", "force_multi=true"], "num_nodes: launcher openmpi cannot do this"),
+        (["launcher=slurm", "exclude='node1:0'"], "exclude: launcher slurm cannot pick slots"),
     ],
 )
 def test_mistakes_with_hosts_are_one_line(hostfile: str, overrides: list[str], message: str) -> None:
@@ -157,6 +206,57 @@ def test_mistakes_with_hosts_are_one_line(hostfile: str, overrides: list[str], m
 def test_impossible_launches_are_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan_of(overrides)
+
+
+def test_a_layout_that_does_not_fit_the_processes_is_refused_before_any_starts(
+    hostfile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [f"hostfile={hostfile}", "launcher=pdsh"]
+    monkeypatch.setattr(launch_module.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert plan_of([*nodes, "model_parallel_size=2", "pipe_parallel_size=2"]).stop_command
+    for keys, processes in ((["num_nodes=1"], 2), (["include='node1@node2:1'"], 3), (["exclude='node2:0'"], 3)):
+        with pytest.raises(UserError, match=f"{processes} processes cannot hold pipe_parallel_size 2 x model_parallel"):
+            plan_of([*nodes, *keys, "model_parallel_size=2", "pipe_parallel_size=2"])
+    with pytest.raises(UserError, match="1 processes cannot hold"):
+        plan_of(["model_parallel_size=2"])
+
+
+def test_a_batch_that_does_not_fit_the_processes_is_refused_before_any_starts() -> None:
+    keys = ["train_batch_size=12", "train_micro_batch_size_per_gpu=2"]
+    plan_of([*keys, "num_gpus=3"])
+    plan_of([*keys, "num_gpus=6", "pipe_parallel_size=2"])
+    with pytest.raises(UserError, match="train_batch_size: 12 is not micro-batch 2 x accumulation 1 x 4 data-parallel"):
+        plan_of([*keys, "num_gpus=4"])
+
+
+@pytest.mark.parametrize("script", ["eval.py", "tools/../generate.py"])
+def test_evaluation_ignores_the_pipeline_and_the_batch(script: str) -> None:
+    def plan(*overrides: str) -> launch_module.LaunchPlan:
+        return make_plan(resolve_config(DEMO, list(overrides)), script, [], {})
+
+    plan("num_gpus=2", "pipe_parallel_size=2", "model_parallel_size=2", "train_batch_size=7")
+    with pytest.raises(UserError, match="3 processes cannot hold .* model_parallel_size 2"):
+        plan("num_gpus=3", "pipe_parallel_size=2", "model_parallel_size=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "files", "env", "expected"),
+    [
+        ([], 4, {}, 4),
+        ([], 4, {"CUDA_VISIBLE_DEVICES": "1,3"}, 2),
+        (["num_gpus=3"], 4, {}, 3),
+        (["include='localhost:0,2'"], 4, {}, 2),
+        (["exclude='localhost:3'"], 4, {}, 3),
+        ([], 0, {}, None),
+    ],
+)
+def test_processes_of_a_gpu_machine_are_its_device_files(
+    overrides: list[str], files: int, env: dict[str, str], expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_module, "has_accelerator", lambda env: True)
+    monkeypatch.setattr(launch_module.glob, "glob", lambda pattern: [f"/dev/nvidia{n}" for n in range(files)])
+    config = resolve_config(DEMO, overrides).config.launch
+    assert launch_module.count_processes(config, {}, env) == expected
 
 
 def test_missing_launcher_program_is_named(hostfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +345,15 @@ def test_signals_reach_the_worker_which_saves(tmp_path: Path, number: signal.Sig
     assert "saved" in output and "Traceback" not in output
 
 
+def test_torchrun_trains_on_two_processes(tmp_path: Path, tokenizer_file: Path, corpus_prefix: str) -> None:
+    config = write_config(tmp_path / "run.yml", tokenizer_file, corpus_prefix, train_iters=2, log_dir=str(tmp_path))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    command += [str(launch_module.free_port()), "train.py", str(config)]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [line["consumed_samples"] for line in training_lines(tmp_path)] == [8, 16], "4 samples a process"
+
+
 # ---- inside a worker ----
 
 
@@ -279,6 +388,15 @@ def test_srun_and_mpirun_variables_are_mapped() -> None:
     env = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
     ensure_process_environment(env)
     assert [env[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["1", "1", "2"]
+
+
+def test_mpirun_over_several_nodes_has_to_be_told_the_first_one() -> None:
+    env = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    with pytest.raises(UserError, match="mpirun -x MASTER_ADDR=NODE"):
+        ensure_process_environment(dict(env))
+    env["MASTER_ADDR"] = "node1"
+    ensure_process_environment(env)
+    assert env["MASTER_ADDR"] == "node1"
 
 
 def test_a_slurm_batch_script_is_a_plain_process() -> None:
