@@ -142,7 +142,8 @@ class PipelineModel(DeepSpeedPipelineModule):
             num_pp=layout.pipeline_size, num_mp=layout.tensor_size, num_dp=layout.data_size
         )
         layers = [(_Layer if spec.tie is None else _TiedLayer)(spec, device) for spec in specs]
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its topology and every layer
+        # DeepSpeed prints its topology and every layer, and broadcasts the tied parameter (not its data).
+        with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             super().__init__(layers, topology=topology)
         self.config, self.checkpoint_layers = config, checkpoint_layers
         assert (self.stage_id, self._grid.data_parallel_id) == (layout.pipeline_rank, layout.data_rank)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ def initialize_distributed(config: RunConfig) -> Layout:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed's ZeRO 3 calls collectives by their old names.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     if config.precision.dtype == "fp16" and not uses_gpu():
         raise UserError("fp16.enabled: fp16 needs a GPU, this machine has none; use `--set precision=bf16` (or fp32)")
     if uses_gpu():
@@ -193,6 +196,10 @@ class Engine(ABC):
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
         return inputs, labels, None if self.eod_id is None else inputs != self.eod_id
 
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+        """Mean loss from this tensor rank's share of the logits, the same on every tensor rank."""
+        return cross_entropy(logits, labels, mask, self.layout, self.config.model.padded_vocab_size)
+
     def _finish_step(self, loss: Tensor, norm: Tensor | float | None, skipped: bool) -> StepResult:
         """Check what DeepSpeed says after an update; `norm` None asks it for the norm."""
         if norm is None and not self._norm_is_of_updates:
@@ -285,7 +292,7 @@ class SingleStageEngine(Engine):
 
     def _loss(self, tokens: Tensor) -> Tensor:
         inputs, labels, mask = self._split(tokens)
-        return cross_entropy(self._engine(inputs), labels, mask, self.layout)
+        return self._cross_entropy(self._engine(inputs), labels, mask)
 
     def _sum_of_losses(self, batches: Iterable[Tensor]) -> Tensor:
         self._engine.eval()

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.ops.cross_entropy import cross_entropy
 from megatron.training.engine import Engine, StepResult
 from megatron.training.gradients import clip_gradients, combine_norm_of_stages
 
@@ -51,7 +50,7 @@ class PipelineEngine(Engine):
 
     def _loss(self, logits: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
         labels, mask = targets if len(targets) == 2 else (targets[0], None)
-        return cross_entropy(logits, labels, mask, self.layout)
+        return self._cross_entropy(logits, labels, mask)
 
     def _sum_of_losses(self, batches: Iterable[Tensor]) -> Tensor:
         items = list(self._items(batches))  # the schedule needs their number

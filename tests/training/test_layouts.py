@@ -13,19 +13,25 @@ import torch
 
 from megatron.checkpoint import CheckpointReader
 from megatron.config import RunConfig
+from megatron.mpu.shard import shard_spec
 from megatron.training import train
+from megatron.training.run import start_run
 from tests.ranks import run_ranks
 
 MakeConfig = Callable[..., RunConfig]
-GLOBAL_BATCH, CLIP, TOLERANCE = 8, 0.5, 1e-5
+CLIP, TOLERANCE = 0.5, 1e-5
 RUN = {
-    "train_iters": 5, "eval_interval": 5, "lr_decay_iters": 20, "gradient_clipping": CLIP, "num_layers": 3,
-    "train_batch_size": GLOBAL_BATCH, "weight_decay": 0.1, "split": "80,10,10",
+    "train_iters": 5, "eval_interval": 5, "eval_iters": 1, "lr_decay_iters": 40, "gradient_clipping": CLIP,
+    "train_batch_size": 8, "weight_decay": 0.1, "split": "80,10,10", "peak_tflops": 1,
 }  # fmt: skip
 
 MODELS: dict[str, dict[str, Any]] = {
     "tokenformer": {},
+    "deep": {"num_layers": 3},
     "untied": {"no_weight_tying": True, "norm": "layernorm", "eod_mask_loss": True},
+    "uneven": {"ffn_slot_num": 41, "qkv_slot_num": 23, "norm_activation_type": "gelu_l2_norm"},
+    "softmax": {"norm_activation_type": "softmax"},
+    "transformer": {"attention_config": [[["global"], 2]], "norm": "layernorm"},
 }
 
 
@@ -55,7 +61,8 @@ class Case:
             "pipe_parallel_size": self.pipeline, "model_parallel_size": self.tensor,
             "sequence_parallel": self.sequence, "zero_optimization": {"stage": self.zero},
         }  # fmt: skip
-        return {**RUN, **MODELS[self.model], **axes, "train_micro_batch_size_per_gpu": 2, **self.keys}
+        micro = 4 // self.data
+        return {**RUN, **MODELS[self.model], **axes, "train_micro_batch_size_per_gpu": micro, **self.keys}
 
 
 CASES = [
@@ -63,10 +70,23 @@ CASES = [
     Case(pipeline=2, zero=1),
     Case(pipeline=2, model="untied"),
     Case(pipeline=2, zero=1, model="untied"),
-    Case(pipeline=2, keys={"checkpoint_activations": True, "checkpoint_num_layers": 2}),
-    Case(pipeline=3),
+    Case(pipeline=2, model="deep", keys={"checkpoint_activations": True, "checkpoint_num_layers": 2}),
+    Case(pipeline=3, model="deep"),
     Case(data=2, pipeline=2),
     Case(data=2, pipeline=2, zero=1),
+    *(
+        Case(tensor=2, model=model, sequence=sequence)
+        for model in MODELS
+        if model != "deep"
+        for sequence in (False, True)
+    ),
+    *(Case(tensor=2, zero=stage) for stage in (1, 2, 3)),
+    Case(tensor=2, zero=3, sequence=True, model="transformer"),
+    Case(data=2, tensor=2, zero=2, model="uneven"),
+    Case(data=2, tensor=2, zero=3, sequence=True, model="uneven"),
+    Case(pipeline=2, tensor=2),
+    Case(pipeline=2, tensor=2, zero=1, sequence=True),
+    Case(pipeline=2, tensor=2, zero=1, sequence=True, model="transformer"),
 ]
 
 
@@ -115,3 +135,71 @@ def test_a_layout_trains_as_one_process_does(
     for case in cases:
         assert_same_run(tmp_path / case.name, one_process[case.model], case.name)
     assert min(metrics(one_process["tokenformer"], "grad_norm")) > CLIP, "clipping has to be at work"
+
+
+def test_checkpoints_move_between_layouts(
+    tiny_config: MakeConfig, one_process: dict[str, Path], tmp_path: Path
+) -> None:
+    """Five iterations in each layout, one after the other, are those of one process that never stopped."""
+    model = "uneven"
+    legs = [
+        Case(data=2, zero=1, model=model),
+        Case(pipeline=2, model=model),
+        Case(data=2, zero=1, model=model),
+        Case(tensor=2, zero=3, sequence=True, model=model),
+        Case(pipeline=2, zero=1, model=model),
+        Case(model=model),
+    ]
+    total = 5 * len(legs)
+    whole = {**Case(model=model).config_keys(), "train_iters": total}
+    train(tiny_config(**whole, save=str(tmp_path / "whole")))
+    parts = {"save": str(tmp_path / "parts"), "load": str(tmp_path / "parts")}
+    configs = [
+        tiny_config(**{**leg.config_keys(), "train_iters": 5 * number}, **parts) for number, leg in enumerate(legs, 1)
+    ]
+    assert run_ranks(2, train_all, configs[:-1])[1] == [5, 10, 15, 20, 25]
+    train(configs[-1])
+    for key in ("lm_loss", "grad_norm"):
+        assert metrics(tmp_path / "parts", key) == pytest.approx(metrics(tmp_path / "whole", key), abs=TOLERANCE), key
+    left, right = tensors(tmp_path / "parts", total), tensors(tmp_path / "whole", total)
+    assert left.keys() == right.keys()
+    for name in right:
+        assert torch.allclose(left[name], right[name], rtol=0, atol=2 * TOLERANCE), name
+
+
+def whole_parameters_and_generators(configs: list[RunConfig]) -> list[dict[str, list[float]]]:
+    """For each run its parameters that every tensor rank holds alike, and the state of the default generator."""
+    found = []
+    for config in configs:
+        train(config)
+        run = start_run(config)
+        named = run.engine.model.named_parameters()
+        found.append({name: p.flatten().tolist() for name, p in named if shard_spec(p) is None})
+        found[-1]["generator"] = torch.get_rng_state().tolist()
+        run.close()
+    return found
+
+
+def test_tensor_ranks_agree_with_dropout_and_resume_exactly(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    def keys(name: str, **more: Any) -> RunConfig:
+        case = Case(tensor=2, sequence=True, keys={"hidden_dropout": 0.1, "attention_dropout": 0.1})
+        folder = str(tmp_path / name)
+        return tiny_config(**{**case.config_keys(), "train_iters": 6, **more}, save=folder, load=folder)
+
+    configs = [keys("whole"), keys("parts", exit_interval=3), keys("parts")]
+    first, second = run_ranks(2, whole_parameters_and_generators, configs)
+    assert first == second
+    assert metrics(tmp_path / "parts", "lm_loss") == metrics(tmp_path / "whole", "lm_loss")
+    left, right = tensors(tmp_path / "parts", 6), tensors(tmp_path / "whole", 6)
+    assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+def test_another_grid_starts_new_random_numbers_and_says_so(
+    tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], single_process: None
+) -> None:
+    keys = {"load": str(tmp_path), "save": str(tmp_path)}
+    run_ranks(2, train_all, [tiny_config(**Case(tensor=2, keys={"train_iters": 1}).config_keys(), **keys)])
+    reader = CheckpointReader(tmp_path / "global_step1")
+    assert torch.equal(reader.tensor("rng", "rank0/torch"), reader.tensor("rng", "rank1/torch"))
+    train(tiny_config(**Case(keys={"train_iters": 2}).config_keys(), **keys))
+    assert capsys.readouterr().out.count("another process grid: random numbers go on from a new seed") == 1
