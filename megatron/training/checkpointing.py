@@ -129,7 +129,9 @@ def restore_random_states(config: RunConfig, reader: CheckpointReader, layout: L
     same_axes = all(max(1, reader.config.get(key) or 1) == max(1, now[key]) for key in keys)
     if not same_axes or len(saved_ranks) != layout.world_size:
         seed_generators(config.training.seed, layout, reader.iteration)
-        get_logger().info("the checkpoint is of another process grid: random numbers go on from a new seed")
+        get_logger().info(
+            "%s has no random-number states of this process grid: going on from a new seed", reader.folder
+        )
         return
     prefix = f"rank{layout.rank}/"
     values = {n.removeprefix(prefix): reader.tensor("rng", n) for n in reader.names("rng") if n.startswith(prefix)}

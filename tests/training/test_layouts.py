@@ -13,8 +13,11 @@ import torch
 
 from megatron.checkpoint import CheckpointReader
 from megatron.config import RunConfig
-from megatron.mpu.shard import shard_spec
+from megatron.errors import UserError
+from megatron.mpu import Layout
+from megatron.mpu.shard import mark_sharded, shard_spec
 from megatron.training import train
+from megatron.training.optimizer import build_optimizer
 from megatron.training.run import start_run
 from tests.ranks import run_ranks
 
@@ -57,9 +60,12 @@ class Case:
         return "-".join([grid, self.model, *self.keys])
 
     def config_keys(self) -> dict[str, Any]:
+        zero = {"stage": self.zero}
+        if self.zero == 3:
+            zero["stage3_param_persistence_threshold"] = 0  # else parameters as small as these stay gathered
         axes = {
             "pipe_parallel_size": self.pipeline, "model_parallel_size": self.tensor,
-            "sequence_parallel": self.sequence, "zero_optimization": {"stage": self.zero},
+            "sequence_parallel": self.sequence, "zero_optimization": zero,
         }  # fmt: skip
         micro = 4 // self.data
         return {**RUN, **MODELS[self.model], **axes, "train_micro_batch_size_per_gpu": micro, **self.keys}
@@ -80,6 +86,7 @@ CASES = [
         if model != "deep"
         for sequence in (False, True)
     ),
+    Case(data=2, zero=3, keys={"checkpoint_activations": True}),
     *(Case(tensor=2, zero=stage) for stage in (1, 2, 3)),
     Case(tensor=2, zero=3, sequence=True, model="transformer"),
     Case(data=2, tensor=2, zero=2, model="uneven"),
@@ -202,4 +209,12 @@ def test_another_grid_starts_new_random_numbers_and_says_so(
     reader = CheckpointReader(tmp_path / "global_step1")
     assert torch.equal(reader.tensor("rng", "rank0/torch"), reader.tensor("rng", "rank1/torch"))
     train(tiny_config(**Case(keys={"train_iters": 2}).config_keys(), **keys))
-    assert capsys.readouterr().out.count("another process grid: random numbers go on from a new seed") == 1
+    assert capsys.readouterr().out.count("has no random-number states of this process grid") == 1
+
+
+def test_muon_is_refused_where_matrices_are_shared(tiny_config: MakeConfig) -> None:
+    layer = torch.nn.Linear(2, 2)
+    mark_sharded(layer.weight, 0, (4, 2), Layout(0, tensor_size=2))
+    config = tiny_config(optimizer={"type": "Muon", "params": {"lr": 1e-3}})
+    with pytest.raises(UserError, match="Muon needs whole matrices, model_parallel_size must be 1"):
+        build_optimizer(layer, config.optimization)
