@@ -17,22 +17,11 @@ def main() -> int:
     if os.environ["RANK"] != "0":
         os.environ.setdefault("TQDM_DISABLE", "1")  # one rank's progress bars are enough
     config, _ = parse_run(sys.argv[1:], "eval.py")
-    from megatron.config.schema import ParallelConfig, PrecisionConfig
-
-    if os.environ["WORLD_SIZE"] != "1":
-        from megatron.training.engine import initialize_distributed
-
-        # The layout and the loss scaling of training: here every process has the whole model, and fp16 its own rule.
-        plain = {"parallel": ParallelConfig(), "precision": PrecisionConfig()}
-        initialize_distributed(config.model_copy(update=plain))
     from eval_tasks.run import run_evaluation
-    from megatron.inference.ranks import DataRanks
+    from megatron.mpu.processes import join, leave
 
-    run_evaluation(config, DataRanks.of_world())
-    if os.environ["WORLD_SIZE"] != "1":
-        from megatron.training.loop import shut_down
-
-        shut_down()
+    run_evaluation(config, join(config.parallel.model_parallel_size, config.launch.distributed_backend))
+    leave()
     return 0
 
 

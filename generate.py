@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from megatron.errors import run_command
 
 
 def main() -> int:
-    """Parse the command line and generate in the first process; returns the exit code."""
+    """Parse the command line and generate in the first process, or the first tensor group; returns the exit code."""
     from megatron.config.cli import parse_run
     from megatron.launch import ensure_process_environment
 
     ensure_process_environment()
     config, _ = parse_run(sys.argv[1:], "generate.py")
-    if os.environ["RANK"] == "0":
+    from megatron.mpu.processes import join_one_copy, leave
+
+    layout = join_one_copy(config.parallel.model_parallel_size, config.launch.distributed_backend)
+    if layout is not None:
         from megatron.inference.modes import run_generation
 
-        run_generation(config)
+        run_generation(config, layout)
+        leave()
     return 0
 
 

@@ -35,7 +35,7 @@ class TokenFormerLM(TemplateLM):
     """Scores and generates text for lm-eval; once this module is imported, also by its name `tokenformer`.
 
     Args:
-        model: in any dtype, on any device.
+        model: in any dtype, on any device, shared by tensor ranks or not.
         tokenizer: its end-of-document token stands before a text without context.
         batch_size: requests computed together, or `auto`; results do not depend on it.
         max_length: context length in tokens; longer inputs lose their first tokens. Default: the model's seq_length.
@@ -57,10 +57,10 @@ class TokenFormerLM(TemplateLM):
         super().__init__()
         self.model, self.text_tokenizer = model, tokenizer
         self.ranks = ranks or DataRanks()
-        self.progress = progress and self.ranks.rank == 0
+        self.progress = progress and self.ranks.reports
         self.max_length = max_length or model.config.seq_length
         self._device = next(model.parameters()).device
-        self.batches = Batches(batch_size, self._device.type)
+        self.batches = Batches(batch_size, self._device.type, recover=model.layout.tensor_size == 1)
 
     @classmethod
     def create_from_arg_obj(

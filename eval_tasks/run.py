@@ -19,6 +19,7 @@ from megatron.inference.perplexity import corpus_perplexity
 from megatron.inference.prepare import checkpoint_source, load_for_inference
 from megatron.inference.ranks import DataRanks
 from megatron.model import LanguageModel
+from megatron.mpu import SINGLE, Layout
 from megatron.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -28,30 +29,30 @@ if TYPE_CHECKING:
 BOOTSTRAP_ITERS = 100
 
 
-def run_evaluation(config: RunConfig, ranks: DataRanks | None = None) -> dict[str, Any]:
+def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]:
     """Evaluate the checkpoint of `config` on eval_tasks and perplexity_data; rank 0 prints tables, writes the results
     file and logs to TensorBoard and Weights & Biases where configured.
 
     Args:
-        ranks: processes that share the work; all call this, rank 0 gets all results.
+        layout: the grid. All its processes call this; the data axis shares the work, the tensor axis the model.
 
     Returns: lm-eval's results, `results[task]["acc,none"]` and so on, with `checkpoint` and `tokenizer`; the
         perplexities are those of the task `perplexity`; `summary` is the paper's table if all its tasks were run.
 
     Raises: UserError when tasks, checkpoint, tokenizer, data or the lm_eval package are missing.
     """
-    ranks, options = ranks or DataRanks(), config.evaluation
+    ranks, options = DataRanks.of_layout(layout), config.evaluation
     evaluate_tasks = _prepare_tasks(options) if options.eval_tasks or not options.perplexity_data else None
     path = checkpoint_source(config.checkpoint)
     results_file = results_path(options.eval_results_prefix)
-    model, tokenizer = load_for_inference(config)
+    model, tokenizer = load_for_inference(config, layout)
     results: dict[str, Any] = evaluate_tasks(model, tokenizer, config, ranks) if evaluate_tasks else {"results": {}}
     if options.perplexity_data:
         results["results"]["perplexity"] = _perplexity(model, tokenizer, config, ranks)
     results.update(checkpoint=str(path), tokenizer=f"{tokenizer.name}-{tokenizer.vocab_size}")
     summary = paper_summary(results["results"], model.config)
     results.update({"summary": summary} if summary else {})
-    if ranks.rank == 0:
+    if ranks.reports:
         _report(results, results_file, config)
     return results
 
@@ -74,7 +75,7 @@ def _perplexity(model: LanguageModel, tokenizer: Tokenizer, config: RunConfig, r
         tokenizer.eod_id,
         seq_length,
         options.perplexity_stride,
-        Batches(options.eval_batch_size, next(model.parameters()).device.type),
+        Batches(options.eval_batch_size, next(model.parameters()).device.type, model.layout.tensor_size == 1),
         ranks,
         progress=True,
     )

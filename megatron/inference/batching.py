@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 
 import torch
 
+from megatron.errors import UserError
 from megatron.log import get_logger
 
 Item = TypeVar("Item")
@@ -25,12 +26,14 @@ class Batches:
         size: items computed together, or `auto`: as many as a number of tokens allows, padding counted, so that short
             texts come in larger batches. Either halves, and the batch is tried again, when memory runs out.
         device_type: where the model is, `cpu` or `cuda`.
+        recover: try smaller batches when memory runs out. Tensor ranks cannot: the others wait for the one that failed.
     """
 
-    def __init__(self, size: BatchSize, device_type: str = "cpu") -> None:
+    def __init__(self, size: BatchSize, device_type: str = "cpu", recover: bool = True) -> None:
         if size != "auto" and size < 1:
             raise ValueError(f"batch size {size}: must be at least 1, or 'auto'")
         self.size = None if size == "auto" else size
+        self.recover = recover
         self.tokens = _AUTO_TOKENS.get(device_type, _AUTO_TOKENS["cuda"])
 
     def run(
@@ -72,6 +75,10 @@ class Batches:
         except RuntimeError as error:
             if len(batch) == 1 or not is_out_of_memory(error):
                 raise
+            if not self.recover:
+                raise UserError(
+                    f"eval_batch_size: {len(batch)} texts of {longest} tokens do not fit in memory; choose fewer"
+                ) from error
             self._shrink(len(batch), longest)
         # Outside of the handler: the error's traceback keeps the batch's tensors alive.
         gc.collect()

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron.inference.cache import KVCache
 from megatron.inference.sampling import Sampling, sample_rows
 from megatron.model import LanguageModel
+from megatron.mpu.collectives import from_first_rank
 from megatron.tokenizer import Tokenizer
 
 # Prompt tokens computed at a time: bounds activations at batch x 256 x the largest number of slots.
@@ -97,6 +98,7 @@ class Decoder:
         settings = [text.sampling for text in texts]
         seen = [text.prompt + text.tokens for text in texts]
         tokens = sample_rows(wide[:, : self.tokenizer.vocab_size], settings, seen, generators)
+        tokens = from_first_rank(tokens, self.model.layout)
         logprobs: list[float | None] = [None] * len(texts)
         if self.logprobs:
             logprobs = wide.log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0].tolist()

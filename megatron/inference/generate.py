@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from megatron.inference.decoding import Decoder, Text
+from megatron.inference.ranks import agree
 from megatron.inference.sampling import Sampling
 from megatron.model import LanguageModel
 from megatron.tokenizer import Tokenizer
@@ -115,7 +116,7 @@ def start_texts(
 
     A prompt with its own seed gives what it would give alone with that seed.
     """
-    base = torch.Generator().seed() if seed is None else seed * _SEED_STRIDE
+    base = agree(torch.Generator().seed(), decoder.model.layout) if seed is None else seed * _SEED_STRIDE
     texts: list[Text] = []
     for prompt, sampling in zip(prompts, settings, strict=True):
         own = len(texts) + base if sampling.seed is None else sampling.seed * _SEED_STRIDE

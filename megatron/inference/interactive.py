@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import TextIO
 
 from megatron.inference.decoding import Decoder, Text
 from megatron.inference.generate import evaluating, start_texts
+from megatron.inference.ranks import agree
 from megatron.inference.sampling import Sampling
 
 _PROMPT = "Context prompt >>> "
@@ -74,25 +78,29 @@ class Session:
 def converse(decoder: Decoder, sampling: Sampling, prompt_end: str, seed: int | None) -> None:
     """Answer what is typed, until the end of input (Ctrl-D) or Ctrl-C; Ctrl-C in an answer ends that answer only.
 
-    An empty prompt or /reset clears the context.
+    An empty prompt or /reset clears the context. Of several tensor ranks the first reads and prints; with them, Ctrl-C
+    in an answer ends the session.
     """
-    session = Session(decoder, sampling, seed)
+    session, layout = Session(decoder, sampling, seed), decoder.model.layout
+    typed = _typed_prompts(prompt_end) if layout.tensor_rank == 0 else iter(())
+    output = sys.stdout if layout.tensor_rank == 0 else io.StringIO()
     with evaluating(decoder.model):
-        for prompt in _typed_prompts(prompt_end):
+        while (prompt := agree(next(typed, None), layout)) is not None:
             if prompt.strip() in ("", _RESET):
                 session.reset()
-                print("[context cleared]", flush=True)
+                print("[context cleared]", flush=True, file=output)
             else:
-                _print_answer(session.answer(prompt))
+                _print_answer(session.answer(prompt), output, ends_on_interrupt=layout.tensor_size == 1)
 
 
-def _print_answer(pieces: Iterator[str]) -> None:
+def _print_answer(pieces: Iterator[str], output: TextIO, ends_on_interrupt: bool) -> None:
     try:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(piece, end="", flush=True, file=output)
     except KeyboardInterrupt:
-        pass
-    print(flush=True)
+        if not ends_on_interrupt:
+            raise
+    print(flush=True, file=output)
 
 
 def _typed_prompts(prompt_end: str) -> Iterator[str]:

@@ -19,6 +19,8 @@ from megatron.errors import UserError
 from megatron.inference.huggingface_import import CONFIG, HuggingFaceCheckpoint
 from megatron.model import LanguageModel
 from megatron.model.compatibility import check_fit, check_same_model, saved_model_config
+from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.shard import take_share
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -31,6 +33,7 @@ def load_model(
     *,
     iteration: int | None = None,
     attention_backend: str = "sdpa",
+    layout: Layout = SINGLE,
 ) -> LanguageModel:
     """A model in eval mode.
 
@@ -42,6 +45,7 @@ def load_model(
         dtype: of the parameters; default fp32, and `saved` is that of the checkpoint's embedding.
         device: default the CPU.
         iteration: which of a run's checkpoints; default the latest.
+        layout: the grid; each tensor rank holds its share of the model, and gets whole logits.
 
     Raises: UserError when there is no checkpoint, it is damaged, or it does not fit the configuration.
     """
@@ -55,10 +59,9 @@ def load_model(
         names, shape_of, tensor_of, model_config = _open_flat(folder, model_config)
     else:
         names, shape_of, tensor_of, model_config = _open_training_checkpoint(path, model_config, iteration)
-    model = LanguageModel(model_config, device="meta", attention_backend=attention_backend)
     names = list(names)
-    check_fit(model, {name: shape_of(name) for name in names}, str(path))
-    model.to_empty(device=device or "cpu")
+    check_fit(LanguageModel(model_config, device="meta"), {name: shape_of(name) for name in names}, str(path))
+    model = LanguageModel(model_config, device=device, attention_backend=attention_backend, layout=layout)
     _fill(model, names, tensor_of)
     if dtype == "saved":
         dtype = tensor_of(_EMBEDDING).dtype
@@ -108,4 +111,4 @@ def _fill(model: LanguageModel, names: list[str], tensor_of: Callable[[str], Ten
     model.reset_tau()
     targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name in names:
-        targets[name].copy_(tensor_of(name))
+        targets[name].copy_(take_share(tensor_of(name), targets[name], model.layout))

@@ -14,55 +14,69 @@ from megatron.inference.generate import completion_of, evaluating, length_batche
 from megatron.inference.interactive import converse
 from megatron.inference.prepare import load_for_inference
 from megatron.inference.prompts import Request, read_requests, sampling_of
+from megatron.inference.ranks import agree
 from megatron.log import get_logger
+from megatron.mpu import SINGLE, Layout
 
 _BATCH_SIZE = 8
 """Where eval_batch_size is auto."""
 
 
-def run_generation(config: RunConfig) -> None:
+def run_generation(config: RunConfig, layout: Layout = SINGLE) -> None:
     """Generate text as `config.generation` says, with the checkpoint and tokenizer of `config`.
 
     input-file and unconditional write one JSON object a line to sample_output_file, and go on where an interrupted run
     stopped; interactive prints. The seed is `seed`.
 
+    Args:
+        layout: the grid; the processes of its tensor axis hold the model together, and the first reads and writes.
+
     Raises: UserError when text_gen_type, the checkpoint or the prompts are missing, or a file cannot be written.
     """
     options = config.generation
     requests = _requests(options)
-    model, tokenizer = load_for_inference(config)
+    model, tokenizer = load_for_inference(config, layout)
     decoder = Decoder(model, tokenizer, config.model.seq_length, options.recompute, options.logprobs)
     if requests is None:
         converse(decoder, sampling_of(options), options.prompt_end, config.training.seed)
         return
-    check_writable(options.sample_output_file)
     prompts, settings = [request.prompt for request in requests], [request.sampling for request in requests]
     texts = start_texts(decoder, prompts, settings, config.training.seed)
-    answers = Answers(options.sample_output_file, fingerprint(decoder, texts))
     size = config.evaluation.eval_batch_size
+    batch_size = size if isinstance(size, int) else _BATCH_SIZE
+    if layout.tensor_rank == 0:
+        _write_answers(decoder, texts, options.sample_output_file, batch_size)
+    else:
+        complete_missing(decoder, texts, None, batch_size)
+
+
+def _write_answers(decoder: Decoder, texts: Sequence[Text], output: str, batch_size: int) -> None:
+    check_writable(output)
+    answers = Answers(output, fingerprint(decoder, texts))
     try:
-        complete_missing(decoder, texts, answers, size if isinstance(size, int) else _BATCH_SIZE)
+        complete_missing(decoder, texts, answers, batch_size)
         answers.finish(len(texts))
     finally:
         answers.close()
 
 
-def complete_missing(decoder: Decoder, texts: Sequence[Text], answers: Answers, batch_size: int) -> None:
-    """Generate the texts that `answers` lacks, batch by batch.
+def complete_missing(decoder: Decoder, texts: Sequence[Text], answers: Answers | None, batch_size: int) -> None:
+    """Generate the texts that `answers` lacks, batch by batch; the first tensor rank has them, the others have None.
 
     Batches are the same however often the run was interrupted, and one that was cut off is computed anew as a whole:
     the texts are to the last bit those of a run that was not.
     """
-    missing = [
-        batch for batch in length_batches(texts, batch_size) if not all(index in answers.found for index in batch)
-    ]
+    found = agree(set(answers.found) if answers is not None else set[int](), decoder.model.layout)
+    missing = [batch for batch in length_batches(texts, batch_size) if not all(index in found for index in batch)]
     done = len(texts) - sum(map(len, missing))
     if done:
         get_logger().info("going on: %d of %d texts are there", done, len(texts))
-    with evaluating(decoder.model), tqdm(total=len(texts), initial=done, desc="generating") as bar:
+    bar_options = {"total": len(texts), "initial": done, "desc": "generating", "disable": answers is None}
+    with evaluating(decoder.model), tqdm(**bar_options) as bar:
         for batch in missing:
             decoder.complete([texts[i] for i in batch])
-            answers.add({i: completion_of(texts[i], decoder.logprobs) for i in batch})
+            if answers is not None:
+                answers.add({i: completion_of(texts[i], decoder.logprobs) for i in batch})
             bar.update(len(batch))
 
 

@@ -114,7 +114,7 @@ def corpus_perplexity(
     counts = {"num_documents": 0, "num_words": 0, "num_bytes": 0}
     windows = _corpus_windows(documents, counts, prefix_id, seq_length, stride)
     mine = islice(windows, ranks.rank, None, ranks.size)
-    loss, num_tokens = ranks.sums(_summed_loss(model, mine, batches, progress and ranks.rank == 0))
+    loss, num_tokens = ranks.sums(_summed_loss(model, mine, batches, progress and ranks.reports))
     if not num_tokens:
         raise UserError("perplexity_data: there is no text in it; give a file with documents")
     return {**_perplexities(loss, num_tokens, counts["num_words"], counts["num_bytes"]), **counts}

@@ -14,12 +14,13 @@ from megatron.errors import UserError
 from megatron.inference.load import load_model
 from megatron.log import get_logger
 from megatron.model import LanguageModel
+from megatron.mpu import SINGLE, Layout
 from megatron.mpu.device import DTYPES, process_device
 from megatron.tokenizer import Tokenizer, build_tokenizer
 
 
-def load_for_inference(config: RunConfig) -> tuple[LanguageModel, Tokenizer]:
-    """The model of eval_ckpt, else of load, and the tokenizer; on a GPU if there is one.
+def load_for_inference(config: RunConfig, layout: Layout = SINGLE) -> tuple[LanguageModel, Tokenizer]:
+    """The model of eval_ckpt, else of load, and the tokenizer; on a GPU if there is one, shared by the tensor ranks.
 
     Raises: UserError when no checkpoint is named or found, or the tokenizer does not fit the model.
     """
@@ -27,7 +28,8 @@ def load_for_inference(config: RunConfig) -> tuple[LanguageModel, Tokenizer]:
     device = process_device()
     dtype = inference_dtype(config.precision.dtype, device)
     tokenizer = build_tokenizer(config.tokenizer)
-    model = load_model(path, config, dtype, device, attention_backend=config.training.attention_backend)
+    attention = config.training.attention_backend
+    model = load_model(path, config, dtype, device, attention_backend=attention, layout=layout)
     _check_vocabulary(tokenizer, model)
     name = str(dtype).removeprefix("torch.")
     get_logger().info("model of %s: %s parameters, %s on %s", path, f"{model.num_parameters():,}", name, device)

@@ -1,4 +1,4 @@
-"""Evaluation over several processes: each has the whole model and takes its share of the work."""
+"""Evaluation over several processes: each, or each group of tensor ranks, has the model and does part of the work."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch.distributed as dist
+
+from megatron.mpu import Layout
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,13 +25,20 @@ class DataRanks:
     size: int = 1
     group: dist.ProcessGroup | None = None
     """The processes of the ranks; None means all."""
+    reports: bool = True
+    """Whether this process is the one that prints and writes files."""
 
     @classmethod
     def of_world(cls) -> DataRanks:
         """All processes of the process group, or one alone without a group."""
         if not dist.is_initialized():
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size())
+        return cls(dist.get_rank(), dist.get_world_size(), reports=dist.get_rank() == 0)
+
+    @classmethod
+    def of_layout(cls, layout: Layout) -> DataRanks:
+        """The data axis of a connected layout; tensor ranks do the same work together."""
+        return cls(layout.data_rank, layout.data_size, layout.data_group, layout.rank == 0)
 
     def compute(
         self,
@@ -59,3 +68,12 @@ class DataRanks:
     def sums(self, values: Sequence[float]) -> list[float]:
         """Each value summed over the ranks."""
         return [sum(column) for column in zip(*self.gather(list(values)), strict=True)]
+
+
+def agree(value: Item, layout: Layout) -> Item:
+    """The first tensor rank's value, on all of them: they compute together what was typed, drawn or read there."""
+    if layout.tensor_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group=layout.tensor_group, group_src=0)
+    return box[0]

@@ -90,7 +90,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         if config.padded_vocab_size is None:
             raise ValueError("padded_vocab_size: unknown; use config.with_vocabulary(size of the tokenizer)")
-        self.config, self.checkpoint_layers = config, checkpoint_layers
+        self.config, self.layout, self.checkpoint_layers = config, layout, checkpoint_layers
         # Layers are built without storage first: their own default init would be thrown away.
         specs = layer_specs(config, BuildOptions(pattention_backend, attention_backend, "meta", layout, gather_logits))
         self.embedding, *blocks, self.final_norm = (spec.build() for spec in specs[:-1])

@@ -109,6 +109,14 @@ def gather_shares(x: Tensor, size: int, layout: Layout) -> Tensor:
     return x if layout.tensor_size == 1 else _GatherShares.apply(x, size, layout)
 
 
+def from_first_rank(x: Tensor, layout: Layout) -> Tensor:
+    """The first tensor rank's tensor, on every rank; no gradient. Forward: broadcast; N (t-1)/t at most."""
+    if layout.tensor_size > 1:
+        x = x.contiguous()
+        dist.broadcast(x, group=layout.tensor_group, group_src=0)
+    return x
+
+
 class PendingSum:
     """An all-reduce on its way, so that computation can go on meanwhile; 2 N (t-1)/t."""
 

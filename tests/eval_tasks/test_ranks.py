@@ -20,21 +20,23 @@ FIXTURES = ROOT / "tests" / "fixtures" / "eval"
 TEXTS = [("The ferry leaves " * n, " the harbor" * (1 + n % 3)) for n in range(11)]
 
 
-def scores(tokenizer_file: str, batch_size: Any) -> dict[str, Any]:
+def scores(tokenizer_file: str, batch_size: Any, tensor_size: int = 1) -> dict[str, Any]:
     """What a rank sees of each kind of request, in fp32."""
-    import torch.distributed as dist
     from lm_eval.api.instance import Instance
 
     from eval_tasks.adapter import TokenFormerLM
     from megatron.inference.ranks import DataRanks
+    from megatron.launch import ensure_process_environment
+    from megatron.mpu.processes import join
     from megatron.tokenizer import HFTokenizer
     from tests.inference.helpers import make_model
 
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        dist.init_process_group("gloo")
+    ensure_process_environment()
+    layout = join(tensor_size, "gloo")
     torch.set_num_threads(1)
-    model = make_model(dtype=torch.float32, padded_vocab_size=384)
-    lm = TokenFormerLM(model, HFTokenizer(tokenizer_file), batch_size, progress=False, ranks=DataRanks.of_world())
+    model = make_model(dtype=torch.float32, padded_vocab_size=384, layout=layout)
+    ranks = DataRanks.of_layout(layout)
+    lm = TokenFormerLM(model, HFTokenizer(tokenizer_file), batch_size, progress=False, ranks=ranks)
 
     def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
         return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]  # type: ignore[arg-type]
@@ -65,9 +67,10 @@ def test_batch_size_does_not_change_scores(tokenizer_file: Path, batch_size: Any
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, "auto"])
-def test_two_ranks_both_see_the_scores_of_one(tokenizer_file: Path, batch_size: Any) -> None:
-    first, second = run_ranks(2, scores, str(tokenizer_file), batch_size)
-    assert first == second
+@pytest.mark.parametrize(("ranks", "tensor_size"), [(2, 1), (2, 2), (4, 2)])
+def test_all_ranks_see_the_scores_of_one(tokenizer_file: Path, ranks: int, tensor_size: int, batch_size: Any) -> None:
+    first, *others = run_ranks(ranks, scores, str(tokenizer_file), batch_size, tensor_size)
+    assert all(other == first for other in others)
     assert_same_scores(first, scores(str(tokenizer_file), 1))
 
 
@@ -77,17 +80,19 @@ def test_the_launcher_starts_two_ranks_that_write_one_results_file(tmp_path: Pat
     (tmp_path / "run.yml").write_text(yaml.safe_dump(config.flat()), encoding="utf-8")
     (tmp_path / "text.txt").write_text("The ferry leaves the harbor at noon. " * 20, encoding="utf-8")
     found = []
-    for ranks in ("1", "2"):
+    for ranks, tensor_ranks in (("1", 1), ("2", 1), ("2", 2)):
         command = [sys.executable, str(ROOT / "deepy.py"), str(ROOT / "eval.py"), str(tmp_path / "run.yml")]
         command += ["--num_gpus", ranks, "--load", str(tmp_path / "run"), "--include_path", str(FIXTURES)]
         command += ["--eval_tasks", "harbor_choice", "harbor_last", "--perplexity", str(tmp_path / "text.txt")]
-        command += ["--eval_results_prefix", str(tmp_path / ranks)]
+        prefix = f"{ranks}_{tensor_ranks}"
+        command += ["--eval_results_prefix", str(tmp_path / prefix), "--set", f"model_parallel_size={tensor_ranks}"]
         cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "DS_ACCELERATOR": "cpu"}
         done = subprocess.run(command, cwd=FIXTURES, env={**os.environ, **cache}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        (file,) = tmp_path.glob(f"{ranks}_eval_results_*.json")
+        (file,) = tmp_path.glob(f"{prefix}_eval_results_*.json")
         assert done.stdout.count("token_perplexity") == 1
         found.append(yaml.safe_load(file.read_text(encoding="utf-8"))["results"])
     for task, values in found[0].items():
         for key, value in values.items():
-            assert found[1][task][key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), key
+            expected = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+            assert [other[task][key] for other in found[1:]] == [expected] * 2, key

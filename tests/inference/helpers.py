@@ -12,6 +12,7 @@ from megatron.checkpoint.store import save_checkpoint
 from megatron.config import RunConfig
 from megatron.config.schema import SECTIONS
 from megatron.model import LanguageModel
+from megatron.mpu import SINGLE, Layout
 
 TOKENFORMER = {"qkv_slot_num": 24, "proj_slot_num": 20, "ffn_slot_num": 40, "norm": "layernorm_nonparam"}
 
@@ -30,11 +31,13 @@ def make_config(**keys: Any) -> RunConfig:
     return RunConfig(**sections)  # type: ignore[arg-type]
 
 
-def make_model(kind: str = "tokenformer", dtype: torch.dtype = torch.float64, **keys: Any) -> LanguageModel:
+def make_model(
+    kind: str = "tokenformer", dtype: torch.dtype = torch.float64, layout: Layout = SINGLE, **keys: Any
+) -> LanguageModel:
     """A random model; its weights are large, so that greedy texts vary."""
     transformer = {"qkv_slot_num": None, "proj_slot_num": None, "ffn_slot_num": None}
     config = make_config(**(transformer if kind == "transformer" else {}), **keys)
-    return LanguageModel(config.model, seed=3, dtype=dtype).eval()
+    return LanguageModel(config.model, seed=3, dtype=dtype, layout=layout).eval()
 
 
 def save_random_models(root: Path, config: RunConfig, iterations: tuple[int, ...]) -> None:
