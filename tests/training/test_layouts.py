@@ -26,6 +26,8 @@ CLIP, TOLERANCE = 0.5, 1e-5
 RUN = {
     "train_iters": 5, "eval_interval": 5, "eval_iters": 1, "lr_decay_iters": 40, "gradient_clipping": CLIP,
     "train_batch_size": 8, "weight_decay": 0.1, "split": "80,10,10", "peak_tflops": 1,
+    # The usual epsilon of 1e-8 would turn rounding errors of gradients near zero into different updates.
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-6}},
 }  # fmt: skip
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -112,8 +114,10 @@ def tensors(folder: Path, iteration: int = 5) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(found: Path, expected: Path, case: str, iteration: int = 5) -> None:
-    for key in ("lm_loss", "valid_lm_loss", "test_lm_loss", "grad_norm"):
+    for key in ("lm_loss", "valid_lm_loss", "test_lm_loss"):
         assert metrics(found, key) == pytest.approx(metrics(expected, key), abs=TOLERANCE), (case, key)
+    norms = pytest.approx(metrics(expected, "grad_norm"), rel=TOLERANCE)
+    assert metrics(found, "grad_norm") == norms, case
     left, right = tensors(found, iteration), tensors(expected, iteration)
     assert left.keys() == right.keys(), case
     for name, tensor in right.items():
@@ -166,8 +170,8 @@ def test_checkpoints_move_between_layouts(
     ]
     assert run_ranks(2, train_all, configs[:-1])[1] == [5, 10, 15, 20, 25]
     train(configs[-1])
-    for key in ("lm_loss", "grad_norm"):
-        assert metrics(tmp_path / "parts", key) == pytest.approx(metrics(tmp_path / "whole", key), abs=TOLERANCE), key
+    for key, tolerance in (("lm_loss", {"abs": TOLERANCE}), ("grad_norm", {"rel": 2 * TOLERANCE})):
+        assert metrics(tmp_path / "parts", key) == pytest.approx(metrics(tmp_path / "whole", key), **tolerance), key
     left, right = tensors(tmp_path / "parts", total), tensors(tmp_path / "whole", total)
     assert left.keys() == right.keys()
     for name in right:
