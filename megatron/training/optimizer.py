@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from megatron.config.schema import OptimizationConfig
 from megatron.errors import UserError
 from megatron.mpu.device import uses_gpu
-from megatron.mpu.shard import shard_spec
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -87,8 +86,6 @@ def _muon(model: nn.Module, config: OptimizationConfig) -> torch.optim.Optimizer
     """DeepSpeed's Muon for the blocks' matrices, Adam for embedding, head and vectors."""
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    if any(shard_spec(parameter) is not None for parameter in model.parameters()):
-        raise UserError("optimizer.type: Muon needs whole matrices, model_parallel_size must be 1; use Adam or Lion")
     params = config.optimizer.params
     muon: dict[str, Any] = {"lr": params.lr, "momentum": params.momentum or 0.95, "use_muon": True}
     adam: dict[str, Any] = {"lr": params.lr, "betas": params.betas, "eps": params.eps, "use_muon": False}

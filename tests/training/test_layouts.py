@@ -13,11 +13,8 @@ import torch
 
 from megatron.checkpoint import CheckpointReader
 from megatron.config import RunConfig
-from megatron.errors import UserError
-from megatron.mpu import Layout
-from megatron.mpu.shard import mark_sharded, shard_spec
+from megatron.mpu.shard import shard_spec
 from megatron.training import train
-from megatron.training.optimizer import build_optimizer
 from megatron.training.run import start_run
 from tests.ranks import run_ranks
 
@@ -214,11 +211,3 @@ def test_another_grid_starts_new_random_numbers_and_says_so(
     assert torch.equal(reader.tensor("rng", "rank0/torch"), reader.tensor("rng", "rank1/torch"))
     train(tiny_config(**Case(keys={"train_iters": 2}).config_keys(), **keys))
     assert capsys.readouterr().out.count("has no random-number states of this process grid") == 1
-
-
-def test_muon_is_refused_where_matrices_are_shared(tiny_config: MakeConfig) -> None:
-    layer = torch.nn.Linear(2, 2)
-    mark_sharded(layer.weight, 0, (4, 2), Layout(0, tensor_size=2))
-    config = tiny_config(optimizer={"type": "Muon", "params": {"lr": 1e-3}})
-    with pytest.raises(UserError, match="Muon needs whole matrices, model_parallel_size must be 1"):
-        build_optimizer(layer, config.optimization)
