@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.launch import free_port
 from tests.launched import ROOT, deepy, environment, training_lines, wait_until, write_config
 
 pytestmark = pytest.mark.skipif(
@@ -37,6 +38,7 @@ def test_a_run_of_launcher_openmpi_saves_when_deepy_is_stopped(
         "hostfile": str(tmp_path / "hosts"),
         "no_ssh_check": True,
         "launcher_args": " ".join([*AS_ROOT, "--oversubscribe", "--mca btl_tcp_if_include lo"]),
+        "master_port": free_port(),
         "train_iters": 1000000,
         "save": str(tmp_path / "out"),
     }

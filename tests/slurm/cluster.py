@@ -91,7 +91,8 @@ class Cluster:
 
     def logs(self) -> str:
         """The last lines of every daemon's log."""
-        parts = [[f"== {path.name}", *path.read_text().splitlines()[-30:]] for path in self.folder.glob("*.log")]
+        files = [path for path in sorted(self.folder.iterdir()) if path.suffix in (".log", ".out")]
+        parts = [[f"== {path.name}", *path.read_text().splitlines()[-30:]] for path in files]
         return "\n".join(line for part in parts for line in part)
 
     def close(self) -> None:

@@ -23,38 +23,49 @@ RUN = """\
 #!/bin/bash
 case " $* " in *" --explain "*) cat "$SETTINGS"; exit ;; esac
 trap 'sleep 0.3; exit "$CODE_AFTER_SIGNAL"' USR1 TERM
+mkdir -p "$SAVE"; echo "global_step$REACHED" > "$SAVE/latest"
 echo "args: $*" > "$STARTED.new"; mv "$STARTED.new" "$STARTED"
 [ "$WAIT" = 1 ] || exit "$CODE"
 while :; do sleep 0.05; done
 """
+SCONTROL = """\
+#!/bin/bash
+if [ "$1" = show ]; then echo "JobState=$STATE Reason=None PreemptTime=$PREEMPTED"; else echo "scontrol $*"; fi
+"""
 
 
 class StandIn:
-    """The script with a stand-in for Python and for scontrol."""
+    """The script with stand-ins for Python (RUN) and scontrol; the run has 20 iterations."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name, text in {"run": RUN, "scontrol": '#!/bin/bash\necho "scontrol $*"\n'}.items():
+        for name, text in {"run": RUN, "scontrol": SCONTROL}.items():
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
-        self.settings('"runs/a"', '"runs/a"')
+        self.settings(save=f'"{folder / "out"}"', load=f'"{folder / "out"}"')
 
-    def settings(self, save: str, load: str) -> None:
-        text = f"checkpoint:\n  save     {save}   a.yml:1\n  load     {load}   a.yml:2\n"
-        (self.folder / "settings").write_text(text)
+    def settings(self, **keys: str) -> None:
+        lines = [f"  {key:40} {value:40} a.yml:1\n" for key, value in {"train_iters": "20", **keys}.items()]
+        (self.folder / "settings").write_text("".join(["checkpoint:\n", *lines]))
 
-    def start(self, code: int = 0, code_after_signal: int = 0, wait: bool = False) -> subprocess.Popen[str]:
+    def start(self, **variables: object) -> subprocess.Popen[str]:
         path = f"{self.folder}{os.pathsep}{os.environ['PATH']}"
-        variables = {"PYTHON": str(self.folder / "run"), "STARTED": str(self.folder / "started"), "PATH": path}
-        variables |= {"CODE": str(code), "CODE_AFTER_SIGNAL": str(code_after_signal), "WAIT": str(int(wait))}
-        variables |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SETTINGS": str(self.folder / "settings")}
+        files = {"PYTHON": "run", "STARTED": "started", "SETTINGS": "settings", "SAVE": "out"}
+        values = {"CODE": 0, "CODE_AFTER_SIGNAL": 0, "WAIT": 0, "REACHED": 20, "STATE": "RUNNING", "PREEMPTED": "None"}
+        values |= {"PATH": path, "SLURM_JOB_ID": 7, "SLURM_JOB_NODELIST": "n1", **variables}
+        values |= {name: self.folder / file for name, file in files.items()}
         return subprocess.Popen(
             ["bash", str(SCRIPT), "a.yml", "--set", "seed=3"],
-            cwd=ROOT, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            cwd=ROOT, env=environment(**{name: str(value) for name, value in values.items()}),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
-    def signalled(self, number: int, code_after_signal: int) -> tuple[int, str]:
-        with self.start(code_after_signal=code_after_signal, wait=True) as process:
+    def run(self, **variables: object) -> tuple[int, str]:
+        with self.start(**variables) as process:
+            return process.wait(20), process.communicate(timeout=20)[0]
+
+    def signalled(self, number: int, **variables: object) -> tuple[int, str]:
+        with self.start(WAIT=1, **variables) as process:
             assert wait_until((self.folder / "started").exists, 20)
             process.send_signal(number)
             output = process.communicate(timeout=20)[0]
@@ -66,42 +77,61 @@ def script(tmp_path: Path) -> StandIn:
     return StandIn(tmp_path)
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 137])
-def test_a_run_that_ends_by_itself_is_not_requeued(script: StandIn, code: int) -> None:
-    with script.start(code) as process:
-        output = process.communicate(timeout=20)[0]
-    assert process.returncode == code
-    assert "scontrol" not in output
+def test_a_complete_run_ends_the_job(script: StandIn) -> None:
+    code, output = script.run()
+    assert code == 0 and "scontrol" not in output
     arguments = (script.folder / "started").read_text().strip()
     assert arguments == "args: deepy.py train.py -d configs a.yml --set seed=3 --set deepspeed_slurm=true"
 
 
+@pytest.mark.parametrize("code", [1, 2, 137])
+def test_a_run_that_fails_is_not_requeued(script: StandIn, code: int) -> None:
+    returned, output = script.run(CODE=code, REACHED=5)
+    assert returned == code and "scontrol" not in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 @pytest.mark.parametrize("code", [0, 138, 143])
-def test_a_run_stopped_at_the_time_limit_is_requeued(script: StandIn, code: int) -> None:
-    returned, output = script.signalled(signal.SIGUSR1, code)
+def test_a_run_stopped_at_the_time_limit_is_requeued(script: StandIn, number: int, code: int) -> None:
+    returned, output = script.signalled(number, CODE_AFTER_SIGNAL=code, REACHED=5)
+    assert returned == 0 and "scontrol requeue 7" in output
+
+
+@pytest.mark.parametrize("code", [0, 143])
+def test_a_preempted_run_is_requeued_when_only_its_processes_get_the_signal(script: StandIn, code: int) -> None:
+    returned, output = script.run(CODE=code, REACHED=5, PREEMPTED="2026-11-21T08:45:05")
     assert returned == 0 and "scontrol requeue 7" in output
 
 
 @pytest.mark.parametrize("code", [1, 2])
 def test_a_run_that_fails_to_save_is_not_requeued(script: StandIn, code: int) -> None:
-    returned, output = script.signalled(signal.SIGUSR1, code)
+    returned, output = script.signalled(signal.SIGUSR1, CODE_AFTER_SIGNAL=code, REACHED=5)
     assert returned == code and "scontrol" not in output
 
 
-def test_a_cancelled_job_stops_and_is_not_requeued(script: StandIn) -> None:
-    returned, output = script.signalled(signal.SIGTERM, 0)
+def test_a_signal_at_the_end_of_a_complete_run_does_not_start_it_again(script: StandIn) -> None:
+    returned, output = script.signalled(signal.SIGUSR1, REACHED=20)
+    assert returned == 0 and "scontrol" not in output
+
+
+def test_a_cancelled_job_stays_cancelled(script: StandIn) -> None:
+    returned, output = script.signalled(signal.SIGTERM, REACHED=5, STATE="COMPLETING")
     assert returned == 0 and "scontrol" not in output
 
 
 @pytest.mark.parametrize(
-    ("save", "load", "message"),
-    [("null", "null", "save: not set"), ('"runs/a"', "null", "load: has to be"), ('"a"', '"b"', "load: has to be")],
+    ("keys", "message"),
+    [
+        ({"save": "null", "load": "null"}, "save: not set"),
+        ({"save": '"runs/a"', "load": "null"}, "load: has to be"),
+        ({"save": '"a"', "load": '"b"'}, "load: has to be"),
+        ({"save": '"a"', "load": '"a"', "train_iters": "null"}, "train_iters: not set"),
+    ],
 )
-def test_a_run_that_could_not_resume_is_refused(script: StandIn, save: str, load: str, message: str) -> None:
-    script.settings(save, load)
-    with script.start() as process:
-        output = process.communicate(timeout=20)[0]
-    assert process.returncode == 2 and output.count("\n") == 1 and f"error: {message}" in output
+def test_a_run_that_could_not_resume_is_refused(script: StandIn, keys: dict[str, str], message: str) -> None:
+    script.settings(**keys)
+    code, output = script.run()
+    assert code == 2 and output.count("\n") == 1 and f"error: {message}" in output
     assert not (script.folder / "started").exists()
 
 
@@ -147,7 +177,10 @@ def test_a_run_is_stopped_before_its_time_limit_requeued_and_ends_as_without(
     cluster.run("srun", *places, sys.executable, "train.py", str(plain), cwd=ROOT)
     assert wait_until(done, 120), f"{log.read_text()}{cluster.logs()}"
     output = log.read_text()
-    assert f"job {job}: stopped by a signal (exit code 0), requeued" in output and f"job {job}, start 2" in output
+    assert (
+        f"job {job}: stopped before train_iters {iterations} (exit code 0), requeued" in output
+        and f"job {job}, start 2" in output
+    )
     assert "resumed from" in output, output
     found, expected = training_lines(saved), training_lines(tmp_path / "plain")
     assert [line["iteration"] for line in found] == [*range(1, iterations + 1)]
