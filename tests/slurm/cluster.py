@@ -100,7 +100,7 @@ class Cluster:
         if len(self._daemons) > 1:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.run("scancel", "--user", str(os.getuid()), check=False)
-                self._wait_for("", "squeue", "-h", seconds=10)
+                self._wait_for("2", "sinfo", "-h", "-t", "idle", "-o", "%D", seconds=15)
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:
