@@ -157,7 +157,7 @@ def test_block_keeps_the_predicted_bytes_within_3_percent(options: dict[str, Any
     config = small(**options, precision=dtype)
     kind = config.model.layer_kinds[0]
     entry = torch.float32 if dtype == "fp32" else torch.bfloat16
-    block = Block(config.model, kind, BuildOptions(config.training.pattention_backend)).to(entry)
+    block = Block(config.model, 0, BuildOptions(config.training.pattention_backend)).to(entry)
     x = torch.randn(2, 256, 64, dtype=entry, requires_grad=True)
     with Kept(block) as kept:
         _output = block(x)  # holds the graph

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron.config.schema import RunConfig
+    from megatron.config.schema import GrowthStage, RunConfig, ScalingConfig
 
 ALIASES: dict[str, str] = {
     "learning_rate": "optimizer.params.lr",
@@ -243,7 +243,7 @@ REFUSED: dict[str, Rule] = {
     **_refused("checkpoints need a folder that all nodes see; set true", ("use_shared_fs", True)),
     **_refused("checkpoints are not uploaded; remove it", "s3_path"),
     **_refused(
-        "growing a model is not supported by this version; remove it",
+        "grow with `growth` or pretrain_partial_init; remove it",
         "qkv_slot_num_new",
         "proj_slot_num_new",
         "ffn_slot_num_new",
@@ -297,12 +297,7 @@ def _check_tensor_axis(config: RunConfig) -> None:
 
 
 def check_trainable(config: RunConfig) -> None:
-    """Refuse what training does not implement yet (evaluation and generation do not mind); raises UserError."""
-    if config.checkpoint.pretrain_partial_init:
-        raise UserError(
-            f"pretrain_partial_init: {config.checkpoint.pretrain_partial_init}: growing a model from a smaller one is "
-            "not supported by this version; remove the key, or set it to null with --set pretrain_partial_init=null"
-        )
+    """Refuse what cannot be trained (evaluation and generation do not mind); raises UserError."""
     training, data = config.training, config.data
     missing = {
         "train_iters": training.train_iters,
@@ -313,6 +308,17 @@ def check_trainable(config: RunConfig) -> None:
     if names:
         raise UserError(f"training needs {', '.join(names)}: add to a YAML file, or give --set {names[0]}=VALUE")
     _check_optimizer_and_zero(config)
+    _check_growth(config)
+
+
+def _check_growth(config: RunConfig) -> None:
+    scaling, options = config.scaling, config.checkpoint
+    if scaling.growth and options.save is None:
+        raise UserError("growth: a run that grows goes through a checkpoint; give `save` (and the same folder as load)")
+    stages: list[ScalingConfig | GrowthStage] = [scaling, *scaling.growth]
+    scaled = any(stage.old_tokens_lr_scale != 1 or stage.new_tokens_lr_scale != 1 for stage in stages)
+    if scaled and config.optimization.optimizer.type == "Muon":
+        raise UserError("new_tokens_lr_scale: Muon has no learning rates by age of tokens; use Adam")
 
 
 def _check_optimizer_and_zero(config: RunConfig) -> None:

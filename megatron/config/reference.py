@@ -94,6 +94,9 @@ def _keys_of(section: str, model: type[BaseModel], prefix: str) -> Iterator[Key]
         else:
             meaning = " ".join((field.description or "").split())
             yield Key(section, prefix + name, _type_name(annotation), _default(field), meaning)
+            (item,) = typing.get_args(annotation) if typing.get_origin(annotation) is list else (None,)
+            if isinstance(item, type) and issubclass(item, BaseModel):
+                yield from _keys_of(section, item, f"{prefix}{name}[].")
 
 
 def _default(field: FieldInfo) -> str:
@@ -109,6 +112,10 @@ def _type_name(annotation: Any) -> str:
         return ", ".join(str(value) for value in arguments)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type_name(item) for item in arguments if item is not type(None))
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel) or origin is dict:
+        return "table"
     if origin is list:
         return f"list of {_type_name(arguments[0])}"
     if origin is tuple:

@@ -81,6 +81,9 @@ class ModelConfig(Section):
     """Parameter tokens of the attention output projection (TokenFormer blocks)."""
     ffn_slot_num: int | None = Field(default=None, gt=0)
     """Parameter tokens of the feed-forward Pattention (TokenFormer blocks)."""
+    token_segments: dict[Literal["qkv", "proj", "ffn"], list[list[Annotated[int, Field(ge=0)]]]] | None = None
+    """Written by growth, not by hand: for each block the tokens it was made with and those that each growth added. The
+    slot numbers are then the largest sums."""
     norm_activation_type: PattentionActivation = "l2_norm_gelu"
     """How Pattention turns scores into weights (theta of the paper). l2_norm_gelu is the published form."""
     seq_length: int = Field(gt=0)
@@ -144,9 +147,19 @@ class ModelConfig(Section):
             for key in ("qkv_slot_num", "proj_slot_num", "ffn_slot_num"):
                 if getattr(self, key) is None:
                     raise ValueError(f"{key}: a tokenformer block needs it; give the number of parameter tokens")
+        for kind, blocks in (self.token_segments or {}).items():
+            self._check_segments(kind, blocks)
         if self.padded_vocab_size and self.vocab_size and self.vocab_size > self.padded_vocab_size:
             raise ValueError(_too_many_ids(self.padded_vocab_size, self.vocab_size))
         return self
+
+    def _check_segments(self, kind: str, blocks: list[list[int]]) -> None:
+        slots, sums = getattr(self, f"{kind}_slot_num"), [sum(block) for block in blocks]
+        if len(blocks) != self.num_layers or len({len(block) for block in blocks}) != 1 or max(sums) != slots:
+            raise ValueError(
+                f"token_segments: {kind} of {len(blocks)} blocks with up to {max(sums, default=0)} tokens does not "
+                f"belong to num_layers {self.num_layers} and {kind}_slot_num {slots}; leave it to growth"
+            )
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -351,6 +364,75 @@ class ParallelConfig(Section):
         return max(1, self.pipe_parallel_size)
 
 
+class GrowthStage(Section):
+    """One growth inside a run: when, to how many tokens, and how training goes on."""
+
+    at_iteration: int | None = Field(default=None, gt=0)
+    """Grow after this many iterations of the run."""
+    at_tokens: int | None = Field(default=None, gt=0)
+    """Grow once this many tokens of training data have been consumed; instead of at_iteration."""
+    qkv_slot_num: int | None = Field(default=None, gt=0)
+    """Tokens afterwards of each query, key and value. Default: as many as before."""
+    proj_slot_num: int | None = Field(default=None, gt=0)
+    """Tokens afterwards of the attention output projection. Default: as many as before."""
+    ffn_slot_num: int | None = Field(default=None, gt=0)
+    """Tokens afterwards of the feed-forward. Default: as many as before."""
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Blocks that grow, from 0. Default: all."""
+    lr_policy: Literal["restart", "continue"] = "restart"
+    """restart: a schedule of its own, warm-up included; continue: the schedule goes on as if nothing had happened."""
+    lr: float | None = Field(default=None, ge=0)
+    """Peak learning rate of a restart. Default: that of the run."""
+    min_lr: float | None = Field(default=None, ge=0)
+    """Learning rate at the end of a restart's decay. Default: that of the run."""
+    warmup: float | None = Field(default=None, ge=0, le=1)
+    """Part of a restart's lr_decay_iters with a linear warm-up. Default: that of the run."""
+    lr_decay_iters: int | None = Field(default=None, gt=0)
+    """Iterations of a restart's decay. Default: until the next restart or train_iters."""
+    freeze_old_tokens: bool = False
+    """Train the new tokens only, until the next stage."""
+    old_tokens_lr_scale: float = Field(default=1.0, ge=0)
+    """Factor on the learning rate of everything but the new tokens."""
+    new_tokens_lr_scale: float = Field(default=1.0, ge=0)
+    """Factor on the learning rate of the new tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GrowthStage:
+        if (self.at_iteration is None) == (self.at_tokens is None):
+            raise ValueError("growth: each stage needs at_iteration or at_tokens, one of the two")
+        for key in ("lr", "min_lr", "warmup", "lr_decay_iters"):
+            if self.lr_policy == "continue" and getattr(self, key) is not None:
+                raise ValueError(f"growth.{key}: belongs to a schedule of its own; set lr_policy: restart")
+        return self
+
+
+class ScalingConfig(Section):
+    """Incremental scaling: growing the model by parameter tokens."""
+
+    growth: list[GrowthStage] = []
+    """Growths inside the run, in order, for example [{at_iteration: 1000, qkv_slot_num: 1792, ffn_slot_num: 7168}]. The
+    token counts of the model section are those before the first."""
+    partial_init_policy: Literal["restart", "continue"] = "restart"
+    """With pretrain_partial_init: iterations and learning-rate schedule start anew, or go on."""
+    freeze_old_tokens: bool = False
+    """Train only the tokens of the latest growth."""
+    old_tokens_lr_scale: float = Field(default=1.0, ge=0)
+    """Factor on the learning rate of everything but the tokens of the latest growth."""
+    new_tokens_lr_scale: float = Field(default=1.0, ge=0)
+    """Factor on the learning rate of the tokens of the latest growth."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScalingConfig:
+        for key in ("at_iteration", "at_tokens"):
+            times = [value for stage in self.growth if (value := getattr(stage, key)) is not None]
+            for earlier, later in zip(times, times[1:], strict=False):
+                if later <= earlier:
+                    raise ValueError(
+                        f"growth: stages are out of order, {key} {later} follows {earlier}; sort them by time"
+                    )
+        return self
+
+
 class TrainingConfig(Section):
     """Length and batches of a run."""
 
@@ -497,7 +579,8 @@ class CheckpointConfig(Section):
     eval_ckpt: str | None = None
     """Checkpoint for eval.py and generate.py: an official pytorch_model.bin or a checkpoint folder; wins over load."""
     pretrain_partial_init: str | None = None
-    """Checkpoints of a smaller model that training starts from, with parameter tokens added (growth)."""
+    """Checkpoint of a smaller model that training starts from, with parameter tokens added up to the token counts given
+    here; a run's folder, or an official pytorch_model.bin or training folder. Ignored once `load` has a checkpoint."""
 
 
 class LoggingConfig(Section):
@@ -631,8 +714,8 @@ class GenerationConfig(Section):
 
 
 SECTIONS = (
-    "model", "optimization", "precision", "parallel", "training", "data", "tokenizer", "checkpoint", "logging",
-    "launch", "evaluation", "generation",
+    "model", "optimization", "precision", "parallel", "scaling", "training", "data", "tokenizer", "checkpoint",
+    "logging", "launch", "evaluation", "generation",
 )  # fmt: skip
 
 
@@ -643,6 +726,7 @@ class RunConfig(Section):
     optimization: OptimizationConfig = OptimizationConfig()
     precision: PrecisionConfig = PrecisionConfig()
     parallel: ParallelConfig = ParallelConfig()
+    scaling: ScalingConfig = ScalingConfig()
     training: TrainingConfig = TrainingConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

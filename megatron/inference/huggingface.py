@@ -103,9 +103,9 @@ def joined_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """Parameters and buffers under canonical names, as if every Pattention had one segment."""
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for prefix, module in model.named_modules():
-        if isinstance(module, Pattention) and module.num_segments > 1:
+        if isinstance(module, Pattention) and len(module.segments) > 1:
             for kind in ("key", "value"):
-                parts = [tensors.pop(f"{prefix}.{kind}_tokens_{i}") for i in range(module.num_segments)]
+                parts = [tensors.pop(f"{prefix}.{kind}_tokens_{i}") for i in module.segments]
                 tensors[f"{prefix}.{kind}_tokens_0"] = torch.cat(parts)
     return tensors
 
@@ -120,7 +120,8 @@ def joined_config(model: LanguageModel) -> ModelConfig:
     for key, found in counts.items():
         if len(found) > 1:
             raise UserError(f"{key}: layers differ ({sorted(found)} tokens); a configuration has one number for all")
-    return model.config.model_copy(update={key: found.pop() for key, found in counts.items() if found})
+    update = {key: found.pop() for key, found in counts.items() if found}
+    return model.config.model_copy(update={**update, "token_segments": None})
 
 
 def _export_name(canonical: str) -> str:

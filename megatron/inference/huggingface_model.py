@@ -203,7 +203,7 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         super().__init__(config)
         options = BuildOptions()
         self.embedding = Embedding(config, options)
-        self.layers = nn.ModuleList(TokenFormerLayer(config, kind, options) for kind in config.layer_kinds)
+        self.layers = nn.ModuleList(TokenFormerLayer(config, i, options) for i in range(config.num_layers))
         self.final_norm = build_norm(config.final_norm_kind, config)
         self.gradient_checkpointing = False
         self.post_init()

@@ -23,7 +23,7 @@ _CONFIG_CLASS = "TokenFormerConfig"
 CONFIGURATION, MODELING = "configuration_tokenformer", "modeling_tokenformer"
 
 # Names that transformers has a word of its own for; None: not in the export's configuration.
-EXPORT_NAMES = {"vocab_size": "tokenizer_vocab_size", "no_weight_tying": None}
+EXPORT_NAMES = {"vocab_size": "tokenizer_vocab_size", "no_weight_tying": None, "token_segments": None}
 
 _HEADER = '''"""{title}
 
@@ -44,6 +44,7 @@ _CONFIG_HEAD = '''class TokenFormerConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size"}
 
+    token_segments = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
     tokenizer_vocab_size: Any = None

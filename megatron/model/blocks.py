@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +57,14 @@ class MLP(nn.Module):
         return self.fc_out(self.activation(self.fc_in(x)))
 
 
-def _token_count(config: ModelConfig, name: str) -> int:
+def token_segments(config: ModelConfig, block: int, name: str) -> list[int]:
+    """Tokens of each stage of growth in the Pattention `query`, `key`, `value`, `proj` or `mlp` of a block."""
+    if config.token_segments:
+        kind: Any = {"proj": "proj", "mlp": "ffn"}.get(name, "qkv")
+        return list(config.token_segments[kind][block])
     count = {"proj": config.proj_slot_num, "mlp": config.ffn_slot_num}.get(name, config.qkv_slot_num)
     assert count is not None, "ModelConfig checks the token counts"
-    return count
+    return [count]
 
 
 class Block(nn.Module):
@@ -67,11 +72,11 @@ class Block(nn.Module):
 
     Args:
         config: the model.
-        kind: `tokenformer` or `global`, an entry of config.layer_kinds.
+        index: which block of config.layer_kinds this is.
         options: backends and device.
     """
 
-    def __init__(self, config: ModelConfig, kind: str, options: BuildOptions) -> None:
+    def __init__(self, config: ModelConfig, index: int, options: BuildOptions) -> None:
         super().__init__()
         self.parallel_residual, self.dropout, self.layout = config.gpt_j_residual, config.hidden_dropout, options.layout
         width, device, layout, stream = config.hidden_size, options.device, options.layout, options.stream
@@ -80,7 +85,7 @@ class Block(nn.Module):
             return Pattention(
                 width,
                 width,
-                _token_count(config, name),
+                token_segments(config, index, name),
                 config.norm_activation_type,
                 backend=options.pattention_backend,
                 layout=layout,
@@ -95,7 +100,7 @@ class Block(nn.Module):
                 return RowParallelLinear(width, width, bias, layout, stream, device)
             return ColumnParallelLinear(width, width, bias, layout, stream, device)
 
-        is_tokenformer = kind == TOKENFORMER
+        is_tokenformer = config.layer_kinds[index] == TOKENFORMER
         projection = pattention if is_tokenformer else linear
         self.input_layernorm = build_norm(config.norm, config, device, layout)
         self.attention = SelfAttention(config, projection, options.attention_backend, layout)

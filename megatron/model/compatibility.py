@@ -58,7 +58,7 @@ def check_fit(model: LanguageModel, shapes: Mapping[str, tuple[int, ...]], sourc
 _FREE_KEYS = {
     "seq_length", "max_position_embeddings", "hidden_dropout", "attention_dropout", "init_method", "init_method_std",
     "output_layer_init_method", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
-    "attention_config", "final_norm",
+    "attention_config", "final_norm", "token_segments",
 }  # fmt: skip
 
 

@@ -49,9 +49,7 @@ def layer_specs(config: ModelConfig, options: BuildOptions) -> list[LayerSpec]:
     """The model's layers in order: embedding, blocks, final norm, head."""
     embed = partial(Embedding, config, options)
     norm = partial(build_norm, config.final_norm_kind, config, options.device, options.layout)
-    blocks = [
-        LayerSpec(f"layers.{i}", partial(Block, config, kind, options)) for i, kind in enumerate(config.layer_kinds)
-    ]
+    blocks = [LayerSpec(f"layers.{i}", partial(Block, config, i, options)) for i in range(config.num_layers)]
     if config.no_weight_tying:
         first, last = LayerSpec("embedding", embed), LayerSpec("head", partial(Head, config, options))
     else:

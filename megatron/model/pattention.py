@@ -30,7 +30,8 @@ class Pattention(nn.Module):
 
     Args:
         in_features, out_features: widths of input and output.
-        num_tokens: parameter tokens n, one number or one a segment.
+        num_tokens: parameter tokens n, one number or one a segment. A later segment of 0 has no parameters: segment i
+            of all layers belongs to the same stage of growth, at which some layers may not have grown.
         activation: l2_norm_gelu, gelu_l2_norm or softmax (see `megatron.ops.pattention.theta`).
         backend: auto, reference or fused.
         tau_tokens: tau^2; n when not given. It stays what it was when tokens are appended.
@@ -59,19 +60,16 @@ class Pattention(nn.Module):
     ) -> None:
         super().__init__()
         segments = [num_tokens] if isinstance(num_tokens, int) else list(num_tokens)
-        if not segments or min(in_features, out_features, *segments) < 1:
+        if not segments or min(in_features, out_features, segments[0]) < 1 or min(segments) < 0:
             raise ValueError(f"Pattention({in_features}, {out_features}, {num_tokens}): sizes must be positive")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: unknown '{activation}'; choose one of {', '.join(ACTIVATIONS)}")
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
-        self.num_segments, self.backend = len(segments), backend
+        self.segment_sizes, self.backend = segments, backend
+        """Number of tokens of each segment, those of all tensor ranks, oldest first."""
         self.layout, self.inputs, self.outputs = layout, inputs, outputs
-        for i, size in enumerate(segments):
-            start, stop = layout.share(size)
-            for kind, width in (("key", in_features), ("value", out_features)):
-                tokens = nn.Parameter(torch.empty(stop - start, width, device=device, dtype=dtype))
-                mark_sharded(tokens, 0, (size, width), layout)
-                self.register_parameter(f"{kind}_tokens_{i}", tokens)
+        for i in self.segments:
+            self._register_segment(i, device, dtype)
         initial_tau = tau_tokens if tau_tokens is not None else sum(segments)
         # The count is data, not weights: it is real even while the weights are on the meta device.
         self.register_buffer("tau_tokens", torch.tensor(initial_tau, dtype=torch.int64, device=device))
@@ -80,7 +78,7 @@ class Pattention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Keys N(0, 0.02), values N(0, 1/n): outputs of about the inputs' size. LanguageModel has its own."""
-        for i in range(self.num_segments):
+        for i in self.segments:
             for kind, std in (("key", 0.02), ("value", self.num_tokens**-0.5)):
                 tokens = getattr(self, f"{kind}_tokens_{i}")
                 whole = torch.empty(whole_shape(tokens), device=tokens.device, dtype=tokens.dtype).normal_(std=std)
@@ -91,10 +89,38 @@ class Pattention(nn.Module):
         """Write tau_tokens as given at construction (needed after moving off the meta device)."""
         self.tau_tokens.fill_(self._initial_tau)
 
+    def _register_segment(self, i: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        size = self.segment_sizes[i]
+        start, stop = self.layout.share(size)
+        for kind, width in (("key", self.in_features), ("value", self.out_features)):
+            tokens = nn.Parameter(torch.empty(stop - start, width, device=device, dtype=dtype))
+            mark_sharded(tokens, 0, (size, width), self.layout)
+            self.register_parameter(f"{kind}_tokens_{i}", tokens)
+
+    @torch.no_grad()
+    def append(self, size: int, values: Tensor | None = None) -> None:
+        """Add a segment of `size` tokens without changing what the layer computes (GELU activations).
+
+        The new keys are zero, so that the new scores and weights are; tau_tokens stays. A size of 0 only counts.
+
+        Args:
+            values: the new values [size, out_features], of which a tensor rank takes its share; default N(0, 1/n).
+        """
+        old, i = self.get_parameter("key_tokens_0"), len(self.segment_sizes)
+        self.segment_sizes = [*self.segment_sizes, size]
+        if not size:
+            return
+        self._register_segment(i, old.device, old.dtype)
+        key, value = (self.get_parameter(f"{kind}_tokens_{i}") for kind in ("key", "value"))
+        if values is None:
+            values = torch.empty(size, self.out_features).normal_(std=self.num_tokens**-0.5)
+        key.zero_()
+        value.copy_(take_share(values, value, self.layout))
+
     @property
-    def segment_sizes(self) -> list[int]:
-        """Number of tokens of each segment, those of all tensor ranks, oldest first."""
-        return [whole_shape(getattr(self, f"key_tokens_{i}"))[0] for i in range(self.num_segments)]
+    def segments(self) -> list[int]:
+        """Indices of the segments that have tokens."""
+        return [i for i, size in enumerate(self.segment_sizes) if size]
 
     @property
     def num_tokens(self) -> int:
@@ -112,7 +138,7 @@ class Pattention(nn.Module):
         return self._joined("value")
 
     def _joined(self, kind: str) -> Tensor:
-        segments = [getattr(self, f"{kind}_tokens_{i}") for i in range(self.num_segments)]
+        segments = [getattr(self, f"{kind}_tokens_{i}") for i in self.segments]
         return segments[0] if len(segments) == 1 else torch.cat(segments)
 
     @property

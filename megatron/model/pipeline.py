@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron.config.schema import ModelConfig
-from megatron.model.blocks import Block, BuildOptions
+from megatron.model.blocks import BuildOptions
 from megatron.model.language_model import LayerSpec, layer_specs
 from megatron.model.pattention import Pattention
 from megatron.mpu import Layout
@@ -32,13 +32,12 @@ _TIED_WEIGHT = "word_embeddings.weight"
 
 def layer_weights(config: ModelConfig) -> list[int]:
     """Matmul parameters of each layer of `layer_specs`; the embedding, the final norm and the head weigh nothing."""
-    by_kind = {
-        kind: sum(p.numel() for p in Block(config, kind, BuildOptions(device="meta")).parameters() if p.dim() == 2)
-        for kind in set(config.layer_kinds)
-    }
     specs = layer_specs(config, BuildOptions(device="meta"))
-    kinds = iter(config.layer_kinds)
-    return [by_kind[next(kinds)] if spec.name.startswith(_BLOCK_PREFIX) else 0 for spec in specs]
+    return [_matrix_entries(spec.build()) if spec.name.startswith(_BLOCK_PREFIX) else 0 for spec in specs]
+
+
+def _matrix_entries(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)
 
 
 def partition(weights: Sequence[int], stages: int) -> list[int]:

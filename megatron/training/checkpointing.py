@@ -182,10 +182,14 @@ _DATA_KEYS = (
 )  # fmt: skip
 
 
-def _warn_of_other_data(config: RunConfig, reader: CheckpointReader) -> None:
+def data_differences(config: RunConfig, reader: CheckpointReader) -> list[str]:
+    """In which keys the data of a run is another than that of a checkpoint, `key old -> new`."""
     now = config.flat()
-    changed = [f"{key} {reader.config[key]} -> {now[key]}" for key in _DATA_KEYS if reader.config.get(key) != now[key]]
-    if changed:
+    return [f"{k} {reader.config.get(k)} -> {now[k]}" for k in _DATA_KEYS if reader.config.get(k) != now[k]]
+
+
+def warn_of_other_data(config: RunConfig, reader: CheckpointReader) -> None:
+    if changed := data_differences(config, reader):
         get_logger().warning("data differs from the checkpoint's, samples may repeat: %s", "; ".join(changed))
 
 
@@ -206,16 +210,16 @@ def _restore_optimizer(config: RunConfig, engine: Engine, reader: CheckpointRead
 
 
 def restore(config: RunConfig, engine: Engine, state: TrainState, reader: CheckpointReader) -> None:
-    """Continue from a checkpoint whose weights the engine's model already holds."""
+    """Continue from a checkpoint whose weights the engine's model and whose progress `state` already hold.
+
+    Parameters that the checkpoint's optimizer does not know (new tokens) start without a state.
+    """
     options = config.checkpoint
     if options.finetune:
         get_logger().info("took the weights of %s; everything else starts anew (finetune)", reader.folder)
         return
-    state.load_state_dict(reader.train_state)
-    _warn_of_other_data(config, reader)
     if not options.no_load_optim:
         _restore_optimizer(config, engine, reader)
     engine.loss_scaler = state.loss_scaler
     if not options.no_load_rng:
         restore_random_states(config, reader, engine.layout)
-    get_logger().info("resumed from %s at iteration %d", reader.folder, state.iteration)

@@ -25,11 +25,12 @@ from megatron.errors import RankError, UserError
 from megatron.model.attention import SelfAttention
 from megatron.mpu import Layout
 from megatron.mpu.device import process_device, uses_gpu
+from megatron.mpu.shard import take_share
 from megatron.ops.cross_entropy import cross_entropy
 from megatron.training.engine_state import EngineState
 from megatron.training.gradients import clip_gradients
 from megatron.training.grid import DeepSpeedGrid
-from megatron.training.optimizer import build_optimizer
+from megatron.training.optimizer import build_optimizer, freeze_old_parameters
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -140,9 +141,18 @@ class Engine(ABC):
         self.zero_stage: int = config.parallel.zero_optimization.stage
         # With ZeRO, DeepSpeed's Muon replaces gradients by updates before it takes their norm.
         self._norm_is_of_updates = config.optimization.optimizer.type == "Muon" and self.zero_stage > 0
+        frozen: dict[str, Tensor] = {}
+        if config.scaling.freeze_old_tokens:
+            freeze_old_parameters(model, config.model)
+            # The engine has no fp32 copy of what it does not train, and keeps none.
+            frozen = {
+                name: take_share(source(name), parameter, layout).float().cpu().clone()
+                for name, parameter in model.named_parameters()
+                if not parameter.requires_grad
+            }
         # A training run saves and restores through EngineState: DeepSpeed's checkpoint engine is never used.
         self._engine = self._initialize()
-        self.state = EngineState(model, self._engine.optimizer, self.zero_stage, layout)
+        self.state = EngineState(model, self._engine.optimizer, self.zero_stage, layout, frozen)
         if config.precision.dtype != "fp32":
             self.state.write_masters(source)
 
@@ -150,7 +160,7 @@ class Engine(ABC):
         import deepspeed
 
         deepspeed.utils.groups.mpu = None  # DeepSpeed would take over the grid of an earlier engine of this process
-        optimizer = build_optimizer(self.model, self.config.optimization)
+        optimizer = build_optimizer(self.model, self.config)
         # A PipelineModule brings its own grid.
         grid = DeepSpeedGrid(self.layout) if self.layout.tensor_size > 1 and self.layout.pipeline_size == 1 else None
         try:
@@ -221,7 +231,7 @@ class Engine(ABC):
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
     def mean_over_ranks(self, value: Tensor) -> float:
         """Average of a scalar over the data ranks. Collective."""
@@ -243,6 +253,11 @@ class Engine(ABC):
         """Whole canonical parameters (fp32) and buffers; collective."""
         yield from self.state.masters()
         yield from self.state.buffers()
+
+    def close(self) -> None:
+        """Let go of everything that takes memory, so that another engine can be built in this process."""
+        self._engine.destroy()
+        del self._engine, self.model, self.state
 
     @property
     def loss_scaler(self) -> dict[str, float]:

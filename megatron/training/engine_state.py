@@ -47,14 +47,24 @@ class EngineState:
         optimizer: `engine.optimizer`, DeepSpeed's wrapper or a torch optimizer.
         zero_stage: ZeRO stage of the engine.
         layout: the grid. With a pipeline, making an EngineState is collective.
+        frozen: fp32 values of the parameters that are not trained, by name, this tensor rank's share.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, zero_stage: int, layout: Layout = SINGLE) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        zero_stage: int,
+        layout: Layout = SINGLE,
+        frozen: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.model, self.optimizer, self.zero_stage, self.layout = model, optimizer, zero_stage, layout
         self.inner: torch.optim.Optimizer = optimizer if zero_stage == 0 else optimizer.optimizer
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._slices = {name: self._locate(p) for name, p in self.parameters.items()}
-        self._shapes = self._of_all_stages({name: whole_shape(p) for name, p in self.parameters.items()})
+        self._frozen = dict(frozen or {})
+        self._of_model = dict(model.named_parameters())
+        self._shapes = self._of_all_stages({name: whole_shape(p) for name, p in self._of_model.items()})
 
     def _locate(self, parameter: Any) -> _Slice:
         if self.zero_stage == 0:
@@ -90,13 +100,15 @@ class EngineState:
         if stage == layout.pipeline_rank:
             whole = self._join_shares(name, self._join_slices(name, moment))
         else:
-            whole = torch.empty(shape, dtype=torch.float32, device=next(iter(self.parameters.values())).device)
+            whole = torch.empty(shape, dtype=torch.float32, device=next(iter(self._of_model.values())).device)
         if layout.pipeline_group is not None:
             dist.broadcast(whole, group=layout.pipeline_group, group_src=stage)
         return whole
 
     def _join_slices(self, name: str, moment: str | None) -> Tensor:
         """This tensor rank's share of a master or moment, from the slices of the data ranks."""
+        if moment is None and name in self._frozen:
+            return self._frozen[name].to(self._of_model[name].device)
         place, parameter = self._slices[name], self.parameters[name]
         shape = getattr(parameter, "ds_shape", parameter.shape)
         share = torch.zeros(shape.numel(), dtype=torch.float32, device=parameter.device)
@@ -108,7 +120,7 @@ class EngineState:
 
     def _join_shares(self, name: str, share: Tensor) -> Tensor:
         """The whole tensor from the shares of the tensor ranks, which may be of different sizes."""
-        spec = shard_spec(self.parameters[name])
+        spec = shard_spec(self._of_model[name])
         if spec is None or self.layout.tensor_group is None:
             return share
         whole = torch.zeros(spec.shape, dtype=share.dtype, device=share.device)
@@ -117,7 +129,7 @@ class EngineState:
         return whole
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole fp32 value) of every trained parameter of the model. Collective."""
+        """(name, whole fp32 value) of every parameter of the model. Collective."""
         for name in self._shapes:
             yield name, self._gather(name, None)
 

@@ -26,20 +26,31 @@ def train(config: RunConfig) -> TrainState:
     Stops early, after saving, on SIGTERM, SIGINT or SIGUSR1 and at exit_interval. Raises UserError for what a user can
     mend: data, checkpoint, configuration, a loss that is not finite.
     """
-    run = start_run(config)
-    try:
-        with StopRequest() as stop:
-            _train_until_done(run, stop)
-    finally:
-        run.close()
-    return run.state
+    while True:
+        run = start_run(config)
+        try:
+            with StopRequest() as stop:
+                grows = _train_until_done(run, stop)
+        finally:
+            run.close()
+        if not grows:
+            return run.state
+        config = _from_own_checkpoint(config)
 
 
-def _train_until_done(run: Run, stop: StopRequest) -> None:
+def _from_own_checkpoint(config: RunConfig) -> RunConfig:
+    """The same run, continued from what it has just saved."""
+    keys = {"load": config.checkpoint.save, "iteration": None, "finetune": False}
+    keys |= {"no_load_optim": False, "no_load_rng": False}
+    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=keys)})
+
+
+def _train_until_done(run: Run, stop: StopRequest) -> bool:
+    """Train to the end, a request to stop, or the next growth; true when it is time to grow."""
     state, batches = run.state, run.training_batches()
     if state.iteration >= run.last_iteration:
         get_logger().info("iteration %d of train_iters %d is reached already", state.iteration, run.last_iteration)
-        return
+        return False
     if state.iteration == 0:
         _save_if_due(run)
     while state.iteration < run.last_iteration:
@@ -47,13 +58,17 @@ def _train_until_done(run: Run, stop: StopRequest) -> None:
         if state.iteration % run.config.logging.log_interval == 0:
             run.metrics.log(_training_metrics(run, step))
         stopping = run.engine.any_rank(stop.requested) or _exit_due(run)
-        _save_if_due(run, force=stopping or state.iteration == run.last_iteration)
+        grows = run.growth_is_due()
+        _save_if_due(run, force=stopping or grows or state.iteration == run.last_iteration)
         if stopping:
             get_logger().info("stopped at iteration %d (%s)", state.iteration, stop.name or "exit_interval")
-            return
+            return False
         if state.iteration % run.config.training.eval_interval == 0 or state.iteration == run.last_iteration:
             _evaluate(run, "valid")
+        if grows:
+            return True
     _evaluate(run, "test")
+    return False
 
 
 def _iterate(run: Run, batches: Iterator[list[Tensor]]) -> StepResult:

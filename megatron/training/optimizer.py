@@ -2,24 +2,60 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron.config.schema import OptimizationConfig
+from megatron.config.schema import ModelConfig, OptimizationConfig, RunConfig
 from megatron.errors import UserError
 from megatron.mpu.device import uses_gpu
 
+_TOKENS = re.compile(r"_tokens_(\d+)$")
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices decay, vectors (norms, biases) do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.dim() >= 2]
-    vectors = [p for p in parameters if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+
+def stage_of(name: str) -> int:
+    """The growth that a parameter came with; 0 for everything but tokens that were added."""
+    match = _TOKENS.search(name)
+    return int(match[1]) if match else 0
+
+
+def newest_stage(model: ModelConfig) -> int:
+    """The number of growths a model has behind it."""
+    return len(model.token_segments["qkv"][0]) - 1 if model.token_segments else 0
+
+
+def freeze_old_parameters(module: nn.Module, model: ModelConfig) -> None:
+    """Leave only the tokens of the latest growth to be trained; UserError when this process has none of them."""
+    newest = newest_stage(model)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(newest > 0 and stage_of(name) == newest)
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        what = "a pipeline stage has no new tokens" if newest else "the model has not grown"
+        raise UserError(f"freeze_old_tokens: {what}, there would be nothing to train; set it to false")
+
+
+def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    """Groups by growth, matrices apart from vectors: matrices decay, vectors (norms, biases) do not.
+
+    The tokens of each growth have groups of their own, so that they have their own count of updates (Adam's bias
+    correction) and `lr_scale`, the factor on the learning rate.
+    """
+    newest, scaling = newest_stage(config.model), config.scaling
+    members: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members.setdefault((stage_of(name), parameter.dim() < 2), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if is_vector else config.optimization.weight_decay,
+            "lr_scale": scaling.new_tokens_lr_scale if newest and stage == newest else scaling.old_tokens_lr_scale,
+        }
+        for (stage, is_vector), parameters in sorted(members.items(), key=lambda item: item[0])
+    ]
 
 
 class Lion(torch.optim.Optimizer):
@@ -41,10 +77,11 @@ class Lion(torch.optim.Optimizer):
                 momentum.lerp_(grad, 1.0 - beta2)
 
 
-def build_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.Optimizer:
-    """The optimizer that `config.optimizer.type` names; UserError with the pip line when its package is missing."""
+def build_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer:
+    """The optimizer that `optimizer.type` names; UserError with the pip line when its package is missing."""
+    config = run.optimization
     spec, params = config.optimizer, config.optimizer.params
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, run)
     adam: dict[str, Any] = {"lr": params.lr, "betas": params.betas, "eps": params.eps}
     if spec.type in ("Adam", "AdamW"):
         return torch.optim.AdamW(groups, **adam, fused=_fused_available(model))

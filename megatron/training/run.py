@@ -12,27 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from megatron.checkpoint.state import ParameterSource
-from megatron.checkpoint.store import CheckpointReader, FolderLock
+from megatron.checkpoint.store import FolderLock
 from megatron.config.schema import RunConfig
 from megatron.data import batches, build_datasets
 from megatron.errors import RankError, UserError
+from megatron.growth.grow import TensorSource
+from megatron.growth.schedule import is_due, learning_rate_schedule, next_stage
 from megatron.log import get_logger, log_to_file
 from megatron.model import LanguageModel
 from megatron.model.blocks import BuildOptions
-from megatron.model.compatibility import check_fit, check_same_model, saved_model_config
 from megatron.model.init import initial_value
 from megatron.mpu import Layout
 from megatron.mpu.device import DTYPES, process_device
 from megatron.mpu.shard import take_share
 from megatron.ops.pattention import select_backend
 from megatron.tokenizer import build_tokenizer
-from megatron.training.checkpointing import check_save_folder, open_for_resume, restore, seed_generators
+from megatron.training.checkpointing import restore, seed_generators, warn_of_other_data
 from megatron.training.engine import Engine, SingleStageEngine, initialize_distributed
 from megatron.training.hardware import peak_flops
 from megatron.training.metrics import MetricsLog, Throughput
 from megatron.training.pipeline_engine import PipelineEngine
 from megatron.training.schedule import LRSchedule
+from megatron.training.start import Start, find_start
 from megatron.training.state import TrainState
+
+# Sequences of a held-out set on which a growth is proven to change nothing.
+_PROOF_SEQUENCES = 4
 
 
 @dataclass
@@ -104,9 +109,19 @@ class Run:
         self.loss_sum, self.losses_summed = None, 0
         return mean
 
+    def growth_is_due(self) -> bool:
+        """Has the time of the next scheduled growth come, with training to follow it?"""
+        stage, state = next_stage(self.config, self.state.lineage), self.state
+        return (
+            stage is not None
+            and is_due(stage, state.iteration, state.consumed_tokens)
+            and state.iteration < self.last_iteration
+        )
+
     def close(self) -> None:
-        """Flush the metrics and give the save folder free."""
+        """Flush the metrics, let go of the model and give the save folder free."""
         self.metrics.close()
+        self.engine.close()
         if self.lock is not None:
             self.lock.close()
 
@@ -134,14 +149,17 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
     tokenizer = build_tokenizer(config.tokenizer)
     config = config.with_vocabulary(tokenizer.vocab_size)
     micro, steps = config.training.resolve_batch(layout.data_size)
-    reader = open_for_resume(config, layout.rank)
-    check_save_folder(config, reader)
-    engine = _build_engine(config, layout, reader, tokenizer.eod_id)
-    state = TrainState()
-    if reader is not None:
-        restore(config, engine, state, reader)
+    start = find_start(config, layout)
+    config, state = start.config, start.state
     global_batch = micro * steps * layout.data_size
     datasets = _build_data(config, state, global_batch)
+    start.prove(_held_out_ids(datasets), layout)
+    engine = _build_engine(start, layout, tokenizer.eod_id)
+    if start.reader is not None:
+        restore(config, engine, state, start.reader)
+    if start.resumed and start.reader is not None:
+        warn_of_other_data(config, start.reader)
+        get_logger().info("resumed from %s at iteration %d", start.reader.folder, state.iteration)
     device, dtype = process_device(), DTYPES[config.precision.dtype]
     # Counted without storage: ZeRO 3 has left empty parameters behind in the model itself.
     counted = LanguageModel(config.model, device="meta")
@@ -154,7 +172,7 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
         layout,
         engine,
         state,
-        LRSchedule(config),
+        LRSchedule(*learning_rate_schedule(config, state.lineage, global_batch * config.model.seq_length)),
         datasets,
         metrics,
         Throughput(),
@@ -177,20 +195,27 @@ def _claim_folders(config: RunConfig) -> FolderLock | None:
     return FolderLock(config.checkpoint.save) if config.checkpoint.save else None
 
 
-def _build_engine(config: RunConfig, layout: Layout, reader: CheckpointReader | None, eod_id: int) -> Engine:
+def _held_out_ids(datasets: Any) -> Tensor:
+    """A few sequences [b, s] of the validation set, else of the training set, the same on every rank."""
+    dataset = datasets.valid if datasets.valid is not None and len(datasets.valid) else datasets.train
+    rows = [torch.as_tensor(dataset[i])[:-1] for i in range(min(_PROOF_SEQUENCES, len(dataset)))]
+    return torch.stack(rows).long()
+
+
+def _build_engine(start: Start, layout: Layout, eod_id: int) -> Engine:
     """The engine around this process's part of the model, with its first or loaded values."""
-    source = _parameter_source(config, reader)
+    config, source = start.config, _parameter_source(start)
     model: nn.Module
     if layout.pipeline_size == 1:
         model = _single_stage_model(config, layout)
-        _fill(model, layout, source, reader)
+        _fill(model, layout, source, start.tensors)
         return SingleStageEngine(config, layout, model, source, eod_id)
     # Imports DeepSpeed, which looks at the environment that initialize_distributed has set up.
     from megatron.model.pipeline import PipelineModel
 
     options = BuildOptions(config.training.pattention_backend, config.training.attention_backend, gather_logits=False)
     model = PipelineModel(config.model, layout, options, process_device(), _checkpoint_layers(config))
-    _fill(model, layout, source, reader)
+    _fill(model, layout, source, start.tensors)
     return PipelineEngine(config, layout, model, source, eod_id)
 
 
@@ -210,25 +235,24 @@ def _single_stage_model(config: RunConfig, layout: Layout) -> LanguageModel:
     )
 
 
-def _parameter_source(config: RunConfig, reader: CheckpointReader | None) -> ParameterSource:
-    """Whole fp32 values by canonical name: those of the checkpoint, which has to fit, or the initial ones."""
+def _parameter_source(start: Start) -> ParameterSource:
+    """Whole fp32 values by canonical name: those the run starts with, or the initial ones."""
+    tensors, config = start.tensors, start.config
+    if tensors is not None:
+        return lambda name: tensors.tensor("model", name)
     whole = LanguageModel(config.model, device="meta")
-    if reader is None:
-        shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
-        return lambda name: initial_value(name, shapes[name], config.model, config.training.seed)
-    check_fit(whole, {n: reader.shape("model", n) for n in reader.names("model")}, f"load: {reader.folder}")
-    check_same_model(config.model, saved_model_config(reader), reader.folder)
-    return lambda name: reader.tensor("model", name)
+    shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
+    return lambda name: initial_value(name, shapes[name], config.model, config.training.seed)
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, layout: Layout, source: ParameterSource, reader: CheckpointReader | None) -> None:
+def _fill(model: nn.Module, layout: Layout, source: ParameterSource, tensors: TensorSource | None) -> None:
     """Write this process's share of every parameter, and the buffers of a checkpoint."""
     for name, parameter in model.named_parameters():
         parameter.copy_(take_share(source(name), parameter, layout))
-    if reader is not None:
+    if tensors is not None:
         for name, buffer in model.named_buffers():
-            buffer.copy_(reader.tensor("model", name))
+            buffer.copy_(tensors.tensor("model", name))
 
 
 def _build_data(config: RunConfig, state: TrainState, global_batch: int) -> Any:

@@ -20,16 +20,21 @@ class LRSchedule:
     | constant    | lr                                                   |
 
     never below min_lr. From lr_decay_iters on the value stays at the end's (cosine: min_lr).
+
+    Args:
+        config: the settings.
+        start: update at which the schedule begins (a restart after a growth).
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        options = config.optimization
+    def __init__(self, config: RunConfig, start: int = 0) -> None:
+        options, self.start = config.optimization, start
         self.peak, self.floor, self.style = options.optimizer.params.lr, options.min_lr, options.lr_decay_style
         self.total = config.lr_decay_iters
         self.warmup = options.warmup * self.total
 
     def __call__(self, iteration: int) -> float:
-        """Learning rate after `iteration` finished updates."""
+        """Learning rate after `iteration` finished updates, those before `start` counted."""
+        iteration -= self.start
         if self.warmup > 0 and iteration <= self.warmup:
             return self.peak * iteration / self.warmup
         part = min(1.0, (iteration - self.warmup) / max(1.0, self.total - self.warmup))

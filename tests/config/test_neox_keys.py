@@ -67,8 +67,6 @@ def test_zero_keys_are_those_of_deepspeed() -> None:
     assert [key for key in ZERO_KEYS if key not in text] == []
 
 
-def test_training_refuses_growth_and_names_missing_keys() -> None:
-    with pytest.raises(UserError, match="pretrain_partial_init: old: growing a model .* not supported by this version"):
-        check_trainable(load_config([], {**MINIMUM, "pretrain_partial_init": "old"}))
+def test_training_names_missing_keys() -> None:
     with pytest.raises(UserError, match="training needs train_iters, train_micro_batch_size_per_gpu, data_path"):
         check_trainable(load_config([], MINIMUM))

@@ -203,7 +203,7 @@ def block_volumes(tensor_size: int) -> dict[str, float]:
         for kind, more in (("tokenformer", TOKENS), ("global", {"intermediate_size": 128})):
             for backend in BACKENDS:
                 config = ModelConfig(**{**keys, **more})
-                block = Block(config, kind, BuildOptions(pattention_backend=backend, layout=layout))
+                block = Block(config, 0, BuildOptions(pattention_backend=backend, layout=layout))
                 tokens = LENGTH // tensor_size if sequence_parallel else LENGTH
                 x = torch.randn(BATCH, tokens, 64, requires_grad=True)
                 volumes: dict[str, float] = {}

@@ -216,7 +216,7 @@ def test_an_empty_load_folder_starts_from_scratch(
 
 def test_a_checkpoint_of_another_shape_names_tensor_and_key(tiny_config: MakeConfig, tmp_path: Path) -> None:
     run(tiny_config, tmp_path, train_iters=1)
-    with pytest.raises(UserError, match=r"layers\.0\.mlp\.key_tokens_0.*\[40, 32\].*\[48, 32\].*ffn_slot_num: 48"):
+    with pytest.raises(UserError, match="ffn_slot_num: 48 in the configuration, 40 in checkpoint"):
         run(tiny_config, tmp_path, ffn_slot_num=48)
     with pytest.raises(UserError, match="num_layers"):
         run(tiny_config, tmp_path, num_layers=3)

@@ -1,0 +1,74 @@
+"""Do two sets of tensors compute the same? Logits before and after a growth, one layer in memory at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from megatron.config.schema import ModelConfig
+from megatron.errors import UserError
+from megatron.growth.grow import TensorSource
+from megatron.model.blocks import BuildOptions
+from megatron.model.language_model import LayerSpec, layer_specs
+from megatron.mpu.collectives import max_over_ranks
+from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.shard import allocate, take_share
+
+# Largest difference of logits, as a part of the largest logit, that rounding in fp32 explains.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Logits before and after: the largest difference, and the largest logit before."""
+
+    largest: float
+    scale: float
+
+    def check(self, what: str) -> None:
+        """Raise a UserError when rounding does not explain the difference."""
+        if not self.largest <= TOLERANCE * max(1.0, self.scale):
+            raise UserError(
+                f"growth: {what} changes logits by {self.largest:.2e} (largest logit {self.scale:.2e}), more than "
+                f"{TOLERANCE:.0e} of it; nothing was written and the checkpoint before is intact"
+            )
+
+
+@torch.no_grad()
+def compare_logits(
+    before: tuple[ModelConfig, TensorSource],
+    after: tuple[ModelConfig, TensorSource],
+    ids: Tensor,
+    layout: Layout = SINGLE,
+    dtype: torch.dtype = torch.float32,
+) -> Difference:
+    """Logits of ids [b, s] from two sets of tensors, each with its configuration.
+
+    Tensor ranks share every layer; pipeline stages and data ranks each do the same work. Never more than one layer of
+    each model is in memory.
+    """
+    plain = replace(layout, sequence_parallel=False)
+    options = BuildOptions(device="meta", layout=plain, gather_logits=False)
+    old = new = ids
+    for old_spec, new_spec in zip(layer_specs(before[0], options), layer_specs(after[0], options), strict=True):
+        old = _run(old_spec, before[1], old, plain, dtype)
+        new = _run(new_spec, after[1], new, plain, dtype)
+    extremes = torch.stack([(old - new).abs().max(), old.abs().max()])
+    largest, scale = max_over_ranks(extremes, plain).tolist()
+    return Difference(largest, scale)
+
+
+def _run(spec: LayerSpec, source: TensorSource, x: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """The layer's output, from tensors that are let go of at once."""
+    module = spec.build()
+    allocate(module, x.device)
+    module.to(dtype).eval()
+    _fill(module, spec.name, source, layout)
+    return module(x) if spec.forward is None else spec.forward(module, x)
+
+
+def _fill(module: nn.Module, prefix: str, source: TensorSource, layout: Layout) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        tensor.copy_(take_share(source.tensor("model", f"{prefix}.{name}"), tensor, layout))

@@ -1,0 +1,147 @@
+"""Growth as part of a run: which stage it is in, the configuration of that stage, and when the next one is due.
+
+A run with a growth schedule is described by one configuration, whose model section is the model before the first
+growth. `TrainState.lineage` says how many stages are done; everything else follows from the two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron.config.schema import GrowthStage, ModelConfig, RunConfig
+from megatron.errors import UserError
+from megatron.growth.plan import KINDS, TokenCounts, grown_config, segments_of
+
+
+def stage_counts(stage: GrowthStage) -> TokenCounts:
+    """The token counts of a scheduled growth."""
+    layers = None if stage.layers is None else tuple(stage.layers)
+    return TokenCounts(stage.qkv_slot_num, stage.proj_slot_num, stage.ffn_slot_num, layers)
+
+
+def check_schedule(config: RunConfig) -> None:
+    """Raise a UserError when one of the scheduled growths is impossible, before anything is trained."""
+    stage_config(config, len(config.scaling.growth))
+
+
+def stage_config(config: RunConfig, done: int, already: int = 0) -> RunConfig:
+    """The run's configuration after its first `done` scheduled growths: model, and what is frozen or scaled.
+
+    Args:
+        already: growths that the model of `config` has in it.
+
+    Raises: UserError naming the stage that asks for fewer tokens than there are.
+    """
+    model = config.model
+    for number, stage in enumerate(config.scaling.growth[:done]):
+        if number < already:
+            continue
+        try:
+            model = grown_config(model, stage_counts(stage))
+        except UserError as error:
+            raise UserError(f"growth[{number}].{error}") from error
+    if not done:
+        return config
+    now = config.scaling.growth[done - 1]
+    keys = ("freeze_old_tokens", "old_tokens_lr_scale", "new_tokens_lr_scale")
+    scaling = config.scaling.model_copy(update={key: getattr(now, key) for key in keys})
+    return config.model_copy(update={"model": model, "scaling": scaling})
+
+
+def stages_done(lineage: Sequence[Mapping[str, Any]]) -> int:
+    """How many growths of its schedule a run has made."""
+    return sum(1 for entry in lineage if entry.get("scheduled"))
+
+
+def resumed_config(config: RunConfig, saved: ModelConfig, lineage: Sequence[Mapping[str, Any]]) -> RunConfig:
+    """The configuration of the stage that a checkpoint is in.
+
+    Args:
+        config: as the YAML files say.
+        saved: model of the checkpoint. How its tokens are divided into segments is taken over from it.
+        lineage: of the checkpoint.
+
+    Raises: UserError when the schedule does not lead to this model.
+    """
+    done = stages_done(lineage) if config.scaling.growth else 0
+    if done > len(config.scaling.growth):
+        raise UserError(
+            f"growth: the run has made {done} growths of its schedule, the configuration lists "
+            f"{len(config.scaling.growth)}; give the schedule the run was started with"
+        )
+    if saved.token_segments is None:
+        return config
+    first = {kind: [block[: len(block) - done] for block in segments_of(saved, kind)] for kind in KINDS}
+    totals = {f"{kind}_slot_num": max(map(sum, first[kind])) for kind in KINDS}
+    for key, total in totals.items():
+        if getattr(config.model, key) != total:
+            raise UserError(
+                f"{key}: {getattr(config.model, key)} in the configuration, {total} in the checkpoint"
+                + (f" before its {done} scheduled growths" if done else "")
+                + "; use the configuration the model was trained with"
+            )
+    segments = None if len(first["qkv"][0]) == 1 else first
+    start = ModelConfig(**{**config.model.model_dump(), "token_segments": segments})
+    now = stage_config(config.model_copy(update={"model": start}), done)
+    if now.model.token_segments != saved.token_segments:
+        raise UserError(
+            f"growth: the first {done} stages of the schedule do not lead to the model of the checkpoint; give the "
+            "schedule the run was started with"
+        )
+    return now
+
+
+def is_due(stage: GrowthStage, iteration: int, consumed_tokens: int) -> bool:
+    """Is it time for a scheduled growth?"""
+    if stage.at_iteration is not None:
+        return iteration >= stage.at_iteration
+    assert stage.at_tokens is not None, "one of the two is given"
+    return consumed_tokens >= stage.at_tokens
+
+
+def next_stage(config: RunConfig, lineage: Sequence[Mapping[str, Any]]) -> GrowthStage | None:
+    """The first scheduled growth that the run has not made yet."""
+    done, stages = stages_done(lineage), config.scaling.growth
+    return stages[done] if done < len(stages) else None
+
+
+def learning_rate_schedule(
+    config: RunConfig, lineage: Sequence[Mapping[str, Any]], tokens_per_iteration: int
+) -> tuple[RunConfig, int]:
+    """The optimization settings in force, and the update they start from.
+
+    A stage with lr_policy restart has a schedule of its own, which ends where the next restart begins unless
+    lr_decay_iters says otherwise; before the first, the run's own schedule does so.
+    """
+    stages = config.scaling.growth
+    scheduled = [entry for entry in lineage if entry.get("scheduled")] if stages else []
+    begun = [n for n in range(len(scheduled)) if stages[n].lr_policy == "restart"]
+    start = int(scheduled[begun[-1]]["updates"]) if begun else 0
+    iteration = int(scheduled[begun[-1]]["iteration"]) if begun else 0
+    tokens = int(scheduled[begun[-1]]["consumed_tokens"]) if begun else 0
+    later = [stage for stage in stages[(begun[-1] + 1 if begun else 0) :] if stage.lr_policy == "restart"]
+    end = _start_of(later[0], iteration, tokens, tokens_per_iteration) if later else config.training.train_iters
+    decay = None if end is None else max(1, min(end, config.training.train_iters or end) - iteration)
+    options = config.optimization
+    update: dict[str, Any] = {"lr_decay_iters": options.lr_decay_iters or (decay if later else None)}
+    if begun:
+        own = stages[begun[-1]]
+        params = options.optimizer.params
+        spec = {"params": params.model_copy(update={"lr": params.lr if own.lr is None else own.lr})}
+        update = {
+            "lr_decay_iters": own.lr_decay_iters or decay,
+            "warmup": options.warmup if own.warmup is None else own.warmup,
+            "min_lr": options.min_lr if own.min_lr is None else own.min_lr,
+            "optimizer": options.optimizer.model_copy(update=spec),
+        }
+    return config.model_copy(update={"optimization": options.model_copy(update=update)}), start
+
+
+def _start_of(stage: GrowthStage, iteration: int, tokens: int, tokens_per_iteration: int) -> int:
+    """The iteration at which a stage will be due, counted on from an iteration and the tokens consumed by then."""
+    if stage.at_iteration is not None:
+        return stage.at_iteration
+    assert stage.at_tokens is not None, "one of the two is given"
+    return iteration + max(0, math.ceil((stage.at_tokens - tokens) / tokens_per_iteration))

@@ -1,0 +1,86 @@
+"""Opening what a growth starts from: a training checkpoint, or a model of the official code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.official_folder import find_official_folder, read_official_folder
+from megatron.checkpoint.published import read_flat_file, to_canonical
+from megatron.checkpoint.store import CheckpointReader, find_checkpoint
+from megatron.config.schema import ModelConfig
+from megatron.errors import UserError
+from megatron.growth.grow import TensorSource
+from megatron.model import LanguageModel
+from megatron.model.compatibility import check_fit, saved_model_config
+
+
+class FlatTensors:
+    """Tensors of an official model; its tau_tokens are the token counts, and it has no optimizer state."""
+
+    def __init__(self, tensors: dict[str, Tensor], config: ModelConfig) -> None:
+        self._model = dict(tensors)
+        for name, buffer in LanguageModel(config, device="meta").named_buffers():
+            tokens = tensors[name.replace("tau_tokens", "key_tokens_0")]
+            self._model[name] = torch.tensor(len(tokens), dtype=buffer.dtype)
+
+    def names(self, kind: str) -> list[str]:
+        """Names of a kind."""
+        return list(self._model) if kind == "model" else []
+
+    def shape(self, kind: str, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._model[name].shape)
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """A tensor; parameters in fp32."""
+        found = self._model[name]
+        return found.float() if found.is_floating_point() else found
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a growth starts from."""
+
+    folder: Path
+    config: ModelConfig
+    tensors: TensorSource
+    reader: CheckpointReader | None
+    """The training checkpoint; None for an official model."""
+
+
+def open_base(path: str | Path, config: ModelConfig, key: str = "pretrain_partial_init") -> Base:
+    """The model in `path`, of whichever form.
+
+    Args:
+        path: a run's folder or one of its checkpoints, an official pytorch_model.bin or training folder.
+        config: tells an official model's architecture; its token counts are read from the tensors.
+        key: what names the path, for messages.
+
+    Raises: UserError when there is no model or it does not fit.
+    """
+    path = Path(path)
+    official = path if path.is_file() else find_official_folder(path)
+    if official is not None:
+        flat = read_flat_file(official) if official.is_file() else read_official_folder(official)
+        tensors = to_canonical(flat, config.num_layers, official)
+        counted = _with_counts_of(config, tensors)
+        check_fit(LanguageModel(counted, device="meta"), {n: tuple(t.shape) for n, t in tensors.items()}, str(path))
+        return Base(official, counted, FlatTensors(tensors, counted), None)
+    folder = find_checkpoint(path) if path.is_dir() else None
+    if folder is None:
+        raise UserError(f"{key}: no checkpoint in {path}; name a run's folder or an official pytorch_model.bin")
+    reader = CheckpointReader(folder)
+    return Base(folder, saved_model_config(reader), reader, reader)
+
+
+def _with_counts_of(config: ModelConfig, tensors: dict[str, Tensor]) -> ModelConfig:
+    counts = {}
+    for key, part in (("qkv", "attention.query"), ("proj", "attention.proj"), ("ffn", "mlp")):
+        found = [len(t) for name, t in tensors.items() if name.endswith(f".{part}.key_tokens_0")]
+        if found:
+            counts[f"{key}_slot_num"] = found[0]
+    return ModelConfig(**{**config.model_dump(), **counts, "token_segments": None})

@@ -1,0 +1,162 @@
+"""Where a run starts: from nothing, from its own checkpoint, or from a smaller model; and the growth that is due then.
+
+A growth is always made here, from a checkpoint: a run in which one comes due saves, and starts anew from what it saved.
+A run killed around a growth therefore finds itself before it or after it, and does the same as one that was not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.checkpoint.store import CheckpointReader
+from megatron.config.schema import ModelConfig, RunConfig
+from megatron.growth.grow import GrownTensors, TensorSource
+from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config
+from megatron.growth.proof import Difference, compare_logits
+from megatron.growth.schedule import check_schedule, is_due, next_stage, resumed_config, stage_config, stages_done
+from megatron.growth.source import open_base
+from megatron.log import get_logger
+from megatron.model import LanguageModel
+from megatron.model.compatibility import check_fit, check_same_model, saved_model_config
+from megatron.mpu import Layout
+from megatron.mpu.device import process_device
+from megatron.training.checkpointing import check_save_folder, data_differences, open_for_resume
+from megatron.training.state import TrainState
+
+
+@dataclass
+class Start:
+    """What a run starts with.
+
+    Attributes:
+        config: of the stage of growth the run is in.
+        state: progress; that of a new run unless there is a checkpoint.
+        tensors: whole tensors of the model and its optimizer; None means the initial values.
+        reader: the checkpoint that optimizer and random-number states come from, if any.
+        resumed: the run continues from its own checkpoint.
+    """
+
+    config: RunConfig
+    state: TrainState
+    tensors: TensorSource | None = None
+    reader: CheckpointReader | None = None
+    resumed: bool = False
+    _growths: list[tuple[ModelConfig, TensorSource, ModelConfig, TensorSource]] = field(default_factory=list)
+
+    def grow(self, after: RunConfig, scheduled: bool) -> None:
+        """Add the tokens that make this model that of `after`, and note it in the lineage."""
+        assert self.tensors is not None, "only a model that exists grows"
+        before, state = self.config.model, self.state
+        grown = GrownTensors(self.tensors, before, after.model, after.training.seed)
+        self._growths.append((before, self.tensors, after.model, grown))
+        sizes = [LanguageModel(model, device="meta").num_parameters() for model in (before, after.model)]
+        get_logger().info(
+            "growth at iteration %d: %s; %s to %s parameters",
+            state.iteration, describe(before, after.model), f"{sizes[0]:,}", f"{sizes[1]:,}",
+        )  # fmt: skip
+        entry: dict[str, Any] = {
+            "scheduled": scheduled, "iteration": state.iteration, "updates": state.updates,
+            "consumed_tokens": state.consumed_tokens, "added": describe(before, after.model),
+            "parameters": sizes[1], **{f"{k}_slot_num": getattr(after.model, f"{k}_slot_num") for k in KINDS},
+        }  # fmt: skip
+        state.lineage = [*state.lineage, entry]
+        self.config, self.tensors = after, grown
+
+    def prove(self, ids: Tensor, layout: Layout) -> None:
+        """Compare logits of held-out ids [b, s] before and after each growth, and print the difference. Collective.
+
+        Raises: UserError on every rank when rounding does not explain it; nothing has been written by then.
+        """
+        device = process_device()
+        for number, (before, old, after, new) in enumerate(self._growths):
+            numbers = torch.zeros(2, device=device)
+            if layout.data_rank == 0 and layout.pipeline_rank == 0:
+                found = compare_logits((before, old), (after, new), ids.to(device), layout)
+                numbers = torch.tensor([found.largest, found.scale], device=device)
+            if layout.world_size > 1:
+                dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+            difference = Difference(*numbers.tolist())
+            get_logger().info(
+                "growth: logits of a held-out batch differ by %.2e (largest logit %.2e)",
+                difference.largest, difference.scale,
+            )  # fmt: skip
+            difference.check(describe(before, after))
+            entry = self.state.lineage[len(self.state.lineage) - len(self._growths) + number]
+            entry["logit_difference"] = difference.largest
+        self._growths.clear()  # the models before need not be kept
+
+
+def find_start(config: RunConfig, layout: Layout) -> Start:
+    """What the run of `config` starts with; growths that are due are made, but not proven yet.
+
+    Raises: UserError for a checkpoint that is damaged or does not fit, and for an impossible growth.
+    """
+    check_schedule(config)
+    reader = open_for_resume(config, layout.rank)
+    check_save_folder(config, reader)
+    if reader is not None:
+        start = _from_checkpoint(config, reader)
+    elif config.checkpoint.pretrain_partial_init:
+        start = _from_smaller_model(config, config.checkpoint.pretrain_partial_init)
+    else:
+        start = Start(config, TrainState())
+    _grow_as_scheduled(config, start)
+    return start
+
+
+def _from_checkpoint(config: RunConfig, reader: CheckpointReader) -> Start:
+    state, saved = TrainState(), saved_model_config(reader)
+    if not config.checkpoint.finetune:
+        state.load_state_dict(reader.train_state)
+    config = resumed_config(config, saved, state.lineage)
+    check_same_model(config.model, saved, reader.folder)
+    _check_fit(config.model, reader, f"load: {reader.folder}")
+    return Start(config, state, reader, reader, resumed=not config.checkpoint.finetune)
+
+
+def _check_fit(model: ModelConfig, tensors: TensorSource, source: str) -> None:
+    shapes = {name: tensors.shape("model", name) for name in tensors.names("model")}
+    check_fit(LanguageModel(model, device="meta"), shapes, source)
+
+
+def _from_smaller_model(config: RunConfig, path: str) -> Start:
+    base = open_base(Path(path), config.model)
+    slots = {f"{kind}_slot_num": getattr(config.model, f"{kind}_slot_num") for kind in KINDS}
+    check_same_model(config.model, base.config.model_copy(update=slots), base.folder)
+    _check_fit(base.config, base.tensors, f"pretrain_partial_init: {base.folder}")
+    counts = TokenCounts(*(slots[f"{kind}_slot_num"] for kind in KINDS))
+    after = config.model_copy(update={"model": grown_config(base.config, counts)})
+    state = TrainState()
+    if base.reader is not None:
+        _carry_over(state, config, base.reader)
+    start = Start(config.model_copy(update={"model": base.config}), state, base.tensors, base.reader)
+    start.grow(after, scheduled=False)
+    return start
+
+
+def _carry_over(state: TrainState, config: RunConfig, reader: CheckpointReader) -> None:
+    """Take over what a smaller model's run has reached: tokens, place in the data, lineage and, if asked for, time."""
+    state.load_state_dict(reader.train_state)
+    state.lineage = [{**entry, "scheduled": False} for entry in state.lineage]
+    if config.scaling.partial_init_policy == "restart":
+        state.iteration = state.skipped_iterations = 0
+    changed = data_differences(config, reader)
+    if changed:
+        get_logger().info("data starts anew, it differs from that of %s: %s", reader.folder, "; ".join(changed))
+        state.consumed_samples, state.epoch_blocks = 0, {}
+
+
+def _grow_as_scheduled(config: RunConfig, start: Start) -> None:
+    """Make the growths whose time has come; `config` is the run's, before any growth."""
+    state = start.state
+    while (stage := next_stage(config, state.lineage)) and is_due(stage, state.iteration, state.consumed_tokens):
+        base = config.model_copy(update={"model": start.config.model})
+        done = stages_done(state.lineage)
+        after = stage_config(base, done + 1, already=done)
+        start.grow(after, scheduled=True)
