@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.queues import SimpleQueue
@@ -50,15 +51,26 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(_TIMEOUT_SECONDS)
-    alive = [process for process in processes if process.is_alive()]
-    for process in alive:
-        process.kill()
-    found: dict[int, Any] = {}
-    while not results.empty():
-        rank, value, error = results.get()
+    answers = _collect(processes, results)
+    for rank, (_, error) in sorted(answers.items()):
         assert error is None, f"rank {rank}:\n{error}"
-        found[rank] = value
-    assert not alive, "a rank did not finish in time"
-    return [found[rank] for rank in range(world)]
+    assert len(answers) == world, f"only ranks {sorted(answers)} of {world} finished in time"
+    return [answers[rank][0] for rank in range(world)]
+
+
+def _collect(processes: list[Any], results: SimpleQueue[Any]) -> dict[int, tuple[Any, str | None]]:
+    """What each rank sent, until all have ended. Read while they run: a long answer fills the pipe and would wait."""
+    answers: dict[int, tuple[Any, str | None]] = {}
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    while True:
+        running = any(process.is_alive() for process in processes)
+        while not results.empty():
+            rank, value, error = results.get()
+            answers[rank] = value, error
+        failed = any(error for _, error in answers.values())
+        if not running or failed or time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    for process in processes:  # those that wait for a rank that has failed
+        process.kill()
+    return answers
