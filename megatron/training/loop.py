@@ -26,16 +26,19 @@ def train(config: RunConfig) -> TrainState:
     Stops early, after saving, on SIGTERM, SIGINT or SIGUSR1 and at exit_interval. Raises UserError for what a user can
     mend: data, checkpoint, configuration, a loss that is not finite.
     """
-    while True:
-        run = start_run(config)
-        try:
-            with StopRequest() as stop:
-                grows = _train_until_done(run, stop)
-        finally:
-            run.close()
-        if not grows:
-            return run.state
-        config = _from_own_checkpoint(config)
+    run = start_run(config)
+    with StopRequest() as stop:
+        while _train_and_close(run, stop):
+            config = _from_own_checkpoint(config)
+            run = start_run(config)
+    return run.state
+
+
+def _train_and_close(run: Run, stop: StopRequest) -> bool:
+    try:
+        return _train_until_done(run, stop)
+    finally:
+        run.close()
 
 
 def _from_own_checkpoint(config: RunConfig) -> RunConfig:
