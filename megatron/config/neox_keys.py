@@ -315,6 +315,8 @@ def _check_growth(config: RunConfig) -> None:
     scaling, options = config.scaling, config.checkpoint
     if scaling.growth and options.save is None:
         raise UserError("growth: a run that grows goes through a checkpoint; give `save` (and the same folder as load)")
+    if scaling.growth and options.no_save_optim:
+        raise UserError("no_save_optim: a run that grows goes on from its checkpoint; set no_save_optim: false")
     stages: list[ScalingConfig | GrowthStage] = [scaling, *scaling.growth]
     scaled = any(stage.old_tokens_lr_scale != 1 or stage.new_tokens_lr_scale != 1 for stage in stages)
     if scaled and config.optimization.optimizer.type == "Muon":

@@ -23,8 +23,8 @@ class Layout:
         data_size, pipeline_size, tensor_size: length of each axis.
         sequence_parallel: between the projections, activations are sharded by tokens over the tensor axis.
         tensor_group, data_group, pipeline_group: the processes that differ from this one on one axis only.
-        stage_group: those of the same pipeline stage (data x tensor); replica_group: those that hold one copy of the
-            model (pipeline x tensor). All are None until `connect`, and for an axis of one.
+        replica_group: those that hold one copy of the model (pipeline x tensor). All are None until `connect`, and for
+            an axis of one.
     """
 
     rank: int = 0
@@ -35,7 +35,6 @@ class Layout:
     tensor_group: ProcessGroup | None = field(default=None, compare=False, repr=False)
     data_group: ProcessGroup | None = field(default=None, compare=False, repr=False)
     pipeline_group: ProcessGroup | None = field(default=None, compare=False, repr=False)
-    stage_group: ProcessGroup | None = field(default=None, compare=False, repr=False)
     replica_group: ProcessGroup | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -67,7 +66,6 @@ class Layout:
             tensor_group=self._new_group(lambda place: (place.pipeline_rank, place.data_rank)),
             data_group=self._new_group(lambda place: (place.pipeline_rank, place.tensor_rank)),
             pipeline_group=self._new_group(lambda place: (place.data_rank, place.tensor_rank)),
-            stage_group=self._new_group(lambda place: place.pipeline_rank),
             replica_group=self._new_group(lambda place: place.data_rank),
         )
 
@@ -78,8 +76,10 @@ class Layout:
         members: dict[object, list[int]] = {}
         for rank in range(self.world_size):
             members.setdefault(key(replace(self, rank=rank)), []).append(rank)
-        if all(len(ranks) == 1 for ranks in members.values()):
+        if len(members) == self.world_size:
             return None
+        if len(members) == 1:
+            return dist.group.WORLD
         groups = {place: dist.new_group(ranks) for place, ranks in members.items()}
         return groups[key(self)]
 
