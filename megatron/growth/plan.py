@@ -75,7 +75,7 @@ def _growing_blocks(config: ModelConfig, layers: Iterable[int] | None) -> set[in
 
 def _ranges(indices: set[int]) -> str:
     ordered = sorted(indices)
-    if ordered == list(range(ordered[0], ordered[-1] + 1)):
+    if len(ordered) > 1 and ordered == list(range(ordered[0], ordered[-1] + 1)):
         return f"{ordered[0]} to {ordered[-1]}"
     return ", ".join(map(str, ordered))
 
@@ -102,4 +102,5 @@ def describe(before: ModelConfig, after: ModelConfig) -> str:
             old, new = pairs[min(grown)]
             parts.append(f"{kind} {sum(old)} -> {sum(new)}")
             layers |= grown
-    return f"{', '.join(parts)} in layers {_ranges(layers)}" if parts else "no tokens"
+    where = f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}" if layers else ""
+    return f"{', '.join(parts)} in {where}" if parts else "no tokens"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +30,12 @@ class Difference:
 
     def check(self, what: str) -> None:
         """Raise a UserError when rounding does not explain the difference."""
-        if not self.largest <= TOLERANCE * max(1.0, self.scale):
+        if not math.isfinite(self.largest):
+            raise UserError(
+                f"growth: {what}: logits before or after are not finite, so nothing is proven; nothing was written; "
+                "grow an earlier checkpoint"
+            )
+        if self.largest > TOLERANCE * max(1.0, self.scale):
             raise UserError(
                 f"growth: {what} changes logits by {self.largest:.2e} (largest logit {self.scale:.2e}), more than "
                 f"{TOLERANCE:.0e} of it; nothing was written and the checkpoint before is intact"
@@ -55,7 +61,8 @@ def compare_logits(
     for old_spec, new_spec in zip(layer_specs(before[0], options), layer_specs(after[0], options), strict=True):
         old = _run(old_spec, before[1], old, plain, dtype)
         new = _run(new_spec, after[1], new, plain, dtype)
-    extremes = torch.stack([(old - new).abs().max(), old.abs().max()])
+    # Not a number becomes infinite: a maximum over ranks may lose the former.
+    extremes = torch.stack([(old - new).abs().max(), old.abs().max()]).nan_to_num(nan=math.inf, posinf=math.inf)
     largest, scale = max_over_ranks(extremes, plain).tolist()
     return Difference(largest, scale)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from megatron.config.schema import GrowthStage, ModelConfig, RunConfig
 from megatron.errors import UserError
-from megatron.growth.plan import KINDS, TokenCounts, grown_config, segments_of
+from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config, segments_of
+from megatron.model import LanguageModel
 
 
 def stage_counts(stage: GrowthStage) -> TokenCounts:
@@ -21,9 +22,13 @@ def stage_counts(stage: GrowthStage) -> TokenCounts:
     return TokenCounts(stage.qkv_slot_num, stage.proj_slot_num, stage.ffn_slot_num, layers)
 
 
-def check_schedule(config: RunConfig) -> None:
-    """Raise a UserError when one of the scheduled growths is impossible, before anything is trained."""
-    stage_config(config, len(config.scaling.growth))
+def check_schedule(config: RunConfig, already: int = 0) -> None:
+    """Raise a UserError when one of the growths to come is impossible, before anything is trained.
+
+    Args:
+        already: scheduled growths that the model of `config` has in it.
+    """
+    stage_config(config, len(config.scaling.growth), already)
 
 
 def stage_config(config: RunConfig, done: int, already: int = 0) -> RunConfig:
@@ -48,6 +53,32 @@ def stage_config(config: RunConfig, done: int, already: int = 0) -> RunConfig:
     keys = ("freeze_old_tokens", "old_tokens_lr_scale", "new_tokens_lr_scale")
     scaling = config.scaling.model_copy(update={key: getattr(now, key) for key in keys})
     return config.model_copy(update={"model": model, "scaling": scaling})
+
+
+def lineage_entry(
+    before: ModelConfig, after: ModelConfig, train_state: Mapping[str, Any], scheduled: bool
+) -> dict[str, Any]:
+    """What TrainState.lineage says about a growth.
+
+    Args:
+        train_state: progress at the growth, as TrainState.state_dict gives it.
+        scheduled: it is a stage of the run's own schedule.
+    """
+    iteration = train_state.get("iteration", 0)
+    return {
+        "scheduled": scheduled,
+        "iteration": iteration,
+        "updates": iteration - train_state.get("skipped_iterations", 0),
+        "consumed_tokens": train_state.get("consumed_tokens", 0),
+        "added": describe(before, after),
+        "parameters": LanguageModel(after, device="meta").num_parameters(),
+        **{f"{kind}_slot_num": getattr(after, f"{kind}_slot_num") for kind in KINDS},
+    }
+
+
+def past_growths(lineage: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The lineage for a run that starts from this one's model: none of its growths is of the new run's schedule."""
+    return [{**entry, "scheduled": False} for entry in lineage]
 
 
 def stages_done(lineage: Sequence[Mapping[str, Any]]) -> int:

@@ -17,6 +17,8 @@ from megatron.growth.grow import TensorSource
 from megatron.model import LanguageModel
 from megatron.model.compatibility import check_fit, saved_model_config
 
+_EMBEDDING = "embedding.word_embeddings.weight"
+
 
 class FlatTensors:
     """Tensors of an official model; its tau_tokens are the token counts, and it has no optimizer state."""
@@ -52,19 +54,24 @@ class Base:
     """The training checkpoint; None for an official model."""
 
 
-def open_base(path: str | Path, config: ModelConfig, key: str = "pretrain_partial_init") -> Base:
+def open_base(
+    path: str | Path, config: ModelConfig | None, key: str = "pretrain_partial_init", verify: bool = True
+) -> Base:
     """The model in `path`, of whichever form.
 
     Args:
         path: a run's folder or one of its checkpoints, an official pytorch_model.bin or training folder.
         config: tells an official model's architecture; its token counts are read from the tensors.
         key: what names the path, for messages.
+        verify: compare the checksums of a training checkpoint.
 
     Raises: UserError when there is no model or it does not fit.
     """
     path = Path(path)
     official = path if path.is_file() else find_official_folder(path)
     if official is not None:
+        if config is None:
+            raise UserError(f"--config: {official} holds tensors only; give the YAML files of its model")
         flat = read_flat_file(official) if official.is_file() else read_official_folder(official)
         tensors = to_canonical(flat, config.num_layers, official)
         counted = _with_counts_of(config, tensors)
@@ -73,12 +80,14 @@ def open_base(path: str | Path, config: ModelConfig, key: str = "pretrain_partia
     folder = find_checkpoint(path) if path.is_dir() else None
     if folder is None:
         raise UserError(f"{key}: no checkpoint in {path}; name a run's folder or an official pytorch_model.bin")
-    reader = CheckpointReader(folder)
+    reader = CheckpointReader(folder, verify)
     return Base(folder, saved_model_config(reader), reader, reader)
 
 
 def _with_counts_of(config: ModelConfig, tensors: dict[str, Tensor]) -> ModelConfig:
     counts = {}
+    if config.padded_vocab_size is None and _EMBEDDING in tensors:
+        counts["padded_vocab_size"] = len(tensors[_EMBEDDING])
     for key, part in (("qkv", "attention.query"), ("proj", "attention.proj"), ("ffn", "mlp")):
         found = [len(t) for name, t in tensors.items() if name.endswith(f".{part}.key_tokens_0")]
         if found:

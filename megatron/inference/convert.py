@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.new_folder import new_folder, require_new
 from megatron.checkpoint.official_folder import find_official_folder
 from megatron.checkpoint.state import CanonicalState
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint, save_checkpoint
@@ -21,8 +22,6 @@ from megatron.inference.huggingface import (
     export_huggingface,
     joined_config,
     joined_tensors,
-    new_folder,
-    require_new,
 )
 from megatron.inference.load import load_model
 from megatron.log import get_logger

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron.checkpoint.new_folder import new_folder
 from megatron.config.schema import ModelConfig, TokenizerConfig
 from megatron.errors import UserError
 from megatron.inference import gpt_neox
@@ -75,28 +73,6 @@ def export_huggingface(
         _write_configs(temporary, config, described, str(tensors[next(iter(tensors))].dtype), built)
         if isinstance(built, HFTokenizer | GPT2BPETokenizer):
             _write_tokenizer(temporary, built, config.seq_length)
-
-
-@contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` when all went well; UserError when that is not empty."""
-    folder = Path(folder)
-    require_new(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as parent:
-            temporary = Path(parent) / "written"
-            temporary.mkdir()
-            yield temporary
-            temporary.replace(folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be written: {error}; free space or choose another folder") from error
-
-
-def require_new(folder: Path) -> None:
-    """Raise a UserError when there is anything at `folder` but an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists already; give a new or an empty folder")
 
 
 def joined_tensors(model: LanguageModel) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from megatron.checkpoint.published import read_flat_file, to_canonical
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.errors import UserError
+from megatron.growth.schedule import resumed_config
 from megatron.inference.huggingface_import import CONFIG, HuggingFaceCheckpoint
 from megatron.model import LanguageModel
 from megatron.model.compatibility import check_fit, check_same_model, saved_model_config
@@ -58,7 +59,7 @@ def load_model(
     elif (folder := find_official_folder(path, iteration)) is not None:
         names, shape_of, tensor_of, model_config = _open_flat(folder, model_config)
     else:
-        names, shape_of, tensor_of, model_config = _open_training_checkpoint(path, model_config, iteration)
+        names, shape_of, tensor_of, model_config = _open_training_checkpoint(path, config, iteration)
     names = list(names)
     check_fit(LanguageModel(model_config, device="meta"), {name: shape_of(name) for name in names}, str(path))
     model = LanguageModel(model_config, device=device, attention_backend=attention_backend, layout=layout)
@@ -81,7 +82,7 @@ def _open_flat(path: Path, config: ModelConfig | None) -> _Opened:
     return tensors, lambda name: tuple(tensors[name].shape), tensors.__getitem__, config
 
 
-def _open_training_checkpoint(path: Path, config: ModelConfig | None, iteration: int | None) -> _Opened:
+def _open_training_checkpoint(path: Path, config: RunConfig | ModelConfig | None, iteration: int | None) -> _Opened:
     folder = find_checkpoint(path, iteration)
     if folder is None:
         raise UserError(
@@ -89,6 +90,8 @@ def _open_training_checkpoint(path: Path, config: ModelConfig | None, iteration:
         )
     reader = CheckpointReader(folder)
     saved = saved_model_config(reader)
+    if isinstance(config, RunConfig):  # its model is the one before the growths of its schedule
+        config = resumed_config(config, saved, reader.train_state.get("lineage", [])).model
     if config is not None:
         check_same_model(config, saved, folder)
     return (

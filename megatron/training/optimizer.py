@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig, OptimizationConfig, RunConfig
-from megatron.errors import UserError
+from megatron.errors import RankError, UserError
 from megatron.mpu.device import uses_gpu
 
 _TOKENS = re.compile(r"_tokens_(\d+)$")
@@ -34,7 +34,7 @@ def freeze_old_parameters(module: nn.Module, model: ModelConfig) -> None:
         parameter.requires_grad_(newest > 0 and stage_of(name) == newest)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         what = "a pipeline stage has no new tokens" if newest else "the model has not grown"
-        raise UserError(f"freeze_old_tokens: {what}, there would be nothing to train; set it to false")
+        raise RankError(f"freeze_old_tokens: {what}, there would be nothing to train; set it to false")
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
@@ -129,6 +129,8 @@ def _muon(model: nn.Module, config: OptimizationConfig) -> torch.optim.Optimizer
     halves: dict[bool, dict[float, list[nn.Parameter]]] = {True: {}, False: {}}
     for name, parameter in model.named_parameters():
         parameter.use_muon = parameter.dim() == 2 and name.startswith("layers.")  # type: ignore[attr-defined]
+        if not parameter.requires_grad:
+            continue  # Muon would take the missing gradient for zero, and decay the weights
         decay = config.weight_decay if parameter.dim() >= 2 else 0.0
         halves[name.startswith("layers.") and parameter.dim() == 2].setdefault(decay, []).append(parameter)
     groups = [

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,16 @@ from megatron.config.schema import ModelConfig, RunConfig
 from megatron.growth.grow import GrownTensors, TensorSource
 from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config
 from megatron.growth.proof import Difference, compare_logits
-from megatron.growth.schedule import check_schedule, is_due, next_stage, resumed_config, stage_config, stages_done
+from megatron.growth.schedule import (
+    check_schedule,
+    is_due,
+    lineage_entry,
+    next_stage,
+    past_growths,
+    resumed_config,
+    stage_config,
+    stages_done,
+)
 from megatron.growth.source import open_base
 from megatron.log import get_logger
 from megatron.model import LanguageModel
@@ -55,16 +63,12 @@ class Start:
         before, state = self.config.model, self.state
         grown = GrownTensors(self.tensors, before, after.model, after.training.seed)
         self._growths.append((before, self.tensors, after.model, grown))
-        sizes = [LanguageModel(model, device="meta").num_parameters() for model in (before, after.model)]
+        size = LanguageModel(before, device="meta").num_parameters()
+        entry = lineage_entry(before, after.model, state.state_dict(), scheduled)
         get_logger().info(
             "growth at iteration %d: %s; %s to %s parameters",
-            state.iteration, describe(before, after.model), f"{sizes[0]:,}", f"{sizes[1]:,}",
+            state.iteration, entry["added"], f"{size:,}", f"{entry['parameters']:,}",
         )  # fmt: skip
-        entry: dict[str, Any] = {
-            "scheduled": scheduled, "iteration": state.iteration, "updates": state.updates,
-            "consumed_tokens": state.consumed_tokens, "added": describe(before, after.model),
-            "parameters": sizes[1], **{f"{k}_slot_num": getattr(after.model, f"{k}_slot_num") for k in KINDS},
-        }  # fmt: skip
         state.lineage = [*state.lineage, entry]
         self.config, self.tensors = after, grown
 
@@ -97,15 +101,16 @@ def find_start(config: RunConfig, layout: Layout) -> Start:
 
     Raises: UserError for a checkpoint that is damaged or does not fit, and for an impossible growth.
     """
-    check_schedule(config)
     reader = open_for_resume(config, layout.rank)
     check_save_folder(config, reader)
     if reader is not None:
         start = _from_checkpoint(config, reader)
     elif config.checkpoint.pretrain_partial_init:
-        start = _from_smaller_model(config, config.checkpoint.pretrain_partial_init)
+        start = _from_smaller_model(config, config.checkpoint.pretrain_partial_init, layout.rank)
     else:
         start = Start(config, TrainState())
+    done = stages_done(start.state.lineage)
+    check_schedule(config.model_copy(update={"model": start.config.model}), already=done)
     _grow_as_scheduled(config, start)
     return start
 
@@ -125,17 +130,20 @@ def _check_fit(model: ModelConfig, tensors: TensorSource, source: str) -> None:
     check_fit(LanguageModel(model, device="meta"), shapes, source)
 
 
-def _from_smaller_model(config: RunConfig, path: str) -> Start:
-    base = open_base(Path(path), config.model)
+def _from_smaller_model(config: RunConfig, path: str, rank: int) -> Start:
+    base = open_base(Path(path), config.model, verify=rank == 0)
     slots = {f"{kind}_slot_num": getattr(config.model, f"{kind}_slot_num") for kind in KINDS}
     check_same_model(config.model, base.config.model_copy(update=slots), base.folder)
-    _check_fit(base.config, base.tensors, f"pretrain_partial_init: {base.folder}")
+    # Everything but the tokens is as configured: lengths and dropout may be others than the smaller model's.
+    tokens = {key: getattr(base.config, key) for key in (*slots, "token_segments")}
+    before = ModelConfig(**{**config.model.model_dump(), **tokens})
+    _check_fit(before, base.tensors, f"pretrain_partial_init: {base.folder}")
     counts = TokenCounts(*(slots[f"{kind}_slot_num"] for kind in KINDS))
-    after = config.model_copy(update={"model": grown_config(base.config, counts)})
+    after = config.model_copy(update={"model": grown_config(before, counts)})
     state = TrainState()
     if base.reader is not None:
         _carry_over(state, config, base.reader)
-    start = Start(config.model_copy(update={"model": base.config}), state, base.tensors, base.reader)
+    start = Start(config.model_copy(update={"model": before}), state, base.tensors, base.reader)
     start.grow(after, scheduled=False)
     return start
 
@@ -143,7 +151,7 @@ def _from_smaller_model(config: RunConfig, path: str) -> Start:
 def _carry_over(state: TrainState, config: RunConfig, reader: CheckpointReader) -> None:
     """Take over what a smaller model's run has reached: tokens, place in the data, lineage and, if asked for, time."""
     state.load_state_dict(reader.train_state)
-    state.lineage = [{**entry, "scheduled": False} for entry in state.lineage]
+    state.lineage = past_growths(state.lineage)
     if config.scaling.partial_init_policy == "restart":
         state.iteration = state.skipped_iterations = 0
     changed = data_differences(config, reader)

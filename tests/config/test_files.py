@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 OFFICIAL = json.loads((ROOT / "tests/fixtures/config/official_configs.json").read_text())
 SIZES = ["150M", "450M", "900M", "1-5B"]
+GROWTH_FILES = [Path(name).stem for name in OFFICIAL if "incremental_scaling" in name]
 OVERLAYS = {"bf16.yml", "local_cpu.yml", "slurm.yml", "text_generation.yml"}
 ABSENT = {
     "adlr_autoresume": "ignored",
@@ -55,6 +56,33 @@ def test_tokenformer_configs_have_the_official_values(name: str) -> None:
     left_out = {key for key in official if not any(used.split(".")[0] == key for used in ours.settings)}
     assert left_out == set(ABSENT)
     assert left_out <= set(IGNORED)
+
+
+@pytest.mark.parametrize("name", GROWTH_FILES)
+def test_growth_configs_have_the_official_values(name: str) -> None:
+    folder = "incremental_scaling_openwebtext2"
+    official = {k.replace("-", "_"): v for k, v in OFFICIAL[f"configs/{folder}/{name}.yml"].items()}
+    ours = resolve_config(CONFIGS / folder / name)
+    differences: dict[str, Any] = {"wall_clock_breakdown": False}
+    if "pretrain_partial_init" in official:
+        # The official folder is one that no official file saves to.
+        base = load_config(CONFIGS / folder / "354M_train_openwebtext2_basemodel")
+        differences["pretrain_partial_init"] = base.checkpoint.save
+    assert ours.config == load_config([], {**official, **differences})
+    left_out = {key for key in official if not any(used.split(".")[0] == key for used in ours.settings)}
+    assert left_out == set(ABSENT)
+
+
+def test_each_step_of_growth_starts_from_what_the_one_before_saves() -> None:
+    files = [
+        "354M_train_openwebtext2_basemodel",
+        "354M_to_757M_train_openwebtext2_60k",
+        "757M_to_1-5B_train_openwebtext2_60k",
+    ]
+    steps = [load_config(CONFIGS / "incremental_scaling_openwebtext2" / name).checkpoint for name in files]
+    for before, after in zip(steps, steps[1:], strict=False):
+        assert after.pretrain_partial_init == before.save
+    assert len({step.save for step in steps}) == len(steps)
 
 
 def test_text_generation_has_the_official_values() -> None:

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     if not __package__:  # run by its path: then this folder is on the import path, not the one that holds megatron
-        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+        sys.path[0] = str(Path(__file__).resolve().parents[2])  # instead: inspect.py here is not Python's inspect
     from megatron.errors import run_command
 
     sys.exit(run_command(main))
