@@ -40,7 +40,7 @@ def describe_validation_error(error: ValidationError, settings: Mapping[str, Set
     if detail["type"] == "value_error":
         text = str(detail["ctx"]["error"])
         return _with_source(*_split_key(text, detail["loc"]), settings, files)
-    return _with_source(_dotted(detail["loc"]), _describe(dict(detail)), settings, files)
+    return _with_source(_dotted(detail["loc"]), _entry(detail["loc"]) + _describe(dict(detail)), settings, files)
 
 
 def _split_key(text: str, loc: tuple[int | str, ...]) -> tuple[str, str]:
@@ -63,6 +63,14 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
     return ".".join(names)
 
 
+def _entry(loc: tuple[int | str, ...]) -> str:
+    """Which key of which entry, for a mistake in a list of tables (growth); nothing elsewhere."""
+    number = next((part for part in loc if isinstance(part, int)), None)
+    if number is None or not isinstance(loc[-1], str):
+        return ""
+    return f"entry {number + 1}: {loc[-1]}: "
+
+
 def _with_source(key: str, text: str, settings: Mapping[str, Setting], files: str) -> str:
     setting = settings.get(key) or next((item for name, item in settings.items() if name.startswith(f"{key}.")), None)
     if setting is None:
@@ -80,6 +88,8 @@ def _describe(detail: dict[str, Any]) -> str:
         words, name = _LIMITS[kind]
         return f"must be {words} {context[name]:g}, got {value}"
     expected = _EXPECTED.get(kind.partition("_")[0])
+    if kind == "extra_forbidden":
+        return "unknown key; `python train.py --help` lists all keys"
     if kind == "missing":
         return "the list is too short"
     return f"expected {expected}, got {value}" if expected else f"{detail['msg']}, got {value}"

@@ -64,7 +64,7 @@ def grown_config(config: ModelConfig, counts: TokenCounts) -> ModelConfig:
 def _growing_blocks(config: ModelConfig, layers: Iterable[int] | None) -> set[int]:
     able = {index for index, kind in enumerate(config.layer_kinds) if kind == TOKENFORMER}
     if not able:
-        raise UserError("growth: the model has no tokenformer blocks; only parameter tokens can be added")
+        raise UserError("the model has no tokenformer blocks; only parameter tokens can be added")
     if layers is None:
         return able
     for index in layers:

@@ -46,7 +46,7 @@ def stage_config(config: RunConfig, done: int, already: int = 0) -> RunConfig:
         try:
             model = grown_config(model, stage_counts(stage))
         except UserError as error:
-            raise UserError(f"growth[{number}].{error}") from error
+            raise UserError(f"growth[{number}]: {error}") from error
     if not done:
         return config
     now = config.scaling.growth[done - 1]

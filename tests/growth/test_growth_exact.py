@@ -1,0 +1,191 @@
+"""Growth changes nothing at first and something afterwards: logits, gradients, on one process and on tensor ranks."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from megatron.config.schema import ModelConfig
+from megatron.errors import UserError
+from megatron.growth import grow
+from megatron.inference import load_model
+from megatron.model import LanguageModel, Pattention
+from megatron.mpu.layout import SINGLE, Layout
+from tests.growth.growth_helpers import worst
+from tests.ranks import run_ranks
+
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "model_A"
+SMALL: dict[str, Any] = {
+    "num_layers": 3, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 12, "padded_vocab_size": 64,
+    "rotary_pct": 0.5, "norm": "layernorm_nonparam", "final_norm": "layernorm", "init_method_std": 0.5,
+    "qkv_slot_num": 12, "proj_slot_num": 10, "ffn_slot_num": 20,
+}  # fmt: skip
+IDS = torch.randint(64, (3, 12), generator=torch.Generator().manual_seed(1))
+GELUS = ("l2_norm_gelu", "gelu_l2_norm")
+# Three growths, the second of them of the feed-forward only.
+CHAIN: dict[str, list[dict[str, Any]]] = {
+    **dict.fromkeys(GELUS, [{"qkv": 19, "proj": 11, "ffn": 50}, {"ffn": 51}, {"qkv": 40, "proj": 40, "ffn": 90}]),
+    "softmax": [{"qkv": 24, "proj": 30, "ffn": 40}, {"ffn": 120}, {"qkv": 96, "proj": 60, "ffn": 240}],
+}
+SUBSETS = [layers for size in range(1, 4) for layers in itertools.combinations(range(3), size)]
+
+
+def model(activation: str, dtype: torch.dtype = torch.float64, layout: Layout = SINGLE) -> LanguageModel:
+    config = ModelConfig(**SMALL, norm_activation_type=activation)
+    return LanguageModel(config, seed=3, dtype=dtype, layout=layout).eval()
+
+
+def chain_differences(grown: LanguageModel, activation: str) -> list[float]:
+    """How far logits are from those before any growth, after each growth of the chain."""
+    with torch.no_grad():
+        before, found = grown(IDS), []
+        for counts in CHAIN[activation]:
+            grow(grown, **counts)
+            found.append(worst(grown(IDS), before))
+    return found
+
+
+@pytest.mark.parametrize("activation", CHAIN)
+def test_three_growths_leave_fp64_logits_as_they_were(activation: str) -> None:
+    grown = model(activation)
+    assert max(chain_differences(grown, activation)) < 1e-12
+    counts = [module.num_tokens for module in grown.modules() if isinstance(module, Pattention)]
+    assert counts == ([96, 96, 96, 60, 240] if activation == "softmax" else [40, 40, 40, 40, 90]) * 3
+    assert grown.num_parameters() == LanguageModel(grown.config, device="meta").num_parameters()
+
+
+@pytest.mark.parametrize("activation", CHAIN)
+def test_fp32_and_bf16_logits_change_by_rounding_only(activation: str) -> None:
+    assert max(chain_differences(model(activation, torch.float32), activation)) < 1e-5
+    scale = model(activation)(IDS).abs().max().item()
+    # bf16 has 8 bits: one rounding of the largest logit and one of the residual stream before the head.
+    assert max(chain_differences(model(activation, torch.bfloat16), activation)) <= 2 * 2**-8 * scale
+
+
+@pytest.mark.parametrize("activation", CHAIN)
+@pytest.mark.parametrize("layers", SUBSETS, ids=str)
+def test_any_subset_of_layers_grows(activation: str, layers: tuple[int, ...]) -> None:
+    grown = model(activation)
+    with torch.no_grad():
+        before = grown(IDS)
+        grow(grown, qkv=36, proj=20, ffn=40, layers=layers)
+        assert worst(grown(IDS), before) < 1e-12
+    for index, layer in enumerate(grown.layers):
+        assert layer.mlp.num_tokens == (40 if index in layers else 20)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("activation", GELUS)
+def test_other_recipes_do_change_logits(activation: str) -> None:
+    """The bounds above mean something: with keys that are not zero, or another tau, logits are far off."""
+    for spoil in ("keys", "tau"):
+        grown = model(activation)
+        with torch.no_grad():
+            before = grown(IDS)
+            grow(grown, qkv=24, proj=20, ffn=40)
+            for name, tensor in grown.state_dict().items():
+                if spoil == "keys" and "key_tokens_1" in name:
+                    tensor.normal_(std=0.5)
+                if spoil == "tau" and name.endswith("tau_tokens"):
+                    tensor.mul_(2)
+            assert worst(grown(IDS), before) > 0.1 * before.abs().max().item(), spoil
+
+
+def test_softmax_with_tokens_of_another_recipe_would_change_logits() -> None:
+    grown = model("softmax")
+    with torch.no_grad():
+        before = grown(IDS)
+        grow(grown, qkv=24, proj=20, ffn=40)
+        for name, tensor in grown.state_dict().items():
+            if "key_tokens_1" in name:
+                tensor.zero_()
+        assert worst(grown(IDS), before) > 1e-3
+
+
+@pytest.mark.parametrize("activation", GELUS)
+def test_new_keys_learn_in_the_first_step_and_new_values_in_the_second(activation: str) -> None:
+    grown = model(activation).train()
+    grow(grown, qkv=24, proj=20, ffn=40)
+    new = {name: p for name, p in grown.named_parameters() if name.endswith("_tokens_1")}
+    assert len(new) == 2 * 5 * 3
+    optimizer = torch.optim.SGD(grown.parameters(), lr=0.1)
+    for step in (1, 2):
+        optimizer.zero_grad()
+        F.cross_entropy(grown(IDS)[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+        for name, parameter in new.items():
+            assert parameter.grad is not None, name
+            moves = parameter.grad.abs().sum(-1) > 0  # [n]
+            if "key_tokens" in name or step == 2:
+                assert moves.all(), (name, step)
+            else:
+                assert not moves.any(), name
+        optimizer.step()
+
+
+def test_a_growth_of_nothing_is_counted_and_changes_nothing() -> None:
+    grown = model("l2_norm_gelu")
+    before = {name: tensor.clone() for name, tensor in grown.state_dict().items()}
+    grow(grown)
+    after = grown.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert grown.config.token_segments == {"qkv": [[12, 0]] * 3, "proj": [[10, 0]] * 3, "ffn": [[20, 0]] * 3}
+
+
+def test_an_impossible_growth_leaves_the_model_as_it_was() -> None:
+    for activation, counts, message in (
+        ("l2_norm_gelu", {"qkv": 24, "ffn": 19}, "ffn_slot_num: 19 is fewer than the 20 tokens of layer 0"),
+        ("softmax", {"qkv": 24, "proj": 25}, "25 is no multiple of 10; choose 30, or a GELU activation"),
+        (
+            "l2_norm_gelu",
+            {"qkv": 24, "layers": (1, 3)},
+            "layers: 3 is not a tokenformer block of this model; it has 0 to 2",
+        ),
+    ):
+        grown = model(activation)
+        config, names = grown.config, list(grown.state_dict())
+        with pytest.raises(UserError, match=message):
+            grow(grown, **counts)  # type: ignore[arg-type]
+        assert grown.config is config and list(grown.state_dict()) == names
+
+
+def golden_model() -> LanguageModel:
+    arguments = json.loads((GOLDEN / "config.json").read_text())["neox_args"]
+    config = ModelConfig(**{key: value for key, value in arguments.items() if key in ModelConfig.model_fields})
+    return load_model(GOLDEN / "pytorch_model.bin", config)
+
+
+def test_the_official_model_grows_and_keeps_the_official_logits() -> None:
+    grown, io = golden_model(), load_file(GOLDEN / "io.safetensors")
+    grow(grown, qkv=128, proj=128, ffn=512)
+    with torch.no_grad():
+        assert worst(grown(io["input_ids"]), io["logits"]) < 1e-5
+    assert grown.num_parameters() > golden_model().num_parameters()
+
+
+def chains_on_tensor_ranks() -> dict[str, list[float]]:
+    torch.distributed.init_process_group("gloo")
+    layout = Layout.for_world(torch.distributed.get_rank(), 2, tensor_size=2).connect()
+    found = {}
+    for activation in CHAIN:
+        # A rank's share of q, k, v is the same for two ranks: 12, 10 and 20 tokens are even.
+        sharded = model(activation, layout=layout)
+        with torch.no_grad():
+            found[f"{activation} before"] = [worst(sharded(IDS), model(activation)(IDS))]
+        found[activation] = chain_differences(sharded, activation)
+    uneven = LanguageModel(
+        ModelConfig(**{**SMALL, "norm_activation_type": "softmax", "ffn_slot_num": 21}), layout=layout
+    )
+    with pytest.raises(UserError, match="21 tokens shared unevenly by 2 ranks .* grow the checkpoint instead"):
+        grow(uneven, ffn=42)
+    return found
+
+
+def test_tensor_ranks_grow_in_place() -> None:
+    for found in run_ranks(2, chains_on_tensor_ranks):
+        assert {name for name, values in found.items() if max(values) > 1e-12} == set()

@@ -1,0 +1,185 @@
+"""Schedules of growth: the models of the shipped chains, learning rates over the stages, mistakes before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.config import RunConfig, load_config
+from megatron.errors import UserError
+from megatron.growth.schedule import check_schedule, learning_rate_schedule, resumed_config, stage_config
+from megatron.model import LanguageModel
+from megatron.training.schedule import LRSchedule
+from tests.conftest import TINY
+from tests.growth.growth_helpers import CONTINUE, stage
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "incremental_scaling_openwebtext2"
+VOCABULARY = 50277
+STEPS = {
+    "354M_train_openwebtext2_basemodel": 353_503_232,
+    "354M_to_757M_train_openwebtext2_60k": 756_156_416,
+    "354M_to_757M_train_openwebtext2_120k": 756_156_416,
+    "757M_to_1-5B_train_openwebtext2_60k": 1_511_131_136,
+}
+
+
+def sizes(config: RunConfig) -> list[int]:
+    """Parameters of each stage."""
+    config = config.with_vocabulary(VOCABULARY)
+    stages = range(len(config.scaling.growth) + 1)
+    return [LanguageModel(stage_config(config, done).model, device="meta").num_parameters() for done in stages]
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_each_file_has_the_size_in_its_name(name: str) -> None:
+    assert sizes(load_config(CONFIGS / name)) == [STEPS[name]]
+
+
+def test_one_file_has_the_whole_chain_to_1_5_billion() -> None:
+    config = load_config(CONFIGS / "354M_to_757M_to_1-5B_openwebtext2")
+    assert sizes(config) == [353_503_232, 756_156_416, 1_511_131_136]
+    grown = stage_config(config.with_vocabulary(VOCABULARY), 2).model.token_segments
+    assert grown == {
+        "qkv": [[768, 1024, 1920]] * 24,
+        "proj": [[768, 1024, 1920]] * 24,
+        "ffn": [[3072, 4096, 7680]] * 24,
+    }
+
+
+def test_one_file_has_the_chain_of_the_paper() -> None:
+    config = load_config(CONFIGS / "124M_to_1-4B_openwebtext2")
+    assert [round(size / 1e6, 1) for size in sizes(config)] == [123.6, 354.2, 753.8, 1309.7]
+
+
+@pytest.mark.parametrize("name", ["354M_to_757M_to_1-5B_openwebtext2", "124M_to_1-4B_openwebtext2"])
+def test_each_stage_of_a_chain_has_a_schedule_of_its_own(name: str) -> None:
+    config = load_config(CONFIGS / name)
+    lineage: list[dict[str, Any]] = []
+    starts = [0, *(growth.at_iteration or 0 for growth in config.scaling.growth)]
+    for start, end in zip(starts, [*starts[1:], config.training.train_iters or 0], strict=True):
+        if start:
+            lineage.append({"scheduled": True, "iteration": start, "updates": start, "consumed_tokens": start * 2**19})
+        schedule = LRSchedule(*learning_rate_schedule(config, lineage, 2**19))
+        assert schedule(start) == 0 and schedule(start + (end - start) // 100) == pytest.approx(6e-4)
+        assert schedule(end) == pytest.approx(6e-5) and schedule(end - 1000) > 6e-5
+
+
+def tiny(growth: list[dict[str, Any]], **keys: Any) -> RunConfig:
+    return load_config([], {**TINY, "growth": growth, "save": "out", **keys})
+
+
+def entry(iteration: int, tokens: int = 0) -> dict[str, Any]:
+    return {"scheduled": True, "iteration": iteration, "updates": iteration, "consumed_tokens": tokens}
+
+
+def test_a_restart_warms_up_and_decays_until_the_next_one() -> None:
+    growth = [stage(10, lr=5e-4, min_lr=1e-5, warmup=0.5), stage(14, **CONTINUE), stage(20)]
+    config = tiny(growth, train_iters=40)
+    first = LRSchedule(*learning_rate_schedule(config, [], 64))
+    assert (first(0), first(10)) == (1e-3, pytest.approx(1e-4))  # the run's own ends where the first restart begins
+    second = LRSchedule(*learning_rate_schedule(config, [entry(10)], 64))
+    assert [second(i) for i in (10, 12, 15, 20)] == pytest.approx([0, 2e-4, 5e-4, 1e-5])
+    third = LRSchedule(*learning_rate_schedule(config, [entry(10), entry(14)], 64))
+    assert [third(i) for i in range(14, 20)] == [second(i) for i in range(14, 20)]
+    last = LRSchedule(*learning_rate_schedule(config, [entry(10), entry(14), entry(20)], 64))
+    assert [last(i) for i in (20, 40)] == pytest.approx([1e-3, 1e-4])
+
+
+def test_a_restart_counts_updates_and_may_have_a_length_of_its_own() -> None:
+    config = tiny([stage(10, lr_decay_iters=4)], train_iters=40)
+    skipping = {**entry(10), "updates": 7}  # three updates were skipped
+    schedule = LRSchedule(*learning_rate_schedule(config, [skipping], 64))
+    assert [schedule(i) for i in (7, 11, 30)] == pytest.approx([1e-3, 1e-4, 1e-4])
+
+
+def test_a_stage_by_tokens_ends_the_schedule_before_it() -> None:
+    growth = [
+        {**stage(1), "at_iteration": None, "at_tokens": 1000},
+        {**stage(1), "at_iteration": None, "at_tokens": 2000},
+    ]
+    config = tiny(growth, train_iters=60)
+    first = LRSchedule(*learning_rate_schedule(config, [], 64))
+    assert first.total == 16  # 1024 tokens
+    second = LRSchedule(*learning_rate_schedule(config, [entry(16, 1024)], 64))
+    assert (second.start, second.total) == (16, 16)
+
+
+def test_a_run_that_goes_on_keeps_its_schedule() -> None:
+    config = tiny([stage(10, **CONTINUE)], train_iters=40)
+    assert learning_rate_schedule(config, [entry(10)], 64) == learning_rate_schedule(config, [], 64)
+    assert learning_rate_schedule(config, [], 64)[0].lr_decay_iters == 40
+
+
+BAD_SCHEDULES = [
+    pytest.param(
+        [stage(5, qkv_slot_num=20)], {}, r"growth\[0\]: qkv_slot_num: 20 is fewer than the 24", id="shrinking"
+    ),
+    pytest.param(
+        [stage(5), stage(9, ffn_slot_num=60)], {}, r"growth\[1\]: ffn_slot_num: 60 is fewer than the 72", id="second"
+    ),
+    pytest.param([stage(5, layers=[0, 2])], {}, r"growth\[0\]: layers: 2 is not a tokenformer block", id="layers"),
+    pytest.param(
+        [stage(5)],
+        {"norm_activation_type": "softmax"},
+        r"growth\[0\]: proj_slot_num: .*36 is no multiple of 24; choose 48",
+        id="softmax",
+    ),
+    pytest.param(
+        [{"at_iteration": 5}],
+        {"attention_config": [[["global"], 2]]},
+        r"growth\[0\]: the model has no tokenformer blocks",
+        id="Transformer",
+    ),
+]
+
+
+@pytest.mark.parametrize(("growth", "keys", "message"), BAD_SCHEDULES)
+def test_a_growth_that_cannot_be_is_refused_before_training(
+    growth: list[dict[str, Any]], keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check_schedule(tiny(growth, **keys).with_vocabulary(300))
+
+
+@pytest.mark.parametrize(
+    ("growth", "message"),
+    [
+        ([stage(5), stage(5)], "out of order, at_iteration 5 follows 5"),
+        ([stage(9), stage(5)], "out of order, at_iteration 5 follows 9"),
+        ([{"qkv_slot_num": 48}], "needs at_iteration or at_tokens, one of the two"),
+        ([stage(5, at_tokens=100)], "needs at_iteration or at_tokens, one of the two"),
+        ([stage(5, lr=1e-3, **CONTINUE)], "lr: belongs to a schedule of its own"),
+        ([stage(5, qkv_slots=48)], "growth: entry 1: qkv_slots: unknown key"),
+        ([stage(5), stage(9, ffn_slot_num=0)], "growth: entry 2: ffn_slot_num: must be greater than 0, got 0"),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_refused_when_it_is_read(growth: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        tiny(growth)
+    assert "\n" not in str(error.value)
+
+
+def test_a_grown_checkpoint_tells_which_stage_it_is_in() -> None:
+    config = tiny([stage(5), stage(9, ffn_slot_num=80)]).with_vocabulary(300)
+    lineage = [entry(5), entry(9)]
+    for done in (0, 1, 2):
+        saved = stage_config(config, done).model
+        assert resumed_config(config, saved, lineage[:done]) == stage_config(config, done)
+
+
+def test_an_edited_schedule_is_refused_after_growth() -> None:
+    config = tiny([stage(5)]).with_vocabulary(300)
+    saved, lineage = stage_config(config, 1).model, [entry(5)]
+    for edited, message in (
+        (tiny([stage(5, ffn_slot_num=80)]), "the first 1 stages of the schedule do not lead to the model"),
+        (tiny([stage(5, layers=[1])]), "the first 1 stages of the schedule do not lead to the model"),
+        (tiny([]), "qkv_slot_num: 24 in the configuration, 48 in the checkpoint"),
+        (tiny([stage(5)], ffn_slot_num=41), "ffn_slot_num: 41 in the configuration, 40 in the checkpoint before its 1"),
+        (tiny([stage(5, ffn_slot_num=30)]), r"growth\[0\]: ffn_slot_num: 30 is fewer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resumed_config(edited.with_vocabulary(300), saved, lineage)
+    with pytest.raises(UserError, match="the run has made 2 growths of its schedule, the configuration lists 1"):
+        resumed_config(config, saved, [*lineage, entry(9)])
