@@ -151,6 +151,8 @@ def check_world(config: RunConfig, script: str, processes: int | None) -> None:
         return
     training, tensor_size = _is_training(script), config.parallel.model_parallel_size
     stages = config.parallel.pipeline_stages if training else 1
+    if Path(script).name == "generate.py":
+        processes -= processes % tensor_size if processes > tensor_size else 0  # one copy of the model is enough
     try:
         layout = Layout.for_world(0, processes, stages, tensor_size)
     except ValueError as error:

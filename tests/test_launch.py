@@ -217,7 +217,7 @@ def test_a_layout_that_does_not_fit_the_processes_is_refused_before_any_starts(
     for keys, processes in ((["num_nodes=1"], 2), (["include='node1@node2:1'"], 3), (["exclude='node2:0'"], 3)):
         with pytest.raises(UserError, match=f"{processes} processes cannot hold pipe_parallel_size 2 x model_parallel"):
             plan_of([*nodes, *keys, "model_parallel_size=2", "pipe_parallel_size=2"])
-    with pytest.raises(UserError, match="1 processes cannot hold"):
+    with pytest.raises(UserError, match="1 process cannot hold"):
         plan_of(["model_parallel_size=2"])
 
 
@@ -235,8 +235,13 @@ def test_evaluation_ignores_the_pipeline_and_the_batch(script: str) -> None:
         return make_plan(resolve_config(DEMO, list(overrides)), script, [], {})
 
     plan("num_gpus=2", "pipe_parallel_size=2", "model_parallel_size=2", "train_batch_size=7")
-    with pytest.raises(UserError, match="3 processes cannot hold .* model_parallel_size 2"):
-        plan("num_gpus=3", "pipe_parallel_size=2", "model_parallel_size=2")
+    with pytest.raises(UserError, match="1 process cannot hold .* model_parallel_size 2"):
+        plan("num_gpus=1", "pipe_parallel_size=2", "model_parallel_size=2")
+    if script == "eval.py":
+        with pytest.raises(UserError, match="3 processes cannot hold .* model_parallel_size 2"):
+            plan("num_gpus=3", "model_parallel_size=2")
+    else:  # generation needs one copy of the model
+        plan("num_gpus=3", "model_parallel_size=2")
 
 
 @pytest.mark.parametrize(

@@ -290,10 +290,6 @@ def _check_tensor_axis(config: RunConfig) -> None:
             f"sequence_parallel: seq_length {model.seq_length} is no multiple of model_parallel_size {ranks}; "
             "change one of them or set sequence_parallel: false"
         )
-    if config.optimization.optimizer.type == "Muon":
-        raise ValueError(
-            f"optimizer.type: Muon orthogonalises whole matrices, model_parallel_size {ranks} splits them; use Adam"
-        )
 
 
 def check_trainable(config: RunConfig) -> None:
@@ -330,7 +326,19 @@ def _check_optimizer_and_zero(config: RunConfig) -> None:
         device = table.get("device", "cpu") if isinstance(table, dict) else "cpu"
         if device not in ("cpu", "none"):
             raise UserError(f"zero_optimization.{key}.device: {device} cannot be checkpointed here; use cpu or none")
-    if options.optimizer.type != "Muon" or zero.stage == 0:
+    if (zero.model_extra or {}).get("round_robin_gradients"):
+        raise UserError(
+            "zero_optimization.round_robin_gradients: true orders DeepSpeed's fp32 values in a way that cannot be "
+            "checkpointed here; set it to false"
+        )
+    if options.optimizer.type != "Muon":
+        return
+    if config.parallel.model_parallel_size > 1:
+        raise UserError(
+            f"optimizer.type: Muon orthogonalises whole matrices, model_parallel_size "
+            f"{config.parallel.model_parallel_size} splits them; use Adam"
+        )
+    if zero.stage == 0:
         return
     if zero.stage == 3:
         raise UserError("zero_optimization.stage: DeepSpeed's Muon cannot run at stage 3; use stage 0, 1 or 2")
@@ -347,15 +355,15 @@ ZERO_KEYS = (
     "elastic_checkpoint", "enable_sanity_checks", "gather_16bit_weights_on_model_save",
     "ignore_unused_parameters", "leaf_module", "legacy_stage1", "load_from_fp32_weights",
     "log_trace_cache_warnings", "max_live_parameters", "max_reuse_distance", "memory_efficient_linear",
-    "model_persistence_threshold", "module_granularity_threshold", "offload_optimizer", "offload_param",
+    "model_persistence_threshold", "offload_optimizer", "offload_param",
     "overlap_comm", "override_module_apply", "param_persistence_threshold", "parameter_alignment",
     "pipeline_loading_checkpoint", "prefetch_bucket_size", "reduce_bucket_size", "reduce_scatter",
     "round_robin_gradients", "save_muon_momentum_buffer_in_memory", "stage", "stage3_allgather_sequential",
     "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
     "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
-    "stage3_module_granularity_threshold", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
     "stage3_use_all_reduce_for_fetch_params", "sub_group_size", "use_all_reduce_for_fetch_params",
-    "use_multi_rank_bucket_allreduce", "zenflow", "zero_hpz_partition_size", "zero_quantized_gradients",
+    "use_multi_rank_bucket_allreduce", "zero_hpz_partition_size", "zero_quantized_gradients",
     "zero_quantized_nontrainable_weights", "zero_quantized_weights",
 )  # fmt: skip
 """Keys of DeepSpeed 0.19.8's zero_optimization table; all are handed to it."""

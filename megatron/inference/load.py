@@ -21,6 +21,7 @@ from megatron.inference.huggingface_import import CONFIG, HuggingFaceCheckpoint
 from megatron.model import LanguageModel
 from megatron.model.compatibility import check_fit, check_same_model, saved_model_config
 from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.processes import first_rank_does
 from megatron.mpu.shard import take_share
 
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -59,7 +60,7 @@ def load_model(
     elif (folder := find_official_folder(path, iteration)) is not None:
         names, shape_of, tensor_of, model_config = _open_flat(folder, model_config)
     else:
-        names, shape_of, tensor_of, model_config = _open_training_checkpoint(path, config, iteration)
+        names, shape_of, tensor_of, model_config = _open_training_checkpoint(path, config, iteration, layout)
     names = list(names)
     check_fit(LanguageModel(model_config, device="meta"), {name: shape_of(name) for name in names}, str(path))
     model = LanguageModel(model_config, device=device, attention_backend=attention_backend, layout=layout)
@@ -82,13 +83,16 @@ def _open_flat(path: Path, config: ModelConfig | None) -> _Opened:
     return tensors, lambda name: tuple(tensors[name].shape), tensors.__getitem__, config
 
 
-def _open_training_checkpoint(path: Path, config: RunConfig | ModelConfig | None, iteration: int | None) -> _Opened:
+def _open_training_checkpoint(
+    path: Path, config: RunConfig | ModelConfig | None, iteration: int | None, layout: Layout
+) -> _Opened:
     folder = find_checkpoint(path, iteration)
     if folder is None:
         raise UserError(
             f"load: no checkpoint in {path}; train first, or set eval_ckpt to an official pytorch_model.bin"
         )
-    reader = CheckpointReader(folder)
+    reader = CheckpointReader(folder, verify=False)
+    first_rank_does(lambda: reader.verify(leave_out=("optimizer", "rng")), layout)
     saved = saved_model_config(reader)
     if isinstance(config, RunConfig):  # its model is the one before the growths of its schedule
         config = resumed_config(config, saved, reader.train_state.get("lineage", [])).model

@@ -8,7 +8,7 @@ parameter names are those of LanguageModel: `embedding.`, `layers.{i}.`, `final_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -128,6 +128,14 @@ class LanguageModel(nn.Module):
             group = nn.Sequential(*self.layers[start : start + self.checkpoint_layers])
             x = checkpoint(group, x, use_reentrant=False)
         return x
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """(canonical prefix, module) of embedding, blocks, final norm and head, in order."""
+        yield "embedding", self.embedding
+        yield from ((f"layers.{i}", layer) for i, layer in enumerate(self.layers))
+        yield "final_norm", self.final_norm
+        if self.head is not None:
+            yield "head", self.head
 
     def reset_tau(self) -> None:
         """Write every layer's tau_tokens as given at construction (needed after `to_empty`)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,23 +54,28 @@ class Layout:
         """The grid of `world_size` processes; ValueError when the model axes do not divide it."""
         model_size = pipeline_size * tensor_size
         if world_size % model_size:
+            count = "1 process" if world_size == 1 else f"{world_size} processes"
             raise ValueError(
-                f"{world_size} processes cannot hold pipe_parallel_size {pipeline_size} x "
+                f"{count} cannot hold pipe_parallel_size {pipeline_size} x "
                 f"model_parallel_size {tensor_size}; start a multiple of {model_size}"
             )
         return cls(rank, world_size // model_size, pipeline_size, tensor_size, sequence_parallel and tensor_size > 1)
 
-    def connect(self) -> Layout:
-        """This layout with its process groups; every process of the world calls it, once. Collective."""
+    def connect(self, timeout: timedelta | None = None) -> Layout:
+        """This layout with its process groups; every process of the world calls it, once. Collective.
+
+        Args:
+            timeout: how long a collective waits for a rank; default that of the backend.
+        """
         return replace(
             self,
-            tensor_group=self._new_group(lambda place: (place.pipeline_rank, place.data_rank)),
-            data_group=self._new_group(lambda place: (place.pipeline_rank, place.tensor_rank)),
-            pipeline_group=self._new_group(lambda place: (place.data_rank, place.tensor_rank)),
-            replica_group=self._new_group(lambda place: place.data_rank),
+            tensor_group=self._new_group(lambda place: (place.pipeline_rank, place.data_rank), timeout),
+            data_group=self._new_group(lambda place: (place.pipeline_rank, place.tensor_rank), timeout),
+            pipeline_group=self._new_group(lambda place: (place.data_rank, place.tensor_rank), timeout),
+            replica_group=self._new_group(lambda place: place.data_rank, timeout),
         )
 
-    def _new_group(self, key: Callable[[Layout], object]) -> ProcessGroup | None:
+    def _new_group(self, key: Callable[[Layout], object], timeout: timedelta | None) -> ProcessGroup | None:
         """The group of the ranks whose key is this rank's. All groups are made on all ranks, as torch demands."""
         import torch.distributed as dist
 
@@ -80,7 +86,7 @@ class Layout:
             return None
         if len(members) == 1:
             return dist.group.WORLD
-        groups = {place: dist.new_group(ranks) for place, ranks in members.items()}
+        groups = {place: dist.new_group(ranks, timeout=timeout) for place, ranks in members.items()}
         return groups[key(self)]
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -73,7 +74,23 @@ def _connect(layout: Layout, backend: str) -> Layout:
             dist.init_process_group(backend if uses_gpu() else "gloo", timeout=_TIMEOUT, world_size=size, rank=rank)
         except dist.DistNetworkError as error:
             raise no_process_group(error) from error
-    return layout.connect()
+    return layout.connect(_TIMEOUT)
+
+
+def first_rank_does(action: Callable[[], None], layout: Layout) -> None:
+    """Do something on the first process of the grid only; its UserError is raised on every process. Collective."""
+    error: UserError | None = None
+    if layout.rank == 0:
+        try:
+            action()
+        except UserError as found:
+            error = found
+    if layout.world_size > 1:
+        box = [None if error is None else str(error)]
+        dist.broadcast_object_list(box, src=0)
+        error = error or (None if box[0] is None else UserError(box[0]))
+    if error is not None:
+        raise error
 
 
 def leave() -> None:

@@ -17,7 +17,7 @@ CHUNK_ROWS = 2048
 class _ShareOfTokenLosses(torch.autograd.Function):
     """-log softmax(logits)[label] row by row; keeps the logits and one log-sum-exp a row.
 
-    Each rank has columns [start, start + width) of the logits. Ranks exchange two numbers a row, forward only: the
+    Each rank has columns [start, start + width) of the logits. Ranks exchange three numbers a row, forward only: the
     gradient of a rank's logits needs the whole row's log-sum-exp and nothing else.
     """
 

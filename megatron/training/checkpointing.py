@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.checkpoint.state import CanonicalState
+from megatron.checkpoint.state import CanonicalState, folder_name
 from megatron.checkpoint.store import (
     CheckpointReader,
     find_checkpoint,
@@ -29,6 +29,7 @@ from megatron.errors import UserError
 from megatron.log import get_logger
 from megatron.mpu import Layout
 from megatron.mpu.device import uses_gpu
+from megatron.mpu.processes import first_rank_does
 from megatron.training.engine import Engine
 from megatron.training.state import TrainState
 
@@ -61,12 +62,27 @@ def save(config: RunConfig, engine: Engine, state: TrainState) -> None:
     canonical = CanonicalState(
         state.iteration, state.state_dict(), config.flat(), tensors, environment() if rank == 0 else {}
     )
-    folder = save_checkpoint(options.save, canonical, write=rank == 0)
-    if rank == 0 and options.keep_last_n_checkpoints:
-        remove_old(options.save, options.keep_last_n_checkpoints, options.extra_save_iters or ())
-    if engine.layout.world_size > 1:
-        dist.barrier()
-    get_logger().info("saved checkpoint %s", folder)
+    first_rank_does(_written(options, canonical, rank), engine.layout)
+    get_logger().info("saved checkpoint %s", Path(options.save) / folder_name(state.iteration))
+
+
+def _written(options: CheckpointConfig, state: CanonicalState, rank: int) -> Callable[[], None]:
+    """Write the checkpoint, and what it came to: nothing, or the UserError of a full disk."""
+    assert options.save is not None, "the loop saves only where there is a folder"
+    failure: UserError | None = None
+    try:
+        save_checkpoint(options.save, state, write=rank == 0)
+        if rank == 0 and options.keep_last_n_checkpoints:
+            remove_old(options.save, options.keep_last_n_checkpoints, options.extra_save_iters or ())
+    except UserError as error:
+        failure = error
+        save_checkpoint(options.save, state, write=False)  # the other ranks are still gathering
+
+    def outcome() -> None:
+        if failure is not None:
+            raise failure
+
+    return outcome
 
 
 def environment() -> dict[str, str | dict[str, str]]:
@@ -143,10 +159,10 @@ def restore_random_states(config: RunConfig, reader: CheckpointReader, layout: L
         torch.cuda.set_rng_state(values["cuda"])
 
 
-def open_for_resume(config: RunConfig, rank: int) -> CheckpointReader | None:
+def open_for_resume(config: RunConfig, layout: Layout) -> CheckpointReader | None:
     """The checkpoint a run continues from; None when `load` is unset, missing or empty: it then starts from scratch.
 
-    Rank 0 compares the checksums. Raises: UserError for a damaged one.
+    Rank 0 compares the checksums. Collective. Raises: UserError for a damaged one, on every rank.
     """
     load = config.checkpoint.load
     if load is None:
@@ -159,7 +175,9 @@ def open_for_resume(config: RunConfig, rank: int) -> CheckpointReader | None:
             raise UserError(f"load: {load} has global_step folders but no `latest` file; name one with `iteration`")
         get_logger().info("no checkpoint in %s: starting from scratch", load)
         return None
-    return CheckpointReader(folder, verify=rank == 0)
+    reader = CheckpointReader(folder, verify=False)
+    first_rank_does(reader.verify, layout)
+    return reader
 
 
 def check_save_folder(config: RunConfig, reader: CheckpointReader | None) -> None:

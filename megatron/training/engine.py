@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.state import ParameterSource
 from megatron.config.schema import RunConfig
-from megatron.errors import RankError, UserError
+from megatron.errors import UserError
 from megatron.model.attention import SelfAttention
 from megatron.mpu import Layout
-from megatron.mpu.device import process_device, uses_gpu
+from megatron.mpu.device import DTYPES, process_device, uses_gpu
+from megatron.mpu.processes import claim_device, no_process_group
 from megatron.mpu.shard import take_share
 from megatron.ops.cross_entropy import cross_entropy
 from megatron.training.engine_state import EngineState
@@ -49,21 +50,16 @@ def initialize_distributed(config: RunConfig) -> Layout:
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     if config.precision.dtype == "fp16" and not uses_gpu():
         raise UserError("fp16.enabled: fp16 needs a GPU, this machine has none; use `--set precision=bf16` (or fp32)")
-    if uses_gpu():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:
+    claim_device()
+    if not uses_gpu():
         # Without this DeepSpeed compiles a shared-memory collective for a minute before the first step.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _share_cores()
     if not dist.is_initialized():
         backend = config.launch.distributed_backend if uses_gpu() else "gloo"
         try:
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         except dist.DistNetworkError as error:
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise UserError(
-                f"master_port: no process group at {address} ({str(error).splitlines()[0][:150]}); choose another port"
-            ) from error
+            raise no_process_group(error) from error
     parallel = config.parallel
     try:
         layout = Layout.for_world(
@@ -76,13 +72,6 @@ def initialize_distributed(config: RunConfig) -> Layout:
     except ValueError as error:
         raise UserError(str(error)) from error
     return layout.connect()
-
-
-def _share_cores() -> None:
-    """Divide the machine's cores among its processes: each would otherwise start a thread for every core."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-    if "OMP_NUM_THREADS" not in os.environ and processes > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
 def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
@@ -113,6 +102,24 @@ def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
     return result
 
 
+def deepspeed_grid(layout: Layout) -> DeepSpeedGrid | None:
+    """The grid that DeepSpeed is told of; None where it knows all (data ranks only) or a PipelineModule tells it."""
+    return DeepSpeedGrid(layout) if layout.tensor_size > 1 and layout.pipeline_size == 1 else None
+
+
+def partition_parameters(module: nn.Module, config: RunConfig, layout: Layout, grid: DeepSpeedGrid | None) -> None:
+    """ZeRO 3: leave this process its part of each parameter of `module`, in the training dtype; they come filled.
+
+    Called part by part of a model, so that a model that is larger than a device's memory fits it at no time as a whole.
+    """
+    import deepspeed
+
+    module.to(DTYPES[config.precision.dtype])
+    group = grid.get_data_parallel_group() if grid is not None else layout.data_group
+    settings = deepspeed_config(config, layout)
+    deepspeed.zero.Init(module=module, data_parallel_group=group, config_dict_or_path=settings, mpu=grid)
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one update reports: the mean loss of this rank's micro-batches, the gradient norm before clipping."""
@@ -130,11 +137,19 @@ class Engine(ABC):
         model: on the training device, fp32, holding the values of `source`.
         source: the whole fp32 value of each parameter, for 16-bit training's master weights.
         eod_id: end-of-document token, for eod_mask_loss.
+        grid: `deepspeed_grid(layout)`.
     """
 
     def __init__(
-        self, config: RunConfig, layout: Layout, model: nn.Module, source: ParameterSource, eod_id: int
+        self,
+        config: RunConfig,
+        layout: Layout,
+        model: nn.Module,
+        source: ParameterSource,
+        eod_id: int,
+        grid: DeepSpeedGrid | None = None,
     ) -> None:
+        self._grid = grid
         self.config, self.layout, self.model, self.device = config, layout, model, process_device()
         self.eod_id = eod_id if config.training.eod_mask_loss else None
         self.clip = config.optimization.gradient_clipping
@@ -161,20 +176,21 @@ class Engine(ABC):
 
         deepspeed.utils.groups.mpu = None  # DeepSpeed would take over the grid of an earlier engine of this process
         optimizer = build_optimizer(self.model, self.config)
-        # A PipelineModule brings its own grid.
-        grid = DeepSpeedGrid(self.layout) if self.layout.tensor_size > 1 and self.layout.pipeline_size == 1 else None
         try:
             engine, *_ = deepspeed.initialize(
                 model=self.model,
                 optimizer=optimizer,
                 config=deepspeed_config(self.config, self.layout),
-                mpu=grid,
+                mpu=self._grid,
                 dist_init_required=False,
             )
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise UserError(f"zero_optimization.{key}: {first['msg']}; got {first.get('input')!r}") from error
+        except (AssertionError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"zero_optimization: DeepSpeed cannot run these settings: {reason}") from error
         return engine
 
     @abstractmethod
@@ -224,8 +240,8 @@ class Engine(ABC):
     def _require_finite(self, name: str, value: Tensor) -> None:
         # The update waits for the gradient norm anyway, so looking at these costs no extra stall.
         if not self.config.training.allow_nonfinite_loss and not torch.isfinite(value):
-            raise RankError(
-                f"{name}: {value.item()} on rank {self.layout.rank} is not finite, stopped before anything was saved; "
+            raise UserError(
+                f"{name}: {value.item()} is not finite, stopped before anything was saved; "
                 "resume from the last checkpoint with a smaller lr or another seed, or set allow_nonfinite_loss: true"
             )
 
@@ -298,7 +314,8 @@ class SingleStageEngine(Engine):
                 self._engine.step()
         mean = torch.stack(losses).mean()
         norm = clip_gradients(self.model.parameters(), self.clip, self.layout) if self.zero_stage == 0 else None
-        self._require_finite("lm_loss", mean)
+        if self.layout.data_size == 1:  # else this rank alone may see it; the gradient norm tells all of them
+            self._require_finite("lm_loss", mean)
         if norm is not None:
             self._require_finite("grad_norm", norm)
         skipped_before = self._engine.skipped_steps

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.checkpoint.state import ParameterSource
+from megatron.errors import UserError
 from megatron.mpu import SINGLE, Layout
 from megatron.mpu.shard import shard_spec, take_share, whole_shape
 
@@ -64,6 +65,7 @@ class EngineState:
         self._slices = {name: self._locate(p) for name, p in self.parameters.items()}
         self._frozen = dict(frozen or {})
         self._of_model = dict(model.named_parameters())
+        self._check_slices()
         self._shapes = self._of_all_stages({name: whole_shape(p) for name, p in self._of_model.items()})
 
     def _locate(self, parameter: Any) -> _Slice:
@@ -80,6 +82,19 @@ class EngineState:
             return _Slice(flat, 0, 0, 0)
         here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
         return _Slice(flat, here.start, there.start, here.numel)
+
+    def _check_slices(self) -> None:
+        """Raise a UserError when a slice does not hold what the parameter holds: a checkpoint would be scrambled."""
+        for name, place in self._slices.items():
+            parameter = self.parameters[name]
+            if parameter.numel() and place.size:  # ZeRO 3 has left an empty one
+                count = min(place.size, 64)
+                found = place.of(place.flat)[:count].to(parameter.device, parameter.dtype)
+                if not torch.equal(found, parameter.detach().view(-1)[place.start :][:count]):
+                    raise UserError(
+                        f"zero_optimization: with these settings DeepSpeed keeps the fp32 values of {name} in an order "
+                        "that cannot be checkpointed here; remove the settings beyond stage"
+                    )
 
     def _of_all_stages(self, mine: Mapping[str, Entry]) -> dict[str, tuple[int, Entry]]:
         """name -> (first pipeline stage that has it, its entry there), in the same order on every stage. Collective."""

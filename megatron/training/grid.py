@@ -17,10 +17,12 @@ class DeepSpeedGrid:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        # DeepSpeed takes None for the world; an axis of one is a group of this process alone.
-        alone = [dist.new_group([rank]) for rank in range(layout.world_size)][layout.rank]
-        self._data_group = layout.data_group or alone
-        self._tensor_group = layout.tensor_group or alone
+        self._data_group = layout.data_group or self._alone()
+        self._tensor_group = layout.tensor_group or self._alone()
+
+    def _alone(self) -> ProcessGroup:
+        # DeepSpeed takes None for the world.
+        return [dist.new_group([rank]) for rank in range(self._layout.world_size)][self._layout.rank]
 
     def get_model_parallel_rank(self) -> int:
         """Place on the tensor axis."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron.config.schema import RunConfig
 from megatron.log import get_logger
+from megatron.mpu.processes import leave
 from megatron.training.checkpointing import save, should_save
 from megatron.training.engine import StepResult
 from megatron.training.hardware import memory_gib
@@ -64,7 +63,8 @@ def _train_until_done(run: Run, stop: StopRequest) -> bool:
         grows = run.growth_is_due()
         _save_if_due(run, force=stopping or grows or state.iteration == run.last_iteration)
         if stopping:
-            get_logger().info("stopped at iteration %d (%s)", state.iteration, stop.name or "exit_interval")
+            reason = "exit_interval" if _exit_due(run) else stop.name or "a signal to another process"
+            get_logger().info("stopped at iteration %d (%s)", state.iteration, reason)
             return False
         if state.iteration % run.config.training.eval_interval == 0 or state.iteration == run.last_iteration:
             _evaluate(run, "valid")
@@ -136,7 +136,4 @@ def _evaluate(run: Run, split: str) -> None:
 
 def shut_down() -> None:
     """Leave the process group so that no communication thread outlives the interpreter."""
-    if dist.is_initialized():
-        dist.barrier()
-        time.sleep(0.3)
-        dist.destroy_process_group()
+    leave()

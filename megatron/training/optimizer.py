@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig, OptimizationConfig, RunConfig
 from megatron.errors import RankError, UserError
+from megatron.model.embedding import Embedding
 from megatron.mpu.device import uses_gpu
+from megatron.mpu.shard import whole_shape
 
 _TOKENS = re.compile(r"_tokens_(\d+)$")
 
@@ -35,6 +37,18 @@ def freeze_old_parameters(module: nn.Module, model: ModelConfig) -> None:
     if not any(parameter.requires_grad for parameter in module.parameters()):
         what = "a pipeline stage has no new tokens" if newest else "the model has not grown"
         raise RankError(f"freeze_old_tokens: {what}, there would be nothing to train; set it to false")
+    for part in module.modules():
+        if isinstance(part, Embedding):
+            part.register_forward_hook(_let_gradients_through)
+
+
+def _let_gradients_through(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Give a frozen embedding's output a gradient that nobody needs.
+
+    ZeRO 3 lets go of a module's parameters once the gradient of its input is known. When the first block's input has
+    none, that is before its backward pass.
+    """
+    return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
@@ -47,7 +61,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
     members: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members.setdefault((stage_of(name), parameter.dim() < 2), []).append(parameter)
+            members.setdefault((stage_of(name), len(whole_shape(parameter)) < 2), []).append(parameter)
     return [
         {
             "params": parameters,

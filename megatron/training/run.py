@@ -22,13 +22,21 @@ from megatron.log import get_logger, log_to_file
 from megatron.model import LanguageModel
 from megatron.model.blocks import BuildOptions
 from megatron.model.init import initial_value
+from megatron.model.pattention import Pattention
 from megatron.mpu import Layout
 from megatron.mpu.device import DTYPES, process_device
-from megatron.mpu.shard import take_share
+from megatron.mpu.processes import first_rank_does
+from megatron.mpu.shard import allocate, take_share
 from megatron.ops.pattention import select_backend
 from megatron.tokenizer import build_tokenizer
 from megatron.training.checkpointing import restore, seed_generators, warn_of_other_data
-from megatron.training.engine import Engine, SingleStageEngine, initialize_distributed
+from megatron.training.engine import (
+    Engine,
+    SingleStageEngine,
+    deepspeed_grid,
+    initialize_distributed,
+    partition_parameters,
+)
 from megatron.training.hardware import peak_flops
 from megatron.training.metrics import MetricsLog, Throughput
 from megatron.training.pipeline_engine import PipelineEngine
@@ -129,7 +137,13 @@ class Run:
 def start_run(config: RunConfig) -> Run:
     """Build everything, and load the checkpoint where there is one; raises UserError and leaves no trace."""
     layout = initialize_distributed(config)
-    lock = _claim_folders(config) if layout.rank == 0 else None
+    locks: list[FolderLock | None] = [None]
+
+    def claim() -> None:
+        locks[0] = _claim_folders(config)
+
+    first_rank_does(claim, layout)
+    lock = locks[0]
     try:
         run = _assemble(config, layout)
     except BaseException:
@@ -207,9 +221,17 @@ def _build_engine(start: Start, layout: Layout, eod_id: int) -> Engine:
     config, source = start.config, _parameter_source(start)
     model: nn.Module
     if layout.pipeline_size == 1:
-        model = _single_stage_model(config, layout)
-        _fill(model, layout, source, start.tensors)
-        return SingleStageEngine(config, layout, model, source, eod_id)
+        grid = deepspeed_grid(layout)
+        if config.parallel.zero_optimization.stage == 3:
+            model = _single_stage_model(config, layout, "meta")
+            for name, part in model.parts():
+                allocate(part, process_device())
+                _fill(part, layout, source, start.tensors, f"{name}.")
+                partition_parameters(part, config, layout, grid)
+        else:
+            model = _single_stage_model(config, layout, process_device())
+            _fill(model, layout, source, start.tensors)
+        return SingleStageEngine(config, layout, model, source, eod_id, grid)
     # Imports DeepSpeed, which looks at the environment that initialize_distributed has set up.
     from megatron.model.pipeline import PipelineModel
 
@@ -223,10 +245,10 @@ def _checkpoint_layers(config: RunConfig) -> int:
     return config.training.checkpoint_num_layers if config.training.checkpoint_activations else 0
 
 
-def _single_stage_model(config: RunConfig, layout: Layout) -> LanguageModel:
+def _single_stage_model(config: RunConfig, layout: Layout, device: torch.device | str) -> LanguageModel:
     return LanguageModel(
         config.model,
-        device=process_device(),
+        device=device,
         pattention_backend=config.training.pattention_backend,
         attention_backend=config.training.attention_backend,
         checkpoint_layers=_checkpoint_layers(config),
@@ -246,13 +268,21 @@ def _parameter_source(start: Start) -> ParameterSource:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, layout: Layout, source: ParameterSource, tensors: TensorSource | None) -> None:
-    """Write this process's share of every parameter, and the buffers of a checkpoint."""
+def _fill(
+    model: nn.Module, layout: Layout, source: ParameterSource, tensors: TensorSource | None, prefix: str = ""
+) -> None:
+    """Write this process's share of every parameter, and the buffers of a checkpoint or their first values.
+
+    `prefix` is where in the model this part of it is.
+    """
     for name, parameter in model.named_parameters():
-        parameter.copy_(take_share(source(name), parameter, layout))
+        parameter.copy_(take_share(source(prefix + name), parameter, layout))
+    for part in model.modules():
+        if isinstance(part, Pattention):
+            part.reset_tau()
     if tensors is not None:
         for name, buffer in model.named_buffers():
-            buffer.copy_(tensors.tensor("model", name))
+            buffer.copy_(tensors.tensor("model", prefix + name))
 
 
 def _build_data(config: RunConfig, state: TrainState, global_batch: int) -> Any:

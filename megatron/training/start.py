@@ -101,7 +101,7 @@ def find_start(config: RunConfig, layout: Layout) -> Start:
 
     Raises: UserError for a checkpoint that is damaged or does not fit, and for an impossible growth.
     """
-    reader = open_for_resume(config, layout.rank)
+    reader = open_for_resume(config, layout)
     check_save_folder(config, reader)
     if reader is not None:
         start = _from_checkpoint(config, reader)

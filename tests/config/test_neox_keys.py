@@ -70,3 +70,18 @@ def test_zero_keys_are_those_of_deepspeed() -> None:
 def test_training_names_missing_keys() -> None:
     with pytest.raises(UserError, match="training needs train_iters, train_micro_batch_size_per_gpu, data_path"):
         check_trainable(load_config([], MINIMUM))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}}, "cannot be checkpointed here"),
+        ({"optimizer": {"type": "Muon"}, "model_parallel_size": 2}, "Muon orthogonalises whole matrices"),
+        ({"growth": [{"at_iteration": 3}]}, "a run that grows goes through a checkpoint"),
+        ({"growth": [{"at_iteration": 3}], "save": "a", "no_save_optim": True}, "no_save_optim: a run that grows"),
+    ],
+)
+def test_settings_that_cannot_be_trained_are_refused(keys: dict[str, Any], message: str) -> None:
+    needed = {"train_iters": 5, "train_micro_batch_size_per_gpu": 2, "data_path": "a"}
+    with pytest.raises(UserError, match=message):
+        check_trainable(load_config([], {**MINIMUM, **needed, **keys}))
