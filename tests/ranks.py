@@ -8,6 +8,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.queues import SimpleQueue
 from typing import Any
 
@@ -21,30 +22,48 @@ def _worker(
     world: int,
     port: int,
     arguments: tuple[Any, ...],
-    results: SimpleQueue[Any],
+    results: SimpleQueue[Any] | None,
 ) -> None:
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in values.items()})
     import torch
 
     torch.set_num_threads(1)
+    found: tuple[int, Any, str | None]
     try:
-        results.put((rank, function(*arguments), None))
-        code = 0
+        found, code = (rank, function(*arguments), None), 0
     except BaseException:
-        results.put((rank, None, traceback.format_exc()))
-        code = 1
+        found, code = (rank, None, traceback.format_exc()), 1
+    if results is not None:
+        results.put(found)
     # A gloo thread may outlive the interpreter and abort it: leave without its teardown.
     os._exit(code)
 
 
-def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(*arguments)` on `world` ranks; what each returned, by rank. A failure fails with its traceback."""
+def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def start_process(function: Callable[..., Any], *arguments: Any) -> ForkServerProcess:
+    """`function(*arguments)` in a process of its own, one rank of one, that the caller may kill."""
+    context = _context()
+    process = context.Process(target=_worker, args=(function, 0, 1, _free_port(), arguments, None))
+    process.start()
+    return process
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(*arguments)` on `world` ranks; what each returned, by rank. A failure fails with its traceback."""
+    context, port = _context(), _free_port()
     results: SimpleQueue[Any] = context.SimpleQueue()
     processes = [
         context.Process(target=_worker, args=(function, rank, world, port, arguments, results)) for rank in range(world)

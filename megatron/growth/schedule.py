@@ -25,10 +25,19 @@ def stage_counts(stage: GrowthStage) -> TokenCounts:
 def check_schedule(config: RunConfig, already: int = 0) -> None:
     """Raise a UserError when one of the growths to come is impossible, before anything is trained.
 
+    So is one by fewer tokens than there are tensor ranks: some would have none to train, which ZeRO does not allow.
+
     Args:
         already: scheduled growths that the model of `config` has in it.
     """
-    stage_config(config, len(config.scaling.growth), already)
+    model, ranks = stage_config(config, len(config.scaling.growth), already).model, config.parallel.model_parallel_size
+    for kind, blocks in (model.token_segments or {}).items():
+        fewest = min((size for block in blocks for size in block if size), default=ranks)
+        if fewest < ranks:
+            raise UserError(
+                f"growth: {kind}_slot_num grows by {fewest} where model_parallel_size is {ranks}; each rank needs a "
+                "new token: grow by more, or lower model_parallel_size"
+            )
 
 
 def stage_config(config: RunConfig, done: int, already: int = 0) -> RunConfig:

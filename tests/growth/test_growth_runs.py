@@ -147,15 +147,16 @@ def test_old_and_new_tokens_have_learning_rates_of_their_own(
     tiny_config: MakeConfig, tmp_path: Path, zero: int
 ) -> None:
     """Measured on the first update after a growth: Adam moves a new key, which was zero, by the learning rate."""
-    run(tiny_config, tmp_path / "base", **STEADY, train_iters=6, zero_optimization={"stage": zero})
+    keys = {**STEADY, "zero_optimization": {"stage": zero}, "weight_decay": 0.0, "lr_decay_iters": 12}
+    run(tiny_config, tmp_path / "base", **keys, train_iters=6)
     start = tensors(tmp_path / "base", kinds=("model",))
     moves = {}
     for old, new in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.25)):
         scales = {"old_tokens_lr_scale": old, "new_tokens_lr_scale": new}
         folder = tmp_path / f"{old}-{new}"
         run(
-            tiny_config, folder, **STEADY, train_iters=7, lr_decay_iters=6, zero_optimization={"stage": zero},
-            load=str(tmp_path / "base"), growth=[stage(6, **CONTINUE, **scales)],
+            tiny_config, folder, **keys, train_iters=7, load=str(tmp_path / "base"),
+            growth=[stage(6, **CONTINUE, **scales)],
         )  # fmt: skip
         rate, after = metric(folder, "learning_rate")[7], tensors(folder, kinds=("model",))
         model_config = load_model(folder).config

@@ -143,6 +143,18 @@ def test_a_growth_that_cannot_be_is_refused_before_training(
         check_schedule(tiny(growth, **keys).with_vocabulary(300))
 
 
+def test_a_growth_by_fewer_tokens_than_tensor_ranks_is_refused() -> None:
+    for growth, keys in (
+        ([stage(5, ffn_slot_num=41)], {}),
+        ([stage(5)], {"ffn_slot_num": 71}),
+    ):
+        config = tiny(growth, **keys).with_vocabulary(300)
+        check_schedule(config)
+        parallel = config.parallel.model_copy(update={"model_parallel_size": 2})
+        with pytest.raises(UserError, match="growth: ffn_slot_num grows by 1 where model_parallel_size is 2"):
+            check_schedule(config.model_copy(update={"parallel": parallel}))
+
+
 @pytest.mark.parametrize(
     ("growth", "message"),
     [

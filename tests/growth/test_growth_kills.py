@@ -1,0 +1,105 @@
+"""A job killed at any moment around a growth ends, once resumed, with the bits of the job that was not killed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.config import RunConfig
+from megatron.training import train
+from tests.growth.growth_helpers import CONTINUE, MakeConfig, assert_equal, metric, stage, state, tensors
+from tests.ranks import start_process
+
+pytestmark = pytest.mark.usefixtures("single_process")
+GROWTH, LAST = 6, 14
+KEYS = {
+    "train_iters": LAST, "hidden_dropout": 0.1, "checkpoint_factor": 4, "eval_interval": GROWTH, "eval_iters": 1,
+    "growth": [stage(GROWTH, **CONTINUE)],
+}  # fmt: skip
+KILLS = 10
+KINDS = ("model", "optimizer", "rng")
+
+
+def poll(seconds: float = 60.0) -> Iterator[None]:
+    """Every two milliseconds; fails when it takes too long."""
+    end = time.monotonic() + seconds
+    while True:
+        yield
+        assert time.monotonic() < end, "the run did not get there in time"
+        time.sleep(0.002)
+
+
+def reached(folder: Path, iteration: int) -> bool:
+    """Has the run logged this iteration?"""
+    file = folder / "metrics.jsonl"
+    return file.exists() and f'"iteration": {iteration},' in file.read_text()
+
+
+def is_saved(folder: Path) -> bool:
+    """Is the checkpoint at the growth, or a later one, the latest?"""
+    latest = folder / "latest"
+    return latest.exists() and int(latest.read_text().strip().removeprefix("global_step")) >= GROWTH
+
+
+def start_and_wait(config: RunConfig, folder: Path, after_save: bool) -> Any:
+    """The run in a process of its own, at its last iteration before the growth, or just when it has saved there."""
+    process = start_process(train, config)
+    for _ in poll():
+        if is_saved(folder) if after_save else reached(folder, GROWTH - 1):
+            return process
+
+
+@pytest.fixture(scope="module")
+def configs(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, RunConfig]]:
+    """Folder and configuration of one run after the other, all alike."""
+    root = tmp_path_factory.mktemp("kills")
+    return (
+        (root / str(number), tiny_config(**KEYS, save=str(root / str(number)), load=str(root / str(number))))
+        for number in itertools.count()
+    )
+
+
+def test_a_run_killed_around_a_growth_ends_as_if_nothing_had_happened(
+    configs: Iterator[tuple[Path, RunConfig]],
+) -> None:
+    folder, config = next(configs)
+    process = start_and_wait(config, folder, after_save=False)
+    begin = time.monotonic()
+    moments = {}
+    for name, arrived in (("saved", lambda: is_saved(folder)), ("grown", lambda: reached(folder, GROWTH + 2))):
+        for _ in poll():
+            if arrived():
+                moments[name] = time.monotonic() - begin
+                break
+    process.join()
+    expected = tensors(folder, kinds=KINDS)
+    assert process.exitcode == 0 and len(state(folder)["lineage"]) == 1
+    # Half of the delays from the iteration before the save on, half from the save on until after the growth.
+    generator, saved_at_kill = random.Random(7), []
+    for kill in range(KILLS):
+        after_save = kill >= KILLS // 2
+        longest = moments["grown"] - moments["saved"] if after_save else moments["saved"]
+        delay = (kill % (KILLS // 2) + generator.random()) / (KILLS // 2) * longest
+        killed, config = next(configs)
+        process = start_and_wait(config, killed, after_save)
+        time.sleep(delay)
+        assert process.is_alive(), "the kill came too late"
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not reached(killed, LAST)
+        saved_at_kill.append(is_saved(killed))
+        train(config)
+        assert metric(killed)[LAST] == metric(folder)[LAST], (kill, delay)
+        assert_equal(tensors(killed, kinds=KINDS), expected)
+        assert len(state(killed)["lineage"]) == 1
+        assert not list(killed.glob(".saving-*")), "a later save removes what a kill left behind"
+    assert not all(saved_at_kill) and any(saved_at_kill), saved_at_kill

@@ -1,0 +1,176 @@
+"""Scheduled growth on real processes: every layout grows as one process does, and freezes, scales and resumes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.config import RunConfig
+from megatron.training import train
+from tests.growth.growth_helpers import (
+    CONTINUE,
+    STEADY,
+    MakeConfig,
+    assert_equal,
+    checkpoint,
+    is_new,
+    logits,
+    metric,
+    run,
+    stage,
+    state,
+    tensors,
+    worst,
+)
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.usefixtures("single_process")
+TOLERANCE = 1e-5
+# Three growths, by tokens that two ranks cannot share evenly.
+CHAIN = [
+    stage(3, qkv_slot_num=45, ffn_slot_num=71, old_tokens_lr_scale=0.5, lr=5e-4),
+    stage(5, qkv_slot_num=48, proj_slot_num=None, ffn_slot_num=None, layers=[1], **CONTINUE),
+    stage(7, qkv_slot_num=64, proj_slot_num=64, ffn_slot_num=101, **CONTINUE),
+]
+FROZEN = [stage(3, freeze_old_tokens=True, warmup=0.1, lr=2e-3)]
+SOFTMAX = [stage(3, proj_slot_num=72, ffn_slot_num=80, **CONTINUE)]
+RUN = {
+    **STEADY, "train_batch_size": 4, "train_iters": 9, "lr_decay_iters": 40, "eval_interval": 9, "weight_decay": 0.1,
+    "gradient_clipping": 0.5, "norm": "layernorm",
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "chain": {"growth": CHAIN},
+    "frozen": {"growth": FROZEN},
+    "softmax": {"growth": SOFTMAX, "norm_activation_type": "softmax"},
+    "ungrown": {},
+}
+
+
+def zero(number: int) -> dict[str, Any]:
+    table: dict[str, Any] = {"stage": number}
+    if number == 3:
+        table["stage3_param_persistence_threshold"] = 0  # else parameters as small as these stay gathered
+    return {"zero_optimization": table}
+
+
+TENSOR, PIPELINE = {"model_parallel_size": 2}, {"pipe_parallel_size": 2}
+DATA = {"train_micro_batch_size_per_gpu": 2}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": TENSOR,
+    "tp2-sp-zero1": {**TENSOR, "sequence_parallel": True, **zero(1)},
+    "tp2-zero3": {**TENSOR, **zero(3)},
+    "pp2": PIPELINE,
+    "pp2-zero1-recomputed": {**PIPELINE, **zero(1), "checkpoint_activations": True},
+    "dp2-zero1": {**DATA, **zero(1)},
+    "dp2-zero2": {**DATA, **zero(2)},
+    "dp2-zero3": {**DATA, **zero(3)},
+}
+CASES = [
+    *((layout, "chain") for layout in ("tp2-sp-zero1", "pp2", "dp2-zero3")),
+    *((layout, "frozen") for layout in ("tp2-zero3", "pp2-zero1-recomputed", "dp2-zero1")),
+    *((layout, "softmax") for layout in ("tp2", "dp2-zero2")),
+]
+
+
+def train_all(configs: list[RunConfig]) -> list[int]:
+    return [train(config).iteration for config in configs]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory, single_process: None) -> Path:
+    """Every case on two processes, and every model on one."""
+    root = tmp_path_factory.mktemp("layouts")
+    for model, keys in MODELS.items():
+        run(tiny_config, root / model, **RUN, **keys)
+    configs = [
+        tiny_config(**{**RUN, **MODELS[m], **LAYOUTS[n]}, save=str(root / f"{n}-{m}"), load=str(root / f"{n}-{m}"))
+        for n, m in CASES
+    ]
+    assert run_ranks(2, train_all, configs) == [[9] * len(CASES)] * 2
+    return root
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES)
+def test_a_layout_grows_as_one_process_does(runs: Path, layout: str, model: str) -> None:
+    found, expected = runs / f"{layout}-{model}", runs / model
+    for key in ("lm_loss", "valid_lm_loss", "learning_rate"):
+        assert metric(found, key) == pytest.approx(metric(expected, key), abs=TOLERANCE), key
+    assert metric(found, "grad_norm") == pytest.approx(metric(expected, "grad_norm"), rel=2 * TOLERANCE)
+    left, right = tensors(found), tensors(expected)
+    assert left.keys() == right.keys()
+    for name in right:
+        assert worst(left[name].double(), right[name].double()) < TOLERANCE, name
+    here, there = state(found)["lineage"], state(expected)["lineage"]
+    assert len(here) == len(MODELS[model]["growth"])
+    for entry, other in zip(here, there, strict=True):
+        assert entry.pop("logit_difference") < TOLERANCE and other.pop("logit_difference") < TOLERANCE
+        assert entry == other
+
+
+def test_the_loss_right_after_a_growth_is_that_of_the_ungrown_model(runs: Path) -> None:
+    plain = metric(runs / "ungrown")
+    for layout, model in CASES:
+        if model != "softmax":
+            grown = metric(runs / f"{layout}-{model}")
+            assert grown[4] == pytest.approx(plain[4], abs=TOLERANCE), layout
+            assert grown[9] != pytest.approx(plain[9], abs=TOLERANCE), layout
+
+
+def test_frozen_tokens_are_bit_identical_on_every_layout(runs: Path) -> None:
+    for layout, model in CASES:
+        if model == "frozen":
+            before, after = (tensors(runs / f"{layout}-{model}", at, ("model",)) for at in (3, 9))
+            assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), layout
+            assert all(is_new(name) for name in checkpoint(runs / f"{layout}-{model}").names("optimizer")), layout
+
+
+def test_a_grown_checkpoint_goes_on_in_one_process(tiny_config: MakeConfig, runs: Path, tmp_path: Path) -> None:
+    """tau^2 is not the number of tokens there, and stays what it was."""
+    ids = torch.randint(290, (2, 16), generator=torch.Generator().manual_seed(0))
+    for name in ("chain", "tp2-sp-zero1-chain", "pp2-chain"):
+        shutil.copytree(runs / name, tmp_path / name)
+        run(tiny_config, tmp_path / name, **{**RUN, **MODELS["chain"], "train_iters": 10})
+        assert int(tensors(tmp_path / name)["model/layers.0.mlp.tau_tokens"]) == 40
+        assert metric(tmp_path / name)[10] == pytest.approx(metric(tmp_path / "chain")[10], abs=TOLERANCE), name
+        for at in (9, 10):
+            found, expected = (logits(tmp_path / run_name / f"global_step{at}", ids) for run_name in (name, "chain"))
+            assert worst(found, expected) < TOLERANCE * expected.abs().max().item() * 10, (name, at)
+
+
+def test_legs_of_a_growing_run_may_have_other_layouts(tiny_config: MakeConfig, runs: Path, tmp_path: Path) -> None:
+    """Stopped just before, at and after growths and taken up by another layout each time: the run of one process."""
+    legs = [("tp2-sp-zero1", 3), ("pp2", 6), ("dp2-zero3", 9)]
+    folder = {"save": str(tmp_path / "run"), "load": str(tmp_path / "run")}
+    configs = [
+        tiny_config(**{**RUN, **MODELS["chain"], **LAYOUTS[layout]}, **folder, exit_interval=until)
+        for layout, until in legs
+    ]
+    assert run_ranks(2, train_all, configs) == [[until for _, until in legs]] * 2
+    assert metric(tmp_path / "run") == pytest.approx(metric(runs / "chain"), abs=TOLERANCE)
+    left, right = tensors(tmp_path / "run"), tensors(runs / "chain")
+    for name in right:
+        assert worst(left[name].double(), right[name].double()) < 2 * TOLERANCE, name
+
+
+def test_one_layout_grows_alike_twice(tiny_config: MakeConfig, runs: Path, tmp_path: Path) -> None:
+    """Split at a growth or not, two tensor ranks compute the same bits, dropout included."""
+    keys = {
+        **RUN,
+        **MODELS["chain"],
+        **LAYOUTS["tp2-sp-zero1"],
+        "hidden_dropout": 0.1,
+        "train_iters": 5,
+        "eval_iters": 0,
+    }
+    configs = []
+    for name, intervals in (("whole", [None]), ("parts", [3, None])):
+        folder = {"save": str(tmp_path / name), "load": str(tmp_path / name)}
+        configs += [tiny_config(**keys, **folder, exit_interval=interval) for interval in intervals]
+    run_ranks(2, train_all, configs)
+    assert metric(tmp_path / "parts") == metric(tmp_path / "whole")
+    kinds = ("model", "optimizer", "rng")
+    assert_equal(tensors(tmp_path / "parts", kinds=kinds), tensors(tmp_path / "whole", kinds=kinds))
