@@ -1,0 +1,151 @@
+"""A mistake in a growing run ends train.py with one line and exit code 2; checkpoints stay as they were."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import train as train_script
+from megatron.errors import run_command
+from megatron.growth import proof as growth_proof
+from tests.conftest import TINY
+from tests.growth.growth_helpers import CONTINUE, COUNTS, MakeConfig, assert_equal, run, stage, state, tensors
+
+pytestmark = pytest.mark.usefixtures("single_process")
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def refusal(
+    tmp_path: Path, tokenizer_file: Path, corpus_prefix: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> Command:
+    """Runs train.py, which has to end with one line and exit code 2; returns the line."""
+
+    def run(**keys: Any) -> str:
+        paths = {"vocab_file": str(tokenizer_file), "data_path": corpus_prefix}
+        file = tmp_path / "run.yml"
+        file.write_text(yaml.safe_dump({**TINY, **paths, **keys}), encoding="utf-8")
+        monkeypatch.setattr(sys, "argv", ["train.py", str(file)])
+        monkeypatch.setattr("megatron.training.loop.shut_down", lambda: None)  # other tests share the process group
+        capsys.readouterr()
+        code = run_command(train_script.main)
+        error: str = capsys.readouterr().err
+        assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "metrics.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"growth": [stage(5, qkv_slot_num=20)]}, "growth[0]: qkv_slot_num: 20 is fewer than the 24 tokens"),
+        ({"growth": [stage(5), stage(4)]}, "stages are out of order, at_iteration 4 follows 5"),
+        ({"growth": [stage(5)], "norm_activation_type": "softmax"}, "36 is no multiple of 24; choose 48"),
+        ({"growth": [stage(5, layers=[2])]}, "growth[0]: layers: 2 is not a tokenformer block of this model"),
+        ({"growth": [stage(5)], "save": None}, "growth: a run that grows goes through a checkpoint; give `save`"),
+        ({"growth": [stage(5)], "no_save_optim": True}, "no_save_optim"),
+        ({"freeze_old_tokens": True}, "freeze_old_tokens: the model has not grown, there would be nothing to train"),
+        ({"pretrain_partial_init": "nowhere"}, "pretrain_partial_init: no checkpoint in nowhere"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value[:40],
+)
+def test_a_mistake_is_named_before_anything_is_trained(
+    refusal: Command, tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    assert message in refusal(**{"save": str(tmp_path / "out"), **keys})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({**COUNTS, "hidden_size": 64}, "hidden_size: 64 in the configuration, 32 in checkpoint"),
+        ({**COUNTS, "ffn_slot_num": 39}, "ffn_slot_num: 39 is fewer than the 40 tokens of layer 0"),
+        ({**COUNTS, "num_layers": 3}, "num_layers: 3 in the configuration, 2 in checkpoint"),
+        ({**COUNTS, "norm_activation_type": "gelu_l2_norm"}, "norm_activation_type: gelu_l2_norm in the configuration"),
+        ({**COUNTS, "padded_vocab_size": 512}, "padded_vocab_size: 512 does not fit this checkpoint"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value[:30],
+)
+def test_another_model_cannot_be_grown_into_this_one(
+    tiny_config: MakeConfig, refusal: Command, tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    run(tiny_config, tmp_path / "base", train_iters=1)
+    before = contents(tmp_path / "base")
+    assert message in refusal(pretrain_partial_init=str(tmp_path / "base"), save=str(tmp_path / "out"), **keys)
+    assert not (tmp_path / "out").exists() and contents(tmp_path / "base") == before
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "qkv_slot_num: 24 in the configuration, 48 in the checkpoint; use the configuration the model was"),
+        ({"growth": [stage(2, ffn_slot_num=80)]}, "the first 1 stages of the schedule do not lead to the model"),
+        ({"growth": [stage(2, layers=[1])]}, "the first 1 stages of the schedule do not lead to the model"),
+        ({"growth": [stage(2), stage(5, qkv_slot_num=40)]}, "growth[1]: qkv_slot_num: 40 is fewer than the 48"),
+        ({"growth": [stage(2)], "hidden_size": 64}, "hidden_size: 64 in the configuration, 32 in checkpoint"),
+    ],
+    ids=["old configuration", "other counts", "other layers", "a new stage that shrinks", "other width"],
+)
+def test_a_grown_run_needs_the_schedule_that_it_had(
+    tiny_config: MakeConfig, refusal: Command, tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    run(tiny_config, tmp_path / "out", train_iters=3, growth=[stage(2)])
+    before = contents(tmp_path / "out")
+    error = refusal(save=str(tmp_path / "out"), load=str(tmp_path / "out"), train_iters=6, **keys)
+    assert message in error and contents(tmp_path / "out") == before
+
+
+def test_stages_may_be_added_to_a_schedule(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run(tiny_config, tmp_path, train_iters=3, growth=[stage(2)])
+    run(tiny_config, tmp_path, train_iters=6, growth=[stage(2), stage(4, ffn_slot_num=80, **CONTINUE)])
+    assert [entry["iteration"] for entry in state(tmp_path)["lineage"]] == [2, 4]
+
+
+def test_a_growth_that_changes_logits_is_not_made(
+    tiny_config: MakeConfig, refusal: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tiny_config, tmp_path / "plain", train_iters=4)
+    folders = {"save": str(tmp_path / "out"), "load": str(tmp_path / "out")}
+    keys = {"train_iters": 8, "growth": [stage(4, **CONTINUE)], **folders}
+    with monkeypatch.context() as patch:
+        patch.setattr(growth_proof, "TOLERANCE", -1.0)
+        error = refusal(**keys)
+        assert "qkv 24 -> 48, proj 24 -> 36, ffn 40 -> 72 in layers 0 to 1 changes logits by" in error
+        assert "nothing was written and the checkpoint before is intact" in error
+        before = contents(tmp_path / "out")
+        assert refusal(**keys) == error  # the same again, and the checkpoint as it was
+        assert contents(tmp_path / "out") == before
+    assert state(tmp_path / "out")["lineage"] == []
+    run(tiny_config, tmp_path / "out", **keys)
+    assert state(tmp_path / "out")["iteration"] == 8 and len(state(tmp_path / "out")["lineage"]) == 1
+
+
+def test_logits_that_are_not_finite_prove_nothing(
+    tiny_config: MakeConfig, refusal: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in (float("nan"), float("inf")):
+        monkeypatch.setattr(growth_proof, "_run", lambda spec, source, x, *_, value=value: x.float() * value)
+        run(tiny_config, tmp_path / "base", train_iters=1)
+        error = refusal(pretrain_partial_init=str(tmp_path / "base"), save=str(tmp_path / "out"), **COUNTS)
+        assert "are not finite, so nothing is proven" in error and not (tmp_path / "out").exists()
+
+
+def test_a_growth_that_comes_with_the_end_is_made_when_the_run_goes_on(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    keys = {"growth": [stage(4, **CONTINUE)], "lr_decay_iters": 6}
+    run(tiny_config, tmp_path / "parts", train_iters=4, **keys)
+    assert state(tmp_path / "parts")["lineage"] == []
+    run(tiny_config, tmp_path / "parts", train_iters=6, **keys)
+    run(tiny_config, tmp_path / "whole", train_iters=6, **keys)
+    assert_equal(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"))

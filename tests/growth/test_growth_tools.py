@@ -1,0 +1,277 @@
+"""tools/ckpts/grow.py and inspect.py: a grown checkpoint is a run of its own, and says what is in it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from megatron.config import load_config
+from megatron.config.schema import ModelConfig
+from megatron.errors import run_command
+from megatron.growth import convert
+from megatron.growth import proof as growth_proof
+from megatron.inference import load_model
+from megatron.training import train
+from tests.growth.growth_helpers import (
+    CONTINUE,
+    COUNTS,
+    STEADY,
+    MakeConfig,
+    assert_equal,
+    checkpoint,
+    is_new,
+    logits,
+    metric,
+    run,
+    stage,
+    state,
+    tensors,
+    worst,
+)
+from tools.ckpts import convert as convert_tool
+from tools.ckpts import grow as grow_tool
+from tools.ckpts import inspect as inspect_tool
+
+pytestmark = pytest.mark.usefixtures("single_process")
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "fixtures" / "golden" / "model_A"
+IDS = torch.randint(290, (2, 16), generator=torch.Generator().manual_seed(0))
+FLAGS = ["--qkv", "48", "--proj", "36", "--ffn", "72"]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory, single_process: None) -> Path:
+    """A run of 8 iterations that never grows, saved at each."""
+    folder = tmp_path_factory.mktemp("base")
+    run(tiny_config, folder, **STEADY, train_iters=8, checkpoint_factor=1, gradient_clipping=0.0, hidden_dropout=0.1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def golden_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden model's configuration."""
+    arguments = json.loads((GOLDEN / "config.json").read_text())["neox_args"]
+    model = {key: value for key, value in arguments.items() if key in ModelConfig.model_fields}
+    path = tmp_path_factory.mktemp("golden") / "model.yml"
+    path.write_text(yaml.safe_dump({**model, "tokenizer_type": "CharLevelTokenizer", "save": None}))
+    return path
+
+
+def failure(tool: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a tool ends with."""
+    capsys.readouterr()
+    assert run_command(lambda: tool.main(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def test_a_checkpoint_grown_by_the_tool_keeps_all_and_says_so(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "grown"
+    grow_tool.main([str(base / "global_step5"), str(out), *FLAGS, "--layers", "0-1"])
+    printed = capsys.readouterr().out
+    assert "qkv 24 -> 48, proj 24 -> 36, ffn 40 -> 72 in layers 0 to 1" in printed and "logits differ by " in printed
+    assert sorted(path.name for path in out.iterdir()) == ["global_step5", "latest"]
+    everything = ("model", "optimizer", "rng")
+    before, after = tensors(base, 5, everything), tensors(out, kinds=everything)
+    assert all(is_new(name) and name.startswith("model/") for name in after.keys() - before.keys())
+    assert_equal({name: after[name] for name in before}, before)
+    assert worst(logits(out, IDS), logits(base / "global_step5", IDS)) < 1e-12
+    [entry] = state(out)["lineage"]
+    assert {**state(out), "lineage": []} == state(base, 5)
+    assert entry["scheduled"] is False and entry["iteration"] == 5 and entry["logit_difference"] < 1e-5
+    config = checkpoint(out).config
+    assert (config["save"], config["load"], config["ffn_slot_num"]) == (str(out), str(out), 72)
+    assert config["token_segments"]["ffn"] == [[40, 32], [40, 32]]
+
+
+@pytest.mark.parametrize("source", ["counts in the YAML", "config.yml of the checkpoint"])
+def test_training_goes_on_from_what_the_tool_wrote(
+    tiny_config: MakeConfig, base: Path, tmp_path: Path, source: str
+) -> None:
+    """Same samples, dropout masks, moments and function as the run that did not grow."""
+    out = tmp_path / "grown"
+    grow_tool.main([str(base / "global_step5"), str(out), *FLAGS])
+    keys = {**STEADY, "train_iters": 8, "gradient_clipping": 0.0, "hidden_dropout": 0.1}
+    if source == "counts in the YAML":
+        run(tiny_config, out, **keys, **COUNTS, checkpoint_factor=1)
+    else:
+        file = tmp_path / "resolved.yml"
+        file.write_text((out / "global_step5" / "config.yml").read_text())
+        train(load_config(file))
+    assert metric(out)[6] == pytest.approx(metric(base)[6], abs=1e-6)
+    grown, plain = tensors(out, 6), tensors(base, 6)
+    assert all(worst(grown[name].float(), plain[name].float()) < 1e-6 for name in plain)
+    assert len(state(out)["lineage"]) == 1
+
+
+def test_the_tool_continues_a_scheduled_run_as_a_new_one(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run(tiny_config, tmp_path / "first", train_iters=4, growth=[stage(2, freeze_old_tokens=True, **CONTINUE)])
+    out = tmp_path / "second"
+    grow_tool.main([str(tmp_path / "first"), str(out), "--ffn", "80", "--seed", "5"])
+    assert [entry["scheduled"] for entry in state(out)["lineage"]] == [False, False]
+    keys = {**COUNTS, "ffn_slot_num": 80, "growth": [stage(6, ffn_slot_num=100, **CONTINUE)]}
+    run(tiny_config, out, train_iters=8, **keys)
+    assert [entry["scheduled"] for entry in state(out)["lineage"]] == [False, False, True]
+    assert checkpoint(out).config["token_segments"]["ffn"] == [[40, 32, 8, 20]] * 2
+
+
+def test_the_golden_model_grows_by_tool_and_by_partial_init(
+    golden_yaml: Path, tmp_path: Path, corpus_prefix: str
+) -> None:
+    io, flat = load_file(GOLDEN / "io.safetensors"), GOLDEN / "pytorch_model.bin"
+    counts = ["--qkv", "128", "--proj", "128", "--ffn", "512"]
+    grow_tool.main([str(flat), str(tmp_path / "tool"), *counts, "--config", str(golden_yaml)])
+    keys = {
+        "qkv_slot_num": 128, "proj_slot_num": 128, "ffn_slot_num": 512, "pretrain_partial_init": str(flat),
+        "save": str(tmp_path / "run"), "extra_save_iters": [0], "train_iters": 1, "eval_iters": 0, "num_workers": 0,
+        "data_path": corpus_prefix, "train_micro_batch_size_per_gpu": 1, "split": "1,0,0",
+        "padded_vocab_size": io["logits"].shape[-1],
+    }  # fmt: skip
+    train(load_config(golden_yaml, keys))
+    for folder in (tmp_path / "tool", tmp_path / "run" / "global_step0"):
+        model = load_model(folder)
+        assert (model.config.qkv_slot_num, model.config.ffn_slot_num) == (128, 512)
+        with torch.no_grad():
+            assert worst(model(io["input_ids"]), io["logits"]) < 1e-5
+    by_tool, by_run = tensors(tmp_path / "tool", 0, ("model",)), tensors(tmp_path / "run", 0, ("model",))
+    assert_equal(by_tool, by_run)  # the same seed gives the same new values
+    assert not checkpoint(tmp_path / "tool").names("optimizer")
+    keys = {**keys, "pretrain_partial_init": None, "save": str(tmp_path / "tool"), "load": str(tmp_path / "tool")}
+    train(load_config(golden_yaml, keys))
+    assert state(tmp_path / "tool")["iteration"] == 1 and len(state(tmp_path / "tool")["lineage"]) == 1
+
+
+def test_a_grown_model_is_exported_but_not_to_the_official_file(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "grown"
+    grow_tool.main([str(base), str(out), *FLAGS])
+    convert_tool.main(["to-hf", str(out), str(tmp_path / "hf")])
+    assert worst(logits(tmp_path / "hf", IDS), logits(out, IDS)) < 1e-12
+    assert int(load_file(tmp_path / "hf" / "model.safetensors")["model.layers.0.mlp.tau_tokens"]) == 40
+    error = failure(convert_tool, ["to-official", str(out), str(tmp_path / "official")], capsys)
+    assert "has 48 tokens and tau^2 = 24; the official flat file cannot say so" in error
+    grow_tool.main([str(base), str(tmp_path / "one"), "--ffn", "72", "--layers", "1"])
+    capsys.readouterr()
+    error = failure(convert_tool, ["to-hf", str(tmp_path / "one"), str(tmp_path / "hf1")], capsys)
+    assert "ffn_slot_num: layers differ ([40, 72] tokens)" in error
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_mistakes_are_one_line_and_leave_nothing(
+    base: Path, golden_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, out, flat = tmp_path / "taken", tmp_path / "out", str(GOLDEN / "pytorch_model.bin")
+    taken.mkdir()
+    (taken / "file").touch()
+    before = contents(base)
+    for arguments, message in (
+        ([str(base), str(taken), *FLAGS], "taken: exists already; give a new or an empty folder"),
+        ([str(base), str(base), *FLAGS], "exists already"),
+        ([str(base), str(out), "--qkv", "20"], "qkv_slot_num: 20 is fewer than the 24 tokens of layer 0"),
+        ([str(base), str(out), "--qkv", "48", "--layers", "0,2"], "layers: 2 is not a tokenformer block"),
+        ([str(base), str(out), "--qkv", "48", "--layers", "0-x"], "--layers: 0-x is no list of blocks"),
+        ([str(tmp_path / "none"), str(out), *FLAGS], "IN: no checkpoint in "),
+        ([flat, str(out), *FLAGS], "--config: "),
+        ([str(base), str(out), *FLAGS, "--config", str(golden_yaml)], "leave the flag off"),
+    ):
+        assert message in failure(grow_tool, arguments, capsys), arguments
+        assert not out.exists() and not list(tmp_path.glob(".*"))
+    monkeypatch.setattr(growth_proof, "TOLERANCE", -1.0)
+    error = failure(grow_tool, [str(base), str(out), *FLAGS], capsys)
+    assert "changes logits by" in error and "nothing was written" in error
+    assert not out.exists() and contents(base) == before
+
+
+def test_a_disk_that_refuses_leaves_nothing_half_written(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = convert.save_checkpoint
+
+    def full(root: Path, *arguments: Any) -> Path:
+        real(root, *arguments)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert, "save_checkpoint", full)
+    assert "No space left" in failure(grow_tool, [str(base), str(tmp_path / "out"), *FLAGS], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_says_what_is_in_a_checkpoint(
+    tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    growth = [stage(2, **CONTINUE), stage(4, layers=[1], ffn_slot_num=100, freeze_old_tokens=True, **CONTINUE)]
+    run(tiny_config, tmp_path, train_iters=5, growth=growth)
+    capsys.readouterr()
+    inspect_tool.main([str(tmp_path), "--json", "--verify"])
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["iteration"], facts["consumed_tokens"], facts["checksums"]) == (5, 5 * 64, "hold")
+    model = load_model(tmp_path)
+    assert facts["parameters"] == model.num_parameters() == sum(facts["parameters_of"].values())
+    assert facts["blocks"] == {"tokenformer": 2} and facts["tau_tokens"] == {
+        "qkv": [24] * 2,
+        "proj": [24] * 2,
+        "ffn": [40] * 2,
+    }
+    assert facts["segments"]["ffn"] == [[40, 32, 0], [40, 32, 28]]
+    assert [entry["iteration"] for entry in facts["lineage"]] == [2, 4]
+    new = sum(p.numel() for name, p in model.named_parameters() if is_new(name, 2))
+    assert facts["optimizer"]["parameters_with_state"] == new and facts["optimizer"]["updates"] == [1]
+    assert facts["bytes"][""] == sum(f.stat().st_size for f in (tmp_path / "global_step5").iterdir())
+    inspect_tool.main([str(tmp_path / "global_step5")])
+    text = capsys.readouterr().out
+    for words in (
+        "iteration    5; 320 tokens", f"{facts['parameters']:,}", "40 + 32 + 28 (tau^2 40), layer 1",
+        "growth 2     at iteration 4 (256 tokens): ffn 72 -> 100 in layer 1", "not checked (--verify)",
+        "Adam: exp_avg, exp_avg_sq, step of",
+    ):  # fmt: skip
+        assert words in text, (words, text)
+    assert max(map(len, text.splitlines()[1:])) < 200
+
+
+def test_inspect_reads_what_other_tools_wrote_and_names_what_is_damaged(
+    base: Path, golden_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = str(GOLDEN / "pytorch_model.bin")
+    convert_tool.main(["from-official", flat, str(tmp_path / "run"), "--config", str(golden_yaml)])
+    capsys.readouterr()
+    inspect_tool.main([str(tmp_path / "run")])
+    assert "never grown" in (text := capsys.readouterr().out) and "Adam without state" in text
+    assert "no checkpoint" in failure(inspect_tool, [str(tmp_path)], capsys)
+    assert "no checkpoint" in failure(inspect_tool, [flat], capsys)
+    file = tmp_path / "run" / "global_step0" / "model-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert "model-00000.safetensors does not have the checksum" in failure(
+        inspect_tool, [str(tmp_path / "run"), "--verify"], capsys
+    )
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "is damaged: model-00000.safetensors has 1000 bytes" in failure(
+        inspect_tool, [str(tmp_path / "run")], capsys
+    )
+
+
+@pytest.mark.parametrize("tool", ["grow", "inspect", "convert"])
+@pytest.mark.parametrize("form", ["path", "module"])
+def test_the_tools_run_by_path_and_as_modules(tool: str, form: str, tmp_path: Path) -> None:
+    start = [f"tools/ckpts/{tool}.py"] if form == "path" else ["-m", f"tools.ckpts.{tool}"]
+    flags = {
+        "grow": ["none", str(tmp_path / "out"), "--qkv", "8"],
+        "inspect": ["none"],
+        "convert": ["to-hf", "none", "x"],
+    }
+    result = subprocess.run([sys.executable, *start, *flags[tool]], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result
