@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig, OptimizationConfig, RunConfig
-from megatron.errors import RankError, UserError
+from megatron.errors import UserError
 from megatron.model.embedding import Embedding
-from megatron.mpu.device import uses_gpu
+from megatron.mpu.device import process_device, uses_gpu
 from megatron.mpu.shard import whole_shape
 
 _TOKENS = re.compile(r"_tokens_(\d+)$")
@@ -30,13 +31,20 @@ def newest_stage(model: ModelConfig) -> int:
 
 
 def freeze_old_parameters(module: nn.Module, model: ModelConfig) -> None:
-    """Leave only the tokens of the latest growth to be trained; UserError when this process has none of them."""
+    """Leave only the tokens of the latest growth to be trained.
+
+    Collective. Raises: UserError on every process when one of them has none of these tokens.
+    """
     newest = newest_stage(model)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(newest > 0 and stage_of(name) == newest)
-    if not any(parameter.requires_grad for parameter in module.parameters()):
+    idle = torch.tensor(not any(parameter.requires_grad for parameter in module.parameters()), dtype=torch.int32)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        idle = idle.to(process_device())
+        dist.all_reduce(idle, op=dist.ReduceOp.MAX)
+    if idle:
         what = "a pipeline stage has no new tokens" if newest else "the model has not grown"
-        raise RankError(f"freeze_old_tokens: {what}, there would be nothing to train; set it to false")
+        raise UserError(f"freeze_old_tokens: {what}, there would be nothing to train; set it to false")
     for part in module.modules():
         if isinstance(part, Embedding):
             part.register_forward_hook(_let_gradients_through)

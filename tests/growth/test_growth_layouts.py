@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron.config import RunConfig
+from megatron.errors import UserError
 from megatron.training import train
 from tests.growth.growth_helpers import (
     CONTINUE,
@@ -109,6 +110,29 @@ def test_a_layout_grows_as_one_process_does(runs: Path, layout: str, model: str)
     for entry, other in zip(here, there, strict=True):
         assert entry.pop("logit_difference") < TOLERANCE and other.pop("logit_difference") < TOLERANCE
         assert entry == other
+
+
+def messages(configs: list[RunConfig]) -> list[str]:
+    """What each run is refused with."""
+    found = []
+    for config in configs:
+        with pytest.raises(UserError) as error:
+            train(config)
+        found.append(str(error.value))
+    return found
+
+
+def test_every_rank_refuses_a_growth_that_leaves_one_without_work(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    growth = [stage(2, layers=[1], freeze_old_tokens=True)]
+    configs = [
+        tiny_config(**{**RUN, **PIPELINE, **zero(number)}, save=str(tmp_path / str(number)), growth=growth)
+        for number in (0, 1)
+    ]
+    configs.append(tiny_config(**{**RUN, **TENSOR}, save=str(tmp_path / "tp"), growth=[stage(2, ffn_slot_num=41)]))
+    for found in run_ranks(2, messages, configs):
+        assert all("freeze_old_tokens: a pipeline stage has no new tokens" in message for message in found[:2])
+        assert "growth: ffn_slot_num grows by 1 where model_parallel_size is 2" in found[2]
+    assert state(tmp_path / "0", 2)["iteration"] == 2 and not (tmp_path / "tp").exists()
 
 
 def test_the_loss_right_after_a_growth_is_that_of_the_ungrown_model(runs: Path) -> None:

@@ -45,7 +45,7 @@ def ungrown(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory, s
 def test_growing_by_nothing_equals_not_growing_bit_for_bit(
     tiny_config: MakeConfig, tmp_path: Path, zero: dict[str, int]
 ) -> None:
-    keys = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "train_iters": 14, "zero_optimization": zero}
+    keys = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "train_iters": 11, "zero_optimization": zero}
     run(tiny_config, tmp_path / "whole", **keys)
     run(
         tiny_config,
@@ -142,7 +142,7 @@ def test_learning_rates_restart_or_go_on(tiny_config: MakeConfig, tmp_path: Path
         assert torch.equal(first[name], tensor), name
 
 
-@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize("zero", [0, 3])
 def test_old_and_new_tokens_have_learning_rates_of_their_own(
     tiny_config: MakeConfig, tmp_path: Path, zero: int
 ) -> None:

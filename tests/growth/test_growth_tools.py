@@ -264,14 +264,10 @@ def test_inspect_reads_what_other_tools_wrote_and_names_what_is_damaged(
     )
 
 
-@pytest.mark.parametrize("tool", ["grow", "inspect", "convert"])
-@pytest.mark.parametrize("form", ["path", "module"])
-def test_the_tools_run_by_path_and_as_modules(tool: str, form: str, tmp_path: Path) -> None:
-    start = [f"tools/ckpts/{tool}.py"] if form == "path" else ["-m", f"tools.ckpts.{tool}"]
-    flags = {
-        "grow": ["none", str(tmp_path / "out"), "--qkv", "8"],
-        "inspect": ["none"],
-        "convert": ["to-hf", "none", "x"],
-    }
-    result = subprocess.run([sys.executable, *start, *flags[tool]], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "start", [["tools/ckpts/grow.py"], ["tools/ckpts/inspect.py"], ["-m", "tools.ckpts.grow"]], ids=str
+)
+def test_the_tools_run_by_path_and_as_modules(start: list[str], tmp_path: Path) -> None:
+    arguments = ["none"] if "inspect" in start[-1] else ["none", str(tmp_path / "out"), "--qkv", "8"]
+    result = subprocess.run([sys.executable, *start, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result
