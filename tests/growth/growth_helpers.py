@@ -69,7 +69,8 @@ def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 def logits(path: Path, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        return load_model(path, dtype=torch.float64)(ids)
+        found: Tensor = load_model(path, dtype=torch.float64)(ids)
+    return found
 
 
 def worst(a: Tensor, b: Tensor) -> float:

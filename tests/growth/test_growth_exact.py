@@ -138,7 +138,7 @@ def test_a_growth_of_nothing_is_counted_and_changes_nothing() -> None:
 
 
 def test_an_impossible_growth_leaves_the_model_as_it_was() -> None:
-    for activation, counts, message in (
+    cases: list[tuple[str, dict[str, Any], str]] = [
         ("l2_norm_gelu", {"qkv": 24, "ffn": 19}, "ffn_slot_num: 19 is fewer than the 20 tokens of layer 0"),
         ("softmax", {"qkv": 24, "proj": 25}, "25 is no multiple of 10; choose 30, or a GELU activation"),
         (
@@ -146,11 +146,12 @@ def test_an_impossible_growth_leaves_the_model_as_it_was() -> None:
             {"qkv": 24, "layers": (1, 3)},
             "layers: 3 is not a tokenformer block of this model; it has 0 to 2",
         ),
-    ):
+    ]
+    for activation, counts, message in cases:
         grown = model(activation)
         config, names = grown.config, list(grown.state_dict())
         with pytest.raises(UserError, match=message):
-            grow(grown, **counts)  # type: ignore[arg-type]
+            grow(grown, **counts)
         assert grown.config is config and list(grown.state_dict()) == names
 
 

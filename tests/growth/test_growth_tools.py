@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from megatron.checkpoint.store import save_checkpoint
 from megatron.config import load_config
 from megatron.config.schema import ModelConfig
 from megatron.errors import run_command
@@ -200,7 +201,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
 def test_a_disk_that_refuses_leaves_nothing_half_written(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = convert.save_checkpoint
+    real = save_checkpoint
 
     def full(root: Path, *arguments: Any) -> Path:
         real(root, *arguments)
