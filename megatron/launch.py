@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import random
 import re
 import shlex
 import shutil
@@ -34,6 +35,7 @@ from megatron.log import get_logger
 from megatron.mpu.layout import Layout
 
 DEFAULT_PORT = 29500
+_UNUSED_PORTS = range(20000, 32768)  # below those that Linux gives to outgoing connections
 _LAUNCHER_PID, _LAUNCHER_HOST = "DEEPY_LAUNCHER_PID", "DEEPY_LAUNCHER_HOST"
 _DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg", "/dev/davinci[0-9]*", "/dev/accel/*")
 _CLUSTER_HOSTFILE = "/job/hostfile"
@@ -369,10 +371,12 @@ def job_port(env: Mapping[str, str]) -> int:
 
 
 def free_port() -> int:
-    """A TCP port that is free on this machine now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that is free on this machine now, and that no outgoing connection will be given meanwhile."""
+    for port in random.SystemRandom().sample(_UNUSED_PORTS, 100):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise UserError("master_port: 100 ports were tried and none is free; give one")
 
 
 # ---- running it ----

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.queues import SimpleQueue
 from typing import Any
+
+from megatron.launch import free_port
 
 _PRELOAD = ["deepspeed.runtime.engine", "deepspeed.runtime.zero.muon.original_muon", "megatron.training.loop"]
 _TIMEOUT_SECONDS = 120.0
@@ -46,24 +47,17 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 def start_process(function: Callable[..., Any], *arguments: Any) -> ForkServerProcess:
     """`function(*arguments)` in a process of its own, one rank of one, that the caller may kill."""
     context = _context()
-    process = context.Process(target=_worker, args=(function, 0, 1, _free_port(), arguments, None))
+    process = context.Process(target=_worker, args=(function, 0, 1, free_port(), arguments, None))
     process.start()
     return process
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)` on `world` ranks; what each returned, by rank. A failure fails with its traceback."""
-    context, port = _context(), _free_port()
+    context, port = _context(), free_port()
     results: SimpleQueue[Any] = context.SimpleQueue()
     processes = [
         context.Process(target=_worker, args=(function, rank, world, port, arguments, results)) for rank in range(world)

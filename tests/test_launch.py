@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -321,7 +322,11 @@ sys.exit(2)
 
 def start(script: Path, *flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "deepy.py"), str(script), str(DEMO), *flags]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # A background shell starts its commands with SIGINT ignored.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=heard
+    )
 
 
 def test_exit_code_of_a_worker_comes_back_without_noise(tmp_path: Path) -> None:

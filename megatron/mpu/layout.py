@@ -67,13 +67,15 @@ class Layout:
         Args:
             timeout: how long a collective waits for a rank; default that of the backend.
         """
-        return replace(
+        grid = replace(
             self,
             tensor_group=self._new_group(lambda place: (place.pipeline_rank, place.data_rank), timeout),
             data_group=self._new_group(lambda place: (place.pipeline_rank, place.tensor_rank), timeout),
             pipeline_group=self._new_group(lambda place: (place.data_rank, place.tensor_rank), timeout),
-            replica_group=self._new_group(lambda place: place.data_rank, timeout),
         )
+        if 1 in (self.pipeline_size, self.tensor_size):
+            return replace(grid, replica_group=grid.tensor_group or grid.pipeline_group)
+        return replace(grid, replica_group=self._new_group(lambda place: place.data_rank, timeout))
 
     def _new_group(self, key: Callable[[Layout], object], timeout: timedelta | None) -> ProcessGroup | None:
         """The group of the ranks whose key is this rank's. All groups are made on all ranks, as torch demands."""
