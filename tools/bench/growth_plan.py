@@ -18,16 +18,21 @@ from megatron.growth.plan import KINDS, TokenCounts, grown_config
 LAYERS, WIDTH, HEAD_DIM, SEQUENCE, BATCH, VOCABULARY = 2, 64, 16, 128, 4, 1024
 TOKENS_PER_UPDATE = SEQUENCE * BATCH
 HELD_OUT_SEQUENCES = 96
-GROWTH_LR, FINAL_LR = 0.25, 0.1
-"""Peak learning rate of a growth stage as a part of that from scratch, and the final one as a part of the peak."""
+INIT_STD = 0.1
+"""The published 0.02 and wang_init belong to a width of 768 and 12 layers; here the larger sizes stall with them."""
+PEAK_LR, GROWTH_LR, FINAL_LR = 3e-3, 1e-3, 0.1
+"""Peak learning rate from scratch and of a growth stage; the final one as a part of the peak."""
 FRACTIONS = {"tenth": 0.1, "quarter": 0.25}
 """Training tokens of each growth stage, as a part of those of a model trained from scratch."""
+
+OTHER_RATES = {"S4, lr / 3": 1 / 3, "S4, lr / 10": 0.1}
+"""Part h: the largest size from scratch at other peak rates."""
 
 GROWTHS_IN_ONE_RUN = (0.375, 0.5625, 0.75)
 """Part g: when the three growths come, as parts of the run."""
 
-Start = Literal["scratch", "grow", "official", "net2net"]
-PARTS = ("a", "b", "e", "g", "c", "d", "f")
+Start = Literal["scratch", "grow", "official", "repeat", "net2net"]
+PARTS = ("a", "b", "e", "h", "g", "c", "d", "f")
 """In the order of their importance."""
 
 
@@ -38,21 +43,19 @@ class Size:
     Attributes:
         slots: TokenFormer's tokens of each projection; its feed-forward has four times as many.
         width, inner: the Transformer's hidden and feed-forward widths.
-        lr: peak learning rate from scratch, chosen in runs of a tenth of the length.
     """
 
     name: str
     slots: int
     width: int
     inner: int
-    lr: float
 
 
 SIZES = (
-    Size("S1", 24, 64, 64, 3e-3),
-    Size("S2", 96, 128, 128, 1.5e-3),
-    Size("S3", 160, 128, 384, 1.5e-3),
-    Size("S4", 384, 128, 1280, 1.5e-3),
+    Size("S1", 24, 64, 64),
+    Size("S2", 96, 128, 128),
+    Size("S3", 160, 128, 384),
+    Size("S4", 384, 128, 1280),
 )
 
 # Part f: one growth, S1 -> S2 with a quarter of the tokens, and what changes against part b.
@@ -66,6 +69,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "new tokens lr x 4": {"new_tokens_lr_scale": 4.0},
     "old tokens lr x 0.25": {"old_tokens_lr_scale": 0.25},
     "old tokens frozen": {"freeze_old_tokens": True},
+    "optimizer anew": {"no_load_optim": True},
+    "keys repeated, new values 0, tau follows, optimizer and data anew": {"start": "repeat"},
 }
 
 
@@ -74,7 +79,7 @@ class Trial:
     """One training run.
 
     Attributes:
-        part: of the experiment, a to g.
+        part: of the experiment, a to h.
         folder: below the output folder.
         seed: of initialisation and data order.
         size: of the trained model.
@@ -82,7 +87,7 @@ class Trial:
         start: what it starts from; all but `scratch` need `parent`.
         parent: folder of the trial whose last checkpoint it starts from.
         label: budget of a growth stage, or variant of part f.
-        options: what differs from the other trials: lr (a factor) and configuration keys.
+        options: what differs from the other trials: lr (a factor), slots, start, and configuration keys.
     """
 
     part: str
@@ -104,7 +109,7 @@ class Trial:
         """The model's configuration keys."""
         keys: dict[str, Any] = {
             "num_layers": LAYERS, "seq_length": SEQUENCE, "rotary_pct": 0.25, "norm": "layernorm_nonparam",
-            "final_norm": "layernorm", "output_layer_init_method": "wang_init", "make_vocab_size_divisible_by": 64,
+            "final_norm": "layernorm", "init_method_std": INIT_STD, "make_vocab_size_divisible_by": 64,
         }  # fmt: skip
         if self.is_transformer:
             width = self.size.width
@@ -129,8 +134,9 @@ class Trial:
     def config(self, output: Path, documents: int) -> dict[str, Any]:
         """The run's YAML. `documents`: those of the training data; the one after them is held out."""
         folder, options = output / self.folder, dict(self.options)
-        lr = self.size.lr * options.pop("lr", 1.0) * (1.0 if self.start == "scratch" else GROWTH_LR)
-        options.pop("slots", None)
+        lr = options.pop("lr", 1.0) * (PEAK_LR if self.start == "scratch" else GROWTH_LR)
+        for key in ("slots", "start"):
+            options.pop(key, None)
         keys = {
             **self.model(),
             "tokenizer_type": "HFTokenizer", "vocab_file": str(output / "data/tokenizer.json"),
@@ -154,7 +160,7 @@ def plan(tokens: int, parts: Iterable[str], seeds: Iterable[int]) -> list[Trial]
     Args:
         tokens: training tokens of a model trained from scratch.
         parts: of PARTS; what they need of other parts is added.
-        seeds: from 1. Parts c, d and f have one seed.
+        seeds: from 1. Parts c, d, f, g and h have the first only.
     """
     updates, wanted = round(tokens / TOKENS_PER_UPDATE), set(parts)
     found: dict[str, Trial] = {}
@@ -179,13 +185,18 @@ def _of_seed(updates: int, seed: int) -> Iterator[Trial]:
     for label, fraction in FRACTIONS.items():
         yield from _chain("b", "grow", scratch[0], label, round(fraction * updates))
         yield from _chain("e", "official", scratch[0], label, round(fraction * updates))
-    yield Trial("g", f"g/seed{seed}/S4", seed, SIZES[-1], updates, options={"growth": _schedule(updates)})
     yield from scratch[1:]
+    if seed == 1:
+        for number, (label, factor) in enumerate(OTHER_RATES.items()):
+            rate = {"lr": factor}
+            yield Trial("h", f"h/seed{seed}/{number}", seed, SIZES[-1], updates, label=label, options=rate)
     if seed == 1:
         for number, (label, options) in enumerate(VARIANTS.items()):
             short = round(FRACTIONS["quarter"] * updates)
             folder = f"f/seed{seed}/{number}"
-            yield Trial("f", folder, seed, SIZES[1], short, "grow", scratch[0].folder, label, options)
+            start: Start = options.get("start", "grow")
+            yield Trial("f", folder, seed, SIZES[1], short, start, scratch[0].folder, label, options)
+        yield Trial("g", "g/seed1/S4", seed, SIZES[-1], updates, options={"growth": _schedule(updates)})
         yield from transformers
         for label, fraction in FRACTIONS.items():
             yield from _chain("d", "net2net", transformers[0], label, round(fraction * updates))

@@ -11,13 +11,13 @@ from typing import Any
 
 from megatron.errors import UserError
 from tools.bench.growth_figures import draw_figures
-from tools.bench.growth_plan import FRACTIONS, PARTS, SIZES
+from tools.bench.growth_plan import FRACTIONS, PARTS, SIZES, VARIANTS
 from tools.bench.growth_runs import read_metrics
 
 NAMES = {
     "a": "TokenFormer, scratch", "b": "TokenFormer, grown", "c": "Transformer, scratch",
     "d": "Transformer, Net2Net", "e": "TokenFormer, grown as official", "f": "variants",
-    "g": "TokenFormer, grown in one run",
+    "g": "TokenFormer, grown in one run", "h": "other rates",
 }  # fmt: skip
 
 
@@ -167,9 +167,10 @@ def reaching_scratch(groups: Groups) -> str:
                 continue
             if part in "bd":
                 rows.append(_row_of_scratch(scratch))
+            base = groups["c" if part == "d" else "a", "", SIZES[0].name]
             for label in (*FRACTIONS, ""):
                 if trials := groups.get((part, label, size.name)):
-                    rows.append(_row_of_growth(trials, scratch))
+                    rows.append(_row_of_growth(trials, scratch, base))
     header = ["size", "model", "stage budget", "final loss (seeds)", "minus scratch", "seeds that reach it",
               "tokens after last growth", "cumulative tokens", "cumulative FLOPs"]  # fmt: skip
     return table(header, rows)
@@ -183,9 +184,10 @@ def _row_of_scratch(scratch: list[Result]) -> list[str]:
     return [first.key[2], name, "", losses, "0", "", _millions(tokens), _millions(tokens), f"{flops:.2e}"]
 
 
-def _row_of_growth(trials: list[Result], scratch: list[Result]) -> list[str]:
+def _row_of_growth(trials: list[Result], scratch: list[Result], base: list[Result]) -> list[str]:
     part, label, size = trials[0].key
     target = statistics.mean(result.final for result in scratch)
+    is_target = target <= statistics.mean(result.final for result in base)
     gap = statistics.mean(result.final for result in trials) - target
     budget = _millions(trials[0].tokens_since_growth(trials[0].facts["updates"]))
     reached = [(trial, updates) for trial in trials if (updates := trial.reaches(target)) is not None]
@@ -195,16 +197,10 @@ def _row_of_growth(trials: list[Result], scratch: list[Result]) -> list[str]:
         tokens = statistics.mean(trial.cumulative_tokens(updates) for trial, updates in reached)
         flops = statistics.mean(trial.cumulative_flops(updates) for trial, updates in reached)
         cells = [_millions(after), _millions(tokens), f"{flops:.2e}"]
+    seeds = f"{len(reached)} of {len(trials)}" if is_target else ""
     losses = spread([trial.final for trial in trials])
-    return [
-        size,
-        NAMES[part],
-        f"{label} {budget}".strip(),
-        losses,
-        f"{gap:+.3f}",
-        f"{len(reached)} of {len(trials)}",
-        *cells,
-    ]
+    named = f"{label} {budget}".strip()
+    return [size, NAMES[part], named, losses, f"{gap:+.3f}", seeds, *(cells if is_target else ["no target"] * 3)]
 
 
 def _millions(tokens: float) -> str:
@@ -270,11 +266,19 @@ def variants(groups: Groups) -> str:
     plain = groups.get(("b", "quarter", SIZES[1].name), [])
     rows = [["as in b", f"{trial.final:.3f}", "0"] for trial in plain if trial.facts["seed"] == 1]
     base = [trial.final for trial in plain if trial.facts["seed"] == 1]
-    for (part, label, _), trials in groups.items():
-        if part == "f":
+    for label in VARIANTS:
+        if trials := groups.get(("f", label, SIZES[1].name)):
             change = f"{trials[0].final - base[0]:+.3f}" if base else ""
             rows.append([label, f"{trials[0].final:.3f}", change])
     return table(["one growth, S1 -> S2, a quarter of the tokens, seed 1", "final loss", "against b"], rows)
+
+
+def other_rates(groups: Groups) -> str:
+    """Part h beside the trials of part a."""
+    rows = [[f"{size.name}, as in a", spread([t.final for t in groups["a", "", size.name]])]
+            for size in SIZES[-1:] if ("a", "", size.name) in groups]  # fmt: skip
+    rows += [[label, f"{trials[0].final:.3f} (1)"] for (part, label, _), trials in groups.items() if part == "h"]
+    return table(["from scratch", "final loss (seeds)"], rows)
 
 
 def write_report(output: Path) -> None:
@@ -288,9 +292,11 @@ def write_report(output: Path) -> None:
         "tokens, the same for all. Losses in nats per token; +- is the standard deviation over seeds.",
         "## From scratch", final_losses(groups),
         "## Reaching the loss of training from scratch", reaching_scratch(groups),
+        f"No target: training this size from scratch ends above the loss of {SIZES[0].name}, from which growth starts.",
         "## All four sizes", whole_family(groups),
         "## The moment of growth", moments(groups),
         "## Variants", variants(groups),
+        "## Other learning rates from scratch", other_rates(groups),
     ])  # fmt: skip
     (output / "report.md").write_text(text + "\n", encoding="utf-8")
     (output / "results.json").write_text(json.dumps([asdict(r) for r in results], indent=1), encoding="utf-8")

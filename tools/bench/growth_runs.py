@@ -46,16 +46,13 @@ _RECOVERY, _RECOVERY_INTERVAL = 41, 5
 
 
 def prepare(output: Path, tokens: int) -> None:
-    """Write tokenizer, token files and data.json; nothing is done a second time.
+    """Write tokenizer, token files and data.json, unless they are there.
 
     The held-out document is made of the first tokens of every twelfth State of the Union address, and exactly as long
     as a validation: every trial is evaluated on the same sequences, whatever its seed.
     """
     description = output / "data.json"
     if description.is_file():
-        known = json.loads(description.read_text())["tokens"]
-        if known != tokens:
-            raise UserError(f"--tokens: {output} was prepared for {known}; give that, or another --output")
         return
     folder = output / "data"
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,9 +100,20 @@ def held_out_loss(model: LanguageModel, output: Path) -> float:
     return perplexity(model, held_out_ids(output), SEQUENCE, batch_size=BATCH)["loss"]
 
 
-def run(output: Path, trials: list[Trial]) -> None:
-    """Run all trials that are not finished. Raises UserError when one was told to stop."""
-    documents = json.loads((output / "data.json").read_text())["documents"]
+def run(output: Path, trials: list[Trial], tokens: int) -> None:
+    """Run all trials that are not finished.
+
+    Args:
+        tokens: of a trial from scratch.
+
+    Raises: UserError when a trial was told to stop, or `output` was prepared for another number of tokens.
+    """
+    if not (output / "data.json").is_file():
+        raise UserError(f"--stage: {output} is not prepared; run the stage prepare first")
+    data = json.loads((output / "data.json").read_text())
+    if data["tokens"] != tokens:
+        raise UserError(f"--tokens: {output} was prepared for {data['tokens']}; give that, or another --output")
+    documents = data["documents"]
     for number, trial in enumerate(trials):
         if is_finished(output, trial):
             continue
@@ -161,7 +169,7 @@ def _iteration(folder: Path) -> int:
 
 def _weights_only(folder: Path, trial: Trial) -> dict[str, Any]:
     """What makes a run that has no checkpoint yet start from the weights of a prepared one."""
-    if trial.start not in ("official", "net2net") or find_checkpoint(folder / "checkpoints") is not None:
+    if trial.start in ("scratch", "grow") or find_checkpoint(folder / "checkpoints") is not None:
         return {}
     return {"load": str(folder / "start"), "finetune": True}
 
@@ -200,6 +208,8 @@ def _grown(base: LanguageModel, trial: Trial, config: ModelConfig) -> LanguageMo
         return expanded_model(base, config, trial.seed)
     if trial.start == "official":
         return grown_as_official(base, config, trial.seed)
+    if trial.start == "repeat":
+        return grown_by_repeating(base, config)
     grow(base, config.qkv_slot_num, config.proj_slot_num, config.ffn_slot_num, seed=trial.seed)
     return base
 
@@ -212,4 +222,18 @@ def grown_as_official(base: LanguageModel, config: ModelConfig, seed: int) -> La
     for name, parameter in grown.named_parameters():
         parameter.copy_(initial_value(f"grown.{name}", parameter.shape, config, seed))
         parameter[: len(old[name])].copy_(old[name])
+    return grown
+
+
+@torch.no_grad()
+def grown_by_repeating(base: LanguageModel, config: ModelConfig) -> LanguageModel:
+    """The other exact growth: each key a whole number of times, new values zero, tau the root of the new count."""
+    grown = LanguageModel(config)
+    old = {name: tensor for name, tensor in base.named_parameters()}
+    for name, parameter in grown.named_parameters():
+        if "key_tokens" in name:
+            parameter.copy_(old[name].repeat(len(parameter) // len(old[name]), 1))
+        else:
+            parameter.zero_()
+            parameter[: len(old[name])].copy_(old[name])
     return grown
