@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from megatron.errors import UserError
 from megatron.mpu.device import uses_gpu
 from megatron.mpu.layout import SINGLE, Layout
+
+Result = TypeVar("Result")
 
 # Between two collectives of data ranks lies all their work: an evaluation may take hours.
 _TIMEOUT = timedelta(days=2)
@@ -77,12 +80,15 @@ def _connect(layout: Layout, backend: str) -> Layout:
     return layout.connect(_TIMEOUT)
 
 
-def first_rank_does(action: Callable[[], None], layout: Layout) -> None:
-    """Do something on the first process of the grid only; its UserError is raised on every process. Collective."""
-    error: UserError | None = None
+def first_rank_does(action: Callable[[], Result], layout: Layout) -> Result | None:
+    """Do something on the first process of the grid only; its UserError is raised on every process. Collective.
+
+    Returns: what it came to, on the first process; None on the others.
+    """
+    result, error = None, None
     if layout.rank == 0:
         try:
-            action()
+            result = action()
         except UserError as found:
             error = found
     if layout.world_size > 1:
@@ -91,6 +97,7 @@ def first_rank_does(action: Callable[[], None], layout: Layout) -> None:
         error = error or (None if box[0] is None else UserError(box[0]))
     if error is not None:
         raise error
+    return result
 
 
 def leave() -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from megatron.config.schema import TOKENFORMER, ModelConfig
+from megatron.model.stages import partition
 
 _NORM_VECTORS = {"layernorm_nonparam": 0, "layernorm": 2, "rmsnorm": 1}
 
@@ -91,33 +93,13 @@ class Stage:
 
 
 def stages(model: ModelConfig, count: int) -> list[Stage]:
-    """The blocks in `count` consecutive stages, cut as `megatron.model.pipeline.partition` cuts them."""
+    """The blocks in `count` consecutive stages, cut as a pipeline cuts them."""
     kinds = model.layer_kinds
-    ends = _even_cuts(tuple(block_matrices(model, kind) for kind in kinds), count)
-    return [
-        Stage(kinds[start:end], start == 0, end == len(kinds)) for start, end in zip((0, *ends[:-1]), ends, strict=True)
-    ]
+    bounds = _bounds(tuple(block_matrices(model, kind) for kind in kinds), count)
+    return [Stage(kinds[start:end], start == 0, end == len(kinds)) for start, end in pairwise(bounds)]
 
 
 @lru_cache
-def _even_cuts(weights: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """Where each of `count` stages ends for the least sum of squared weights; of equals, early stages are longer."""
-    sums = [0]
-    for weight in weights:
-        sums.append(sums[-1] + weight)
-    # best[n]: sum of squares and ends of the first n blocks in the stages made so far
-    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
-    for stage in range(count):
-        ends = [len(weights)] if stage == count - 1 else range(stage + 1, len(weights) - count + stage + 2)
-        best = {end: _best_end(best, sums, end) for end in ends}
-    return best[len(weights)][1]
-
-
-def _best_end(best: dict[int, tuple[int, tuple[int, ...]]], sums: list[int], end: int) -> tuple[int, tuple[int, ...]]:
-    options = [
-        (cost + (sums[end] - sums[start]) ** 2, -start, (*ends, end))
-        for start, (cost, ends) in best.items()
-        if start < end
-    ]
-    cost, _, ends = min(options)
-    return cost, ends
+def _bounds(weights: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """A plan asks for the same cuts many times."""
+    return tuple(partition(weights, count))

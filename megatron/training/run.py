@@ -137,13 +137,7 @@ class Run:
 def start_run(config: RunConfig) -> Run:
     """Build everything, and load the checkpoint where there is one; raises UserError and leaves no trace."""
     layout = initialize_distributed(config)
-    locks: list[FolderLock | None] = [None]
-
-    def claim() -> None:
-        locks[0] = _claim_folders(config)
-
-    first_rank_does(claim, layout)
-    lock = locks[0]
+    lock = first_rank_does(lambda: _claim_folders(config), layout)
     try:
         run = _assemble(config, layout)
     except BaseException:

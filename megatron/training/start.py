@@ -34,6 +34,7 @@ from megatron.model import LanguageModel
 from megatron.model.compatibility import check_fit, check_same_model, saved_model_config
 from megatron.mpu import Layout
 from megatron.mpu.device import process_device
+from megatron.mpu.processes import first_rank_does
 from megatron.training.checkpointing import check_save_folder, data_differences, open_for_resume
 from megatron.training.state import TrainState
 
@@ -106,7 +107,7 @@ def find_start(config: RunConfig, layout: Layout) -> Start:
     if reader is not None:
         start = _from_checkpoint(config, reader)
     elif config.checkpoint.pretrain_partial_init:
-        start = _from_smaller_model(config, config.checkpoint.pretrain_partial_init, layout.rank)
+        start = _from_smaller_model(config, config.checkpoint.pretrain_partial_init, layout)
     else:
         start = Start(config, TrainState())
     done = stages_done(start.state.lineage)
@@ -130,8 +131,10 @@ def _check_fit(model: ModelConfig, tensors: TensorSource, source: str) -> None:
     check_fit(LanguageModel(model, device="meta"), shapes, source)
 
 
-def _from_smaller_model(config: RunConfig, path: str, rank: int) -> Start:
-    base = open_base(Path(path), config.model, verify=rank == 0)
+def _from_smaller_model(config: RunConfig, path: str, layout: Layout) -> Start:
+    base = open_base(Path(path), config.model, verify=False)
+    if base.reader is not None:
+        first_rank_does(base.reader.verify, layout)
     slots = {f"{kind}_slot_num": getattr(config.model, f"{kind}_slot_num") for kind in KINDS}
     check_same_model(config.model, base.config.model_copy(update=slots), base.folder)
     # Everything but the tokens is as configured: lengths and dropout may be others than the smaller model's.
