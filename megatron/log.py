@@ -42,12 +42,14 @@ def get_logger() -> logging.Logger:
 
 
 def log_to_file(path: Path) -> None:
-    """Append everything that reaches the console to `path` too; once for each file."""
+    """Append everything that reaches the console to `path` too, and no longer to the file named before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     logger = get_logger()
-    known = {handler.baseFilename for handler in logger.handlers if isinstance(handler, logging.FileHandler)}
-    if str(path.absolute()) in known:
-        return
+    for known in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:
+        if known.baseFilename == str(path.absolute()):
+            return
+        logger.removeHandler(known)
+        known.close()
     handler = logging.FileHandler(path, encoding="utf-8", delay=True)
     handler.setFormatter(_FORMAT)
     handler.addFilter(_RankZeroOnly())

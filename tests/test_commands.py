@@ -166,8 +166,12 @@ def test_data_of_another_tokenizer_is_named(command: Command, tmp_path: Path) ->
 
 def test_the_console_log_is_copied_to_log_dir(command: Command, tmp_path: Path) -> None:
     assert command("train", train_iters=2, log_dir=str(tmp_path / "logs"))[0] == 0
-    assert "iteration 2/2" in (tmp_path / "logs" / "train.log").read_text()
+    log = (tmp_path / "logs" / "train.log").read_text()
+    assert "iteration 2/2" in log
     assert (tmp_path / "logs" / "metrics.jsonl").is_file()
+    assert command("train", train_iters=3, log_dir=str(tmp_path / "others"), save=str(tmp_path / "own"))[0] == 0
+    assert "iteration 3/3" in (tmp_path / "others" / "train.log").read_text()
+    assert (tmp_path / "logs" / "train.log").read_text() == log, "a second run in one process has a log of its own"
 
 
 def test_tensorboard_events_are_written(command: Command, tmp_path: Path) -> None:

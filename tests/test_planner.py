@@ -288,6 +288,15 @@ def test_report_says_by_how_much_nothing_fits(tmp_path: Path) -> None:
     assert plan(published("tokenformer/1-5B"), read_machine(str(machine)), 8) == []
 
 
+def test_a_run_that_grows_is_planned_at_its_largest() -> None:
+    counts = {"qkv_slot_num": 2140, "proj_slot_num": 2140, "ffn_slot_num": 8560}
+    text = report(published("tokenformer/150M", growth=[{"at_iteration": 10, **counts}]), H200, 8)
+    grown, before = published("tokenformer/150M", **counts).model, published("tokenformer/150M").model
+    assert f"model: {num_parameters(grown):,} parameters" in text
+    assert f"after the last growth (1 in all); at first it has {num_parameters(before):,} parameters" in text
+    assert text.splitlines()[-1] == report(published("tokenformer/150M", **counts), H200, 8).splitlines()[-1]
+
+
 def test_report_names_what_the_configured_layout_lacks() -> None:
     text = report(published("tokenformer/150M", model_parallel_size=4), H200, 6)
     assert "configured: cannot run on 6 GPUs: 6 processes cannot hold" in text

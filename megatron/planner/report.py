@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron.config.schema import RunConfig
 from megatron.errors import UserError
+from megatron.growth.schedule import stage_config
 from megatron.planner.choice import configured_choice
 from megatron.planner.counts import num_parameters
 from megatron.planner.machine import GIB, Machine
@@ -24,7 +25,7 @@ _HEADINGS = (
 
 def report(config: RunConfig, machine: Machine, gpus: int, rows: int = 10) -> str:
     """The configured layout and the `rows` best ones, as a table with the assumptions above it."""
-    config, note = with_vocabulary(config)
+    config, note = _after_growth(*with_vocabulary(config))
     found = candidates(config, machine, gpus)
     lines = [*_facts(config, machine, gpus), *note]
     table: list[tuple[str, ...]] = [_HEADINGS]
@@ -55,6 +56,16 @@ def with_vocabulary(config: RunConfig) -> tuple[RunConfig, list[str]]:
         return config.with_vocabulary(build_tokenizer(config.tokenizer).vocab_size), []
     note = f"vocabulary: unknown without the tokenizer, {ASSUMED_VOCABULARY} rows assumed (set padded_vocab_size)"
     return config.with_vocabulary(ASSUMED_VOCABULARY), [note]
+
+
+def _after_growth(config: RunConfig, note: list[str]) -> tuple[RunConfig, list[str]]:
+    """The configuration of the largest model that a run with a growth schedule comes to, and a line that says so."""
+    growths = len(config.scaling.growth)
+    if not growths:
+        return config, note
+    grown = stage_config(config, growths)
+    line = f"growth: planned for the model after the last growth ({growths} in all); at first it has "
+    return grown, [*note, f"{line}{num_parameters(config.model):,} parameters"]
 
 
 def distinct(found: Sequence[Candidate]) -> list[Candidate]:

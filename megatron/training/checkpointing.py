@@ -173,7 +173,8 @@ def open_for_resume(config: RunConfig, layout: Layout) -> CheckpointReader | Non
     if folder is None:
         if Path(load).is_dir() and any(Path(load).glob("global_step*")):
             raise UserError(f"load: {load} has global_step folders but no `latest` file; name one with `iteration`")
-        get_logger().info("no checkpoint in %s: starting from scratch", load)
+        base = config.checkpoint.pretrain_partial_init
+        get_logger().info("no checkpoint in %s: starting from %s", load, base or "scratch")
         return None
     reader = CheckpointReader(folder, verify=False)
     first_rank_does(reader.verify, layout)

@@ -254,11 +254,13 @@ def test_a_smaller_models_run_goes_on_in_a_larger_one(tiny_config: MakeConfig, t
 
 
 def test_a_run_that_began_with_a_smaller_model_resumes_and_grows_on(
-    tiny_config: MakeConfig, tmp_path: Path, ungrown: Path
+    tiny_config: MakeConfig, tmp_path: Path, ungrown: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = {**COUNTS, "pretrain_partial_init": str(ungrown), "train_iters": 9, "hidden_dropout": 0.1}
     growth = [stage(5, ffn_slot_num=96, **CONTINUE)]
+    capsys.readouterr()
     run(tiny_config, tmp_path / "whole", **keys, growth=growth)
+    assert f"no checkpoint in {tmp_path / 'whole'}: starting from {ungrown}" in capsys.readouterr().out
     for interval in (3, 7, None):
         run(tiny_config, tmp_path / "parts", **keys, growth=growth, exit_interval=interval)
     assert metric(tmp_path / "parts") == metric(tmp_path / "whole")

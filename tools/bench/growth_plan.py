@@ -1,8 +1,8 @@
 """The trials of the growth experiment: which model is trained from what, for how many updates, in which folder.
 
-Sizes have the same number of non-embedding matrix entries as TokenFormer and as Transformer (biases apart): 1, 4, 6.7
-and 16 times the first; the paper's chain of token counts is 1, 3.7, 8.4 and 15. The Transformer's width only doubles,
-because LayerNorm survives an expansion exactly only if every channel is copied equally often.
+Sizes have the same number of non-embedding matrix entries as TokenFormer and as Transformer (biases apart): 1, 2, 5 and
+8 times the first. The Transformer's width only doubles, because LayerNorm survives an expansion exactly only if every
+channel is copied equally often.
 """
 
 from __future__ import annotations
@@ -15,25 +15,35 @@ from typing import Any, Literal
 from megatron.config.schema import ModelConfig
 from megatron.growth.plan import KINDS, TokenCounts, grown_config
 
-LAYERS, WIDTH, HEAD_DIM, SEQUENCE, BATCH, VOCABULARY = 2, 64, 16, 128, 4, 1024
+LAYERS, WIDTH, HEAD_DIM, SEQUENCE, BATCH, VOCABULARY = 2, 192, 32, 128, 8, 1024
 TOKENS_PER_UPDATE = SEQUENCE * BATCH
 HELD_OUT_SEQUENCES = 96
-INIT_STD = 0.1
-"""The published 0.02 and wang_init belong to a width of 768 and 12 layers; here the larger sizes stall with them."""
-PEAK_LR, GROWTH_LR, FINAL_LR = 3e-3, 1e-3, 0.1
-"""Peak learning rate from scratch and of a growth stage; the final one as a part of the peak."""
+TOKENS = 3_584_000
+"""Training tokens of a model from scratch."""
+INIT_STD = {"tokenformer": 0.1, "transformer": 0.02}
+"""The published 0.02 belongs to a TokenFormer of width 768; here it trains slower than 0.1 at every rate tried."""
+PEAK_LR = {
+    "tokenformer": {"S1": 8e-3, "S2": 8e-3, "S3": 4e-3, "S4": 2e-3},
+    "transformer": {"S1": 8e-3, "S2": 8e-3, "S3": 4e-3, "S4": 4e-3},
+}
+"""Of a model from scratch, the best of RATES in part r."""
+GROWTH_LR, FINAL_LR = 0.5, 0.1
+"""Peak rate of a growth stage as a part of that from scratch, the best in part r; final rate as a part of the peak."""
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES_OF = {"S1": RATES[1:], "S2": RATES[1:], "S3": RATES[1:4], "S4": RATES[:4]}
+GROWTH_RATES = (0.25, 0.5, 1.0)
+SHORT = 1 / 8
+"""Part r's training tokens of a model from scratch, as a part of those of the other parts."""
 FRACTIONS = {"tenth": 0.1, "quarter": 0.25}
 """Training tokens of each growth stage, as a part of those of a model trained from scratch."""
-
-OTHER_RATES = {"S4, lr / 3": 1 / 3, "S4, lr / 10": 0.1}
-"""Part h: the largest size from scratch at other peak rates."""
 
 GROWTHS_IN_ONE_RUN = (0.375, 0.5625, 0.75)
 """Part g: when the three growths come, as parts of the run."""
 
 Start = Literal["scratch", "grow", "official", "repeat", "net2net"]
-PARTS = ("a", "b", "e", "h", "g", "c", "d", "f")
-"""In the order of their importance."""
+PARTS = ("r", "a", "b", "e", "c", "d", "g", "f")
+"""In the order in which they run."""
+Kind = Literal["tokenformer", "transformer"]
 
 
 @dataclass(frozen=True)
@@ -52,18 +62,15 @@ class Size:
 
 
 SIZES = (
-    Size("S1", 24, 64, 64),
-    Size("S2", 96, 128, 128),
-    Size("S3", 160, 128, 384),
-    Size("S4", 384, 128, 1280),
+    Size("S1", 24, 96, 192),
+    Size("S2", 48, 96, 576),
+    Size("S3", 120, 192, 576),
+    Size("S4", 192, 192, 1152),
 )
 
 # Part f: one growth, S1 -> S2 with a quarter of the tokens, and what changes against part b.
 VARIANTS: dict[str, dict[str, Any]] = {
     "no growth, trained on": {"slots": SIZES[0].slots},
-    "lr x 2": {"lr": 2.0},
-    "lr x 0.5": {"lr": 0.5},
-    "no warm-up": {"warmup": 0.0},
     "warm-up 50 %": {"warmup": 0.5},
     "new tokens lr x 0.25": {"new_tokens_lr_scale": 0.25},
     "new tokens lr x 4": {"new_tokens_lr_scale": 4.0},
@@ -79,7 +86,7 @@ class Trial:
     """One training run.
 
     Attributes:
-        part: of the experiment, a to h.
+        part: of the experiment, one of PARTS.
         folder: below the output folder.
         seed: of initialisation and data order.
         size: of the trained model.
@@ -87,7 +94,8 @@ class Trial:
         start: what it starts from; all but `scratch` need `parent`.
         parent: folder of the trial whose last checkpoint it starts from.
         label: budget of a growth stage, or variant of part f.
-        options: what differs from the other trials: lr (a factor), slots, start, and configuration keys.
+        options: what differs from the other trials: lr (peak rate), slots, start, and configuration keys.
+        kind: of model.
     """
 
     part: str
@@ -99,19 +107,26 @@ class Trial:
     parent: str | None = None
     label: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    kind: Kind = "tokenformer"
 
     @property
-    def is_transformer(self) -> bool:
-        """Transformer or TokenFormer?"""
-        return self.part in ("c", "d")
+    def validation(self) -> str:
+        """The token file it is trained and validated on: rates are not chosen on the text that results come from."""
+        return "tuning" if self.part == "r" else "text"
+
+    @property
+    def peak_lr(self) -> float:
+        """Its highest learning rate."""
+        from_scratch = PEAK_LR[self.kind][self.size.name]
+        return self.options.get("lr", from_scratch if self.start == "scratch" else GROWTH_LR * from_scratch)
 
     def model(self) -> dict[str, Any]:
         """The model's configuration keys."""
         keys: dict[str, Any] = {
             "num_layers": LAYERS, "seq_length": SEQUENCE, "rotary_pct": 0.25, "norm": "layernorm_nonparam",
-            "final_norm": "layernorm", "init_method_std": INIT_STD, "make_vocab_size_divisible_by": 64,
+            "final_norm": "layernorm", "init_method_std": INIT_STD[self.kind], "make_vocab_size_divisible_by": 64,
         }  # fmt: skip
-        if self.is_transformer:
+        if self.kind == "transformer":
             width = self.size.width
             return {**keys, "hidden_size": width, "num_attention_heads": width // HEAD_DIM,
                     "intermediate_size": self.size.inner}  # fmt: skip
@@ -134,13 +149,13 @@ class Trial:
     def config(self, output: Path, documents: int) -> dict[str, Any]:
         """The run's YAML. `documents`: those of the training data; the one after them is held out."""
         folder, options = output / self.folder, dict(self.options)
-        lr = options.pop("lr", 1.0) * (PEAK_LR if self.start == "scratch" else GROWTH_LR)
-        for key in ("slots", "start"):
+        lr = self.peak_lr
+        for key in ("lr", "slots", "start"):
             options.pop(key, None)
         keys = {
             **self.model(),
             "tokenizer_type": "HFTokenizer", "vocab_file": str(output / "data/tokenizer.json"),
-            "data_path": str(output / "data/text"), "split": f"{documents}, 1, 0", "num_workers": 0,
+            "data_path": str(output / "data" / self.validation), "split": f"{documents}, 1, 0", "num_workers": 0,
             "train_iters": self.updates, "train_micro_batch_size_per_gpu": BATCH, "seed": self.seed,
             "optimizer": {"type": "Adam", "params": {"lr": lr, "betas": [0.9, 0.95], "eps": 1e-8}},
             "min_lr": FINAL_LR * lr, "lr_decay_style": "cosine", "warmup": 0.05 if self.start == "scratch" else 0.1,
@@ -160,7 +175,7 @@ def plan(tokens: int, parts: Iterable[str], seeds: Iterable[int]) -> list[Trial]
     Args:
         tokens: training tokens of a model trained from scratch.
         parts: of PARTS; what they need of other parts is added.
-        seeds: from 1. Parts c, d, f, g and h have the first only.
+        seeds: from 1. Parts r, c, d, f and g have the first only.
     """
     updates, wanted = round(tokens / TOKENS_PER_UPDATE), set(parts)
     found: dict[str, Trial] = {}
@@ -178,28 +193,40 @@ def _add_with_parents(trial: Trial, known: dict[str, Trial], found: dict[str, Tr
 
 
 def _of_seed(updates: int, seed: int) -> Iterator[Trial]:
-    """All trials of a seed, the most informative first."""
+    """All trials of a seed, in the order of PARTS."""
     scratch = [Trial("a", f"a/seed{seed}/{size.name}", seed, size, updates) for size in SIZES]
-    transformers = [Trial("c", f"c/seed{seed}/{size.name}", seed, size, updates) for size in SIZES]
-    yield scratch[0]
-    for label, fraction in FRACTIONS.items():
-        yield from _chain("b", "grow", scratch[0], label, round(fraction * updates))
-        yield from _chain("e", "official", scratch[0], label, round(fraction * updates))
-    yield from scratch[1:]
     if seed == 1:
-        for number, (label, factor) in enumerate(OTHER_RATES.items()):
-            rate = {"lr": factor}
-            yield Trial("h", f"h/seed{seed}/{number}", seed, SIZES[-1], updates, label=label, options=rate)
+        yield from _rates(updates, scratch[0])
+    yield from scratch
+    grown: tuple[tuple[str, Start], ...] = (("b", "grow"), ("e", "official"))
+    for part, start in grown:
+        for label, fraction in FRACTIONS.items():
+            yield from _chain(part, start, scratch[0], label, round(fraction * updates))
     if seed == 1:
-        for number, (label, options) in enumerate(VARIANTS.items()):
-            short = round(FRACTIONS["quarter"] * updates)
-            folder = f"f/seed{seed}/{number}"
-            start: Start = options.get("start", "grow")
-            yield Trial("f", folder, seed, SIZES[1], short, start, scratch[0].folder, label, options)
-        yield Trial("g", "g/seed1/S4", seed, SIZES[-1], updates, options={"growth": _schedule(updates)})
+        transformers = [Trial("c", f"c/seed1/{size.name}", seed, size, updates, kind="transformer") for size in SIZES]
         yield from transformers
         for label, fraction in FRACTIONS.items():
             yield from _chain("d", "net2net", transformers[0], label, round(fraction * updates))
+        yield Trial("g", "g/seed1/S4", seed, SIZES[-1], updates, options={"growth": _schedule(updates)})
+        short = round(FRACTIONS["quarter"] * updates)
+        for number, (label, options) in enumerate(VARIANTS.items()):
+            start = options.get("start", "grow")
+            yield Trial("f", f"f/seed1/{number}", seed, SIZES[1], short, start, scratch[0].folder, label, options)
+
+
+def _rates(updates: int, base: Trial) -> Iterator[Trial]:
+    """Peak rates of each kind and size from scratch, and of a growth."""
+    for kind in ("tokenformer", "transformer"):
+        for size in SIZES:
+            for rate in RATES_OF[size.name]:
+                folder = f"r/{kind}/{size.name}/{rate:g}"
+                yield Trial("r", folder, 1, size, round(SHORT * updates), label=f"{kind} {rate:g}",
+                            options={"lr": rate}, kind=kind)  # fmt: skip
+    for size in SIZES[1], SIZES[-1]:
+        for factor in GROWTH_RATES:
+            yield Trial("r", f"r/growth/{size.name}/{factor:g}", 1, size, round(FRACTIONS["tenth"] * updates), "grow",
+                        base.folder, f"growth {factor:g}",
+                        {"lr": factor * PEAK_LR["tokenformer"][size.name]})  # fmt: skip
 
 
 def _schedule(updates: int) -> list[dict[str, Any]]:
@@ -215,7 +242,8 @@ def _chain(part: str, start: Start, base: Trial, label: str, updates: int) -> It
     parent = base.folder
     for size in SIZES[1:]:
         trial = Trial(
-            part, f"{part}/seed{base.seed}/{label}/{size.name}", base.seed, size, updates, start, parent, label
-        )
+            part, f"{part}/seed{base.seed}/{label}/{size.name}", base.seed, size, updates, start, parent, label,
+            kind=base.kind,
+        )  # fmt: skip
         yield trial
         parent = trial.folder

@@ -11,13 +11,13 @@ from typing import Any
 
 from megatron.errors import UserError
 from tools.bench.growth_figures import draw_figures
-from tools.bench.growth_plan import FRACTIONS, PARTS, SIZES, VARIANTS
+from tools.bench.growth_plan import FRACTIONS, GROWTH_RATES, PARTS, RATES, SIZES, VARIANTS
 from tools.bench.growth_runs import read_metrics
 
 NAMES = {
     "a": "TokenFormer, scratch", "b": "TokenFormer, grown", "c": "Transformer, scratch",
     "d": "Transformer, Net2Net", "e": "TokenFormer, grown as official", "f": "variants",
-    "g": "TokenFormer, grown in one run", "h": "other rates",
+    "g": "TokenFormer, grown in one run", "r": "rates",
 }  # fmt: skip
 
 
@@ -273,12 +273,21 @@ def variants(groups: Groups) -> str:
     return table(["one growth, S1 -> S2, a quarter of the tokens, seed 1", "final loss", "against b"], rows)
 
 
-def other_rates(groups: Groups) -> str:
-    """Part h beside the trials of part a."""
-    rows = [[f"{size.name}, as in a", spread([t.final for t in groups["a", "", size.name]])]
-            for size in SIZES[-1:] if ("a", "", size.name) in groups]  # fmt: skip
-    rows += [[label, f"{trials[0].final:.3f} (1)"] for (part, label, _), trials in groups.items() if part == "h"]
-    return table(["from scratch", "final loss (seeds)"], rows)
+def rates(groups: Groups) -> str:
+    """Part r: losses on the tuning text, the lowest of each row in bold."""
+    rows = []
+    for name, values in (("tokenformer", RATES), ("transformer", RATES), ("growth", GROWTH_RATES)):
+        for size in SIZES:
+            trials = [groups.get(("r", f"{name} {value:g}", size.name)) for value in values]
+            losses = [trial[0].final for trial in trials if trial]
+            if not losses:
+                continue
+            cells = []
+            for value, trial in zip(values, trials, strict=True):
+                cell = f"{value:g}: {trial[0].final:.3f}" if trial else ""
+                cells.append(f"**{cell}**" if trial and trial[0].final == min(losses) else cell)
+            rows.append([size.name, "grown from S1, part of its rate" if name == "growth" else name, *cells])
+    return table(["size", "model", "peak rate: loss", "", ""], rows)
 
 
 def write_report(output: Path) -> None:
@@ -296,7 +305,7 @@ def write_report(output: Path) -> None:
         "## All four sizes", whole_family(groups),
         "## The moment of growth", moments(groups),
         "## Variants", variants(groups),
-        "## Other learning rates from scratch", other_rates(groups),
+        "## Learning rates (short runs, tuning text, seed 1)", rates(groups),
     ])  # fmt: skip
     (output / "report.md").write_text(text + "\n", encoding="utf-8")
     (output / "results.json").write_text(json.dumps([asdict(r) for r in results], indent=1), encoding="utf-8")

@@ -49,7 +49,8 @@ def prepare(output: Path, tokens: int) -> None:
     """Write tokenizer, token files and data.json, unless they are there.
 
     The held-out document is made of the first tokens of every twelfth State of the Union address, and exactly as long
-    as a validation: every trial is evaluated on the same sequences, whatever its seed.
+    as a validation: every trial is evaluated on the same sequences, whatever its seed. Trials that choose learning
+    rates have another one, from the sixth of every twelve. Neither kind of address is trained on.
     """
     description = output / "data.json"
     if description.is_file():
@@ -57,18 +58,17 @@ def prepare(output: Path, tokens: int) -> None:
     folder = output / "data"
     folder.mkdir(parents=True, exist_ok=True)
     addresses = read_addresses()
-    training = [text for i, text in enumerate(addresses) if (i + 1) % HELD_OUT_EVERY]
+    training = [text for i, text in enumerate(addresses) if (i + 1) % (HELD_OUT_EVERY // 2)]
     tokenizer = train_tokenizer(training, VOCABULARY, folder / "tokenizer.json")
     eod: int = tokenizer.token_to_id("<|endoftext|>")  # type: ignore[assignment]
-    held_out = _held_out(addresses[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY], lambda text: tokenizer.encode(text).ids, eod)
-    available = 0
-    with IndexedDatasetBuilder(folder / "text", np.uint16) as builder:
-        for text in training:
-            ids = [*tokenizer.encode(text).ids, eod]
-            available += len(ids)
-            builder.add_document(ids)
-        builder.add_document(held_out)
-        builder.finalize()
+    documents = [[*tokenizer.encode(text).ids, eod] for text in training]
+    for name, first in (("text", HELD_OUT_EVERY - 1), ("tuning", HELD_OUT_EVERY // 2 - 1)):
+        held_out = _held_out(addresses[first::HELD_OUT_EVERY], lambda text: tokenizer.encode(text).ids, eod)
+        with IndexedDatasetBuilder(folder / name, np.uint16) as builder:
+            for ids in (*documents, held_out):
+                builder.add_document(ids)
+            builder.finalize()
+    available = sum(len(ids) for ids in documents)
     needed = tokens * (1 + (len(SIZES) - 1) * max(FRACTIONS.values()))
     facts = {
         "tokens": tokens,
@@ -89,15 +89,15 @@ def _held_out(addresses: list[str], encode: Any, eod: int) -> list[int]:
     return ids[:wanted]
 
 
-def held_out_ids(output: Path) -> np.ndarray:
-    """Tokens of the held-out document."""
-    dataset = IndexedDataset(output / "data/text")
+def held_out_ids(output: Path, validation: str) -> np.ndarray:
+    """Tokens of the held-out document of data/`validation`."""
+    dataset = IndexedDataset(output / "data" / validation)
     return np.asarray(dataset[len(dataset) - 1])
 
 
-def held_out_loss(model: LanguageModel, output: Path) -> float:
+def held_out_loss(model: LanguageModel, output: Path, validation: str) -> float:
     """Nats per token, on the sequences that training runs are validated on."""
-    return perplexity(model, held_out_ids(output), SEQUENCE, batch_size=BATCH)["loss"]
+    return perplexity(model, held_out_ids(output, validation), SEQUENCE, batch_size=BATCH)["loss"]
 
 
 def run(output: Path, trials: list[Trial], tokens: int) -> None:
@@ -158,7 +158,7 @@ def _run_one(output: Path, trial: Trial, documents: int) -> None:
     if state.iteration < trial.updates:
         raise UserError(f"stopped in {folder}; the same command goes on from there")
     if not is_finished(output, trial):  # killed between the last checkpoint and its validation
-        loss = held_out_loss(load_model(folder / "checkpoints"), output)
+        loss = held_out_loss(load_model(folder / "checkpoints"), output, trial.validation)
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"iteration": trial.updates, "valid_lm_loss": loss}) + "\n")
 
@@ -182,16 +182,18 @@ def _write_facts(output: Path, trial: Trial) -> None:
     embedding = VOCABULARY * config.hidden_size
     facts: dict[str, Any] = {
         "part": trial.part, "seed": trial.seed, "size": trial.size.name, "label": trial.label, "start": trial.start,
+        "kind": trial.kind, "peak_lr": trial.peak_lr,
         "parent": trial.parent, "updates": trial.updates, "tokens_per_update": TOKENS_PER_UPDATE,
         "parameters": model.num_parameters(), "non_embedding": model.num_parameters() - embedding,
         "stages": [[begin, LanguageModel(c, device="meta").flops_per_token(SEQUENCE)] for begin, c in stages],
     }  # fmt: skip
     if trial.parent:
         base = load_model(output / trial.parent / "checkpoints")
-        facts["loss_before_growth"] = held_out_loss(base, output)
+        facts["loss_before_growth"] = held_out_loss(base, output, trial.validation)
         grown = _grown(base, trial, config)
-        facts["loss_after_growth"] = held_out_loss(grown, output)
-        ids = torch.from_numpy(held_out_ids(output)[: 4 * SEQUENCE].astype(np.int64)).view(4, SEQUENCE)
+        facts["loss_after_growth"] = held_out_loss(grown, output, trial.validation)
+        held_out = held_out_ids(output, trial.validation)[: 4 * SEQUENCE].astype(np.int64)
+        ids = torch.from_numpy(held_out).view(4, SEQUENCE)
         unchanged = load_model(output / trial.parent / "checkpoints")
         facts["logit_difference"], facts["largest_logit"] = logit_difference(unchanged, grown, ids)
         get_logger().info("logits change by %.1e at the growth", facts["logit_difference"])
