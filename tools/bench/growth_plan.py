@@ -27,7 +27,7 @@ PEAK_LR = {
     "transformer": {"S1": 4e-3, "S2": 4e-3, "S3": 2e-3, "S4": 2e-3},
 }
 """Of a model from scratch, the best of RATES in part r."""
-GROWTH_LR = {"grow": 5e-4, "repeat": 5e-4, "official": 2e-3, "net2net": 5e-4}
+GROWTH_LR = {"grow": 5e-4, "repeat": 5e-4, "official": 1e-3, "net2net": 5e-4}
 """Of a growth stage, the best of GROWTH_RATES in part r."""
 FINAL_LR = 0.1
 """At the end of a schedule, as a part of its peak."""
