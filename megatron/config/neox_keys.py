@@ -303,6 +303,9 @@ def check_trainable(config: RunConfig) -> None:
     names = [name for name, value in missing.items() if value is None]
     if names:
         raise UserError(f"training needs {', '.join(names)}: add to a YAML file, or give --set {names[0]}=VALUE")
+    peak, floor = config.optimization.optimizer.params.lr, config.optimization.min_lr
+    if peak < floor:
+        raise UserError(f"min_lr: {floor:g} is above the learning rate lr, {peak:g}; lower it")
     _check_optimizer_and_zero(config)
     _check_growth(config)
 

@@ -28,7 +28,7 @@ InitMethod = Literal["normal", "scaled_normal", "wang_init", "small_init", "xavi
 class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, no silent bool-to-number conversion."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -377,7 +377,7 @@ class GrowthStage(Section):
     """Tokens afterwards of the attention output projection. Default: as many as before."""
     ffn_slot_num: int | None = Field(default=None, gt=0)
     """Tokens afterwards of the feed-forward. Default: as many as before."""
-    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """Blocks that grow, from 0. Default: all."""
     lr_policy: Literal["restart", "continue"] = "restart"
     """restart: a schedule of its own, warm-up included; continue: the schedule goes on as if nothing had happened."""
@@ -396,10 +396,19 @@ class GrowthStage(Section):
     new_tokens_lr_scale: float = Field(default=1.0, ge=0)
     """Factor on the learning rate of the new tokens."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_with_underscores(cls, values: Any) -> Any:
+        return {key.replace("-", "_"): value for key, value in values.items()} if isinstance(values, dict) else values
+
     @model_validator(mode="after")
     def _check(self) -> GrowthStage:
         if (self.at_iteration is None) == (self.at_tokens is None):
             raise ValueError("growth: each stage needs at_iteration or at_tokens, one of the two")
+        if self.qkv_slot_num is None and self.proj_slot_num is None and self.ffn_slot_num is None:
+            raise ValueError(
+                "growth: each stage needs qkv_slot_num, proj_slot_num or ffn_slot_num; as many as before add none"
+            )
         for key in ("lr", "min_lr", "warmup", "lr_decay_iters"):
             if self.lr_policy == "continue" and getattr(self, key) is not None:
                 raise ValueError(f"growth.{key}: belongs to a schedule of its own; set lr_policy: restart")
@@ -578,7 +587,7 @@ class CheckpointConfig(Section):
     """Do not save optimizer states; such a checkpoint cannot resume exactly."""
     eval_ckpt: str | None = None
     """Checkpoint for eval.py and generate.py: an official pytorch_model.bin or a checkpoint folder; wins over load."""
-    pretrain_partial_init: str | None = None
+    pretrain_partial_init: Annotated[str, Field(min_length=1)] | None = None
     """Checkpoint of a smaller model that training starts from, with parameter tokens added up to the token counts given
     here; a run's folder, or an official pytorch_model.bin or training folder. Ignored once `load` has a checkpoint."""
 

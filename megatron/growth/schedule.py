@@ -8,12 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron.config.schema import GrowthStage, ModelConfig, RunConfig
 from megatron.errors import UserError
 from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config, segments_of
+from megatron.log import get_logger
 from megatron.model import LanguageModel
+
+
+class Progress(NamedTuple):
+    """Where a run is: finished iterations, and the tokens read by then."""
+
+    iteration: int = 0
+    consumed_tokens: int = 0
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Progress:
+        """Where the run was at a growth of its lineage."""
+        return cls(int(entry["iteration"]), int(entry["consumed_tokens"]))
 
 
 def stage_counts(stage: GrowthStage) -> TokenCounts:
@@ -30,6 +43,8 @@ def check_schedule(config: RunConfig, already: int = 0) -> None:
     Args:
         already: scheduled growths that the model of `config` has in it.
     """
+    for number in range(already, len(config.scaling.growth)):
+        _check_stage(config, number, already)
     model, ranks = stage_config(config, len(config.scaling.growth), already).model, config.parallel.model_parallel_size
     for kind, blocks in (model.token_segments or {}).items():
         fewest = min((size for block in blocks for size in block if size), default=ranks)
@@ -38,6 +53,36 @@ def check_schedule(config: RunConfig, already: int = 0) -> None:
                 f"growth: {kind}_slot_num grows by {fewest} where model_parallel_size is {ranks}; each rank needs a "
                 "new token: grow by more, or lower model_parallel_size"
             )
+
+
+def _check_stage(config: RunConfig, number: int, already: int) -> None:
+    stage, options = config.scaling.growth[number], config.optimization
+    peak = options.optimizer.params.lr if stage.lr is None else stage.lr
+    floor = options.min_lr if stage.min_lr is None else stage.min_lr
+    if stage.lr_policy == "restart" and peak < floor:
+        raise UserError(f"growth[{number}]: lr {peak:g} is below min_lr {floor:g}; give the stage a lower min_lr too")
+    after = stage_config(config, number + 1, already).model
+    if stage.freeze_old_tokens and not any(block[-1] for kind in KINDS for block in segments_of(after, kind)):
+        raise UserError(f"growth[{number}]: freeze_old_tokens where no tokens are added; there is nothing to train")
+
+
+def check_times(config: RunConfig, lineage: Sequence[Mapping[str, Any]], now: Progress, tokens_an_update: int) -> None:
+    """Raise a UserError when the growths to come are out of order, and say so when the run ends before one of them."""
+    last = now.iteration
+    for number, stage in enumerate(config.scaling.growth):
+        if number < stages_done(lineage):
+            continue
+        begin = max(now.iteration, _start_of(stage, now, tokens_an_update))
+        if begin < last:
+            raise UserError(
+                f"growth[{number}]: comes at iteration {begin}, that before it at {last}; sort the stages by time"
+            )
+        if begin > (config.training.train_iters or begin):
+            get_logger().info(
+                "growth[%d] is not made: it comes at iteration %d, train_iters is %d",
+                number, begin, config.training.train_iters,
+            )  # fmt: skip
+        last = begin
 
 
 def stage_config(config: RunConfig, done: int, already: int = 0) -> RunConfig:
@@ -113,6 +158,8 @@ def resumed_config(config: RunConfig, saved: ModelConfig, lineage: Sequence[Mapp
         )
     if saved.token_segments is None:
         return config
+    if config.model.token_segments == saved.token_segments:  # the checkpoint's own config.yml: the model of this stage
+        return stage_config(config, done, already=done)
     first = {kind: [block[: len(block) - done] for block in segments_of(saved, kind)] for kind in KINDS}
     totals = {f"{kind}_slot_num": max(map(sum, first[kind])) for kind in KINDS}
     for key, total in totals.items():
@@ -148,22 +195,26 @@ def next_stage(config: RunConfig, lineage: Sequence[Mapping[str, Any]]) -> Growt
 
 
 def learning_rate_schedule(
-    config: RunConfig, lineage: Sequence[Mapping[str, Any]], tokens_per_iteration: int
+    config: RunConfig, lineage: Sequence[Mapping[str, Any]], now: Progress, tokens_an_update: int
 ) -> tuple[RunConfig, int]:
     """The optimization settings in force, and the update they start from.
 
     A stage with lr_policy restart has a schedule of its own, which ends where the next restart begins unless
     lr_decay_iters says otherwise; before the first, the run's own schedule does so.
+
+    Args:
+        now: where the run is; data that a smaller model's run has read counts among its tokens.
+        tokens_an_update: of all ranks.
     """
     stages = config.scaling.growth
     scheduled = [entry for entry in lineage if entry.get("scheduled")] if stages else []
     begun = [n for n in range(len(scheduled)) if stages[n].lr_policy == "restart"]
     start = int(scheduled[begun[-1]]["updates"]) if begun else 0
-    iteration = int(scheduled[begun[-1]]["iteration"]) if begun else 0
-    tokens = int(scheduled[begun[-1]]["consumed_tokens"]) if begun else 0
+    since = Progress.of(scheduled[begun[-1]]) if begun else now
     later = [stage for stage in stages[(begun[-1] + 1 if begun else 0) :] if stage.lr_policy == "restart"]
-    end = _start_of(later[0], iteration, tokens, tokens_per_iteration) if later else config.training.train_iters
-    decay = None if end is None else max(1, min(end, config.training.train_iters or end) - iteration)
+    end = _start_of(later[0], since, tokens_an_update) if later else config.training.train_iters
+    first = since.iteration if begun else 0
+    decay = None if end is None else max(1, min(end, config.training.train_iters or end) - first)
     options = config.optimization
     update: dict[str, Any] = {"lr_decay_iters": options.lr_decay_iters or (decay if later else None)}
     if begun:
@@ -179,9 +230,9 @@ def learning_rate_schedule(
     return config.model_copy(update={"optimization": options.model_copy(update=update)}), start
 
 
-def _start_of(stage: GrowthStage, iteration: int, tokens: int, tokens_per_iteration: int) -> int:
-    """The iteration at which a stage will be due, counted on from an iteration and the tokens consumed by then."""
+def _start_of(stage: GrowthStage, since: Progress, tokens_an_update: int) -> int:
+    """The iteration at which a stage will be due, counted on from where the run is or was."""
     if stage.at_iteration is not None:
         return stage.at_iteration
     assert stage.at_tokens is not None, "one of the two is given"
-    return iteration + max(0, math.ceil((stage.at_tokens - tokens) / tokens_per_iteration))
+    return since.iteration + max(0, math.ceil((stage.at_tokens - since.consumed_tokens) / tokens_an_update))

@@ -17,7 +17,7 @@ from megatron.config.schema import RunConfig
 from megatron.data import batches, build_datasets
 from megatron.errors import RankError, UserError
 from megatron.growth.grow import TensorSource
-from megatron.growth.schedule import is_due, learning_rate_schedule, next_stage
+from megatron.growth.schedule import Progress, is_due, learning_rate_schedule, next_stage
 from megatron.log import get_logger, log_to_file
 from megatron.model import LanguageModel
 from megatron.model.blocks import BuildOptions
@@ -41,7 +41,7 @@ from megatron.training.hardware import peak_flops
 from megatron.training.metrics import MetricsLog, Throughput
 from megatron.training.pipeline_engine import PipelineEngine
 from megatron.training.schedule import LRSchedule
-from megatron.training.start import Start, find_start
+from megatron.training.start import Start, find_start, tokens_an_update
 from megatron.training.state import TrainState
 
 # Sequences of a held-out set on which a growth is proven to change nothing.
@@ -180,7 +180,7 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
         layout,
         engine,
         state,
-        LRSchedule(*learning_rate_schedule(config, state.lineage, global_batch * config.model.seq_length)),
+        _learning_rates(config, state, layout),
         datasets,
         metrics,
         Throughput(),
@@ -188,6 +188,11 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
         flops,
         peak,
     )
+
+
+def _learning_rates(config: RunConfig, state: TrainState, layout: Layout) -> LRSchedule:
+    now = Progress(state.iteration, state.consumed_tokens)
+    return LRSchedule(*learning_rate_schedule(config, state.lineage, now, tokens_an_update(config, layout)))
 
 
 def _claim_folders(config: RunConfig) -> FolderLock | None:

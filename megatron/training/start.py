@@ -6,6 +6,7 @@ A run killed around a growth therefore finds itself before it or after it, and d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from megatron.checkpoint.store import CheckpointReader
 from megatron.config.schema import ModelConfig, RunConfig
+from megatron.errors import UserError
 from megatron.growth.grow import GrownTensors, TensorSource
 from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config
 from megatron.growth.proof import Difference, compare_logits
 from megatron.growth.schedule import (
+    Progress,
     check_schedule,
+    check_times,
     is_due,
     lineage_entry,
     next_stage,
@@ -112,13 +116,23 @@ def find_start(config: RunConfig, layout: Layout) -> Start:
         start = Start(config, TrainState())
     done = stages_done(start.state.lineage)
     check_schedule(config.model_copy(update={"model": start.config.model}), already=done)
+    now = Progress(start.state.iteration, start.state.consumed_tokens)
+    check_times(config, start.state.lineage, now, tokens_an_update(config, layout))
     _grow_as_scheduled(config, start)
     return start
 
 
+def tokens_an_update(config: RunConfig, layout: Layout) -> int:
+    """Tokens that all ranks together read for an update."""
+    micro, steps = config.training.resolve_batch(layout.data_size)
+    return micro * steps * layout.data_size * config.model.seq_length
+
+
 def _from_checkpoint(config: RunConfig, reader: CheckpointReader) -> Start:
     state, saved = TrainState(), saved_model_config(reader)
-    if not config.checkpoint.finetune:
+    if config.checkpoint.finetune:
+        state.lineage = past_growths(reader.train_state.get("lineage", []))
+    else:
         state.load_state_dict(reader.train_state)
     config = resumed_config(config, saved, state.lineage)
     check_same_model(config.model, saved, reader.folder)
@@ -153,10 +167,18 @@ def _from_smaller_model(config: RunConfig, path: str, layout: Layout) -> Start:
 
 def _carry_over(state: TrainState, config: RunConfig, reader: CheckpointReader) -> None:
     """Take over what a smaller model's run has reached: tokens, place in the data, lineage and, if asked for, time."""
+    if config.checkpoint.finetune:
+        state.lineage = past_growths(reader.train_state.get("lineage", []))
+        return
     state.load_state_dict(reader.train_state)
     state.lineage = past_growths(state.lineage)
     if config.scaling.partial_init_policy == "restart":
         state.iteration = state.skipped_iterations = 0
+    elif state.iteration >= (config.training.train_iters or math.inf):
+        raise UserError(
+            f"train_iters: {config.training.train_iters} is not more than the {state.iteration} iterations of "
+            f"{reader.folder}; raise it, or set partial_init_policy: restart"
+        )
     changed = data_differences(config, reader)
     if changed:
         get_logger().info("data starts anew, it differs from that of %s: %s", reader.folder, "; ".join(changed))
@@ -164,8 +186,10 @@ def _carry_over(state: TrainState, config: RunConfig, reader: CheckpointReader) 
 
 
 def _grow_as_scheduled(config: RunConfig, start: Start) -> None:
-    """Make the growths whose time has come; `config` is the run's, before any growth."""
+    """Make the growths whose time has come, with training to follow; `config` is the run's, before any growth."""
     state = start.state
+    if state.iteration >= (config.training.train_iters or math.inf):
+        return
     while (stage := next_stage(config, state.lineage)) and is_due(stage, state.iteration, state.consumed_tokens):
         base = config.model_copy(update={"model": start.config.model})
         done = stages_done(state.lineage)

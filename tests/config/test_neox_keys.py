@@ -16,6 +16,7 @@ from megatron.errors import UserError
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "config"
 FIELDS = json.loads((FIXTURES / "official_fields.json").read_text())
+STAGE = {"at_iteration": 3, "ffn_slot_num": 80}
 MINIMUM: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32}
 
 
@@ -77,8 +78,9 @@ def test_training_names_missing_keys() -> None:
     [
         ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}}, "cannot be checkpointed here"),
         ({"optimizer": {"type": "Muon"}, "model_parallel_size": 2}, "Muon orthogonalises whole matrices"),
-        ({"growth": [{"at_iteration": 3}]}, "a run that grows goes through a checkpoint"),
-        ({"growth": [{"at_iteration": 3}], "save": "a", "no_save_optim": True}, "no_save_optim: a run that grows"),
+        ({"lr": 1e-5, "min_lr": 1e-4}, "min_lr: 0.0001 is above the learning rate lr, 1e-05; lower it"),
+        ({"growth": [STAGE]}, "a run that grows goes through a checkpoint"),
+        ({"growth": [STAGE], "save": "a", "no_save_optim": True}, "no_save_optim: a run that grows"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused(keys: dict[str, Any], message: str) -> None:

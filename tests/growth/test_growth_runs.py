@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.config import load_config
+from megatron.errors import UserError
 from megatron.inference import load_model
 from megatron.model.init import initial_value
+from megatron.training import train
 from megatron.training.schedule import LRSchedule
 from tests.growth.growth_helpers import (
     CONTINUE,
@@ -286,3 +289,34 @@ def test_a_grown_run_is_evaluated_with_its_own_configuration(tiny_config: MakeCo
     config = tiny_config(save=str(tmp_path), load=str(tmp_path), train_iters=4, growth=[stage(2)])
     run(tiny_config, tmp_path, train_iters=4, growth=[stage(2)])
     assert load_model(tmp_path, config.with_vocabulary(290)).config.ffn_slot_num == 72
+    written = load_config([tmp_path / "global_step4" / "config.yml"])
+    assert load_model(tmp_path, written).config.ffn_slot_num == 72
+    train(load_config([tmp_path / "global_step4" / "config.yml"], {"train_iters": 5}))
+    assert state(tmp_path)["iteration"] == 5 and len(state(tmp_path)["lineage"]) == 1
+
+
+def test_a_run_that_is_done_does_not_grow(
+    tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        run(tiny_config, tmp_path, train_iters=3, growth=[stage(3)])
+    assert "growth at iteration" not in capsys.readouterr().out and state(tmp_path)["lineage"] == []
+    run(tiny_config, tmp_path, train_iters=4, growth=[stage(3)])
+    assert len(state(tmp_path)["lineage"]) == 1
+    keys = {**COUNTS, "pretrain_partial_init": str(tmp_path / "global_step3"), "partial_init_policy": "continue"}
+    with pytest.raises(UserError, match="train_iters: 3 is not more than the 3 iterations of .*global_step3; raise it"):
+        run(tiny_config, tmp_path / "larger", **keys, train_iters=3)
+
+
+def test_finetuning_takes_weights_and_lineage_only(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run(tiny_config, tmp_path / "base", train_iters=4, growth=[stage(2)])
+    [entry] = state(tmp_path / "base")["lineage"]
+    tuned = {"save": str(tmp_path / "tuned"), "load": str(tmp_path / "base"), "finetune": True, "train_iters": 2}
+    run(tiny_config, tmp_path, **{**tuned, **COUNTS})
+    assert state(tmp_path / "tuned")["lineage"] == [{**entry, "scheduled": False}]
+    assert state(tmp_path / "tuned")["consumed_samples"] == 2 * 4
+    larger = {"pretrain_partial_init": str(tmp_path / "base"), "ffn_slot_num": 96, "finetune": True}
+    run(tiny_config, tmp_path / "larger", **{**COUNTS, **larger}, train_iters=2)
+    after = state(tmp_path / "larger")
+    assert after["consumed_samples"] == 2 * 4 and after["consumed_tokens"] == 2 * 64
+    assert after["lineage"][0] == {**entry, "scheduled": False} and len(after["lineage"]) == 2

@@ -9,7 +9,14 @@ import pytest
 
 from megatron.config import RunConfig, load_config
 from megatron.errors import UserError
-from megatron.growth.schedule import check_schedule, learning_rate_schedule, resumed_config, stage_config
+from megatron.growth.schedule import (
+    Progress,
+    check_schedule,
+    check_times,
+    learning_rate_schedule,
+    resumed_config,
+    stage_config,
+)
 from megatron.model import LanguageModel
 from megatron.training.schedule import LRSchedule
 from tests.conftest import TINY
@@ -61,7 +68,7 @@ def test_each_stage_of_a_chain_has_a_schedule_of_its_own(name: str) -> None:
     for start, end in zip(starts, [*starts[1:], config.training.train_iters or 0], strict=True):
         if start:
             lineage.append({"scheduled": True, "iteration": start, "updates": start, "consumed_tokens": start * 2**19})
-        schedule = LRSchedule(*learning_rate_schedule(config, lineage, 2**19))
+        schedule = LRSchedule(*learning_rate_schedule(config, lineage, Progress(), 2**19))
         assert schedule(start) == 0 and schedule(start + (end - start) // 100) == pytest.approx(6e-4)
         assert schedule(end) == pytest.approx(6e-5) and schedule(end - 1000) > 6e-5
 
@@ -77,22 +84,22 @@ def entry(iteration: int, tokens: int = 0) -> dict[str, Any]:
 def test_a_restart_warms_up_and_decays_until_the_next_one() -> None:
     growth = [stage(10, lr=5e-4, min_lr=1e-5, warmup=0.5), stage(14, **CONTINUE), stage(20)]
     config = tiny(growth, train_iters=40)
-    first = LRSchedule(*learning_rate_schedule(config, [], 64))
+    first = LRSchedule(*learning_rate_schedule(config, [], Progress(), 64))
     assert [first(i) for i in (0, 10)] == pytest.approx(
         [1e-3, 1e-4]
     )  # the run's own ends where the first restart begins
-    second = LRSchedule(*learning_rate_schedule(config, [entry(10)], 64))
+    second = LRSchedule(*learning_rate_schedule(config, [entry(10)], Progress(), 64))
     assert [second(i) for i in (10, 12, 15, 20)] == pytest.approx([0, 2e-4, 5e-4, 1e-5])
-    third = LRSchedule(*learning_rate_schedule(config, [entry(10), entry(14)], 64))
+    third = LRSchedule(*learning_rate_schedule(config, [entry(10), entry(14)], Progress(), 64))
     assert [third(i) for i in range(14, 20)] == [second(i) for i in range(14, 20)]
-    last = LRSchedule(*learning_rate_schedule(config, [entry(10), entry(14), entry(20)], 64))
+    last = LRSchedule(*learning_rate_schedule(config, [entry(10), entry(14), entry(20)], Progress(), 64))
     assert [last(i) for i in (20, 40)] == pytest.approx([1e-3, 1e-4])
 
 
 def test_a_restart_counts_updates_and_may_have_a_length_of_its_own() -> None:
     config = tiny([stage(10, lr_decay_iters=4)], train_iters=40)
     skipping = {**entry(10), "updates": 7}  # three updates were skipped
-    schedule = LRSchedule(*learning_rate_schedule(config, [skipping], 64))
+    schedule = LRSchedule(*learning_rate_schedule(config, [skipping], Progress(), 64))
     assert [schedule(i) for i in (7, 11, 30)] == pytest.approx([1e-3, 1e-4, 1e-4])
 
 
@@ -102,16 +109,17 @@ def test_a_stage_by_tokens_ends_the_schedule_before_it() -> None:
         {**stage(1), "at_iteration": None, "at_tokens": 2000},
     ]
     config = tiny(growth, train_iters=60)
-    first = LRSchedule(*learning_rate_schedule(config, [], 64))
+    first = LRSchedule(*learning_rate_schedule(config, [], Progress(), 64))
     assert first.total == 16  # 1024 tokens
-    second = LRSchedule(*learning_rate_schedule(config, [entry(16, 1024)], 64))
+    second = LRSchedule(*learning_rate_schedule(config, [entry(16, 1024)], Progress(), 64))
     assert (second.start, second.total) == (16, 16)
 
 
 def test_a_run_that_goes_on_keeps_its_schedule() -> None:
     config = tiny([stage(10, **CONTINUE)], train_iters=40)
-    assert learning_rate_schedule(config, [entry(10)], 64) == learning_rate_schedule(config, [], 64)
-    assert learning_rate_schedule(config, [], 64)[0].lr_decay_iters == 40
+    begun = learning_rate_schedule(config, [entry(10)], Progress(), 64)
+    assert begun == learning_rate_schedule(config, [], Progress(), 64)
+    assert learning_rate_schedule(config, [], Progress(), 64)[0].lr_decay_iters == 40
 
 
 BAD_SCHEDULES = [
@@ -129,10 +137,19 @@ BAD_SCHEDULES = [
         id="softmax",
     ),
     pytest.param(
-        [{"at_iteration": 5}],
+        [{"at_iteration": 5, "ffn_slot_num": 80}],
         {"attention_config": [[["global"], 2]]},
         r"growth\[0\]: the model has no tokenformer blocks",
         id="Transformer",
+    ),
+    pytest.param(
+        [stage(5, lr=1e-5)], {}, r"growth\[0\]: lr 1e-05 is below min_lr 0.0001; give the stage a lower min_lr", id="lr"
+    ),
+    pytest.param(
+        [stage(5), stage(9, freeze_old_tokens=True)],
+        {},
+        r"growth\[1\]: freeze_old_tokens where no tokens are added",
+        id="freeze",
     ),
 ]
 
@@ -143,6 +160,53 @@ def test_a_growth_that_cannot_be_is_refused_before_training(
 ) -> None:
     with pytest.raises(UserError, match=message):
         check_schedule(tiny(growth, **keys).with_vocabulary(300))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"at_iteration": 5}, "each stage needs qkv_slot_num, proj_slot_num or ffn_slot_num"),
+        ({"at_iteration": 5, "ffn_slot_num": 80, "layers": []}, "layers"),
+        ({"at_iteration": 5, "ffn_slot_num": 80, "lr": float("inf")}, "lr"),
+    ],
+)
+def test_a_stage_that_means_nothing_is_refused(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny([bad])
+
+
+def test_keys_of_a_stage_may_be_written_with_hyphens() -> None:
+    [found] = tiny([{"at-iteration": 5, "ffn-slot-num": 80, "lr-policy": "continue"}]).scaling.growth
+    assert (found.at_iteration, found.ffn_slot_num, found.lr_policy) == (5, 80, "continue")
+
+
+def test_growths_by_iterations_and_by_tokens_are_put_in_one_order(capsys: pytest.CaptureFixture[str]) -> None:
+    by_tokens = {**stage(0), "at_iteration": None, "at_tokens": 640}  # ten updates of 64 tokens
+    check_times(tiny([stage(4), by_tokens]), [], Progress(), 64)
+    check_times(tiny([by_tokens, stage(4)]), [], Progress(11, 704), 64)  # both are due
+    with pytest.raises(UserError, match=r"growth\[1\]: comes at iteration 4, that before it at 10; sort the stages"):
+        check_times(tiny([by_tokens, stage(4)]), [], Progress(), 64)
+    check_times(tiny([by_tokens, stage(4)]), [entry(10, 640)], Progress(), 64)  # the first is made
+    capsys.readouterr()
+    check_times(tiny([stage(50)], train_iters=49), [], Progress(), 64)
+    assert "growth[0] is not made: it comes at iteration 50, train_iters is 49" in capsys.readouterr().out
+
+
+def test_tokens_of_a_smaller_models_run_do_not_stretch_the_schedule() -> None:
+    config = tiny([{**stage(0), "at_iteration": None, "at_tokens": 1000 + 5 * 64}], train_iters=60)
+    since_growth = [{**entry(0, 1000), "scheduled": False}]
+    for now in (Progress(0, 1000), Progress(3, 1000 + 3 * 64)):
+        first = LRSchedule(*learning_rate_schedule(config, since_growth, now, 64))
+        assert first.total == 5 and first(5) == pytest.approx(1e-4)
+
+
+def test_a_checkpoints_own_configuration_goes_on_in_its_stage() -> None:
+    config = tiny([stage(5, new_tokens_lr_scale=2.0), stage(9, ffn_slot_num=96)]).with_vocabulary(300)
+    grown = stage_config(config, 1)
+    written = load_config([], grown.flat()).with_vocabulary(300)
+    now = resumed_config(written, grown.model, [entry(5)])
+    assert now.model == grown.model and now.scaling.new_tokens_lr_scale == 2.0
+    check_schedule(now, already=1)
 
 
 def test_a_growth_by_fewer_tokens_than_tensor_ranks_is_refused() -> None:

@@ -33,7 +33,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f"--layers: {text} is no list of blocks; write it as 0,3-5")
-        layers.extend(range(int(first), int(last if dash else first) + 1))
+        blocks = range(int(first), int(last if dash else first) + 1)
+        if not blocks:
+            raise UserError(f"--layers: {part.strip()} runs backwards; write the lower block first, as in 0,3-5")
+        layers.extend(blocks)
     return tuple(layers)
 
 
@@ -42,14 +45,17 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
 
     from megatron.config import load_config
+    from megatron.errors import UserError
     from megatron.growth import TokenCounts
     from megatron.growth.convert import grow_checkpoint
     from megatron.training.checkpointing import environment
 
+    if args.qkv is None and args.proj is None and args.ffn is None:
+        raise UserError("--qkv, --proj, --ffn: give the tokens afterwards of at least one of them")
     grown = grow_checkpoint(
         args.input,
         args.output,
-        TokenCounts(args.qkv, args.proj, args.ffn, parse_layers(args.layers) if args.layers else None),
+        TokenCounts(args.qkv, args.proj, args.ffn, None if args.layers is None else parse_layers(args.layers)),
         seed=args.seed,
         config=load_config(args.config) if args.config else None,
         environment=environment(),
