@@ -46,57 +46,57 @@ def _is_official(folder: Path) -> bool:
     return any(pattern.fullmatch(file.name) for file in folder.iterdir() for pattern in patterns if file.is_file())
 
 
-def read_official_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors with the names of the flat file; UserError for a model split over several ranks."""
+def read_official_folder(folder: Path, key: str = "eval_ckpt") -> dict[str, Tensor]:
+    """All tensors with the names of the flat file; UserError, which starts with `key`, for a split or damaged model."""
     names = sorted(file.name for file in folder.iterdir())
     if (folder / _FLAT).is_file():
-        return read_flat_file(folder / _FLAT)
+        return read_flat_file(folder / _FLAT, key)
     if (folder / _INDEX).is_file():
-        return _read_shards(folder)
+        return _read_shards(folder, key)
     layers = [match for name in names if (match := _LAYER.fullmatch(name))]
     if layers:
         # With pipeline parallelism the mp_rank files count stages; only a layer's own files tell of a split.
-        _refuse_split(folder, max(int(match[2] or 0) for match in layers) + 1)
-        return _read_layers(folder, layers)
+        _refuse_split(folder, max(int(match[2] or 0) for match in layers) + 1, key)
+        return _read_layers(folder, layers, key)
     models = [match for name in names if (match := _MODEL.fullmatch(name))]
     if not models:
         raise UserError(
-            f"eval_ckpt: {folder} holds ZeRO stage 3 shards; run its zero_to_fp32.py and name the {_FLAT} it writes"
+            f"{key}: {folder} holds ZeRO stage 3 shards; run its zero_to_fp32.py and name the {_FLAT} it writes"
         )
-    _refuse_split(folder, max(int(match[1]) for match in models) + 1)
-    return _read_module(folder / models[0].string)
+    _refuse_split(folder, max(int(match[1]) for match in models) + 1, key)
+    return _read_module(folder / models[0].string, key)
 
 
-def _refuse_split(folder: Path, ranks: int) -> None:
+def _refuse_split(folder: Path, ranks: int, key: str) -> None:
     if ranks > 1:
         raise UserError(
-            f"eval_ckpt: {folder} is split over {ranks} model-parallel ranks; only folders saved with "
+            f"{key}: {folder} is split over {ranks} model-parallel ranks; only folders saved with "
             "model_parallel_size 1 can be read"
         )
 
 
-def _read_layers(folder: Path, layers: list[re.Match[str]]) -> dict[str, Tensor]:
+def _read_layers(folder: Path, layers: list[re.Match[str]], key: str) -> dict[str, Tensor]:
     tensors = {}
     for match in layers:
         file = folder / match.string
-        for name, tensor in check_flat(load_file(file), file).items():
+        for name, tensor in check_flat(load_file(file, key), file, key).items():
             tensors[f"sequential.{int(match[1])}.{name}"] = tensor
     return tensors
 
 
-def _read_module(file: Path) -> dict[str, Tensor]:
-    content: Any = load_file(file)
+def _read_module(file: Path, key: str) -> dict[str, Tensor]:
+    content: Any = load_file(file, key)
     if not isinstance(content, dict) or not isinstance(content.get("module"), dict):
-        raise UserError(f"eval_ckpt: {file} has no 'module' with a model's tensors; are the layer files missing?")
-    _refuse_split(file.parent, int(content.get("mp_world_size") or 1))
-    return check_flat(content["module"], f"'module' of {file}")
+        raise UserError(f"{key}: {file} has no 'module' with a model's tensors; are the layer files missing?")
+    _refuse_split(file.parent, int(content.get("mp_world_size") or 1), key)
+    return check_flat(content["module"], f"'module' of {file}", key)
 
 
-def _read_shards(folder: Path) -> dict[str, Tensor]:
+def _read_shards(folder: Path, key: str) -> dict[str, Tensor]:
     try:
         files = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"eval_ckpt: {folder / _INDEX} has no weight_map; write the folder anew") from None
+        raise UserError(f"{key}: {folder / _INDEX} has no weight_map; write the folder anew") from None
     if any(not isinstance(name, str) or name != Path(name).name for name in files):
-        raise UserError(f"eval_ckpt: {folder / _INDEX} names files outside its folder")
-    return {name: tensor for file in sorted(files) for name, tensor in read_flat_file(folder / file).items()}
+        raise UserError(f"{key}: {folder / _INDEX} names files outside its folder")
+    return {name: tensor for file in sorted(files) for name, tensor in read_flat_file(folder / file, key).items()}

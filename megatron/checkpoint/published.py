@@ -58,33 +58,42 @@ def canonical_name(official: str, num_layers: int) -> str | None:
     return None
 
 
-def read_flat_file(path: str | Path) -> dict[str, Tensor]:
-    """Read a `pytorch_model.bin` with weights_only=True; UserError when it is none."""
-    return check_flat(load_file(path), path)
+def read_flat_file(path: str | Path, key: str = "eval_ckpt") -> dict[str, Tensor]:
+    """Read a `pytorch_model.bin` with weights_only=True; UserError when it is none.
+
+    `key` is what names the path, for messages; so it is in the functions below.
+    """
+    return check_flat(load_file(path, key), path, key)
 
 
-def load_file(path: str | Path) -> Any:
+def load_file(path: str | Path, key: str = "eval_ckpt") -> Any:
     """What torch.save wrote: tensors, plain values and numpy's random state, and no other object. Raises UserError."""
     try:
         with safe_globals(_RANDOM_STATE):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise UserError(f"eval_ckpt: {path} does not exist; check the path") from None
+        raise UserError(f"{key}: {path} does not exist; check the path") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
         forbidden = _FORBIDDEN.search(str(error))
         lines = str(error).splitlines() or [type(error).__name__]
-        reason = f"it holds a {forbidden[1]} object, which could run code" if forbidden else lines[0][:120]
-        raise UserError(f"eval_ckpt: {path} is not a readable PyTorch file of tensors ({reason})") from error
+        sentence = lines[0].split(". ")[0].rstrip(".")  # what follows is advice for programmers
+        reason = f"it holds a {forbidden[1]} object, which could run code" if forbidden else sentence
+        raise UserError(
+            f"{key}: {path} is not a readable PyTorch file of tensors ({reason}); give one that is whole and holds "
+            "tensors only"
+        ) from error
 
 
-def check_flat(content: Any, path: str | Path) -> dict[str, Tensor]:
+def check_flat(content: Any, path: str | Path, key: str = "eval_ckpt") -> dict[str, Tensor]:
     """`content` if it is a flat dictionary of tensors, else a UserError."""
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"eval_ckpt: {path} is not a flat dictionary of tensors, as pytorch_model.bin is")
+        raise UserError(f"{key}: {path} is not a flat dictionary of tensors, as pytorch_model.bin is")
     return content
 
 
-def to_canonical(flat: Mapping[str, Tensor], num_layers: int, path: str | Path) -> dict[str, Tensor]:
+def to_canonical(
+    flat: Mapping[str, Tensor], num_layers: int, path: str | Path, key: str = "eval_ckpt"
+) -> dict[str, Tensor]:
     """Rename an official flat dictionary; UserError names a tensor that has no place in a model of this depth."""
     renamed: dict[str, Tensor] = {}
     for official, tensor in flat.items():
@@ -92,8 +101,6 @@ def to_canonical(flat: Mapping[str, Tensor], num_layers: int, path: str | Path) 
             continue
         name = canonical_name(official, num_layers)
         if name is None:
-            raise UserError(
-                f"eval_ckpt: {path} has a tensor '{official}' that a model with num_layers {num_layers} lacks"
-            )
+            raise UserError(f"{key}: {path} has a tensor '{official}' that a model with num_layers {num_layers} lacks")
         renamed[name] = tensor
     return renamed

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +174,10 @@ def remove_old(root: str | Path, keep: int, protected: Collection[int] = ()) -> 
     return removed
 
 
-def find_checkpoint(path: str | Path, iteration: int | None = None) -> Path | None:
+def find_checkpoint(path: str | Path, iteration: int | None = None, key: str = "load") -> Path | None:
     """The checkpoint folder meant by `path`: itself, or the `iteration` or latest one under it; None if there is none.
+
+    `key` is what names the path, for messages.
 
     Raises UserError when `latest` or `iteration` names a checkpoint that is not there.
     """
@@ -192,9 +194,8 @@ def find_checkpoint(path: str | Path, iteration: int | None = None) -> Path | No
         if (folder / MANIFEST).is_file():
             return folder
     known = ", ".join(map(str, list_iterations(path))) or "none"
-    raise UserError(
-        f"load: {path / name} is not a complete checkpoint; iterations found there: {known}; set `iteration`"
-    )
+    other = "set `iteration`" if key == "load" else "name the folder of one"
+    raise UserError(f"{key}: {path / name} is not a complete checkpoint; iterations found there: {known}; {other}")
 
 
 class FolderLock:
@@ -230,11 +231,16 @@ class FolderLock:
 class CheckpointReader:
     """One checkpoint folder, read lazily: `tensor(kind, name)` maps the file and copies that tensor only.
 
+    Args:
+        verify: compare the checksums of all files; those of the small ones that are read at once always are.
+        key: what names the folder, for messages.
+
     Raises UserError for a folder that is not a checkpoint, has an unknown version, or is damaged.
     """
 
-    def __init__(self, folder: str | Path, verify: bool = True) -> None:
+    def __init__(self, folder: str | Path, verify: bool = True, key: str = "load") -> None:
         self.folder = Path(folder)
+        self._key = key
         manifest = self._read_manifest()
         self.iteration: int = manifest["iteration"]
         self._files: dict[str, Any] = manifest["files"]
@@ -242,36 +248,54 @@ class CheckpointReader:
         self._open_files: dict[str, Any] = {}
         if verify:
             self.verify()
-        self.train_state: dict[str, Any] = json.loads(self._text("train_state.json"))
-        self.config: dict[str, Any] = yaml.safe_load(self._text("config.yml"))
+        self.train_state = self._record("train_state.json", json.loads)
+        self.config = self._record("config.yml", yaml.safe_load)
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self.folder / MANIFEST
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(f"load: {self.folder} is not a checkpoint: it has no {MANIFEST}") from None
-        except (ValueError, UnicodeDecodeError):
+            raise UserError(f"{self._key}: {self.folder} is not a checkpoint: it has no {MANIFEST}") from None
+        except OSError as error:
+            raise self._unreadable(MANIFEST, error) from error
+        except ValueError:
             raise self._damaged(MANIFEST, "is not valid JSON") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise UserError(f"load: {path} does not describe a {FORMAT} checkpoint")
+            raise UserError(f"{self._key}: {path} does not describe a {FORMAT} checkpoint")
         if not {"version", "iteration", "files", "tensors"} <= manifest.keys():
             raise self._damaged(MANIFEST, "is incomplete")
         if manifest["version"] != FORMAT_VERSION:
             raise UserError(
-                f"load: {self.folder} has format version {manifest['version']}, this program reads "
+                f"{self._key}: {self.folder} has format version {manifest['version']}, this program reads "
                 f"{FORMAT_VERSION}; use the program version that wrote it"
             )
         return manifest
 
     def _damaged(self, file: str, what: str) -> UserError:
+        other = "load an earlier one with `iteration`" if self._key == "load" else "name an earlier one"
         return UserError(
-            f"load: checkpoint {self.folder} is damaged: {file} {what}; remove the folder and load an earlier "
-            "one with `iteration`"
+            f"{self._key}: checkpoint {self.folder} is damaged: {file} {what}; remove the folder and {other}"
         )
 
-    def _text(self, name: str) -> str:
-        return (self.folder / name).read_text(encoding="utf-8")
+    def _unreadable(self, file: str, error: OSError) -> UserError:
+        reason = error.strerror or error
+        return UserError(f"{self._key}: {self.folder / file} cannot be read: {reason}; check its permissions and disk")
+
+    def _record(self, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+        """What a small file holds, whose checksum costs nothing and whose content decides about all others."""
+        if name not in self._files:
+            raise self._damaged(MANIFEST, f"does not list {name}")
+        self._check(name)
+        try:
+            found = parse((self.folder / name).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise self._unreadable(name, error) from error
+        except (ValueError, yaml.YAMLError):
+            raise self._damaged(name, "cannot be parsed") from None
+        if not isinstance(found, dict):
+            raise self._damaged(name, "does not hold keys and values")
+        return found
 
     def verify(self, leave_out: tuple[str, ...] = ()) -> None:
         """Compare size and SHA-256 of every file with the manifest; UserError names the first that differs.
@@ -280,16 +304,22 @@ class CheckpointReader:
             leave_out: kinds of tensors whose files are not read, for example `optimizer`.
         """
         prefixes = tuple(f"{kind}-" for kind in leave_out)
-        for name, expected in self._files.items():
-            if prefixes and name.startswith(prefixes):
-                continue
-            path = self.folder / name
-            if not path.is_file():
-                raise self._damaged(name, "is missing")
-            if path.stat().st_size != expected["bytes"]:
-                raise self._damaged(name, f"has {path.stat().st_size} bytes instead of {expected['bytes']}")
-            if file_sha256(path) != expected["sha256"]:
-                raise self._damaged(name, "does not have the checksum of the manifest")
+        for name in self._files:
+            if not (prefixes and name.startswith(prefixes)):
+                self._check(name)
+
+    def _check(self, name: str) -> None:
+        path, expected = self.folder / name, self._files[name]
+        if not path.is_file():
+            raise self._damaged(name, "is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise self._damaged(name, f"has {path.stat().st_size} bytes instead of {expected['bytes']}")
+        try:
+            checksum = file_sha256(path)
+        except OSError as error:
+            raise self._unreadable(name, error) from error
+        if checksum != expected["sha256"]:
+            raise self._damaged(name, "does not have the checksum of the manifest")
 
     def names(self, kind: str) -> list[str]:
         """Names of the tensors of a kind: model, optimizer or rng."""
@@ -300,9 +330,13 @@ class CheckpointReader:
         return tuple(self._index[kind][name][2])
 
     def tensor(self, kind: str, name: str) -> Tensor:
-        """A whole tensor, on the CPU, with storage of its own."""
+        """A whole tensor, on the CPU, with storage of its own; UserError when its file is damaged."""
         file = self._index[kind][name][0]
-        if file not in self._open_files:
-            self._open_files[file] = safe_open(self.folder / file, framework="pt")
-        tensor: torch.Tensor = self._open_files[file].get_tensor(name)
+        try:
+            if file not in self._open_files:
+                self._open_files[file] = safe_open(self.folder / file, framework="pt")
+            tensor: torch.Tensor = self._open_files[file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            self._check(file)  # says what is wrong in most cases
+            raise self._damaged(file, f"cannot be read: {error}") from error
         return tensor

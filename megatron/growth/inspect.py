@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
 from megatron.config.schema import TOKENFORMER, ModelConfig
 from megatron.errors import UserError
@@ -73,11 +71,7 @@ def _tau_tokens(reader: CheckpointReader, model: LanguageModel) -> dict[str, lis
             kind = {"proj": "proj", "mlp": "ffn"}.get(name.rpartition(".")[2], "qkv")
             if kind == "qkv" and not name.endswith("query"):
                 continue
-            try:
-                taus.setdefault(kind, []).append(int(reader.tensor("model", f"{name}.tau_tokens")))
-            except (OSError, SafetensorError):
-                reader.verify()
-                raise
+            taus.setdefault(kind, []).append(int(reader.tensor("model", f"{name}.tau_tokens")))
     return taus
 
 

@@ -72,15 +72,16 @@ def open_base(
     if official is not None:
         if config is None:
             raise UserError(f"--config: {official} holds tensors only; give the YAML files of its model")
-        flat = read_flat_file(official) if official.is_file() else read_official_folder(official)
-        tensors = to_canonical(flat, config.num_layers, official)
+        flat = read_flat_file(official, key) if official.is_file() else read_official_folder(official, key)
+        tensors = to_canonical(flat, config.num_layers, official, key)
         counted = _with_counts_of(config, tensors)
-        check_fit(LanguageModel(counted, device="meta"), {n: tuple(t.shape) for n, t in tensors.items()}, str(path))
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        check_fit(LanguageModel(counted, device="meta"), shapes, f"{key}: {path}")
         return Base(official, counted, FlatTensors(tensors, counted), None)
-    folder = find_checkpoint(path) if path.is_dir() else None
+    folder = find_checkpoint(path, key=key) if path.is_dir() else None
     if folder is None:
         raise UserError(f"{key}: no checkpoint in {path}; name a run's folder or an official pytorch_model.bin")
-    reader = CheckpointReader(folder, verify)
+    reader = CheckpointReader(folder, verify, key)
     return Base(folder, saved_model_config(reader), reader, reader)
 
 

@@ -94,16 +94,8 @@ class Run:
         micro, steps = self.config.training.resolve_batch(self.layout.data_size)
         layout = self.layout
         for batch in batches(dataset, micro, steps, layout.data_rank, layout.data_size, start, workers):
-            self._check_ids(batch["tokens"])
+            _check_ids(batch["tokens"], self.config, RankError)
             yield batch["tokens"]
-
-    def _check_ids(self, tokens: Tensor) -> None:
-        rows, highest = self.config.model.padded_vocab_size or 0, int(tokens.max())
-        if highest >= rows:
-            raise RankError(
-                f"data_path: the data has token id {highest}, the embedding {rows} rows (padded_vocab_size); "
-                "was the data prepared with the tokenizer of vocab_file?"
-            )
 
     def add_loss(self, loss: Tensor) -> None:
         """Collect a step's loss for the mean of the next log line, without waiting for the device."""
@@ -161,7 +153,7 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
     config, state = start.config, start.state
     global_batch = micro * steps * layout.data_size
     datasets = _build_data(config, state, global_batch)
-    start.prove(_held_out_ids(datasets), layout)
+    start.prove(_held_out_ids(datasets, config), layout)
     engine = _build_engine(start, layout, tokenizer.eod_id)
     if start.reader is not None:
         restore(config, engine, state, start.reader)
@@ -208,11 +200,28 @@ def _claim_folders(config: RunConfig) -> FolderLock | None:
     return FolderLock(config.checkpoint.save) if config.checkpoint.save else None
 
 
-def _held_out_ids(datasets: Any) -> Tensor:
-    """A few sequences [b, s] of the validation set, else of the training set, the same on every rank."""
+def _held_out_ids(datasets: Any, config: RunConfig) -> Tensor:
+    """A few sequences [b, s] of the validation set, else of the training set, the same on every rank.
+
+    Random ones where the run has neither, as at its end without evaluation.
+    """
     dataset = datasets.valid if datasets.valid is not None and len(datasets.valid) else datasets.train
+    if dataset is None:
+        shape, generator = (_PROOF_SEQUENCES, config.model.seq_length), torch.Generator().manual_seed(0)
+        return torch.randint(config.model.padded_vocab_size or 1, shape, generator=generator)
     rows = [torch.as_tensor(dataset[i])[:-1] for i in range(min(_PROOF_SEQUENCES, len(dataset)))]
-    return torch.stack(rows).long()
+    ids = torch.stack(rows).long()
+    _check_ids(ids, config)
+    return ids
+
+
+def _check_ids(tokens: Tensor, config: RunConfig, error: type[UserError] = UserError) -> None:
+    rows, highest = config.model.padded_vocab_size or 0, int(tokens.max())
+    if highest >= rows:
+        raise error(
+            f"data_path: the data has token id {highest}, the embedding {rows} rows (padded_vocab_size); "
+            "was the data prepared with the tokenizer of vocab_file?"
+        )
 
 
 def _build_engine(start: Start, layout: Layout, eod_id: int) -> Engine:

@@ -128,6 +128,82 @@ def test_damage_is_found_and_named(tmp_path: Path, damage: Any, message: str) ->
         CheckpointReader(folder)
 
 
+@pytest.mark.parametrize("file", ["train_state.json", "config.yml"])
+@pytest.mark.parametrize("content", [None, b"", b"[1", b"{}", b"\xff\xfe\x00"], ids=str)
+def test_small_files_are_checked_where_those_of_tensors_are_not(
+    tmp_path: Path, file: str, content: bytes | None
+) -> None:
+    folder = save_checkpoint(tmp_path, state(1))
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"^load: checkpoint .*global_step1 is damaged: {file} (is missing|has )"):
+        CheckpointReader(folder, verify=False)
+
+
+@pytest.mark.parametrize("file", ["train_state.json", "config.yml"])
+@pytest.mark.parametrize("content", [b"", b"[1", b"[1]", b"\xff\xfe\x00"], ids=str)
+def test_small_files_that_hold_nothing_of_use_are_named(tmp_path: Path, file: str, content: bytes) -> None:
+    """Even with the checksum of the manifest."""
+    folder = save_checkpoint(tmp_path, state(1))
+    (folder / file).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][file] = {"bytes": len(content), "sha256": store_module.file_sha256(folder / file)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"is damaged: {file} (cannot be parsed|does not hold keys and values)"):
+        CheckpointReader(folder)
+
+
+def test_a_manifest_lists_the_small_files(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, state(1))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["config.yml"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="is damaged: manifest.json does not list config.yml"):
+        CheckpointReader(folder, verify=False)
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "train_state.json", "config.yml", "model-00000.safetensors"])
+def test_a_disk_that_does_not_read_is_no_reason_to_remove_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    folder = save_checkpoint(tmp_path, state(1))
+    real = Path.open
+
+    def refuse(path: Path, *arguments: Any, **keys: Any) -> Any:
+        if path.name == file:
+            raise PermissionError(13, "Permission denied")
+        return real(path, *arguments, **keys)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_text", lambda path, **keys: refuse(path, **keys).read())
+    with pytest.raises(UserError, match=rf"global_step1/{file} cannot be read: Permission denied; check"):
+        CheckpointReader(folder)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "another file"])
+def test_a_tensor_of_a_damaged_file_names_the_file(tmp_path: Path, damage: str) -> None:
+    folder = save_checkpoint(tmp_path, state(1))
+    reader, file = CheckpointReader(folder, verify=False), folder / "model-00000.safetensors"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:20] if damage == "cut" else b"x" * file.stat().st_size)
+    with pytest.raises(UserError, match="is damaged: model-00000.safetensors (is missing|has 20 bytes|does not have)"):
+        reader.tensor("model", "layer.weight")
+
+
+def test_messages_name_the_key_that_gave_the_folder(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, state(1))
+    (folder / "config.yml").unlink()
+    with pytest.raises(UserError, match="^pretrain_partial_init: checkpoint .*config.yml is missing.*name an earlier"):
+        CheckpointReader(folder, verify=False, key="pretrain_partial_init")
+    (tmp_path / "latest").write_text("global_step9")
+    with pytest.raises(UserError, match="^IN: .*iterations found there: 1; name the folder of one"):
+        find_checkpoint(tmp_path, key="IN")
+
+
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, state(1))
     file = folder / "optimizer-00000.safetensors"

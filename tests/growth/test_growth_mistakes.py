@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 import train as train_script
+from megatron.data import Datasets, IndexedDatasetBuilder
 from megatron.errors import run_command
 from megatron.growth import proof as growth_proof
+from megatron.training.run import _held_out_ids
 from tests.conftest import TINY
 from tests.growth.growth_helpers import CONTINUE, COUNTS, MakeConfig, assert_equal, run, stage, state, tensors
 
@@ -149,3 +154,104 @@ def test_a_growth_that_comes_with_the_end_is_made_when_the_run_goes_on(tiny_conf
     run(tiny_config, tmp_path / "parts", train_iters=6, **keys)
     run(tiny_config, tmp_path / "whole", train_iters=6, **keys)
     assert_equal(tensors(tmp_path / "parts"), tensors(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("file", ["train_state.json", "config.yml"])
+@pytest.mark.parametrize("content", [None, b"", b"a: [1", b"\xff", b"num_layers: 2\n"], ids=str)
+def test_a_damaged_checkpoint_is_named_with_file_and_key(
+    tiny_config: MakeConfig, refusal: Command, tmp_path: Path, file: str, content: bytes | None
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    run(tiny_config, base, train_iters=2)
+    if content is None:
+        (base / "global_step2" / file).unlink()
+    else:
+        (base / "global_step2" / file).write_bytes(content)
+    before = contents(base)
+    for key, keys in (
+        ("load", {"save": str(base), "load": str(base), "growth": [stage(5)]}),
+        ("pretrain_partial_init", {"save": str(out), "pretrain_partial_init": str(base), **COUNTS}),
+    ):
+        error = refusal(**keys)
+        assert f"error: {key}: checkpoint {base / 'global_step2'} is damaged: {file} " in error
+        assert contents(base) == before and not out.exists()
+
+
+def test_data_of_another_tokenizer_is_named_before_a_growth_is_proven(
+    tiny_config: MakeConfig, refusal: Command, tmp_path: Path
+) -> None:
+    run(tiny_config, tmp_path / "base", train_iters=2)
+    builder, random = IndexedDatasetBuilder(str(tmp_path / "other"), np.uint16), np.random.RandomState(0)
+    for _ in range(40):
+        builder.add_document(random.randint(320, 2000, 100).tolist())
+    builder.finalize()
+    base, before = str(tmp_path / "base"), contents(tmp_path / "base")
+    for keys in (
+        {"pretrain_partial_init": base, "save": str(tmp_path / "out"), **COUNTS},
+        {"save": base, "load": base, "growth": [stage(2)]},
+    ):
+        for eval_iters in (0, 2):
+            error = refusal(**keys, data_path=str(tmp_path / "other"), eval_iters=eval_iters)
+            assert "error: data_path: the data has token id " in error and "the embedding 320 rows" in error
+    assert contents(tmp_path / "base") == before and not (tmp_path / "out").exists()
+
+
+def test_a_run_without_data_has_ids_to_prove_a_growth_with(tiny_config: MakeConfig) -> None:
+    """At the run's end without evaluation no data set is built."""
+    config = tiny_config(padded_vocab_size=320)
+    ids = _held_out_ids(Datasets(None, None, None), config)
+    assert ids.shape[1] == 16 and ids.dtype == torch.int64 and int(ids.min()) >= 0 and int(ids.max()) < 320
+    assert torch.equal(ids, _held_out_ids(Datasets(None, None, None), config))
+
+
+OFFICIAL = Path(__file__).parents[1] / "fixtures" / "golden" / "model_A" / "pytorch_model.bin"
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("text", "is not a readable PyTorch file of tensors (mmap can only be used with files saved with `torch.save("),
+        ("cut", "(PytorchStreamReader failed reading zip archive: failed finding central directory)"),
+        ("no tensors", "is not a flat dictionary of tensors"),
+        ("other depth", "has a tensor 'sequential.9.x' that a model with num_layers 2 lacks"),
+        ("other width", "embedding.word_embeddings.weight has shape [512, 64], the configuration makes it [320, 32]"),
+        ("no module", "has no 'module' with a model's tensors"),
+        ("split", "is split over 2 model-parallel ranks"),
+        ("ZeRO 3", "holds ZeRO stage 3 shards"),
+        ("no index", "pytorch_model.bin.index.json has no weight_map"),
+        ("missing shard", "no.bin does not exist"),
+        ("latest of nothing", "global_step5 is not a complete checkpoint"),
+    ],
+)
+def test_what_is_no_smaller_model_is_named_with_its_key(
+    refusal: Command, tmp_path: Path, form: str, message: str
+) -> None:
+    folder = tmp_path / "official"
+    folder.mkdir()
+    source = folder / "pytorch_model.bin"
+    if form == "text":
+        source.write_text("hello")
+    elif form == "cut":
+        source.write_bytes(OFFICIAL.read_bytes()[:2000])
+    elif form == "no tensors":
+        torch.save([1], source)
+    elif form == "other depth":
+        torch.save({"sequential.9.x": torch.ones(1)}, source)
+    elif form == "other width":
+        shutil.copy(OFFICIAL, source)
+    elif form == "latest of nothing":
+        (folder / "latest").write_text("global_step5")
+    elif form in ("no index", "missing shard"):
+        content = "[]" if form == "no index" else '{"weight_map": {"a": "no.bin"}}'
+        (folder / "pytorch_model.bin.index.json").write_text(content)
+    elif form == "ZeRO 3":
+        (folder / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
+    else:
+        torch.save({}, folder / "mp_rank_00_model_states.pt")
+        if form == "split":
+            torch.save({}, folder / "mp_rank_01_model_states.pt")
+    error = refusal(
+        pretrain_partial_init=str(source if source.exists() else folder), save=str(tmp_path / "out"), **COUNTS
+    )
+    assert error.startswith(f"error: pretrain_partial_init: {folder}") and message in error
+    assert error.count("(") == error.count(")") and not (tmp_path / "out").exists()

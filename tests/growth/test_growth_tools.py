@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -263,6 +264,41 @@ def test_inspect_reads_what_other_tools_wrote_and_names_what_is_damaged(
     assert "is damaged: model-00000.safetensors has 1000 bytes" in failure(
         inspect_tool, [str(tmp_path / "run")], capsys
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train_state.json", None, "train_state.json is missing"),
+        ("train_state.json", b'{"iterat', "train_state.json has 8 bytes instead of"),
+        ("config.yml", None, "config.yml is missing"),
+        ("config.yml", b"", "config.yml has 0 bytes instead of"),
+        ("config.yml", b"a: [1", "config.yml has 5 bytes instead of"),
+        ("config.yml", b"num_layers: 2\n", "config.yml has 14 bytes instead of"),
+        ("optimizer-00000.safetensors", b"cut", "optimizer-00000.safetensors has 3 bytes instead of"),
+    ],
+)
+def test_a_damaged_file_is_named_by_both_tools(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: bytes | None, message: str
+) -> None:
+    folder, out = tmp_path / "global_step8", tmp_path / "out"
+    shutil.copytree(base / "global_step8", folder)
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    assert f"global_step8 is damaged: {message}" in failure(inspect_tool, [str(folder)], capsys)
+    error = failure(grow_tool, [str(folder), str(out), *FLAGS], capsys)
+    assert error.startswith("error: IN: ") and message in error and not out.exists()
+
+
+def test_a_file_that_is_no_official_model_is_named_with_the_tools_argument(
+    golden_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = tmp_path / "pytorch_model.bin"
+    cut.write_bytes((GOLDEN / "pytorch_model.bin").read_bytes()[:2000])
+    error = failure(grow_tool, [str(cut), str(tmp_path / "out"), *FLAGS, "--config", str(golden_yaml)], capsys)
+    assert f"error: IN: {cut} is not a readable PyTorch file" in error and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
