@@ -35,7 +35,7 @@ def find_official_folder(path: str | Path, iteration: int | None = None) -> Path
     latest = path / "latest"
     names = [] if iteration is None else [f"global_step{iteration}"]
     if iteration is None:
-        names = [".", latest.read_text(encoding="utf-8").strip()] if latest.is_file() else ["."]
+        names = [".", latest.read_text(encoding="utf-8", errors="replace").strip()] if latest.is_file() else ["."]
     return next((path / name for name in names if _is_official(path / name)), None)
 
 

@@ -301,6 +301,21 @@ def test_a_file_that_is_no_official_model_is_named_with_the_tools_argument(
     assert f"error: IN: {cut} is not a readable PyTorch file" in error and not (tmp_path / "out").exists()
 
 
+def test_layers_and_counts_of_the_tool_have_to_be_given(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    for flags, message in (
+        ([], "--qkv, --proj, --ffn: give the tokens afterwards of at least one"),
+        (["--ffn", "72", "--layers", ""], "--layers: is no list of blocks"),
+        (["--ffn", "72", "--layers", "1-0"], "--layers: 1-0 runs backwards"),
+    ):
+        assert message in failure(grow_tool, [str(base), out, *flags], capsys)
+    (tmp_path / "latest").write_bytes(b"\xff\xfe")
+    assert "no checkpoint" in failure(grow_tool, [str(tmp_path), out, *FLAGS], capsys)
+    assert not Path(out).exists()
+
+
 @pytest.mark.parametrize(
     "start", [["tools/ckpts/grow.py"], ["tools/ckpts/inspect.py"], ["-m", "tools.ckpts.grow"]], ids=str
 )
