@@ -6,6 +6,7 @@ without a pipeline; the one with is in megatron.training.pipeline_engine.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -271,9 +272,18 @@ class Engine(ABC):
         yield from self.state.buffers()
 
     def close(self) -> None:
-        """Let go of everything that takes memory, so that another engine can be built in this process."""
+        """Let go of everything that takes memory, so that another engine can be built in this process.
+
+        A run that grows builds one: what DeepSpeed kept of this engine, it would hold next to the new optimizer.
+        """
         self._engine.destroy()
+        _empty_optimizer(self._engine, self.state.inner)
+        if self.zero_stage == 3:
+            _forget_modules(self.model)
         del self._engine, self.model, self.state
+        gc.collect()  # engine, optimizer and parameters refer to each other in circles
+        if uses_gpu():
+            torch.cuda.empty_cache()
 
     @property
     def loss_scaler(self) -> dict[str, float]:
@@ -288,6 +298,36 @@ class Engine(ABC):
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         for name in self.loss_scaler.keys() & values.keys():
             setattr(scaler, name, values[name])
+
+
+def _empty_optimizer(engine: Any, inner: torch.optim.Optimizer) -> None:
+    """Take the fp32 values, moments and buffers from the optimizer of a destroyed DeepSpeed engine.
+
+    So they go even where something still refers to the optimizer, such as the traceback of an error.
+    """
+    optimizer, engine.optimizer = engine.optimizer, None  # when the engine is deleted, it is destroyed once more
+    inner.state.clear()
+    inner.param_groups.clear()
+    if optimizer is not inner:  # DeepSpeed's wrapper, whose attributes differ between ZeRO stages and versions
+        vars(optimizer).clear()
+
+
+def _forget_modules(model: nn.Module) -> None:
+    """Take the modules of `model` out of the two places where ZeRO 3 keeps them for the whole process.
+
+    On the list of modules in forward it puts the root when an engine is built, and an error adds those it was raised
+    in. The other place is an unbounded cache by module, on a wrapped method of a class; other engines fill it again.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    stack: list[nn.Module] = getattr(parameter_offload, "FWD_MODULE_STACK", [])
+    own = set(model.modules())
+    stack[:] = [module for module in stack if module not in own]
+    for method in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
 
 
 class SingleStageEngine(Engine):

@@ -62,3 +62,10 @@ class PipelineEngine(Engine):
         if self.layout.is_last_stage:
             total[0], total[1] = torch.stack(losses).double().sum(), len(losses)
         return total
+
+    def close(self) -> None:
+        """See Engine. Drops the last micro-batch: its graph refers to the engine where no garbage collector sees it."""
+        self._engine.loss = None
+        for buffers in getattr(self._engine, "pipe_buffers", {}).values():
+            buffers.clear()
+        super().close()
