@@ -389,6 +389,9 @@ class GrowthStage(Section):
     """Part of a restart's lr_decay_iters with a linear warm-up. Default: that of the run."""
     lr_decay_iters: int | None = Field(default=None, gt=0)
     """Iterations of a restart's decay. Default: until the next restart or train_iters."""
+    new_keys: Literal["zero", "rotated"] = "zero"
+    """zero: as in the paper. rotated: random rotations of the old keys with values of zero, which is as exact and
+    learns faster; with l2_norm_gelu, by at least min(tokens, hidden_size) tokens."""
     freeze_old_tokens: bool = False
     """Train the new tokens only, until the next stage."""
     old_tokens_lr_scale: float = Field(default=1.0, ge=0)
@@ -423,6 +426,9 @@ class ScalingConfig(Section):
     token counts of the model section are those before the first."""
     partial_init_policy: Literal["restart", "continue"] = "restart"
     """With pretrain_partial_init: iterations and learning-rate schedule start anew, or go on."""
+    new_keys: Literal["zero", "rotated"] = "zero"
+    """What the new keys of pretrain_partial_init start as: zero as in the paper, or random rotations of the old keys
+    (l2_norm_gelu), which is as exact and learns faster."""
     freeze_old_tokens: bool = False
     """Train only the tokens of the latest growth."""
     old_tokens_lr_scale: float = Field(default=1.0, ge=0)

@@ -51,7 +51,7 @@ def grow_checkpoint(
     Args:
         source: a run's folder or one of its checkpoints, an official pytorch_model.bin or training folder.
         target: folder of the new run; must not exist or be empty.
-        seed: of the new values; default that of the run.
+        seed: of the new values or rotations; default that of the run.
         config: of an official model; a training checkpoint has its own.
         environment: to be recorded beside the checkpoint.
 
@@ -63,13 +63,14 @@ def grow_checkpoint(
         raise UserError(f"--config: {base.folder} has its own configuration; leave the flag off")
     flat = base.reader.config if base.reader is not None else config.flat() if config is not None else {}
     after = grown_config(base.config, counts)
-    tensors = GrownTensors(base.tensors, base.config, after, int(flat["seed"]) if seed is None else seed)
+    seed = int(flat["seed"]) if seed is None else seed
+    tensors = GrownTensors(base.tensors, base.config, after, seed, counts.new_keys)
     if (ids := _ids_of_data(flat, after)) is None:
         ids = _random_ids(after)
     difference = compare_logits((base.config, base.tensors), (after, tensors), ids)
     difference.check(describe(base.config, after))
     train_state = dict(base.reader.train_state) if base.reader is not None else {}
-    entry = lineage_entry(base.config, after, train_state, scheduled=False)
+    entry = lineage_entry(base.config, after, train_state, counts.new_keys, scheduled=False)
     entry["logit_difference"] = difference.largest
     train_state["lineage"] = [*past_growths(train_state.get("lineage", [])), entry]
     state = CanonicalState(

@@ -1,13 +1,22 @@
 """Adding parameter tokens: in a model in memory, and in the tensors of a checkpoint.
 
-The recipe that changes nothing (GELU activations): new keys are zero, so that their scores, weights and share of the
-row norm are zero; new values have their usual initialisation, so that keys get a gradient in the first step and values
-in the second; tau_tokens keeps its value. A softmax counts zero keys in its denominator. There each old key is
-repeated with a value of zero, a whole number of times, and tau_tokens grows with the tokens: exact too.
+Recipes that change nothing, m tokens more:
+
+| new_keys | activation | new keys | new values | tau_tokens | first gradient |
+|---|---|---|---|---|---|
+| zero | both GELUs | 0: no score, no weight, no share of the row norm | initialised | stays | keys |
+| rotated | l2_norm_gelu | c Q R, where the old keys are U R (QR), Q^T Q = 1, c^2 = m / tau_tokens | 0 | + m | values |
+| zero | softmax, where zero keys count in the denominator | the old ones, repeated | 0 | + m | values |
+
+Q is random. The squared scores of rotated keys K' sum to c^2 times those of the old ones for every input, because
+K'^T K' = c^2 K^T K. Each squared row norm becomes 1 + c^2 times what it was, and so does tau_tokens: the old weights
+tau A / ||A|| stay, and the new ones are random features of the input from the start. That takes at least as many new
+keys as the old ones have dimensions, min(n, d). Keys then get a gradient in the first step too, through the norm.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -15,9 +24,9 @@ from torch import Tensor
 
 from megatron.config.schema import ModelConfig
 from megatron.errors import UserError
-from megatron.growth.plan import TokenCounts, grown_config
+from megatron.growth.plan import NewKeys, TokenCounts, grown_config
 from megatron.model import LanguageModel
-from megatron.model.init import initial_value
+from megatron.model.init import initial_value, parameter_generator
 from megatron.model.pattention import Pattention
 
 
@@ -42,14 +51,17 @@ class GrownTensors:
     Args:
         source: tensors before.
         before, after: model before and after (`grown_config`).
-        seed: of the new values, each from a generator of its own (megatron.model.init).
+        seed: of the new values or rotations, each from a generator of its own (megatron.model.init).
+        new_keys: what the new keys start as.
     """
 
-    def __init__(self, source: TensorSource, before: ModelConfig, after: ModelConfig, seed: int) -> None:
+    def __init__(
+        self, source: TensorSource, before: ModelConfig, after: ModelConfig, seed: int, new_keys: NewKeys = "zero"
+    ) -> None:
         self.source, self.after, self.seed = source, after, seed
-        self.is_softmax = after.norm_activation_type == "softmax"
+        self._is_softmax, self._is_rotated = after.norm_activation_type == "softmax", new_keys == "rotated"
         self._new = _new_parameters(before, after)
-        self._taus = _new_taus(before, after) if self.is_softmax else {}
+        self._taus = _new_taus(before, after) if self._is_softmax or self._is_rotated else {}
 
     def names(self, kind: str) -> list[str]:
         """Names of a kind."""
@@ -65,16 +77,35 @@ class GrownTensors:
             found = self.source.tensor(kind, name)
             return found + self._taus[name] if kind == "model" and name in self._taus else found
         shape = self._new[name]
-        if "key_tokens_" in name:
-            return self._repeated_keys(name, shape) if self.is_softmax else torch.zeros(shape)
-        return torch.zeros(shape) if self.is_softmax else initial_value(name, shape, self.after, self.seed)
+        if "key_tokens_" not in name:
+            has_scores = self._is_softmax or self._is_rotated
+            return torch.zeros(shape) if has_scores else initial_value(name, shape, self.after, self.seed)
+        if self._is_softmax:
+            keys = self._old_keys(name)
+            return keys.repeat(shape[0] // len(keys), 1)
+        if self._is_rotated:
+            tau_tokens = self.source.tensor("model", f"{name.rpartition('.')[0]}.tau_tokens")
+            return rotated_keys(self._old_keys(name), shape[0], shape[0] / tau_tokens.item(), name, self.seed)
+        return torch.zeros(shape)
 
-    def _repeated_keys(self, name: str, shape: torch.Size) -> Tensor:
+    def _old_keys(self, name: str) -> Tensor:
         prefix, _, stage = name.rpartition("_")
         parts = [f"{prefix}_{i}" for i in range(int(stage))]
         known = set(self.source.names("model"))
-        keys = torch.cat([self.source.tensor("model", part) for part in parts if part in known])
-        return keys.repeat(shape[0] // len(keys), 1)
+        return torch.cat([self.source.tensor("model", part) for part in parts if part in known])
+
+
+def rotated_keys(old: Tensor, size: int, ratio: float, name: str, seed: int) -> Tensor:
+    """Keys [size, d] whose scores have, for every input, `ratio` times the sum of squares of those of `old` [n, d].
+
+    Args:
+        size: at least min(n, d).
+        name, seed: of the generator that the rotation is drawn from.
+    """
+    triangle = torch.linalg.qr(old.cpu().double(), mode="r").R  # [min(n, d), d]
+    random = torch.empty(size, len(triangle), dtype=torch.float64)
+    random.normal_(generator=parameter_generator(seed, name))
+    return (math.sqrt(ratio) * torch.linalg.qr(random).Q @ triangle).to(old)
 
 
 def _new_parameters(before: ModelConfig, after: ModelConfig) -> dict[str, torch.Size]:
@@ -99,6 +130,7 @@ def grow(
     ffn: int | None = None,
     *,
     layers: tuple[int, ...] | None = None,
+    new_keys: NewKeys = "zero",
     seed: int = 1234,
 ) -> None:
     """Add parameter tokens to a model, in place, without changing its logits (beyond rounding).
@@ -108,38 +140,48 @@ def grow(
         qkv, proj, ffn: tokens afterwards of each query, key and value, of proj and of the feed-forward; default: as
             many as there are.
         layers: blocks that grow; default all TokenFormer blocks.
-        seed: of the new values.
+        new_keys: what the new keys start as.
+        seed: of the new values or rotations.
 
-    Raises: UserError for fewer tokens than there are, or a count that softmax cannot grow to; the model is unchanged.
+    Raises: UserError for fewer tokens than there are, or a count that softmax or rotated keys cannot grow to; the
+        model is unchanged.
     """
-    before, after = model.config, grown_config(model.config, TokenCounts(qkv, proj, ffn, layers))
+    before, after = model.config, grown_config(model.config, TokenCounts(qkv, proj, ffn, layers, new_keys))
     new = _new_parameters(before, after)
     layers_by_name = {name: module for name, module in model.named_modules() if isinstance(module, Pattention)}
-    if after.norm_activation_type == "softmax":
-        _check_repeatable(layers_by_name)
+    if after.norm_activation_type == "softmax" or new_keys == "rotated":
+        _check_shares(layers_by_name, new)
     for name, module in layers_by_name.items():
         value_name = f"{name}.value_tokens_{len(module.segment_sizes)}"
         size = new[value_name][0] if value_name in new else 0
-        if module.activation == "softmax" and size:
-            _repeat(module, size)
+        if size and (module.activation == "softmax" or new_keys == "rotated"):
+            _append_with_scores(module, size, value_name, seed)
         else:
             module.append(size, initial_value(value_name, new[value_name], after, seed) if size else None)
     model.config = after
 
 
-def _check_repeatable(layers: dict[str, Pattention]) -> None:
+def _check_shares(layers: dict[str, Pattention], new: dict[str, torch.Size]) -> None:
+    """Can each rank make its new keys from its old ones alone?"""
     for name, module in layers.items():
-        if any(size % module.layout.tensor_size for size in module.segment_sizes):
+        ranks, stage = module.layout.tensor_size, len(module.segment_sizes)
+        size = new[value_name][0] if (value_name := f"{name}.value_tokens_{stage}") in new else 0
+        is_uneven = any(count % ranks for count in (*module.segment_sizes, size))
+        is_small = 0 < size // ranks < min(module.num_tokens // ranks, module.in_features)
+        if ranks > 1 and (is_uneven or (is_small and module.activation != "softmax")):
             raise UserError(
                 f"{name}: {module.num_tokens} tokens shared unevenly by {module.layout.tensor_size} ranks cannot "
-                "be repeated in place; grow the checkpoint instead"
+                "be repeated or rotated in place; grow the checkpoint instead"
             )
 
 
-def _repeat(module: Pattention, size: int) -> None:
-    # Each rank repeats its own keys: tokens have no order, so which rank holds which copy does not matter.
-    keys, stage = module.key_param_tokens.clone(), len(module.segment_sizes)
-    copies = size // module.num_tokens
+def _append_with_scores(module: Pattention, size: int, name: str, seed: int) -> None:
+    # Each rank repeats or rotates its own keys: tokens have no order, and sums of squares are sums over the ranks.
+    keys, ratio = module.key_param_tokens.clone(), size / module.tau_tokens.item()
     module.append(size, torch.zeros(size, module.out_features))
-    module.get_parameter(f"key_tokens_{stage}").copy_(keys.repeat(copies, 1))
+    new = module.get_parameter(f"key_tokens_{len(module.segment_sizes) - 1}")
+    if module.activation == "softmax":
+        new.copy_(keys.repeat(len(new) // len(keys), 1))
+    else:
+        new.copy_(rotated_keys(keys, len(new), ratio, f"{name}/{module.layout.tensor_rank}", seed))
     module.tau_tokens += size

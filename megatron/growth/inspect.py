@@ -149,10 +149,11 @@ def _lineage_lines(lineage: list[dict[str, Any]]) -> list[str]:
     for number, entry in enumerate(lineage, 1):
         difference = entry.get("logit_difference")
         proof = "not proven" if difference is None else f"logits differed by {difference:.1e}"
+        keys = " by rotated keys" if entry.get("new_keys") == "rotated" else ""
         how = "scheduled" if entry.get("scheduled") else "not of this run's schedule"
         lines.append(
             f"  growth {number}     at iteration {entry['iteration']:,} ({entry['consumed_tokens']:,} tokens): "
-            f"{entry['added']}; {entry['parameters']:,} parameters; {proof}; {how}"
+            f"{entry['added']}{keys}; {entry['parameters']:,} parameters; {proof}; {how}"
         )
     return lines
 

@@ -10,6 +10,8 @@ from megatron.config.schema import TOKENFORMER, ModelConfig
 from megatron.errors import UserError
 
 Kind = Literal["qkv", "proj", "ffn"]
+NewKeys = Literal["zero", "rotated"]
+"""What new keys start as; megatron.growth.grow says how."""
 KINDS: tuple[Kind, ...] = ("qkv", "proj", "ffn")
 
 
@@ -21,12 +23,14 @@ class TokenCounts:
         qkv, proj, ffn: tokens afterwards of each query, key and value, of proj, and of the feed-forward; None: as many
             as there are.
         layers: blocks that grow, from 0; None means all TokenFormer blocks.
+        new_keys: what the new keys start as.
     """
 
     qkv: int | None = None
     proj: int | None = None
     ffn: int | None = None
     layers: tuple[int, ...] | None = None
+    new_keys: NewKeys = "zero"
 
     def of(self, kind: Kind) -> int | None:
         """The count called `kind`."""
@@ -46,8 +50,13 @@ def grown_config(config: ModelConfig, counts: TokenCounts) -> ModelConfig:
     """The model with one more stage of growth: `counts` tokens in the layers that grow.
 
     Raises: UserError when a count is smaller than what a layer has, a layer is not there or not a TokenFormer block,
-        or the activation cannot grow to the count exactly.
+        or the activation cannot grow to the count exactly with such keys.
     """
+    if counts.new_keys == "rotated" and config.norm_activation_type != "l2_norm_gelu":
+        raise UserError(
+            f"new_keys: rotated needs norm_activation_type l2_norm_gelu, this model has {config.norm_activation_type}; "
+            "leave new_keys at zero"
+        )
     blocks = _growing_blocks(config, counts.layers)
     segments = {kind: segments_of(config, kind) for kind in KINDS}
     for kind in KINDS:
@@ -56,6 +65,8 @@ def grown_config(config: ModelConfig, counts: TokenCounts) -> ModelConfig:
             have = sum(block)
             wanted = target if target is not None and index in blocks else have
             _check_count(config, kind, index, have, wanted)
+            if counts.new_keys == "rotated":
+                _check_rotation(kind, index, have, wanted, config.hidden_size)
             block.append(wanted - have)
     totals = {f"{kind}_slot_num": max(map(sum, segments[kind])) for kind in KINDS}
     return ModelConfig(**{**config.model_dump(), **totals, "token_segments": segments})
@@ -89,6 +100,15 @@ def _check_count(config: ModelConfig, kind: Kind, index: int, have: int, wanted:
         raise UserError(
             f"{kind}_slot_num: with norm_activation_type softmax every key has to be duplicated a whole number of "
             f"times: {wanted} is no multiple of {have}; choose {have * (wanted // have + 1)}, or a GELU activation"
+        )
+
+
+def _check_rotation(kind: Kind, index: int, have: int, wanted: int, width: int) -> None:
+    fewest = min(have, width)  # as many as the old keys have dimensions
+    if have < wanted < have + fewest:
+        raise UserError(
+            f"{kind}_slot_num: {wanted} are {wanted - have} more than the {have} tokens of layer {index}; new_keys "
+            f"rotated needs {fewest} more: grow to {have + fewest}, or leave new_keys at zero"
         )
 
 

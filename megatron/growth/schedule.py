@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from megatron.config.schema import GrowthStage, ModelConfig, RunConfig
 from megatron.errors import UserError
-from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config, segments_of
+from megatron.growth.plan import KINDS, NewKeys, TokenCounts, describe, grown_config, segments_of
 from megatron.log import get_logger
 from megatron.model import LanguageModel
 
@@ -32,7 +32,7 @@ class Progress(NamedTuple):
 def stage_counts(stage: GrowthStage) -> TokenCounts:
     """The token counts of a scheduled growth."""
     layers = None if stage.layers is None else tuple(stage.layers)
-    return TokenCounts(stage.qkv_slot_num, stage.proj_slot_num, stage.ffn_slot_num, layers)
+    return TokenCounts(stage.qkv_slot_num, stage.proj_slot_num, stage.ffn_slot_num, layers, stage.new_keys)
 
 
 def check_schedule(config: RunConfig, already: int = 0) -> None:
@@ -104,18 +104,19 @@ def stage_config(config: RunConfig, done: int, already: int = 0) -> RunConfig:
     if not done:
         return config
     now = config.scaling.growth[done - 1]
-    keys = ("freeze_old_tokens", "old_tokens_lr_scale", "new_tokens_lr_scale")
+    keys = ("new_keys", "freeze_old_tokens", "old_tokens_lr_scale", "new_tokens_lr_scale")
     scaling = config.scaling.model_copy(update={key: getattr(now, key) for key in keys})
     return config.model_copy(update={"model": model, "scaling": scaling})
 
 
 def lineage_entry(
-    before: ModelConfig, after: ModelConfig, train_state: Mapping[str, Any], scheduled: bool
+    before: ModelConfig, after: ModelConfig, train_state: Mapping[str, Any], new_keys: NewKeys, *, scheduled: bool
 ) -> dict[str, Any]:
     """What TrainState.lineage says about a growth.
 
     Args:
         train_state: progress at the growth, as TrainState.state_dict gives it.
+        new_keys: what the new keys started as.
         scheduled: it is a stage of the run's own schedule.
     """
     iteration = train_state.get("iteration", 0)
@@ -125,6 +126,7 @@ def lineage_entry(
         "updates": iteration - train_state.get("skipped_iterations", 0),
         "consumed_tokens": train_state.get("consumed_tokens", 0),
         "added": describe(before, after),
+        "new_keys": new_keys,
         "parameters": LanguageModel(after, device="meta").num_parameters(),
         **{f"{kind}_slot_num": getattr(after, f"{kind}_slot_num") for kind in KINDS},
     }

@@ -66,10 +66,11 @@ class Start:
         """Add the tokens that make this model that of `after`, and note it in the lineage."""
         assert self.tensors is not None, "only a model that exists grows"
         before, state = self.config.model, self.state
-        grown = GrownTensors(self.tensors, before, after.model, after.training.seed)
+        new_keys = after.scaling.new_keys
+        grown = GrownTensors(self.tensors, before, after.model, after.training.seed, new_keys)
         self._growths.append((before, self.tensors, after.model, grown))
         size = LanguageModel(before, device="meta").num_parameters()
-        entry = lineage_entry(before, after.model, state.state_dict(), scheduled)
+        entry = lineage_entry(before, after.model, state.state_dict(), new_keys, scheduled=scheduled)
         get_logger().info(
             "growth at iteration %d: %s; %s to %s parameters",
             state.iteration, entry["added"], f"{size:,}", f"{entry['parameters']:,}",
@@ -155,7 +156,8 @@ def _from_smaller_model(config: RunConfig, path: str, layout: Layout) -> Start:
     tokens = {key: getattr(base.config, key) for key in (*slots, "token_segments")}
     before = ModelConfig(**{**config.model.model_dump(), **tokens})
     _check_fit(before, base.tensors, f"pretrain_partial_init: {base.folder}")
-    counts = TokenCounts(*(slots[f"{kind}_slot_num"] for kind in KINDS))
+    qkv, proj, ffn = (slots[f"{kind}_slot_num"] for kind in KINDS)
+    counts = TokenCounts(qkv, proj, ffn, new_keys=config.scaling.new_keys)
     after = config.model_copy(update={"model": grown_config(before, counts)})
     state = TrainState()
     if base.reader is not None:

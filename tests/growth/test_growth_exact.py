@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from megatron.config.schema import ModelConfig
 from megatron.errors import UserError
 from megatron.growth import grow
+from megatron.growth.plan import NewKeys
 from megatron.inference import load_model
 from megatron.model import LanguageModel, Pattention
 from megatron.mpu.layout import SINGLE, Layout
@@ -29,53 +30,74 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 IDS = torch.randint(64, (3, 12), generator=torch.Generator().manual_seed(1))
 GELUS = ("l2_norm_gelu", "gelu_l2_norm")
+ROTATED = "l2_norm_gelu, rotated"
+"""Recipes are named by their activation; this one has other new keys than zero."""
 # Three growths, the second of them of the feed-forward only.
 CHAIN: dict[str, list[dict[str, Any]]] = {
     **dict.fromkeys(GELUS, [{"qkv": 19, "proj": 11, "ffn": 50}, {"ffn": 51}, {"qkv": 40, "proj": 40, "ffn": 90}]),
     "softmax": [{"qkv": 24, "proj": 30, "ffn": 40}, {"ffn": 120}, {"qkv": 96, "proj": 60, "ffn": 240}],
+    # More old tokens than dimensions from the second growth on: the feed-forward has 42 of 16.
+    ROTATED: [{"qkv": 26, "proj": 20, "ffn": 42}, {"ffn": 74}, {"qkv": 60, "proj": 60, "ffn": 120}],
 }
 SUBSETS = [layers for size in range(1, 4) for layers in itertools.combinations(range(3), size)]
 
 
-def model(activation: str, dtype: torch.dtype = torch.float64, layout: Layout = SINGLE) -> LanguageModel:
-    config = ModelConfig(**SMALL, norm_activation_type=activation)
+def new_keys(recipe: str) -> NewKeys:
+    return "rotated" if recipe == ROTATED else "zero"
+
+
+def model(recipe: str, dtype: torch.dtype = torch.float64, layout: Layout = SINGLE) -> LanguageModel:
+    config = ModelConfig(**SMALL, norm_activation_type=recipe.partition(",")[0])
     return LanguageModel(config, seed=3, dtype=dtype, layout=layout).eval()
 
 
-def chain_differences(grown: LanguageModel, activation: str) -> list[float]:
+def chain_differences(grown: LanguageModel, recipe: str) -> list[float]:
     """How far logits are from those before any growth, after each growth of the chain."""
     with torch.no_grad():
         before, found = grown(IDS), []
-        for counts in CHAIN[activation]:
-            grow(grown, **counts)
+        for counts in CHAIN[recipe]:
+            grow(grown, **counts, new_keys=new_keys(recipe))
             found.append(worst(grown(IDS), before))
     return found
 
 
-@pytest.mark.parametrize("activation", CHAIN)
-def test_three_growths_leave_fp64_logits_as_they_were(activation: str) -> None:
-    grown = model(activation)
-    assert max(chain_differences(grown, activation)) < 1e-12
-    counts = [module.num_tokens for module in grown.modules() if isinstance(module, Pattention)]
-    assert counts == ([96, 96, 96, 60, 240] if activation == "softmax" else [40, 40, 40, 40, 90]) * 3
+@pytest.mark.parametrize("recipe", CHAIN)
+def test_three_growths_leave_fp64_logits_as_they_were(recipe: str) -> None:
+    grown = model(recipe)
+    assert max(chain_differences(grown, recipe)) < 1e-12
+    layers = [module for module in grown.modules() if isinstance(module, Pattention)]
+    last = CHAIN[recipe][-1]
+    assert [layer.num_tokens for layer in layers] == [
+        last["qkv"],
+        last["qkv"],
+        last["qkv"],
+        last["proj"],
+        last["ffn"],
+    ] * 3
+    if recipe in GELUS:
+        assert [layer.tau_tokens.item() for layer in layers] == [12, 12, 12, 10, 20] * 3
+    else:
+        assert all(layer.tau_tokens.item() == layer.num_tokens for layer in layers)
     assert grown.num_parameters() == LanguageModel(grown.config, device="meta").num_parameters()
 
 
-@pytest.mark.parametrize("activation", CHAIN)
-def test_fp32_and_bf16_logits_change_by_rounding_only(activation: str) -> None:
-    assert max(chain_differences(model(activation, torch.float32), activation)) < 1e-5
-    scale = model(activation)(IDS).abs().max().item()
-    # bf16 has 8 bits: one rounding of the largest logit and one of the residual stream before the head.
-    assert max(chain_differences(model(activation, torch.bfloat16), activation)) <= 2 * 2**-8 * scale
+@pytest.mark.parametrize("recipe", CHAIN)
+def test_fp32_and_bf16_logits_change_by_rounding_only(recipe: str) -> None:
+    assert max(chain_differences(model(recipe, torch.float32), recipe)) < 1e-5
+    scale = model(recipe)(IDS).abs().max().item()
+    # bf16 has 8 bits: one rounding of the largest logit and one of the residual stream before the head; where new
+    # keys are not zero, one of keys and one of row norms too.
+    roundings = 4 if recipe == ROTATED else 2
+    assert max(chain_differences(model(recipe, torch.bfloat16), recipe)) <= roundings * 2**-8 * scale
 
 
-@pytest.mark.parametrize("activation", CHAIN)
+@pytest.mark.parametrize("recipe", CHAIN)
 @pytest.mark.parametrize("layers", SUBSETS, ids=str)
-def test_any_subset_of_layers_grows(activation: str, layers: tuple[int, ...]) -> None:
-    grown = model(activation)
+def test_any_subset_of_layers_grows(recipe: str, layers: tuple[int, ...]) -> None:
+    grown = model(recipe)
     with torch.no_grad():
         before = grown(IDS)
-        grow(grown, qkv=36, proj=20, ffn=40, layers=layers)
+        grow(grown, qkv=36, proj=20, ffn=40, layers=layers, new_keys=new_keys(recipe))
         assert worst(grown(IDS), before) < 1e-12
     for index, layer in enumerate(grown.layers):
         assert layer.mlp.num_tokens == (40 if index in layers else 20)  # type: ignore[union-attr]
@@ -108,10 +130,11 @@ def test_softmax_with_tokens_of_another_recipe_would_change_logits() -> None:
         assert worst(grown(IDS), before) > 1e-3
 
 
-@pytest.mark.parametrize("activation", GELUS)
-def test_new_keys_learn_in_the_first_step_and_new_values_in_the_second(activation: str) -> None:
-    grown = model(activation).train()
-    grow(grown, qkv=24, proj=20, ffn=40)
+@pytest.mark.parametrize("recipe", [*GELUS, ROTATED])
+def test_new_keys_learn_in_the_first_step_and_new_values_in_the_second(recipe: str) -> None:
+    """Rotated keys have scores, a share of the norm, and values of zero: all of them learn in the first step."""
+    grown = model(recipe).train()
+    grow(grown, qkv=24, proj=20, ffn=40, new_keys=new_keys(recipe))
     new = {name: p for name, p in grown.named_parameters() if name.endswith("_tokens_1")}
     assert len(new) == 2 * 5 * 3
     optimizer = torch.optim.SGD(grown.parameters(), lr=0.1)
@@ -121,7 +144,7 @@ def test_new_keys_learn_in_the_first_step_and_new_values_in_the_second(activatio
         for name, parameter in new.items():
             assert parameter.grad is not None, name
             moves = parameter.grad.abs().sum(-1) > 0  # [n]
-            if "key_tokens" in name or step == 2:
+            if "key_tokens" in name or recipe == ROTATED or step == 2:
                 assert moves.all(), (name, step)
             else:
                 assert not moves.any(), name
@@ -146,6 +169,13 @@ def test_an_impossible_growth_leaves_the_model_as_it_was() -> None:
             {"qkv": 24, "layers": (1, 3)},
             "layers: 3 is not a tokenformer block of this model; it has 0 to 2",
         ),
+        (
+            "l2_norm_gelu",
+            {"qkv": 24, "ffn": 35, "new_keys": "rotated"},
+            "ffn_slot_num: 35 are 15 more than the 20 tokens of layer 0; new_keys rotated needs 16 more: grow to 36",
+        ),
+        ("gelu_l2_norm", {"qkv": 24, "new_keys": "rotated"}, "rotated needs norm_activation_type l2_norm_gelu"),
+        ("softmax", {"qkv": 24, "new_keys": "rotated"}, "rotated needs norm_activation_type l2_norm_gelu"),
     ]
     for activation, counts, message in cases:
         grown = model(activation)
@@ -173,17 +203,20 @@ def chains_on_tensor_ranks() -> dict[str, list[float]]:
     torch.distributed.init_process_group("gloo")
     layout = Layout.for_world(torch.distributed.get_rank(), 2, tensor_size=2).connect()
     found = {}
-    for activation in CHAIN:
+    for recipe in CHAIN:
         # A rank's share of q, k, v is the same for two ranks: 12, 10 and 20 tokens are even.
-        sharded = model(activation, layout=layout)
+        sharded = model(recipe, layout=layout)
         with torch.no_grad():
-            found[f"{activation} before"] = [worst(sharded(IDS), model(activation)(IDS))]
-        found[activation] = chain_differences(sharded, activation)
+            found[f"{recipe} before"] = [worst(sharded(IDS), model(recipe)(IDS))]
+        found[recipe] = chain_differences(sharded, recipe)
     uneven = LanguageModel(
         ModelConfig(**{**SMALL, "norm_activation_type": "softmax", "ffn_slot_num": 21}), layout=layout
     )
     with pytest.raises(UserError, match="21 tokens shared unevenly by 2 ranks .* grow the checkpoint instead"):
         grow(uneven, ffn=42)
+    few = LanguageModel(ModelConfig(**{**SMALL, "ffn_slot_num": 40}), layout=layout)
+    with pytest.raises(UserError, match="grow the checkpoint instead"):
+        grow(few, ffn=56, new_keys="rotated")  # 8 new tokens a rank, whose 20 old ones have 16 dimensions
     return found
 
 

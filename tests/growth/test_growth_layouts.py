@@ -38,6 +38,11 @@ CHAIN = [
     stage(7, qkv_slot_num=64, proj_slot_num=64, ffn_slot_num=101, **CONTINUE),
 ]
 FROZEN = [stage(3, freeze_old_tokens=True, warmup=0.1, lr=2e-3)]
+# The second growth rotates keys that have rotated once, and more of them (72) than they have dimensions (32).
+ROTATED = [
+    stage(3, qkv_slot_num=48, proj_slot_num=48, ffn_slot_num=72, new_keys="rotated", **CONTINUE),
+    stage(6, qkv_slot_num=None, proj_slot_num=None, ffn_slot_num=104, layers=[1], new_keys="rotated", **CONTINUE),
+]
 SOFTMAX = [stage(3, proj_slot_num=72, ffn_slot_num=80, **CONTINUE)]
 RUN = {
     **STEADY, "train_batch_size": 4, "train_iters": 9, "lr_decay_iters": 40, "eval_interval": 9, "weight_decay": 0.1,
@@ -46,6 +51,7 @@ RUN = {
 MODELS: dict[str, dict[str, Any]] = {
     "chain": {"growth": CHAIN},
     "frozen": {"growth": FROZEN},
+    "rotated": {"growth": ROTATED},
     "softmax": {"growth": SOFTMAX, "norm_activation_type": "softmax"},
     "ungrown": {},
 }
@@ -73,6 +79,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 CASES = [
     *((layout, "chain") for layout in ("tp2-sp-zero1", "pp2", "dp2-zero3")),
     *((layout, "frozen") for layout in ("tp2-zero3", "pp2-zero1-recomputed", "dp2-zero1")),
+    *((layout, "rotated") for layout in ("tp2-zero3", "pp2", "dp2-zero1")),
     *((layout, "softmax") for layout in ("tp2", "dp2-zero2")),
 ]
 

@@ -57,6 +57,11 @@ def contents(folder: Path) -> dict[str, bytes]:
         ({"growth": [stage(5, qkv_slot_num=20)]}, "growth[0]: qkv_slot_num: 20 is fewer than the 24 tokens"),
         ({"growth": [stage(5), stage(4)]}, "stages are out of order, at_iteration 4 follows 5"),
         ({"growth": [stage(5)], "norm_activation_type": "softmax"}, "36 is no multiple of 24; choose 48"),
+        ({"growth": [stage(5, new_keys="rotated")]}, "growth[0]: proj_slot_num: 36 are 12 more than the 24 tokens"),
+        (
+            {"growth": [stage(5, new_keys="rotated")], "norm_activation_type": "gelu_l2_norm"},
+            "growth[0]: new_keys: rotated needs norm_activation_type l2_norm_gelu, this model has gelu_l2_norm",
+        ),
         ({"growth": [stage(5, layers=[2])]}, "growth[0]: layers: 2 is not a tokenformer block of this model"),
         ({"growth": [stage(5)], "save": None}, "growth: a run that grows goes through a checkpoint; give `save`"),
         ({"growth": [stage(5)], "no_save_optim": True}, "no_save_optim"),

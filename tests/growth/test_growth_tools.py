@@ -170,6 +170,32 @@ def test_a_grown_model_is_exported_but_not_to_the_official_file(
     assert "ffn_slot_num: layers differ ([40, 72] tokens)" in error
 
 
+def test_a_model_grown_by_rotated_keys_is_an_official_one(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tau is the root of its token count in every layer, which is all that the official file can say."""
+    out, flat = tmp_path / "grown", tmp_path / "official"
+    error = failure(grow_tool, [str(base), str(out), *FLAGS, "--new-keys", "rotated"], capsys)
+    assert "proj_slot_num: 36 are 12 more than the 24 tokens of layer 0; new_keys rotated needs 24 more" in error
+    assert "grow to 48, or leave new_keys at zero" in error and not out.exists()
+    flags = ["--qkv", "48", "--proj", "48", "--ffn", "80", "--new-keys", "rotated"]
+    grow_tool.main([str(base), str(out), *flags])
+    before, after = tensors(base), tensors(out)
+    is_old = {name: not is_new(name) and not name.endswith("tau_tokens") for name in after}
+    assert_equal({n: t for n, t in after.items() if is_old[n]}, {n: t for n, t in before.items() if is_old[n]})
+    assert not any(after[name].any() for name in after if "value_tokens_1" in name)
+    taus = {int(after[name]) for name in after if name.endswith("mlp.tau_tokens")}
+    assert taus == {80} and worst(logits(out, IDS), logits(base, IDS)) < 1e-5
+    inspect_tool.main([str(out)])
+    assert "ffn 40 -> 80 in layers 0 to 1 by rotated keys" in capsys.readouterr().out
+    convert_tool.main(["to-official", str(out), str(flat)])
+    saved = checkpoint(out).config
+    model = ModelConfig(**{key: saved[key] for key in ModelConfig.model_fields if key != "token_segments"})
+    with torch.no_grad():
+        official = load_model(flat / "pytorch_model.bin", model, dtype=torch.float64)(IDS)
+    assert worst(official, logits(out, IDS)) < 1e-12
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 

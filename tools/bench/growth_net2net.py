@@ -103,7 +103,7 @@ def main() -> int:
     """Expand a random model of part c twice, and print what that changes."""
     from tools.bench.growth_plan import SIZES, Trial
 
-    sizes = [Trial("c", "", 1, size, 1).model_config() for size in SIZES]
+    sizes = [Trial("c", "", 1, size, 1, kind="transformer").model_config() for size in SIZES]
     model = LanguageModel(sizes[0], seed=1)
     ids = torch.randint(sizes[0].vocab_size or 0, (4, 128), generator=torch.Generator().manual_seed(1))
     for number, after in enumerate(sizes[1:]):

@@ -15,9 +15,10 @@ from tools.bench.growth_plan import FRACTIONS, GROWTH_RATES, PARTS, RATES, SIZES
 from tools.bench.growth_runs import read_metrics
 
 NAMES = {
-    "a": "TokenFormer, scratch", "b": "TokenFormer, grown", "c": "Transformer, scratch",
-    "d": "Transformer, Net2Net", "e": "TokenFormer, grown as official", "f": "variants",
-    "g": "TokenFormer, grown in one run", "r": "rates",
+    "a": "TokenFormer, scratch", "b": "TokenFormer, zero keys", "c": "Transformer, scratch",
+    "d": "Transformer, Net2Net", "e": "TokenFormer, as official", "f": "variants",
+    "g": "TokenFormer, in one run", "h": "TokenFormer, rotated keys", "r": "rates",
+    "s": "TokenFormer, scratch, no more",
 }  # fmt: skip
 
 
@@ -161,11 +162,11 @@ def reaching_scratch(groups: Groups) -> str:
     """What each way takes to the loss that training from scratch ends at, same size and kind of model."""
     rows = []
     for size in SIZES[1:]:
-        for part in ("b", "e", "g", "d"):
+        for part in ("s", "b", "h", "e", "g", "d"):
             scratch = groups.get(("c" if part == "d" else "a", "", size.name))
             if not scratch:
                 continue
-            if part in "bd":
+            if part in "sd":
                 rows.append(_row_of_scratch(scratch))
             base = groups["c" if part == "d" else "a", "", SIZES[0].name]
             for label in FRACTIONS:
@@ -214,6 +215,7 @@ def whole_family(groups: Groups) -> str:
         ("a", [""]),
         ("c", [""]),
         ("b", list(FRACTIONS)),
+        ("h", list(FRACTIONS)),
         ("e", list(FRACTIONS)),
         ("g", list(FRACTIONS)),
         ("d", list(FRACTIONS)),
@@ -234,7 +236,7 @@ def moments(groups: Groups) -> str:
     """The loss before and after each growth, and how long it takes to be back."""
     rows = []
     for size in SIZES[1:]:
-        for part in ("b", "e", "d"):
+        for part in ("b", "h", "e", "d"):
             for label in FRACTIONS:
                 if trials := groups.get((part, label, size.name)):
                     rows.append(_row_of_moment(trials))
@@ -263,20 +265,16 @@ def _row_of_moment(trials: list[Result]) -> list[str]:
 
 
 def variants(groups: Groups) -> str:
-    """Part f beside the trial of part b that it varies."""
-    plain = groups.get(("b", "quarter", SIZES[1].name), [])
-    rows = [["as in b", f"{trial.final:.3f}", "0"] for trial in plain if trial.facts["seed"] == 1]
-    base = [trial.final for trial in plain if trial.facts["seed"] == 1]
-    for label in VARIANTS:
-        if trials := groups.get(("f", label, SIZES[1].name)):
-            change = f"{trials[0].final - base[0]:+.3f}" if base else ""
-            rows.append([label, f"{trials[0].final:.3f}", change])
-    return table(["one growth, S1 -> S2, a quarter of the tokens, seed 1", "final loss", "against b"], rows)
+    """Part f, each beside the first."""
+    found = [(label, trials[0].final) for label in VARIANTS if (trials := groups.get(("f", label, SIZES[-1].name)))]
+    rows = [[label, f"{loss:.3f}", f"{loss - found[0][1]:+.3f}"] for label, loss in found]
+    return table(["one growth, S1 -> S4, a quarter of the tokens, seed 1", "final loss", "against the first"], rows)
 
 
 def rates(groups: Groups) -> str:
     """Part r: losses on the tuning text, the lowest of each row in bold."""
-    names = {"tokenformer": "TokenFormer, scratch", "transformer": "Transformer, scratch", "grow": "S1 grown",
+    names = {"tokenformer": "TokenFormer, scratch", "transformer": "Transformer, scratch", 
+             "grow": "S1 grown, zero keys", "rotate": "S1 grown, rotated keys",
              "official": "S1 grown as official", "net2net": "S1 widened by Net2Net"}  # fmt: skip
     everything = sorted({*RATES, *GROWTH_RATES})
     rows = []

@@ -19,7 +19,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for kind, what in (("qkv", "each query, key and value"), ("proj", "proj"), ("ffn", "the feed-forward")):
         parser.add_argument(f"--{kind}", type=int, help=f"tokens of {what} afterwards; default as many as before")
     parser.add_argument("--layers", help="blocks that grow, for example 0,3-5; default all TokenFormer blocks")
-    parser.add_argument("--seed", type=int, help="of the new values; default that of the run")
+    parser.add_argument("--new-keys", choices=("zero", "rotated"), default="zero", help="what new keys start as")
+    parser.add_argument("--seed", type=int, help="of the new values or rotations; default that of the run")
     parser.add_argument("--config", nargs="+", metavar="YAML", help="YAML files of the model, for an official one")
     return parser.parse_args(arguments)
 
@@ -52,10 +53,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     if args.qkv is None and args.proj is None and args.ffn is None:
         raise UserError("--qkv, --proj, --ffn: give the tokens afterwards of at least one of them")
+    layers = None if args.layers is None else parse_layers(args.layers)
     grown = grow_checkpoint(
         args.input,
         args.output,
-        TokenCounts(args.qkv, args.proj, args.ffn, None if args.layers is None else parse_layers(args.layers)),
+        TokenCounts(args.qkv, args.proj, args.ffn, layers, args.new_keys),
         seed=args.seed,
         config=load_config(args.config) if args.config else None,
         environment=environment(),
