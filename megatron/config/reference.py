@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import types
@@ -138,7 +139,9 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def main(argv: list[str]) -> int:
     """Write the reference to the file given, or to docs/configuration.md."""
-    path = Path(argv[0]) if argv else DEFAULT_PATH
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("path", nargs="?", type=Path, default=DEFAULT_PATH)
+    path: Path = parser.parse_args(argv).path
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(), encoding="ascii")
     return 0

@@ -5,13 +5,13 @@ Recipes that change nothing, m tokens more:
 | new_keys | activation | new keys | new values | tau_tokens | first gradient |
 |---|---|---|---|---|---|
 | zero | both GELUs | 0: no score, no weight, no share of the row norm | initialised | stays | keys |
-| rotated | l2_norm_gelu | c Q R, where the old keys are U R (QR), Q^T Q = 1, c^2 = m / tau_tokens | 0 | + m | values |
+| rotated | l2_norm_gelu | c Q R, where the old keys are U R (QR), Q^T Q = 1, c^2 = m / tau_tokens | 0 | + m | both |
 | zero | softmax, where zero keys count in the denominator | the old ones, repeated | 0 | + m | values |
 
 Q is random. The squared scores of rotated keys K' sum to c^2 times those of the old ones for every input, because
 K'^T K' = c^2 K^T K. Each squared row norm becomes 1 + c^2 times what it was, and so does tau_tokens: the old weights
 tau A / ||A|| stay, and the new ones are random features of the input from the start. That takes at least as many new
-keys as the old ones have dimensions, min(n, d). Keys then get a gradient in the first step too, through the norm.
+keys as the old ones have dimensions, min(n, d). Their first gradient comes through the norm.
 """
 
 from __future__ import annotations
