@@ -85,7 +85,7 @@ def test_everything_is_carried_over(tiny_config: MakeConfig, tmp_path: Path, ung
     [entry] = after["lineage"]
     assert entry.pop("logit_difference") < 1e-5
     assert entry == {
-        "scheduled": True, "iteration": 6, "updates": 6, "consumed_tokens": 6 * 4 * 16, **COUNTS,
+        "scheduled": True, "iteration": 6, "updates": 6, "consumed_tokens": 6 * 4 * 16, "new_keys": "zero", **COUNTS,
         "added": "qkv 24 -> 48, proj 24 -> 36, ffn 40 -> 72 in layers 0 to 1",
         "parameters": checkpoint_parameters(tmp_path),
     }  # fmt: skip
