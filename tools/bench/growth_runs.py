@@ -178,7 +178,7 @@ def _write_facts(output: Path, trial: Trial) -> None:
     """trial.json: what the report needs beside the metrics; and the checkpoint a trial of parts d and e starts from."""
     folder, config = output / trial.folder, trial.model_config()
     model = LanguageModel(config, device="meta")
-    embedding = VOCABULARY * config.hidden_size
+    embedding = (config.padded_vocab_size or 0) * config.hidden_size
     facts: dict[str, Any] = {
         "part": trial.part, "seed": trial.seed, "size": trial.size.name, "label": trial.label, "start": trial.start,
         "kind": trial.kind, "peak_lr": trial.peak_lr,
