@@ -90,6 +90,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rotated keys, old tokens frozen": {"start": "rotate", "freeze_old_tokens": True},
     "keys repeated, new values 0, optimizer and data anew": {"start": "repeat"},
     "as official": {"start": "official"},
+    "rotated keys, old tokens lr x 0.1": {"start": "rotate", "old_tokens_lr_scale": 0.1},
 }
 
 
