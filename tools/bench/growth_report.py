@@ -18,7 +18,7 @@ NAMES = {
     "a": "TokenFormer, scratch", "b": "TokenFormer, zero keys", "c": "Transformer, scratch",
     "d": "Transformer, Net2Net", "e": "TokenFormer, as official", "f": "variants",
     "h": "TokenFormer, rotated keys", "r": "rates",
-    "s": "TokenFormer, scratch, no more",
+    "s": "TokenFormer, scratch, fewer tokens",
 }  # fmt: skip
 
 
@@ -184,7 +184,9 @@ def _row_of_growth(trials: list[Result], scratch: list[Result], base: list[Resul
     gap = statistics.mean(result.final for result in trials) - target
     budget = _millions(trials[0].tokens(trials[0].facts["updates"]))
     reached = [(trial, updates) for trial in trials if (updates := trial.reaches(target)) is not None]
-    cells = ["not reached"] * 3
+    end = trials[0].facts["updates"]
+    tokens, flops = trials[0].cumulative_tokens(end), trials[0].cumulative_flops(end)
+    cells = [f"> {_millions(trials[0].tokens(end))}", f"> {_millions(tokens)}", f"> {flops:.2e}"]
     if reached:
         after = statistics.mean(trial.tokens(updates) for trial, updates in reached)
         tokens = statistics.mean(trial.cumulative_tokens(updates) for trial, updates in reached)
