@@ -364,6 +364,10 @@ class ParallelConfig(Section):
         return max(1, self.pipe_parallel_size)
 
 
+NewKeys = Literal["zero", "rotated"]
+"""What new keys start as; megatron.growth.grow says how."""
+
+
 class GrowthStage(Section):
     """One growth inside a run: when, to how many tokens, and how training goes on."""
 
@@ -389,7 +393,7 @@ class GrowthStage(Section):
     """Part of a restart's lr_decay_iters with a linear warm-up. Default: that of the run."""
     lr_decay_iters: int | None = Field(default=None, gt=0)
     """Iterations of a restart's decay. Default: until the next restart or train_iters."""
-    new_keys: Literal["zero", "rotated"] = "zero"
+    new_keys: NewKeys = "zero"
     """zero: as in the paper. rotated: random rotations of the old keys with values of zero, which is as exact and
     learns faster; with l2_norm_gelu, by at least min(tokens, hidden_size) tokens."""
     freeze_old_tokens: bool = False
@@ -426,7 +430,7 @@ class ScalingConfig(Section):
     token counts of the model section are those before the first."""
     partial_init_policy: Literal["restart", "continue"] = "restart"
     """With pretrain_partial_init: iterations and learning-rate schedule start anew, or go on."""
-    new_keys: Literal["zero", "rotated"] = "zero"
+    new_keys: NewKeys = "zero"
     """What the new keys of pretrain_partial_init start as: zero as in the paper, or random rotations of the old keys
     (l2_norm_gelu), which is as exact and learns faster."""
     freeze_old_tokens: bool = False

@@ -22,9 +22,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron.config.schema import ModelConfig
+from megatron.config.schema import ModelConfig, NewKeys
 from megatron.errors import UserError
-from megatron.growth.plan import NewKeys, TokenCounts, grown_config
+from megatron.growth.plan import TokenCounts, grown_config
 from megatron.model import LanguageModel
 from megatron.model.init import initial_value, parameter_generator
 from megatron.model.pattention import Pattention
@@ -59,9 +59,10 @@ class GrownTensors:
         self, source: TensorSource, before: ModelConfig, after: ModelConfig, seed: int, new_keys: NewKeys = "zero"
     ) -> None:
         self.source, self.after, self.seed = source, after, seed
-        self._is_softmax, self._is_rotated = after.norm_activation_type == "softmax", new_keys == "rotated"
+        self._is_softmax = after.norm_activation_type == "softmax"
+        self._has_scores = self._is_softmax or new_keys == "rotated"
         self._new = _new_parameters(before, after)
-        self._taus = _new_taus(before, after) if self._is_softmax or self._is_rotated else {}
+        self._taus = _new_taus(before, after) if self._has_scores else {}
 
     def names(self, kind: str) -> list[str]:
         """Names of a kind."""
@@ -78,15 +79,14 @@ class GrownTensors:
             return found + self._taus[name] if kind == "model" and name in self._taus else found
         shape = self._new[name]
         if "key_tokens_" not in name:
-            has_scores = self._is_softmax or self._is_rotated
-            return torch.zeros(shape) if has_scores else initial_value(name, shape, self.after, self.seed)
+            return torch.zeros(shape) if self._has_scores else initial_value(name, shape, self.after, self.seed)
+        if not self._has_scores:
+            return torch.zeros(shape)
+        keys = self._old_keys(name)
         if self._is_softmax:
-            keys = self._old_keys(name)
             return keys.repeat(shape[0] // len(keys), 1)
-        if self._is_rotated:
-            tau_tokens = self.source.tensor("model", f"{name.rpartition('.')[0]}.tau_tokens")
-            return rotated_keys(self._old_keys(name), shape[0], shape[0] / tau_tokens.item(), name, self.seed)
-        return torch.zeros(shape)
+        tau_tokens = self.source.tensor("model", f"{name.rpartition('.')[0]}.tau_tokens")
+        return rotated_keys(keys, shape[0], shape[0] / tau_tokens.item(), name, self.seed)
 
     def _old_keys(self, name: str) -> Tensor:
         prefix, _, stage = name.rpartition("_")
@@ -149,28 +149,29 @@ def grow(
     before, after = model.config, grown_config(model.config, TokenCounts(qkv, proj, ffn, layers, new_keys))
     new = _new_parameters(before, after)
     layers_by_name = {name: module for name, module in model.named_modules() if isinstance(module, Pattention)}
-    if after.norm_activation_type == "softmax" or new_keys == "rotated":
-        _check_shares(layers_by_name, new)
+    value_names = {name: f"{name}.value_tokens_{len(module.segment_sizes)}" for name, module in layers_by_name.items()}
+    sizes = {name: new[value][0] if value in new else 0 for name, value in value_names.items()}
+    has_scores = after.norm_activation_type == "softmax" or new_keys == "rotated"
+    if has_scores:
+        _check_shares(layers_by_name, sizes)
     for name, module in layers_by_name.items():
-        value_name = f"{name}.value_tokens_{len(module.segment_sizes)}"
-        size = new[value_name][0] if value_name in new else 0
-        if size and (module.activation == "softmax" or new_keys == "rotated"):
+        size, value_name = sizes[name], value_names[name]
+        if size and has_scores:
             _append_with_scores(module, size, value_name, seed)
         else:
             module.append(size, initial_value(value_name, new[value_name], after, seed) if size else None)
     model.config = after
 
 
-def _check_shares(layers: dict[str, Pattention], new: dict[str, torch.Size]) -> None:
+def _check_shares(layers: dict[str, Pattention], sizes: dict[str, int]) -> None:
     """Can each rank make its new keys from its old ones alone?"""
     for name, module in layers.items():
-        ranks, stage = module.layout.tensor_size, len(module.segment_sizes)
-        size = new[value_name][0] if (value_name := f"{name}.value_tokens_{stage}") in new else 0
+        ranks, size = module.layout.tensor_size, sizes[name]
         is_uneven = any(count % ranks for count in (*module.segment_sizes, size))
         is_small = 0 < size // ranks < min(module.num_tokens // ranks, module.in_features)
         if ranks > 1 and (is_uneven or (is_small and module.activation != "softmax")):
             raise UserError(
-                f"{name}: {module.num_tokens} tokens shared unevenly by {module.layout.tensor_size} ranks cannot "
+                f"{name}: {module.num_tokens} tokens shared unevenly by {ranks} ranks cannot "
                 "be repeated or rotated in place; grow the checkpoint instead"
             )
 

@@ -6,12 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron.config.schema import TOKENFORMER, ModelConfig
+from megatron.config.schema import TOKENFORMER, ModelConfig, NewKeys
 from megatron.errors import UserError
 
 Kind = Literal["qkv", "proj", "ffn"]
-NewKeys = Literal["zero", "rotated"]
-"""What new keys start as; megatron.growth.grow says how."""
 KINDS: tuple[Kind, ...] = ("qkv", "proj", "ffn")
 
 

@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from megatron.config.schema import GrowthStage, ModelConfig, RunConfig
+from megatron.config.schema import GrowthStage, ModelConfig, NewKeys, RunConfig
 from megatron.errors import UserError
-from megatron.growth.plan import KINDS, NewKeys, TokenCounts, describe, grown_config, segments_of
+from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config, segments_of
 from megatron.log import get_logger
 from megatron.model import LanguageModel
 

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from megatron.config.schema import ModelConfig
+from megatron.config.schema import ModelConfig, NewKeys
 from megatron.errors import UserError
 from megatron.growth import grow
-from megatron.growth.plan import NewKeys
 from megatron.inference import load_model
 from megatron.model import LanguageModel, Pattention
 from megatron.mpu.layout import SINGLE, Layout

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron.config.schema import ModelConfig
+from megatron.config.schema import ModelConfig, NewKeys
 
 LAYERS, WIDTH, HEAD_DIM, SEQUENCE, BATCH, VOCABULARY = 2, 64, 32, 128, 4, 258
 """The vocabulary is the bytes, the end of a document, and one merge."""
@@ -128,6 +128,12 @@ class Trial:
         return "tuning" if self.part == "r" else "text"
 
     @property
+    def new_keys(self) -> NewKeys | None:
+        """What new keys start as if the product grows the model; None for the other starts."""
+        kinds: dict[Start, NewKeys] = {"grow": "zero", "rotate": "rotated"}
+        return kinds.get(self.start)
+
+    @property
     def peak_lr(self) -> float:
         """Its highest learning rate."""
         from_scratch = PEAK_LR[self.kind][self.size.name]
@@ -169,9 +175,9 @@ class Trial:
             "keep_last_n_checkpoints": 1, "eval_interval": max(50, self.updates // 14),
             "eval_iters": HELD_OUT_SEQUENCES // BATCH, "log_dir": str(folder), "log_interval": 50, "peak_tflops": 1.0,
         }  # fmt: skip
-        if self.start in ("grow", "rotate"):
+        if self.new_keys:
             keys["pretrain_partial_init"] = str(output / str(self.parent) / "checkpoints")
-            keys["new_keys"] = "rotated" if self.start == "rotate" else "zero"
+            keys["new_keys"] = self.new_keys
         return {**keys, **options}
 
 

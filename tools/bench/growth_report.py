@@ -182,11 +182,11 @@ def _row_of_growth(trials: list[Result], scratch: list[Result], base: list[Resul
     target = statistics.mean(result.final for result in scratch)
     is_target = target <= statistics.mean(result.final for result in base)
     gap = statistics.mean(result.final for result in trials) - target
-    budget = _millions(trials[0].tokens(trials[0].facts["updates"]))
-    reached = [(trial, updates) for trial in trials if (updates := trial.reaches(target)) is not None]
     end = trials[0].facts["updates"]
+    budget = _millions(trials[0].tokens(end))
+    reached = [(trial, updates) for trial in trials if (updates := trial.reaches(target)) is not None]
     tokens, flops = trials[0].cumulative_tokens(end), trials[0].cumulative_flops(end)
-    cells = [f"> {_millions(trials[0].tokens(end))}", f"> {_millions(tokens)}", f"> {flops:.2e}"]
+    cells = [f"> {budget}", f"> {_millions(tokens)}", f"> {flops:.2e}"]
     if reached:
         after = statistics.mean(trial.tokens(updates) for trial, updates in reached)
         tokens = statistics.mean(trial.cumulative_tokens(updates) for trial, updates in reached)
@@ -266,7 +266,7 @@ def variants(groups: Groups) -> str:
 
 def rates(groups: Groups) -> str:
     """Part r: losses on the tuning text, the lowest of each row in bold."""
-    names = {"tokenformer": "TokenFormer, scratch", "transformer": "Transformer, scratch", 
+    names = {"tokenformer": "TokenFormer, scratch", "transformer": "Transformer, scratch",
              "grow": "S1 grown, zero keys", "rotate": "S1 grown, rotated keys",
              "official": "S1 grown as official", "net2net": "S1 widened by Net2Net"}  # fmt: skip
     everything = sorted({*RATES, *GROWTH_RATES})

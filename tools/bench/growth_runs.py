@@ -169,7 +169,7 @@ def _iteration(folder: Path) -> int:
 
 def _weights_only(folder: Path, trial: Trial) -> dict[str, Any]:
     """What makes a run that has no checkpoint yet start from the weights of a prepared one."""
-    if trial.start in ("scratch", "grow", "rotate") or find_checkpoint(folder / "checkpoints") is not None:
+    if trial.start == "scratch" or trial.new_keys or find_checkpoint(folder / "checkpoints") is not None:
         return {}
     return {"load": str(folder / "start"), "finetune": True}
 
@@ -196,7 +196,7 @@ def _write_facts(output: Path, trial: Trial) -> None:
         unchanged = load_model(output / trial.parent / "checkpoints")
         facts["logit_difference"], facts["largest_logit"] = logit_difference(unchanged, grown, ids)
         get_logger().info("logits change by %.1e at the growth", facts["logit_difference"])
-        if trial.start not in ("grow", "rotate"):
+        if not trial.new_keys:
             flat = {key: value for key, value in trial.config(output, 1).items()}
             flat |= config.model_dump(mode="json")
             tensors = list(grown.state_dict().items())
@@ -212,7 +212,7 @@ def _grown(base: LanguageModel, trial: Trial, config: ModelConfig) -> LanguageMo
     if trial.start == "repeat":
         return grown_by_repeating(base, config)
     counts = config.qkv_slot_num, config.proj_slot_num, config.ffn_slot_num
-    grow(base, *counts, new_keys="rotated" if trial.start == "rotate" else "zero", seed=trial.seed)
+    grow(base, *counts, new_keys=trial.new_keys or "zero", seed=trial.seed)
     return base
 
 
