@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two test processes share two cores
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# DeepSpeed compiles Muon's iteration anew for many shapes, half a minute in all, and a compiled one rounds otherwise.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 # Code of exports is copied there; two test runs in one folder would pull it from under each other.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
 
@@ -80,5 +83,21 @@ def single_process() -> Iterator[None]:
     from megatron.training.loop import shut_down
 
     ensure_process_environment()
+    import deepspeed  # noqa: F401
+
+    gc.freeze()  # an engine collects garbage when it is closed: what has been imported need not be looked through
     yield
     shut_down()
+
+
+# Files in the order in which they are worth starting, so that no process is left with a long one at the end.
+_LONGEST = (
+    "growth/test_growth_layouts.py", "training/test_layouts.py", "growth/test_growth_runs.py", "test_resume.py",
+    "eval_tasks/test_ranks.py", "test_launch.py", "test_growth_kills.py", "test_pretrain.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first."""
+    places = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: next((places[n] for n in _LONGEST if str(item.path).endswith(n)), len(_LONGEST)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import time
@@ -30,6 +31,7 @@ def _worker(
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what the server has imported need not be looked through whenever an engine is closed
     found: tuple[int, Any, str | None]
     try:
         found, code = (rank, function(*arguments), None), 0

@@ -39,6 +39,7 @@ SHARD_BYTES = 2 * 1024**3
 LATEST = "latest"
 MANIFEST = "manifest.json"
 _TEMPORARY, _REPLACED = ".saving-", ".replaced-"
+_YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's reads the same ten times as fast
 
 
 def save_checkpoint(root: str | Path, state: CanonicalState, write: bool = True) -> Path:
@@ -249,7 +250,7 @@ class CheckpointReader:
         if verify:
             self.verify()
         self.train_state = self._record("train_state.json", json.loads)
-        self.config = self._record("config.yml", yaml.safe_load)
+        self.config = self._record("config.yml", lambda text: yaml.load(text, Loader=_YamlLoader))
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self.folder / MANIFEST

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,20 @@ MIXED = {"attention_config": [[["tokenformer", "global"], 1]]}
 PROMPTS = [[5, 9, 17, 3, 40, 8], [7], [88, 2, 4, 61]]
 
 
+def forget_modules() -> None:
+    """Let go of the code of exports that this process has imported."""
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        del sys.modules[name]
+
+
 @pytest.fixture(autouse=True)
-def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Code of exports is copied below the test's own folder."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        monkeypatch.delitem(sys.modules, name)
+    forget_modules()
+    yield
+    forget_modules()  # they refer to a folder that is gone
 
 
 def golden_model(name: str) -> LanguageModel:
