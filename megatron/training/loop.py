@@ -99,7 +99,6 @@ def _save_if_due(run: Run, force: bool = False) -> None:
 def _training_metrics(run: Run, step: StepResult) -> Metrics:
     """The metrics of a log line; `learning_rate` is the one this iteration's update used."""
     state, rate = run.state, run.throughput.take()
-    flops_per_second = rate * run.flops_per_token / run.layout.world_size
     metrics: Metrics = {
         "iteration": state.iteration,
         "lm_loss": run.take_mean_loss(),
@@ -108,9 +107,10 @@ def _training_metrics(run: Run, step: StepResult) -> Metrics:
         "consumed_tokens": state.consumed_tokens,
         "consumed_samples": state.consumed_samples,
         "tokens_per_second": rate,
-        "mfu": flops_per_second / run.peak_flops,
         "memory_gib": memory_gib(run.engine.device),
     }
+    if run.peak_flops is not None:
+        metrics["mfu"] = rate * run.flops_per_token / (run.layout.world_size * run.peak_flops)
     if run.engine.loss_scaler:
         metrics["loss_scale"] = run.engine.loss_scaler["cur_scale"]
         metrics["skipped_iterations"] = state.skipped_iterations

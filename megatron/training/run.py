@@ -62,7 +62,7 @@ class Run:
     throughput: Throughput
     global_batch: int
     flops_per_token: float
-    peak_flops: float
+    peak_flops: float | None
     lock: FolderLock | None = None
     loss_sum: Tensor | None = None
     losses_summed: int = 0
@@ -165,7 +165,8 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
     counted = LanguageModel(config.model, device="meta")
     flops = counted.flops_per_token(config.model.seq_length)
     peak, origin = peak_flops(device, dtype, config.logging.peak_tflops)
-    _report(config, layout, counted.num_parameters(), global_batch, f"{peak / 1e12:.2f} TFLOP/s a device ({origin})")
+    measure = origin if peak is None else f"MFU against {peak / 1e12:.1f} TFLOP/s a device ({origin})"
+    _report(config, layout, counted.num_parameters(), global_batch, measure)
     metrics = MetricsLog(config, layout.rank, state.iteration)
     return Run(
         config,
@@ -305,7 +306,7 @@ def _build_data(config: RunConfig, state: TrainState, global_batch: int) -> Any:
     return datasets
 
 
-def _report(config: RunConfig, layout: Layout, parameters: int, global_batch: int, peak: str) -> None:
+def _report(config: RunConfig, layout: Layout, parameters: int, global_batch: int, measure: str) -> None:
     log, device = get_logger(), process_device()
     backend, _ = select_backend(config.training.pattention_backend, device.type)
     log.info(
@@ -313,7 +314,7 @@ def _report(config: RunConfig, layout: Layout, parameters: int, global_batch: in
         f"{parameters:,}", config.precision.dtype, layout.world_size, device.type, _grid(layout),
         config.parallel.zero_optimization.stage, backend, config.training.attention_backend,
     )  # fmt: skip
-    log.info("%d samples x %d tokens an update; MFU against %s", global_batch, config.model.seq_length, peak)
+    log.info("%d samples x %d tokens an update; %s", global_batch, config.model.seq_length, measure)
 
 
 def _grid(layout: Layout) -> str:
