@@ -62,24 +62,26 @@ class Layout:
         return cls(rank, world_size // model_size, pipeline_size, tensor_size, sequence_parallel and tensor_size > 1)
 
     def connect(self, timeout: timedelta | None = None) -> Layout:
-        """This layout with its process groups; every process of the world calls it, once. Collective.
+        """This layout with its process groups, which are those of an earlier call where there was one. Collective.
 
         Args:
             timeout: how long a collective waits for a rank; default that of the backend.
         """
         grid = replace(
             self,
-            tensor_group=self._new_group(lambda place: (place.pipeline_rank, place.data_rank), timeout),
-            data_group=self._new_group(lambda place: (place.pipeline_rank, place.tensor_rank), timeout),
-            pipeline_group=self._new_group(lambda place: (place.data_rank, place.tensor_rank), timeout),
+            tensor_group=self._group("tensor", lambda place: (place.pipeline_rank, place.data_rank), timeout),
+            data_group=self._group("data", lambda place: (place.pipeline_rank, place.tensor_rank), timeout),
+            pipeline_group=self._group("pipeline", lambda place: (place.data_rank, place.tensor_rank), timeout),
         )
         if 1 in (self.pipeline_size, self.tensor_size):
             return replace(grid, replica_group=grid.tensor_group or grid.pipeline_group)
-        return replace(grid, replica_group=self._new_group(lambda place: place.data_rank, timeout))
+        return replace(grid, replica_group=self._group("replica", lambda place: place.data_rank, timeout))
 
-    def _new_group(self, key: Callable[[Layout], object], timeout: timedelta | None) -> ProcessGroup | None:
+    def _group(self, role: str, key: Callable[[Layout], object], timeout: timedelta | None) -> ProcessGroup | None:
         """The group of the ranks whose key is this rank's. All groups are made on all ranks, as torch demands."""
         import torch.distributed as dist
+
+        from megatron.mpu.groups import process_group
 
         members: dict[object, list[int]] = {}
         for rank in range(self.world_size):
@@ -88,7 +90,7 @@ class Layout:
             return None
         if len(members) == 1:
             return dist.group.WORLD
-        groups = {place: dist.new_group(ranks, timeout=timeout) for place, ranks in members.items()}
+        groups = {place: process_group(role, ranks, timeout) for place, ranks in members.items()}
         return groups[key(self)]
 
     @property

@@ -1,19 +1,48 @@
-"""The grid as DeepSpeed asks for it (its `mpu` interface) where it does not build one itself."""
+"""The grid as DeepSpeed asks for it (its `mpu` interface) where it does not build one itself, and its groups."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch.distributed as dist
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from megatron.mpu import Layout
+from megatron.mpu.groups import process_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@contextmanager
+def reused_groups() -> Iterator[None]:
+    """Inside, DeepSpeed builds an engine with the process groups that it made for an earlier one of this process.
+
+    It does not say what it wants a group for, but asks in the same order each time: the k-th group of some ranks is the
+    k-th of an earlier engine. What is asked for within one engine is never the same group twice.
+    """
+    from deepspeed.comm.torch import TorchBackend
+    from deepspeed.utils import groups
+
+    # Asked for once a process and kept: as if it were not there, so that it is counted each time.
+    groups._WORLD_GROUP = None
+    asked: Counter[tuple[int, ...]] = Counter()
+    original = TorchBackend.new_group
+
+    def new_group(_: Any, ranks: Iterable[int]) -> ProcessGroup:
+        members = tuple(sorted(ranks))
+        asked[members] += 1
+        return process_group(f"DeepSpeed {asked[members]}", members)
+
+    TorchBackend.new_group = new_group
+    try:
+        yield
+    finally:
+        TorchBackend.new_group = original
+
+
 class DeepSpeedGrid:
-    """Data and tensor axis of a layout without a pipeline. Every process makes one, since it makes process groups."""
+    """Data and tensor axis of a layout without a pipeline. Every process makes one, since it asks for groups."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -22,7 +51,7 @@ class DeepSpeedGrid:
 
     def _alone(self) -> ProcessGroup:
         # DeepSpeed takes None for the world.
-        return [dist.new_group([rank]) for rank in range(self._layout.world_size)][self._layout.rank]
+        return [process_group("alone", [rank]) for rank in range(self._layout.world_size)][self._layout.rank]
 
     def get_model_parallel_rank(self) -> int:
         """Place on the tensor axis."""

@@ -37,6 +37,7 @@ from megatron.training.engine import (
     initialize_distributed,
     partition_parameters,
 )
+from megatron.training.grid import reused_groups
 from megatron.training.hardware import peak_flops
 from megatron.training.metrics import MetricsLog, Throughput
 from megatron.training.pipeline_engine import PipelineEngine
@@ -154,7 +155,8 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
     global_batch = micro * steps * layout.data_size
     datasets = _build_data(config, state, global_batch)
     start.prove(_held_out_ids(datasets, config), layout)
-    engine = _build_engine(start, layout, tokenizer.eod_id)
+    with reused_groups():
+        engine = _build_engine(start, layout, tokenizer.eod_id)
     if start.reader is not None:
         restore(config, engine, state, start.reader)
     if start.resumed and start.reader is not None:
