@@ -79,6 +79,8 @@ class Pattention(nn.Module):
     def reset_parameters(self) -> None:
         """Keys N(0, 0.02), values N(0, 1/n): outputs of about the inputs' size. LanguageModel has its own."""
         for i in self.segments:
+            if self.get_parameter(f"key_tokens_{i}").is_meta:
+                continue  # nothing to fill, and torch takes longer to find out than to build all else
             for kind, std in (("key", 0.02), ("value", self.num_tokens**-0.5)):
                 tokens = getattr(self, f"{kind}_tokens_{i}")
                 whole = torch.empty(whole_shape(tokens), device=tokens.device, dtype=tokens.dtype).normal_(std=std)
