@@ -23,6 +23,17 @@ CONTINUE = {"lr_policy": "continue"}
 # The usual epsilon of 1e-8 would turn rounding errors of gradients near zero into different updates.
 STEADY = {"optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-6}}}
 
+TENSOR, PIPELINE = {"model_parallel_size": 2}, {"pipe_parallel_size": 2}
+DATA = {"train_micro_batch_size_per_gpu": 2}
+
+
+def zero(number: int) -> dict[str, Any]:
+    """The ZeRO stage of a run."""
+    table: dict[str, Any] = {"stage": number}
+    if number == 3:
+        table["stage3_param_persistence_threshold"] = 0  # else parameters as small as these stay gathered
+    return {"zero_optimization": table}
+
 
 def stage(at: int, **keys: Any) -> dict[str, Any]:
     """A scheduled growth to COUNTS unless told otherwise."""

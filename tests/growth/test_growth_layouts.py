@@ -14,7 +14,10 @@ from megatron.errors import UserError
 from megatron.training import train
 from tests.growth.growth_helpers import (
     CONTINUE,
+    DATA,
+    PIPELINE,
     STEADY,
+    TENSOR,
     MakeConfig,
     assert_equal,
     checkpoint,
@@ -26,6 +29,7 @@ from tests.growth.growth_helpers import (
     state,
     tensors,
     worst,
+    zero,
 )
 from tests.ranks import run_ranks
 
@@ -57,15 +61,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def zero(number: int) -> dict[str, Any]:
-    table: dict[str, Any] = {"stage": number}
-    if number == 3:
-        table["stage3_param_persistence_threshold"] = 0  # else parameters as small as these stay gathered
-    return {"zero_optimization": table}
-
-
-TENSOR, PIPELINE = {"model_parallel_size": 2}, {"pipe_parallel_size": 2}
-DATA = {"train_micro_batch_size_per_gpu": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": TENSOR,
     "tp2-sp-zero1": {**TENSOR, "sequence_parallel": True, **zero(1)},
