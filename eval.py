@@ -18,9 +18,12 @@ def main() -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")  # one rank's progress bars are enough
     config, _ = parse_run(sys.argv[1:], "eval.py")
     from eval_tasks.run import run_evaluation
-    from megatron.mpu.processes import join, leave
+    from megatron.mpu.processes import abandoned_on_error, join, leave
 
-    run_evaluation(config, join(config.parallel.model_parallel_size, config.launch.distributed_backend))
+    launch = config.launch
+    with abandoned_on_error():
+        layout = join(config.parallel.model_parallel_size, launch.distributed_backend, launch.ranks_per_gpu)
+        run_evaluation(config, layout)
     leave()
     return 0
 

@@ -14,13 +14,16 @@ def main() -> int:
 
     ensure_process_environment()
     config, _ = parse_run(sys.argv[1:], "generate.py")
-    from megatron.mpu.processes import join_one_copy, leave
+    from megatron.mpu.processes import abandoned_on_error, join_one_copy, leave
 
-    layout = join_one_copy(config.parallel.model_parallel_size, config.launch.distributed_backend)
+    launch = config.launch
+    with abandoned_on_error():
+        layout = join_one_copy(config.parallel.model_parallel_size, launch.distributed_backend, launch.ranks_per_gpu)
+        if layout is not None:
+            from megatron.inference.modes import run_generation
+
+            run_generation(config, layout)
     if layout is not None:
-        from megatron.inference.modes import run_generation
-
-        run_generation(config, layout)
         leave()
     return 0
 

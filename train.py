@@ -15,9 +15,11 @@ def main() -> int:
     ensure_process_environment()
     stop_with_launcher()
     config, _ = parse_run(sys.argv[1:], "train.py")
+    from megatron.mpu.processes import abandoned_on_error
     from megatron.training.loop import shut_down, train
 
-    train(config)
+    with abandoned_on_error():
+        train(config)
     shut_down()
     return 0
 

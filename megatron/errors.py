@@ -29,7 +29,8 @@ def run_command(function: Callable[[], int | None]) -> int:
         return function() or 0
     except UserError as error:
         # Ranks share a console: the first of each node speaks for all, in one write.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
+        local = os.environ.get("LOCAL_PROCESS") or os.environ.get("LOCAL_RANK", "0")
+        if local == "0" or isinstance(error, RankError):
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
             sys.stderr.flush()
         return EXIT_USER_ERROR

@@ -481,6 +481,9 @@ class TrainingConfig(Section):
     """Implementation of Pattention; auto picks the fastest one for the device."""
     attention_backend: Literal["sdpa", "flash_attn"] = "sdpa"
     """Causal attention: torch's scaled_dot_product_attention or the flash-attn package."""
+    deterministic: bool = False
+    """true: only kernels that give the same bits every time, so that a resumed run on the same GPUs equals one that was
+    not interrupted bit for bit. Attention and its backward pass are slower."""
     allow_nonfinite_loss: bool = False
     """false: a loss that is not finite stops the run before the update."""
 
@@ -626,8 +629,8 @@ class LoggingConfig(Section):
     wall_clock_breakdown: bool = False
     """DeepSpeed's timers of forward, backward and step."""
     peak_tflops: float | None = Field(default=None, gt=0)
-    """Peak TFLOP/s of one device that MFU is measured against. Default: known GPUs from a table, others by a short
-    matrix multiplication at start."""
+    """Peak TFLOP/s of one device that MFU is measured against. Default: the data sheet's dense 16-bit rate of a known
+    GPU; MFU is left out elsewhere (CPUs, fp32, MIG slices, unknown GPUs)."""
 
 
 class LaunchConfig(Section):
@@ -661,8 +664,22 @@ class LaunchConfig(Section):
     """Comment for the Slurm job."""
     account: str | None = None
     """Account of the Slurm job."""
-    distributed_backend: Literal["nccl", "gloo", "mpi"] = "nccl"
-    """Backend of torch.distributed; a machine without GPUs uses gloo whatever it says."""
+    distributed_backend: Literal["nccl", "gloo", "mpi"] | None = None
+    """Backend of torch.distributed. nccl asks for GPUs: without one training is refused. gloo lets it run on CPUs.
+    Default: nccl where there is a GPU, gloo elsewhere."""
+    distributed_timeout_minutes: int = Field(default=10, gt=0)
+    """How long a collective of training waits for a rank before the run ends. Work that one rank does for all, such as
+    reading a checkpoint's checksums, does not count."""
+    ranks_per_gpu: int = Field(default=1, gt=0)
+    """Processes that share a GPU, for tests of layouts on one card; above 1 only with distributed_backend: gloo."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LaunchConfig:
+        if self.ranks_per_gpu > 1 and self.distributed_backend != "gloo":
+            raise ValueError(
+                f"ranks_per_gpu: NCCL refuses {self.ranks_per_gpu} processes on one GPU; set distributed_backend: gloo"
+            )
+        return self
 
 
 class EvaluationConfig(Section):
@@ -762,6 +779,22 @@ class RunConfig(Section):
         if iters is None:
             raise UserError("train_iters: missing; give the number of updates of the run")
         return iters
+
+    def gpu_request(self) -> tuple[str | None, list[str]]:
+        """What asks for a GPU, as `key: value`, and the overrides with which the run would train on a CPU.
+
+        fp16 and flash-attn have no CPU form. bf16 has a slow one, which distributed_backend: gloo asks for.
+        """
+        found = []
+        dtype, backend = self.precision.dtype, self.launch.distributed_backend
+        if self.training.attention_backend == "flash_attn":
+            found.append(("attention_backend: flash_attn", "attention_backend=sdpa"))
+        if dtype == "fp16":
+            found.append(("precision: fp16", "precision=bf16"))
+        if backend == "nccl" or (dtype != "fp32" and backend is None):
+            asking = "precision: bf16" if backend is None else "distributed_backend: nccl"
+            found.append((asking, "distributed_backend=gloo"))
+        return (found[0][0] if found else None), [override for _, override in found]
 
     def with_vocabulary(self, size: int) -> RunConfig:
         """A new frozen config whose model fits a tokenizer of `size` ids."""

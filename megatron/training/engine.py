@@ -7,12 +7,14 @@ without a pipeline; the one with is in megatron.training.pipeline_engine.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import logging
 import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,8 +27,15 @@ from megatron.config.schema import RunConfig
 from megatron.errors import UserError
 from megatron.model.attention import SelfAttention
 from megatron.mpu import Layout
-from megatron.mpu.device import DTYPES, process_device, uses_gpu
-from megatron.mpu.processes import claim_device, no_process_group
+from megatron.mpu.device import (
+    DTYPES,
+    process_device,
+    require_gpu,
+    set_cuda_environment,
+    set_numerics,
+    uses_gpu,
+)
+from megatron.mpu.processes import connect_world
 from megatron.mpu.shard import take_share
 from megatron.ops.cross_entropy import cross_entropy
 from megatron.training.engine_state import EngineState
@@ -40,8 +49,13 @@ _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 def initialize_distributed(config: RunConfig) -> Layout:
     """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; returns the grid.
 
-    Raises: UserError for fp16 without a GPU and for a world the model axes do not divide.
+    Raises: UserError where a GPU is asked for and there is none, and for a world the model axes do not divide.
     """
+    deterministic, parallel, launch = config.training.deterministic, config.parallel, config.launch
+    set_cuda_environment(deterministic, parallel.model_parallel_size)
+    request, overrides = config.gpu_request()
+    require_gpu(request, _ways_without_gpu(overrides))
+    set_numerics(deterministic)
     if not uses_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, and says that it found none
     import deepspeed
@@ -49,19 +63,13 @@ def initialize_distributed(config: RunConfig) -> Layout:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed's ZeRO 3 calls collectives by their old names.
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-    if config.precision.dtype == "fp16" and not uses_gpu():
-        raise UserError("fp16.enabled: fp16 needs a GPU, this machine has none; use `--set precision=bf16` (or fp32)")
-    claim_device()
     if not uses_gpu():
         # Without this DeepSpeed compiles a shared-memory collective for a minute before the first step.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        backend = config.launch.distributed_backend if uses_gpu() else "gloo"
-        try:
-            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-        except dist.DistNetworkError as error:
-            raise no_process_group(error) from error
-    parallel = config.parallel
+    timeout = timedelta(minutes=launch.distributed_timeout_minutes)
+    connect_world(launch.distributed_backend, timeout, launch.ranks_per_gpu)
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     try:
         layout = Layout.for_world(
             dist.get_rank(),
@@ -72,7 +80,14 @@ def initialize_distributed(config: RunConfig) -> Layout:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    return layout.connect()
+    return layout.connect(timeout)
+
+
+def _ways_without_gpu(overrides: Sequence[str]) -> str:
+    text = f"train on the CPU with {' '.join(f'`--set {override}`' for override in overrides)}"
+    if "attention_backend=sdpa" in overrides and importlib.util.find_spec("flash_attn") is None:
+        text += "; flash_attn is missing too: pip install -r requirements/requirements-flashattention.txt"
+    return text
 
 
 def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
@@ -81,6 +96,9 @@ def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
     zero = config.parallel.zero_optimization.model_dump(exclude_none=True)
     if zero.pop("cpu_offload", False):
         zero.setdefault("offload_optimizer", {"device": "cpu"})
+    for table in (zero.get("offload_optimizer"), zero.get("offload_param")):
+        if isinstance(table, dict) and table.get("device") == "cpu":
+            table.setdefault("pin_memory", uses_gpu())  # else every copy to the GPU goes through a second one
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": steps,
