@@ -19,6 +19,7 @@ from megatron.data.indexed import IndexedDataset
 from megatron.data.samples import GPTDataset, split_documents
 from megatron.errors import UserError
 from megatron.log import get_logger
+from megatron.mpu.device import uses_gpu
 
 SPLIT_NAMES = ("train", "valid", "test")
 BLEND_MARGIN = 1.005
@@ -179,7 +180,7 @@ def batches(
             batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=_collate,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=uses_gpu(),
             generator=torch.Generator(),  # else starting a loader would draw from the training's random numbers
         )
     )

@@ -14,6 +14,7 @@ from megatron.growth.grow import TensorSource
 from megatron.model.blocks import BuildOptions
 from megatron.model.language_model import LayerSpec, layer_specs
 from megatron.mpu.collectives import max_over_ranks
+from megatron.mpu.device import ieee_products, products_are_exact
 from megatron.mpu.layout import SINGLE, Layout
 from megatron.mpu.shard import allocate, take_share
 
@@ -53,14 +54,19 @@ def compare_logits(
     """Logits of ids [b, s] from two sets of tensors, each with its configuration.
 
     Tensor ranks share every layer; pipeline stages and data ranks each do the same work. Never more than one layer of
-    each model is in memory.
+    each model is in memory. Products are taken in IEEE fp32 whatever TF32 settings say, in fp64 where a library keeps
+    rounding them to fewer bits: TF32's error would hide, or pass for, a change of the function.
     """
     plain = replace(layout, sequence_parallel=False)
     options = BuildOptions(device="meta", layout=plain, gather_logits=False)
     old = new = ids
-    for old_spec, new_spec in zip(layer_specs(before[0], options), layer_specs(after[0], options), strict=True):
-        old = _run(old_spec, before[1], old, plain, dtype)
-        new = _run(new_spec, after[1], new, plain, dtype)
+    with ieee_products():
+        rounds = torch.tensor(not products_are_exact(ids.device), dtype=torch.int32, device=ids.device)
+        if dtype == torch.float32 and max_over_ranks(rounds, plain):
+            dtype = torch.float64
+        for old_spec, new_spec in zip(layer_specs(before[0], options), layer_specs(after[0], options), strict=True):
+            old = _run(old_spec, before[1], old, plain, dtype)
+            new = _run(new_spec, after[1], new, plain, dtype)
     # Not a number becomes infinite: a maximum over ranks may lose the former.
     extremes = torch.stack([(old - new).abs().max(), old.abs().max()]).nan_to_num(nan=math.inf, posinf=math.inf)
     largest, scale = max_over_ranks(extremes, plain).tolist()

@@ -10,6 +10,7 @@ import torch
 
 from megatron.errors import UserError
 from megatron.log import get_logger
+from megatron.mpu.device import uses_gpu
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -82,7 +83,7 @@ class Batches:
             self._shrink(len(batch), longest)
         # Outside of the handler: the error's traceback keeps the batch's tensors alive.
         gc.collect()
-        if torch.cuda.is_available():
+        if uses_gpu():
             torch.cuda.empty_cache()
         return None
 

@@ -40,7 +40,9 @@ def _flash_attention() -> AttentionFunction:
             return sdpa_attention(q, k, v, mask, dropout)
         # flash-attn wants [b, s, h, head_dim]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return flash_attn_func(q, k, v, dropout_p=dropout, causal=True).transpose(1, 2)
+        # Its default backward adds in the order in which blocks happen to finish.
+        exact = torch.are_deterministic_algorithms_enabled()
+        return flash_attn_func(q, k, v, dropout_p=dropout, causal=True, deterministic=exact).transpose(1, 2)
 
     return attention
 

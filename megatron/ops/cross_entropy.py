@@ -43,7 +43,8 @@ class _ShareOfTokenLosses(torch.autograd.Function):
         for start in range(0, len(logits), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             grad = torch.exp(logits[rows].to(log_sum.dtype) - log_sum[rows, None])
-            grad.scatter_add_(-1, columns[rows, None], -mine[rows, None].to(grad.dtype))
+            # One label a row, so that nothing is added twice: the same bits whatever the order.
+            grad[torch.arange(len(grad), device=grad.device), columns[rows]] -= mine[rows].to(grad.dtype)
             grad_logits[rows] = grad * grads[0][rows, None]
         return grad_logits, None, None, None
 
