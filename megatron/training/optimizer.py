@@ -15,6 +15,7 @@ from megatron.errors import UserError
 from megatron.model.embedding import Embedding
 from megatron.mpu.device import process_device, uses_gpu
 from megatron.mpu.shard import whole_shape
+from megatron.training.extensions import one_build_at_a_time
 
 _TOKENS = re.compile(r"_tokens_(\d+)$")
 
@@ -116,8 +117,11 @@ def build_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer:
     if spec.type == "CPU_Adam":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, **adam, adamw_mode=True)
-    return _fused_adam(spec.type)(groups, **adam, adam_w_mode=True)
+        with one_build_at_a_time():
+            return DeepSpeedCPUAdam(groups, **adam, adamw_mode=True)
+    fused_adam = _fused_adam(spec.type)
+    with one_build_at_a_time():
+        return fused_adam(groups, **adam, adam_w_mode=True)
 
 
 def _fused_available(model: nn.Module) -> bool:
