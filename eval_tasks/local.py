@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from megatron.errors import UserError
+from megatron.files import find_output, write_output
 
 CONTEXT_WORDS = 12
 CONTINUATION_WORDS = 8
@@ -29,13 +30,14 @@ def write_continuation_task(
     num_documents: int = 200,
     seed: int = 1234,
     distractors: Literal["sentences", "word_order"] = "sentences",
+    inputs: Sequence[str] = (),
 ) -> Path:
     """Write a multiple-choice task from `texts` that the model has not seen; the YAML's path comes back.
 
     A document is a sentence of at least 20 words: 12 are the context, the next 8 the true continuation. The distractors
     are the words at the same place of three other sentences (`sentences`), or the true words in three other orders
     (`word_order`, which smaller models can tell); either way length gives nothing away. The same texts and seed give
-    the same files.
+    the same files. `inputs` are files that these must not replace.
 
     Raises: UserError when the texts hold fewer than `num_documents` such sentences, or the folder cannot be written.
     """
@@ -51,12 +53,9 @@ def write_continuation_task(
     folder = Path(folder)
     data_file, task_file = folder / f"{name}.jsonl", folder / f"{name}.yaml"
     lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        data_file.write_text("".join(lines), encoding="utf-8")
-        task_file.write_text(yaml.safe_dump(task_config(name, data_file), sort_keys=False), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{name}: {folder} cannot be written: {error.strerror}; name another folder") from error
+    find_output(task_file, name, inputs)
+    write_output(data_file, "".join(lines), name, inputs)
+    write_output(task_file, yaml.safe_dump(task_config(name, data_file), sort_keys=False), name, inputs)
     return task_file
 
 

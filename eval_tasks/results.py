@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.schema import RunConfig
-from megatron.errors import UserError
+from megatron.files import write_output
 from megatron.log import get_logger
 
 
@@ -24,13 +24,7 @@ def results_path(prefix: str) -> Path:
 def write_results(results: Mapping[str, Any], path: Path) -> None:
     """Write the results file. Raises UserError when its folder cannot be written."""
     text = json.dumps(results, indent=2, default=_plain, ensure_ascii=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"eval_results_prefix: {path} cannot be written: {error.strerror}; choose another prefix"
-        ) from error
+    write_output(path, text + "\n", "eval_results_prefix")
     get_logger().info("results written to %s", path)
 
 

@@ -13,6 +13,7 @@ from eval_tasks.results import flat_metrics, log_to_boards, results_path, write_
 from eval_tasks.tables import format_summary, format_table, paper_summary
 from megatron.config.schema import EvaluationConfig, RunConfig
 from megatron.errors import UserError
+from megatron.files import find_output
 from megatron.inference.batching import Batches
 from megatron.inference.corpus import corpus_documents
 from megatron.inference.perplexity import corpus_perplexity
@@ -45,6 +46,8 @@ def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]
     evaluate_tasks = _prepare_tasks(options) if options.eval_tasks or not options.perplexity_data else None
     path = checkpoint_source(config.checkpoint)
     results_file = results_path(options.eval_results_prefix)
+    if ranks.reports:
+        find_output(results_file, "eval_results_prefix")
     model, tokenizer = load_for_inference(config, layout)
     results: dict[str, Any] = evaluate_tasks(model, tokenizer, config, ranks) if evaluate_tasks else {"results": {}}
     if options.perplexity_data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,11 @@ from megatron.errors import UserError
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` when all went well; UserError when that is not empty."""
-    folder = Path(folder)
+    """A temporary folder that takes the name `folder` when all went well; UserError when that is not empty.
+
+    A link to an empty folder, or to none yet, is followed.
+    """
+    folder = Path(os.path.realpath(folder))
     require_new(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from megatron.config.reference import all_keys, section_title
 from megatron.config.schema import SECTIONS, RunConfig
 from megatron.config.yaml_file import Setting
 from megatron.errors import UserError
+from megatron.files import refuse_inputs
 from megatron.log import get_logger
 
 FLAG_KEYS: dict[str, str] = {
@@ -192,9 +193,13 @@ def _flag_value(text: Any, key: str) -> Any:
 
 
 def check_command(resolved: Resolved, script: str) -> None:
-    """What only a certain command needs: train.py checks that the config can be trained."""
-    if script.rpartition("/")[2].startswith("train"):
+    """What only a certain command needs: train.py a config that can be trained, generate.py an output of its own."""
+    name = script.rpartition("/")[2]
+    if name.startswith("train"):
         check_trainable(resolved.config)
+    if name.startswith("generate"):
+        files = {setting.source.rpartition(":")[0] for setting in resolved.settings.values()}
+        refuse_inputs(resolved.config.generation.sample_output_file, "sample_output_file", sorted(files))
 
 
 def parse_run(argv: Sequence[str], prog: str) -> tuple[RunConfig, Namespace]:

@@ -18,6 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from megatron.config.neox_keys import ALIASES, IGNORED, REFUSED, Rule
 from megatron.config.schema import SECTIONS, RunConfig
+from megatron.files import write_output
 
 DEFAULT_PATH = Path("docs/configuration.md")
 
@@ -142,8 +143,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("path", nargs="?", type=Path, default=DEFAULT_PATH)
     path: Path = parser.parse_args(argv).path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(), encoding="ascii")
+    write_output(path, render(), "path")
     return 0
 
 

@@ -2,39 +2,31 @@
 
 `{output}.unfinished` has a line with a fingerprint of all that decides the texts, and one JSON line a completion with
 its index. It grows by whole batches; a line cut off by a crash is dropped. The output file appears complete, by rename.
+An output that is a stream (a FIFO, /dev/stdout) is written at the end, and leaves nothing to go on with.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from megatron.errors import UserError
+from megatron.files import find_output, open_own, write_errors
 from megatron.inference.decoding import Decoder, Text
 from megatron.inference.generate import Completion
 from megatron.log import get_logger
 
-
-def check_writable(path: str) -> None:
-    """Find out that the output cannot be written before the model has worked for it; an old output stays."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=Path(path).parent):
-            pass
-        if Path(path).is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    except OSError as error:
-        raise UserError(f"sample_output_file: {path} cannot be written: {error.strerror}; name another file") from None
+_KEY = "sample_output_file"
+_HEADER_START = b'{"fingerprint": '
 
 
 class Answers:
@@ -43,30 +35,45 @@ class Answers:
     Args:
         output: the file to be written; `output`.unfinished is locked until finish() or close().
         fingerprint: what the completions depend on, see fingerprint().
+        inputs: files that must not be lost by the output.
 
-    Raises: UserError when another process is writing them.
+    Raises: UserError when another process is writing them, or the output cannot be written or is one of the inputs.
     """
 
-    def __init__(self, output: str, fingerprint: str) -> None:
-        self.output, self.found = Path(output), dict[int, dict[str, Any]]()
-        self._path = Path(f"{output}.unfinished")
-        self._file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115 (kept open)
+    def __init__(self, output: str, fingerprint: str, inputs: Sequence[str | None] = ()) -> None:
+        self.found = dict[int, dict[str, Any]]()
+        self._output, self._path = find_output(output, _KEY, inputs), Path(f"{output}.unfinished")
+        self._file: BinaryIO | None = None
+        if not self._output.is_stream:
+            self._open(json.dumps({"fingerprint": fingerprint}).encode() + b"\n")
+
+    def _open(self, header: bytes) -> None:
+        """Read and lock the unfinished file, or make it; without one where something else has its name."""
+        with self._explained():
+            self._file = open_own(self._path)
+        if self._file is None:
+            get_logger().warning("%s is no regular file: an interrupted run will have to start anew", self._path)
+            return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.close()
+            self.close()
             raise UserError(
-                f"sample_output_file: another process is writing {self._path}; wait for it or name another file"
+                f"{_KEY}: another process is writing {self._path}; wait for it or name another file"
             ) from None
-        header = json.dumps({"fingerprint": fingerprint}).encode() + b"\n"
-        self._file.seek(self._read(header))
+        except OSError:
+            get_logger().warning("%s cannot be locked; make sure that only one process writes it", self._path)
+        self._file.seek(self._read(self._file.read(), header))
         self._file.truncate()
         if self._file.tell() == 0:
             self._write(header)
 
-    def _read(self, header: bytes) -> int:
+    def _read(self, content: bytes, header: bytes) -> int:
         """Collect the completions; the size of what is whole and belongs to this run."""
-        lines = self._file.read().splitlines(keepends=True)
+        if content.strip(b"\0") and not content.startswith(_HEADER_START) and not _HEADER_START.startswith(content):
+            self.close()
+            raise UserError(f"{_KEY}: {self._path} is a file of something else; move it away or name another output")
+        lines = content.splitlines(keepends=True)
         if not lines or lines[0] != header:
             if len(lines) > 1:
                 get_logger().info("%s: prompts, settings or model have changed; starting anew", self._path)
@@ -89,24 +96,29 @@ class Answers:
 
     def finish(self, count: int) -> None:
         """Write completions 0..count-1 to the output file and remove the unfinished one."""
-        complete = Path(f"{self.output}.part")
-        with complete.open("wb") as file:
+        with self._output.open() as file:
             file.writelines(_line(self.found[i]) for i in range(count))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(complete, self.output)
-        self._path.unlink()
+        if self._file is not None:
+            self._path.unlink(missing_ok=True)
         self.close()
-        get_logger().info("%d texts written to %s", count, self.output)
+        get_logger().info("%d texts written to %s", count, self._output.path)
 
     def close(self) -> None:
         """Let another run go on."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
     def _write(self, content: bytes) -> None:
-        self._file.write(content)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            with self._explained():
+                self._file.write(content)
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def _explained(self) -> AbstractContextManager[None]:
+        advice = "free space or name another file; the same command goes on where this one stopped"
+        return write_errors(f"{_KEY}: {self._path}", advice)
 
 
 def _fields(completion: Completion) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from megatron.config.schema import GenerationConfig, RunConfig
 from megatron.errors import UserError
-from megatron.inference.answers import Answers, check_writable, fingerprint
+from megatron.files import find_output
+from megatron.inference.answers import Answers, fingerprint
 from megatron.inference.decoding import Decoder, Text
 from megatron.inference.generate import completion_of, evaluating, length_batches, start_texts
 from megatron.inference.interactive import converse
@@ -34,7 +35,9 @@ def run_generation(config: RunConfig, layout: Layout = SINGLE) -> None:
     Raises: UserError when text_gen_type, the checkpoint or the prompts are missing, or a file cannot be written.
     """
     options = config.generation
-    requests = _requests(options)
+    requests, inputs = _requests(options), _input_files(config)
+    if requests is not None:
+        find_output(options.sample_output_file, "sample_output_file", inputs)
     model, tokenizer = load_for_inference(config, layout)
     decoder = Decoder(model, tokenizer, config.model.seq_length, options.recompute, options.logprobs)
     if requests is None:
@@ -45,14 +48,25 @@ def run_generation(config: RunConfig, layout: Layout = SINGLE) -> None:
     size = config.evaluation.eval_batch_size
     batch_size = size if isinstance(size, int) else _BATCH_SIZE
     if layout.tensor_rank == 0:
-        _write_answers(decoder, texts, options.sample_output_file, batch_size)
+        _write_answers(decoder, texts, options.sample_output_file, batch_size, inputs)
     else:
         complete_missing(decoder, texts, None, batch_size)
 
 
-def _write_answers(decoder: Decoder, texts: Sequence[Text], output: str, batch_size: int) -> None:
-    check_writable(output)
-    answers = Answers(output, fingerprint(decoder, texts))
+def _input_files(config: RunConfig) -> list[str | None]:
+    """What a generation reads, and its output must not replace."""
+    return [
+        config.generation.sample_input_file,
+        config.checkpoint.eval_ckpt,
+        config.tokenizer.vocab_file,
+        config.tokenizer.merge_file,
+    ]
+
+
+def _write_answers(
+    decoder: Decoder, texts: Sequence[Text], output: str, batch_size: int, inputs: Sequence[str | None]
+) -> None:
+    answers = Answers(output, fingerprint(decoder, texts), inputs)
     try:
         complete_missing(decoder, texts, answers, batch_size)
         answers.finish(len(texts))

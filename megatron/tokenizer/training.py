@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron.errors import UserError
+from megatron.files import write_output
 from megatron.tokenizer.base import END_OF_TEXT, well_formed
 from megatron.tokenizer.files import optional_package
 
@@ -39,7 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, path: str | Path) -> 
         show_progress=False,
     )
     tokenizer.train_from_iterator(map(well_formed, texts), trainer)
-    tokenizer.save(str(path))
+    write_output(path, tokenizer.to_str(pretty=True), "--output")
     return tokenizer
 
 
@@ -66,7 +67,7 @@ def train_sentencepiece(texts: Iterable[str], vocabulary: int, path: str | Path)
             raise UserError(f"--vocab-size: sentencepiece cannot learn {vocabulary} pieces: {reason}") from error
     if failures:
         raise failures[0]
-    Path(path).write_bytes(model.getvalue())
+    write_output(path, model.getvalue(), "--output")
 
 
 def _sentences(texts: Iterable[str], failures: list[BaseException]) -> Iterator[str]:

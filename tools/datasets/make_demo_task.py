@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     args = parse_args(arguments)
     texts = [text for path in args.input for text in read_texts(path, args.jsonl_key)]
-    task_file = write_continuation_task(texts, args.output, args.name, args.num_documents, args.seed, args.distractors)
+    task_file = write_continuation_task(
+        texts, args.output, args.name, args.num_documents, args.seed, args.distractors, args.input
+    )
     get_logger().info("task %s written to %s", args.name, task_file)
 
 

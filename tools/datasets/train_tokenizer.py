@@ -41,12 +41,13 @@ def read_texts(args: argparse.Namespace) -> Iterator[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Parse and train."""
     from megatron.data.text import check_inputs
+    from megatron.files import find_output
     from megatron.log import get_logger
     from megatron.tokenizer.training import train_sentencepiece, train_tokenizer
 
     args = parse_args(arguments)
     check_inputs(args.input)
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    find_output(args.output, "--output", args.input)
     train = train_tokenizer if args.type == "bpe" else train_sentencepiece
     train(read_texts(args), args.vocab_size, args.output)
     get_logger().info(f"wrote {args.output}")
