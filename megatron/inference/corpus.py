@@ -53,10 +53,10 @@ def _indexed_documents(dataset: IndexedDataset, tokenizer: Tokenizer) -> Iterato
     for first, last in zip(ends[:-1], ends[1:], strict=True):
         parts = [dataset[i] for i in range(first, last)]
         ids = np.concatenate(parts).tolist() if parts else []
-        if ids and max(ids) >= tokenizer.vocab_size:
+        if wrong := [token for token in ids if not 0 <= token < tokenizer.vocab_size]:
             raise UserError(
-                f"perplexity_data: {dataset.prefix} holds token id {max(ids)}, the tokenizer has {tokenizer.vocab_size}"
-                " ids; use the tokenizer the data was made with"
+                f"perplexity_data: {dataset.prefix} holds token id {max(wrong)}, the tokenizer has "
+                f"{tokenizer.vocab_size} ids; use the tokenizer the data was made with"
             )
         if ids and ids[-1] == tokenizer.eod_id:
             ids.pop()

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import os
 import pickle
+import struct
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from data_helpers import CORPUS, write_corpus
 
 from megatron.data import IndexedDataset, IndexedDatasetBuilder
+from megatron.data.check import check_pair
 from megatron.data.indexed import best_dtype
 from megatron.errors import UserError
 
@@ -103,7 +110,7 @@ def test_an_id_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/x\.bin: cannot be written"):
+    with pytest.raises(UserError, match=r"file/x\.bin cannot be written"):
         IndexedDatasetBuilder(tmp_path / "file" / "x", np.uint16)
 
 
@@ -125,7 +132,13 @@ def test_a_truncated_index_is_refused(pair: Path, cut: int, message: str) -> Non
 
 @pytest.mark.parametrize(
     ("position", "value", "message"),
-    [(0, 0, "magic"), (9, 2, "version 2"), (17, 7, "dtype code 7"), (18, 200, "truncated"), (34, 4, "describes")],
+    [
+        (0, 0, "magic"),
+        (9, 2, "version 2"),
+        (17, 7, "dtype code 7"),
+        (18, 200, "truncated"),
+        (34, 4, "at sequence 1"),
+    ],
 )
 def test_a_damaged_index_is_refused(pair: Path, position: int, value: int, message: str) -> None:
     idx = pair.with_suffix(".idx")
@@ -140,3 +153,130 @@ def test_an_index_of_another_corpus_is_refused(pair: Path) -> None:
     pair.with_suffix(".bin").write_bytes(b"\0" * 14)
     with pytest.raises(UserError, match=r"small\.bin: 14 bytes, but small\.idx describes 16"):
         IndexedDataset(pair)
+
+
+HEADER = 34
+SIZES, POINTERS, BOUNDARIES = HEADER, HEADER + 12, HEADER + 36  # of three sequences
+
+
+def overwrite(path: Path, position: int, content: bytes) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[position : position + len(content)] = content
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("has_checksums", [True, False])
+@pytest.mark.parametrize(
+    ("position", "content", "message"),
+    [
+        pytest.param(POINTERS + 8, struct.pack("<q", 4), "at sequence 1 of 3", id="a pointer into the one before"),
+        pytest.param(POINTERS + 16, struct.pack("<q", -6), "at sequence 2 of 3", id="a negative pointer"),
+        pytest.param(POINTERS, struct.pack("<q", 2), "at sequence 0 of 3", id="a first pointer that is not 0"),
+        pytest.param(SIZES, struct.pack("<ii", 4, -1), "at sequence 1 of 3", id="sizes with the right sum"),
+        pytest.param(SIZES + 8, struct.pack("<i", 4), "16 bytes, but small.idx describes 14", id="the last size"),
+        pytest.param(BOUNDARIES, struct.pack("<q", 1), "document boundaries", id="documents that do not begin at 0"),
+        pytest.param(BOUNDARIES + 8, struct.pack("<qq", 2, 1), "document boundaries", id="documents that go back"),
+        pytest.param(BOUNDARIES + 24, struct.pack("<q", 2), "document boundaries", id="documents that end early"),
+        pytest.param(18, struct.pack("<QQ", 1, 7), "damaged|describes|sequence", id="counts of the right size"),
+        pytest.param(17, b"\x01", "at sequence 1 of 3", id="another type of another size"),
+    ],
+)
+def test_what_does_not_follow_from_the_sizes_is_refused(
+    pair: Path, position: int, content: bytes, message: str, has_checksums: bool
+) -> None:
+    if not has_checksums:
+        pair.with_suffix(".sha256").unlink()
+    overwrite(pair.with_suffix(".idx"), position, content)
+    with pytest.raises(UserError, match=message):
+        IndexedDataset(pair)
+
+
+def test_a_type_of_the_same_size_is_told_by_the_checksum(pair: Path) -> None:
+    overwrite(pair.with_suffix(".idx"), 17, b"\x03")
+    with pytest.raises(UserError, match=r"small\.idx: damaged, its sha256 is not the one in small\.sha256"):
+        IndexedDataset(pair)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_trailing_bytes_are_refused(pair: Path, suffix: str) -> None:
+    with pair.with_suffix(suffix).open("ab") as file:
+        file.write(b"\0\0")
+    with pytest.raises(UserError, match=rf"small\{suffix}: "):
+        IndexedDataset(pair)
+
+
+def test_data_that_gpt_neox_merged_has_a_document_a_sequence(pair: Path) -> None:
+    pair.with_suffix(".sha256").unlink()
+    idx = pair.with_suffix(".idx")
+    idx.write_bytes(idx.read_bytes()[: BOUNDARIES + 8])
+    overwrite(idx, 26, struct.pack("<Q", 1))
+    assert IndexedDataset(pair).document_indices.tolist() == [0, 1, 2, 3]
+
+
+def test_checksums_are_those_of_sha256sum(pair: Path) -> None:
+    lines = [f"{hashlib.sha256(pair.with_suffix(s).read_bytes()).hexdigest()}  small{s}\n" for s in (".bin", ".idx")]
+    assert pair.with_suffix(".sha256").read_text() == "".join(lines)
+
+
+def test_a_flipped_token_is_found_on_request_and_when_merging(pair: Path, tmp_path: Path) -> None:
+    assert check_pair(str(pair)).checksums == "hold"
+    overwrite(pair.with_suffix(".bin"), 4, b"\7")
+    IndexedDataset(pair)  # opening does not read the tokens
+    with pytest.raises(UserError, match=r"small\.bin: damaged, its sha256"):
+        check_pair(str(pair))
+    with (
+        IndexedDatasetBuilder(tmp_path / "m", np.uint16) as builder,
+        pytest.raises(UserError, match="bin: damaged"),
+    ):
+        builder.add_index(pair)
+
+
+def test_a_pair_of_another_tool_needs_no_checksums_and_can_get_them(pair: Path, tmp_path: Path) -> None:
+    pair.with_suffix(".sha256").unlink()
+    assert IndexedDataset(pair)[0].tolist() == [0, 1, 2] and check_pair(str(pair)).checksums == "not recorded"
+    assert check_pair(str(pair), write=True).checksums == "written" and check_pair(str(pair)).checksums == "hold"
+    for suffix in (".bin", ".idx", ".sha256"):
+        pair.with_suffix(suffix).rename(tmp_path / f"renamed{suffix}")
+    facts = check_pair(str(tmp_path / "renamed"))
+    assert (facts.num_documents, facts.num_tokens, facts.highest_id, facts.checksums) == (3, 8, 7, "hold")
+    write_corpus(pair, [2, 2])
+    assert IndexedDataset(pair)[1].tolist() == [2, 3]
+
+
+def test_another_file_of_that_name_is_named_and_does_not_stop(pair: Path, tmp_path: Path, capsys: Any) -> None:
+    pair.with_suffix(".sha256").write_text("notes of mine\n")
+    with IndexedDatasetBuilder(tmp_path / "m", np.uint16) as builder:
+        builder.add_index(pair)
+    assert "small.sha256: does not hold checksums as sha256sum writes them" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"small\.sha256: does not hold checksums"):
+        check_pair(str(pair))
+    assert pair.with_suffix(".sha256").read_text() == "notes of mine\n"
+
+
+def test_negative_ids_are_found_on_request(tmp_path: Path) -> None:
+    with IndexedDatasetBuilder(tmp_path / "n", np.int32) as builder:
+        builder.add_document([3, -1])
+        builder.finalize()
+    with pytest.raises(UserError, match=r"n\.bin: holds the negative id -1"):
+        check_pair(str(tmp_path / "n"))
+
+
+def test_the_check_tool_reads_every_pair_and_exits_2(pair: Path, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "bad", [3])
+    overwrite(tmp_path / "bad.bin", 0, b"\7")
+    command = [sys.executable, "tools/datasets/check_data.py", str(tmp_path / "bad"), str(pair)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert result.stdout == f"{pair}: 3 documents, 8 tokens, ids 0 to 7 in uint16; checksums hold\n"
+
+
+def test_a_file_without_permission_is_named(pair: Path) -> None:
+    pair.with_suffix(".idx").chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root reads everything
+    try:
+        with pytest.raises(UserError, match=r"small\.idx: cannot be read \(Permission denied\)"):
+            IndexedDataset(pair)
+    finally:
+        os.seteuid(user)
