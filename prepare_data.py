@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import get_args
 
-from megatron.config.schema import TokenizerConfig, TokenizerType
 from megatron.data.corpora import CORPORA
 from megatron.data.preprocess import prepare_dataset
 from megatron.errors import run_command
+from megatron.tokenizer import TOKENIZER_TYPES, tokenizer_of_flags
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -17,12 +16,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     known = ", ".join(CORPORA)
-    add("dataset", nargs="?", help=f"name of the data set; without --input it is downloaded, if one of {known}")
+    add("dataset", nargs="?", help=f"name of the data set; without --input one of {known} (default enwik8), downloaded")
     add("--input", nargs="+", metavar="FILE", help="local .txt, .jsonl, .jsonl.gz, .jsonl.zst or .jsonl.zst.tar files")
     add("--name", help="name of the output. Default: dataset, else the first file's name")
     add("--jsonl-keys", nargs="+", default=["text"], help="keys to encode, each into files of its own")
     add("--txt-documents", choices=["file", "lines"], default="file", help="a .txt file is one document, or one a line")
-    add("-t", "--tokenizer", choices=get_args(TokenizerType), default="GPT2BPETokenizer")
+    add("-t", "--tokenizer", metavar="TYPE", default="GPT2BPETokenizer", help=", ".join(TOKENIZER_TYPES))
     add("-v", "--vocab-file", help="tokenizer.json, GPT-2's vocab.json, a .model, a .tiktoken or an encoding's name")
     add("-m", "--merge-file", help="merges.txt of GPT-2")
     add("-d", "--data-dir", default="data", help="folder for the output. Default: data")
@@ -34,7 +33,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Parse and prepare."""
     args = parse_args(arguments)
-    tokenizer = TokenizerConfig(tokenizer_type=args.tokenizer, vocab_file=args.vocab_file, merge_file=args.merge_file)
+    tokenizer = tokenizer_of_flags("--tokenizer", args.tokenizer, args.vocab_file, args.merge_file)
     prepare_dataset(
         args.dataset,
         args.input,

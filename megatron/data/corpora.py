@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron.data.download import Patience, download, verify
 from megatron.errors import UserError
+from megatron.files import find_regular_output, part_file
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ CORPORA: Mapping[str, Sources] = {
 }
 
 
+DEFAULT_CORPUS = "enwik8"
+"""What GPT-NeoX prepares where no name is given."""
+
+
 def fetch_corpus(
     name: str,
     folder: Path,
@@ -89,17 +94,18 @@ def _fetch_source(source: Source, folder: Path, force: bool, patience: Patience 
 
 def _unpack(archive: Path, target: Path, checksum: str | None) -> None:
     """The only file of a zip to `target`; names inside the zip are never used as paths."""
-    partial = target.with_name(target.name + ".part")
+    target = find_regular_output(target, "--data-dir")
+    file, part = part_file(target)
     try:
-        with zipfile.ZipFile(archive) as unzipped:
+        with file, zipfile.ZipFile(archive) as unzipped:
             members = [member for member in unzipped.infolist() if not member.is_dir()]
             if len(members) != 1:
                 raise UserError(f"{archive}: holds {len(members)} files instead of one; it was removed, try again")
-            with unzipped.open(members[0]) as packed, open(partial, "wb") as file:
+            with unzipped.open(members[0]) as packed:
                 shutil.copyfileobj(packed, file, 1 << 20)
-        verify(partial, checksum, str(archive))
-        os.replace(partial, target)
+        verify(part, checksum, str(archive))
+        os.replace(part, target)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"{archive}: not a valid zip file ({error}); it was removed, try again") from error
     finally:
-        partial.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)

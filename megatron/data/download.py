@@ -21,6 +21,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from megatron.errors import UserError
+from megatron.files import find_regular_output, is_regular
 
 _CHUNK = 1 << 20
 _WAITING_STATUS = {408, 425, 429, 500, 502, 503, 504}
@@ -47,8 +48,8 @@ def download(
     """
     if path.is_file() and not force:
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _Partial(path.with_name(path.name + ".part"))
+    target = find_regular_output(path, "--data-dir")
+    partial = _Partial(target.with_name(target.name + ".part"))
     if force:
         partial.discard()
     announced = _fetch(url, partial, patience or Patience())
@@ -57,7 +58,7 @@ def download(
     except UserError:
         partial.discard()
         raise
-    os.replace(partial.path, path)
+    os.replace(partial.path, target)
     partial.discard()
     return path
 
@@ -80,6 +81,11 @@ class _Partial:
 
     def __init__(self, path: Path) -> None:
         self.path, self._version = path, path.with_name(path.name + ".version")
+        for own in (self.path, self._version):
+            if own.is_symlink():  # not ours: written to, it would change another file
+                own.unlink()
+            if own.exists() and not is_regular(own):
+                raise UserError(f"{own}: is no regular file; move it away, the download needs this name")
 
     @property
     def size(self) -> int:

@@ -15,10 +15,11 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from megatron.config.schema import TokenizerConfig
-from megatron.data.corpora import CORPORA, Sources, fetch_corpus
-from megatron.data.indexed import IndexedDatasetBuilder, best_dtype
+from megatron.data.corpora import CORPORA, DEFAULT_CORPUS, Sources, fetch_corpus
+from megatron.data.indexed import IndexedDatasetBuilder, best_dtype, output_files
 from megatron.data.text import SUFFIXES, RawDocument, TxtDocuments, check_inputs, read_documents, texts
 from megatron.errors import UserError
+from megatron.files import refuse_inputs
 from megatron.log import get_logger
 from megatron.tokenizer import Tokenizer, build_tokenizer
 
@@ -69,9 +70,9 @@ def preprocess(
     nothing is written then.
     """
     check_inputs(inputs)
+    prefixes = _prefixes(output_prefix, keys, inputs)
     tokenizer = build_tokenizer(tokenizer_config)
     encoder, dtype = Encoder(tokenizer, keys, append_eod), best_dtype(tokenizer.vocab_size)
-    prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
     num_tokens = num_empty = 0
     with ExitStack() as stack:
         builders = [stack.enter_context(IndexedDatasetBuilder(prefix, dtype)) for prefix in prefixes.values()]
@@ -89,6 +90,16 @@ def preprocess(
             builder.finalize()
     total = sum(builder.num_documents for builder in builders)
     return _reported(Preprocessed(prefixes, total, num_tokens, num_empty))
+
+
+def _prefixes(output_prefix: str | Path, keys: Sequence[str], inputs: Sequence[str]) -> dict[str, str]:
+    """The prefix of each key's pair, none of whose files is an input, perhaps through a link."""
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise UserError(f"--jsonl-keys: '{repeated[0]}' is given twice; give each key once")
+    prefixes = {key: f"{output_prefix}_{key}_document" for key in keys}
+    for path in itertools.chain.from_iterable(map(output_files, prefixes.values())):
+        refuse_inputs(path, "--input", inputs)
+    return prefixes
 
 
 def _reported(result: Preprocessed) -> Preprocessed:
@@ -114,27 +125,32 @@ def prepare_dataset(
 ) -> Preprocessed:
     """Write `{data_dir}/{name}/{name}_{key}_document.{bin,idx}`; name: `name`, else `dataset`, else the first file's.
 
-    Without `inputs`, `dataset` names one of the `corpora`: it is downloaded to `{data_dir}/{dataset}/raw`, where
-    complete files are kept unless `force_redownload`. Raises UserError for other names, and before a download for a
-    tokenizer that cannot be built.
+    Without `inputs`, `dataset` names one of the `corpora`, enwik8 unless it is given: it is downloaded to
+    `{data_dir}/{dataset}/raw`, where complete files are kept unless `force_redownload`. Raises UserError for other
+    names, and before a download for a tokenizer that cannot be built.
     """
+    if not inputs:
+        dataset = dataset or DEFAULT_CORPUS
     name = name or dataset or (Path(inputs[0]).name.split(".")[0] if inputs else "")
     if Path(name).name != name:
         raise UserError(
             f"--name: '{name}' is not a plain folder name; choose one without slashes, and the place with -d"
         )
     if not inputs:
+        assert dataset is not None, "set above"
         inputs = _downloaded(dataset, Path(data_dir), tokenizer_config, force_redownload, corpora)
     prefix = Path(data_dir) / name / name
     return preprocess(inputs, prefix, tokenizer_config, keys, True, num_workers, txt_documents)
 
 
 def _downloaded(
-    dataset: str | None, data_dir: Path, tokenizer: TokenizerConfig, force: bool, corpora: Mapping[str, Sources]
+    dataset: str, data_dir: Path, tokenizer: TokenizerConfig, force: bool, corpora: Mapping[str, Sources]
 ) -> list[str]:
-    if dataset is None or dataset not in corpora:
-        what = f"'{dataset}' cannot be downloaded (known: {', '.join(corpora)})" if dataset else "no text files given"
-        raise UserError(f"--input: {what}; pass the text files with --input FILES ({', '.join(SUFFIXES)})")
+    if dataset not in corpora:
+        raise UserError(
+            f"--input: '{dataset}' cannot be downloaded (known: {', '.join(corpora)}); pass the text files with "
+            f"--input FILES ({', '.join(SUFFIXES)})"
+        )
     build_tokenizer(tokenizer)
     return fetch_corpus(dataset, data_dir / dataset / "raw", force, corpora)
 

@@ -76,7 +76,7 @@ def texts(document: RawDocument, keys: Sequence[str]) -> list[str]:
     where = f"{document.path}: line {document.line}"
     try:
         fields = json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits, too
         raise UserError(f"{where} is not valid JSON ({error}); each line must be one JSON object") from None
     if not isinstance(fields, dict):
         raise UserError(f'{where} is not a JSON object but {type(fields).__name__}; write {{"text": ...}}')

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from megatron.config.schema import TokenizerConfig
+from typing import get_args
+
+from megatron.config.schema import TokenizerConfig, TokenizerType
+from megatron.errors import UserError
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.bpe import GPT2BPETokenizer, HFTokenizer
 from megatron.tokenizer.byte_level import CharLevelTokenizer
 from megatron.tokenizer.sentencepiece import SPMTokenizer
 from megatron.tokenizer.tiktoken import TiktokenTokenizer
 
+TOKENIZER_TYPES: tuple[str, ...] = get_args(TokenizerType)
+
 __all__ = [
+    "TOKENIZER_TYPES",
     "CharLevelTokenizer",
     "GPT2BPETokenizer",
     "HFTokenizer",
@@ -17,7 +23,19 @@ __all__ = [
     "TiktokenTokenizer",
     "Tokenizer",
     "build_tokenizer",
+    "tokenizer_of_flags",
 ]
+
+
+def tokenizer_of_flags(flag: str, kind: str, vocab_file: str | None, merge_file: str | None) -> TokenizerConfig:
+    """The tokenizer that a command line names, `kind` with `flag`. Raises UserError for a kind that is not there."""
+    if kind in TOKENIZER_TYPES:
+        return TokenizerConfig.model_validate(
+            {"tokenizer_type": kind, "vocab_file": vocab_file, "merge_file": merge_file}
+        )
+    if kind == "HFGPT2Tokenizer":
+        raise UserError(f"{flag}: {kind} is GPT2BPETokenizer here; give it with GPT-2's vocab.json and merges.txt")
+    raise UserError(f"{flag}: unknown tokenizer '{kind}'; known are {', '.join(TOKENIZER_TYPES)}")
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import socket
@@ -143,8 +144,36 @@ def test_a_refused_connection_is_one_line(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_line_and_not_tried_again(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file.bin.part").symlink_to("/dev/full")
-    monkeypatch.setattr("megatron.data.download._Partial.start", lambda self, version: None)
+    full = functools.partial(open, "/dev/full")
+    monkeypatch.setattr("megatron.data.download.open", lambda path, mode: full(mode), raising=False)
     with pytest.raises(UserError, match=r"file\.bin\.part: cannot be written \(No space left on device\)"):
         get(served, tmp_path)
     assert len(served.requests) == 1
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_followed(served: Served, tmp_path: Path, exists: bool) -> None:
+    target, link = tmp_path / "disk" / "big", tmp_path / "file.bin"
+    target.parent.mkdir()
+    if exists:
+        target.write_bytes(b"old")
+    link.symlink_to("disk/big")
+    assert download(f"{served.url}/file.bin", link, SHA, True, QUICK) == link
+    assert link.is_symlink() and target.read_bytes() == BODY
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["big", "disk", "file.bin"]
+
+
+def test_a_link_named_like_a_part_is_not_followed(served: Served, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"keep")
+    (tmp_path / "file.bin.part").symlink_to("mine")
+    (tmp_path / "file.bin.part.version").write_text('"1"')  # what the server has: the transfer would be resumed
+    download(f"{served.url}/file.bin", tmp_path / "file.bin", SHA, False, QUICK)
+    assert (tmp_path / "mine").read_bytes() == b"keep" and (tmp_path / "file.bin").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("name", ["file.bin.part", "file.bin.part.version", "file.bin"])
+def test_a_folder_in_the_way_is_named_at_once(served: Served, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name}(: is no regular file| cannot be written: Is a directory)"):
+        download(f"{served.url}/file.bin", tmp_path / "file.bin", SHA, False, QUICK)
+    assert not served.requests

@@ -14,6 +14,8 @@ from megatron.config.schema import TokenizerConfig
 from megatron.data import IndexedDataset
 from megatron.data.preprocess import encode_all, prepare_dataset, preprocess
 from megatron.errors import UserError
+from prepare_data import main as prepare_main
+from tools.datasets.preprocess_data import main as preprocess_main
 
 ROOT = Path(__file__).parents[2]
 BYTES = TokenizerConfig(tokenizer_type="CharLevelTokenizer")
@@ -115,11 +117,30 @@ def test_prepare_dataset_names_the_output(tmp_path: Path) -> None:
 def test_what_cannot_be_prepared_is_refused_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'enwik9' cannot be downloaded \(known: enwik8, .*; pass .*--input"):
         prepare_dataset("enwik9", None, tmp_path, BYTES)
-    with pytest.raises(UserError, match="no text files given"):
-        prepare_dataset(None, None, tmp_path, BYTES)
     (tmp_path / "a.txt").write_text("one")
     with pytest.raises(UserError, match="--name: 'a/b'"):
         prepare_dataset(None, [str(tmp_path / "a.txt")], tmp_path, BYTES, name="a/b")
+
+
+def test_without_a_name_enwik8_is_prepared(tmp_path: Path) -> None:
+    (tmp_path / "enwik8" / "raw").mkdir(parents=True)
+    (tmp_path / "enwik8" / "raw" / "enwik8.txt").write_text("one")
+    prepare_main(["-t", "CharLevelTokenizer", "-d", str(tmp_path)])
+    assert encoded(str(tmp_path / "enwik8" / "enwik8_text_document")) == [ONE]
+    prepare_main(["-t", "CharLevelTokenizer", "-d", str(tmp_path), "--jsonl-keys", "text", "--name", "other"])
+    assert encoded(str(tmp_path / "other" / "other_text_document")) == [ONE]
+
+
+def test_a_tokenizer_of_gpt_neox_that_is_not_here_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--tokenizer: HFGPT2Tokenizer is GPT2BPETokenizer here"):
+        prepare_main(["-t", "HFGPT2Tokenizer", "-d", str(tmp_path)])
+    with pytest.raises(UserError, match="--tokenizer-type: unknown tokenizer 'Mine'; known are HFTokenizer, "):
+        preprocess_main(["--input", "a.txt", "--output-prefix", "o", "--tokenizer-type", "Mine"])
+
+
+def test_a_number_of_too_many_digits_is_located(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.jsonl: line 1 is not valid JSON"):
+        run(tmp_path, "a.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}")
 
 
 def command(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:

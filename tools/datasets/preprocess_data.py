@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import get_args
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; --input takes files separated by commas, by spaces, or both."""
-    from megatron.config.schema import TokenizerType
+    from megatron.tokenizer import TOKENIZER_TYPES
 
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
@@ -18,7 +17,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--jsonl-keys", nargs="+", default=["text"], help="keys to encode, each into files of its own")
     add("--num-docs", type=int, help="number of documents, for the progress bar")
     add("--txt-documents", choices=["file", "lines"], default="file", help="a .txt file is one document, or one a line")
-    add("--tokenizer-type", choices=get_args(TokenizerType), required=True)
+    add("--tokenizer-type", metavar="TYPE", required=True, help=", ".join(TOKENIZER_TYPES))
     add("--vocab-file", help="tokenizer.json, GPT-2's vocab.json, a .model, a .tiktoken or an encoding's name")
     add("--merge-file", help="merges.txt of GPT-2")
     add("--append-eod", action="store_true", help="end every document with the end-of-document token")
@@ -32,9 +31,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse and preprocess."""
-    from megatron.config.schema import TokenizerConfig
     from megatron.data.preprocess import preprocess
     from megatron.errors import UserError
+    from megatron.tokenizer import tokenizer_of_flags
 
     args = parse_args(arguments)
     if args.ftfy:
@@ -42,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     preprocess(
         [path for group in args.input for path in group.split(",") if path],
         args.output_prefix,
-        TokenizerConfig(tokenizer_type=args.tokenizer_type, vocab_file=args.vocab_file, merge_file=args.merge_file),
+        tokenizer_of_flags("--tokenizer-type", args.tokenizer_type, args.vocab_file, args.merge_file),
         keys=args.jsonl_keys,
         append_eod=args.append_eod,
         num_workers=args.workers,
