@@ -1,7 +1,8 @@
 """Several data sets as one, mixed by weight with the greedy rule of Megatron and GPT-NeoX.
 
 At step s (from 0) the data set with the largest error weight * max(s, 1) - taken gives its next sample; the
-first one wins a tie. The choices depend on the weights alone, so a longer blend begins with the shorter one.
+first one wins a tie. The choices depend on the weights alone, so a longer blend begins with the shorter one. A very
+long one may repeat the choices of its first `period` steps, each time with the data sets' next samples.
 """
 
 from __future__ import annotations
@@ -24,39 +25,50 @@ _COUNT_EVERY = 4096
 class BlendedDataset(Dataset[npt.NDArray[np.int64]]):
     """`size` samples taken from `datasets` in proportion to `weights` (normalised here; 0 takes nothing).
 
-    dataset_index: uint8 [size], the data set of each sample.
+    dataset_index: uint8 [min(size, period)], the data set of each sample of a period.
     Raises UserError for weights that are negative or all zero, and when a data set is too small.
     """
 
-    def __init__(self, datasets: Sequence[Dataset[npt.NDArray[np.int64]]], weights: Sequence[float], size: int) -> None:
+    def __init__(
+        self,
+        datasets: Sequence[Dataset[npt.NDArray[np.int64]]],
+        weights: Sequence[float],
+        size: int,
+        period: int | None = None,
+    ) -> None:
         if size < 1:
             raise ValueError(f"a blend of {size} samples has nothing to give")
-        self.datasets = list(datasets)
+        self.datasets, self.period, self._size = list(datasets), period, size
         self.weights = normalized(weights)
         if not len(self.datasets) == len(self.weights) <= MAX_DATASETS:
             raise UserError(f"data weights: {len(self.weights)} for {len(self.datasets)} data sets (at most 255)")
-        self.dataset_index = blend_index(self.weights, size)
-        chunks = np.arange(0, size, _COUNT_EVERY)
+        self.dataset_index = blend_index(self.weights, min(size, period or size))
+        chunks = np.arange(0, len(self.dataset_index), _COUNT_EVERY)
         # Samples taken from each data set before each chunk: turns a position into a sample number without
         # keeping 8 bytes for every sample of the blend.
         counts = [np.add.reduceat(self.dataset_index == i, chunks, dtype=np.int64) for i in range(len(datasets))]
         self._taken = np.concatenate([np.zeros((len(counts), 1), np.int64), np.cumsum(counts, axis=1)], axis=1)
         for i, dataset in enumerate(self.datasets):
-            if self._taken[i, -1] > len(dataset):  # type: ignore[arg-type]
+            if self._count(i, size) > len(dataset):  # type: ignore[arg-type]
                 raise UserError(
-                    f"data weights: data set {i} must give {self._taken[i, -1]} samples and has "
+                    f"data weights: data set {i} must give {self._count(i, size)} samples and has "
                     f"{len(dataset)}; repeat it for more epochs"  # type: ignore[arg-type]
                 )
 
     def __len__(self) -> int:
-        return len(self.dataset_index)
+        return self._size
+
+    def _count(self, number: int, index: int) -> int:
+        """Samples of data set `number` before sample `index`."""
+        periods, place = divmod(index, len(self.dataset_index))
+        chunk = place // _COUNT_EVERY
+        within = np.count_nonzero(self.dataset_index[chunk * _COUNT_EVERY : place] == number)
+        return periods * int(self._taken[number, -1]) + int(self._taken[number, chunk]) + int(within)
 
     def locate(self, index: int) -> tuple[int, int]:
         """(data set, sample number in it) of sample `index`."""
-        number = int(self.dataset_index[index])
-        chunk = index // _COUNT_EVERY
-        within = np.count_nonzero(self.dataset_index[chunk * _COUNT_EVERY : index] == number)
-        return number, int(self._taken[number, chunk]) + int(within)
+        number = int(self.dataset_index[index % len(self.dataset_index)])
+        return number, self._count(number, index)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
         if not 0 <= index < len(self):
@@ -66,8 +78,8 @@ class BlendedDataset(Dataset[npt.NDArray[np.int64]]):
 
     @property
     def dataset_sample_index(self) -> npt.NDArray[np.int64]:
-        """int64 [size]: the sample's number in its data set (computed at each access)."""
-        result = np.empty(len(self), np.int64)
+        """int64, like dataset_index: the sample's number in its data set (computed at each access)."""
+        result = np.empty(len(self.dataset_index), np.int64)
         for number in range(len(self.datasets)):
             places = np.flatnonzero(self.dataset_index == number)
             result[places] = np.arange(len(places))

@@ -1,19 +1,29 @@
-"""Sample-order arrays on disk: built once per corpus and order, then memory-mapped by every process."""
+"""Sample-order arrays on disk: built once per corpus and order, then memory-mapped by every process.
+
+An order is `{key}_{name}.npy` for each array and `{key}.json`, which says what the order is of and the size and
+checksum of each file. Files that do not match it are built again. What has one of these names but is no file is left
+alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron.data.indexed import IndexedDataset
+from megatron.files import is_regular, open_own, replaced_file
 from megatron.log import get_logger
 
 Arrays = tuple[npt.NDArray[np.integer], ...]
@@ -22,6 +32,7 @@ WHOLE_FILE_LIMIT = 64 << 20
 
 _NUM_PROBES = 64
 _PROBE_BYTES = 1 << 16
+_BLOCK_BYTES = 1 << 24
 
 
 def corpus_identity(indexed: IndexedDataset) -> str:
@@ -39,56 +50,114 @@ def corpus_identity(indexed: IndexedDataset) -> str:
     return digest.hexdigest()
 
 
-def cached_arrays(folder: Path, key: str, names: tuple[str, ...], build: Callable[[], Arrays]) -> Arrays:
-    """The arrays of `key`, mapped from `folder`; built and stored there first when missing or damaged.
+def cached_arrays(folder: Path, name: str, order: str, names: Sequence[str], build: Callable[[], Arrays]) -> Arrays:
+    """The arrays of an order, mapped from `folder`; built and stored there first when missing or damaged.
 
+    name: begins the file names. order: all that decides the arrays; a hash of it ends the key.
     A folder that cannot be written costs one warning line, and the arrays stay in memory.
     """
-    paths = [folder / f"{key}_{name}.npy" for name in names]
-    arrays = _load(paths)
+    cache = _Cache(folder, f"{name}_{hashlib.sha256(order.encode()).hexdigest()[:16]}", order, names)
+    arrays = cache.load()
     if arrays is not None:
         return arrays
+    built: Arrays | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _one_builder(folder / f"{key}.lock"):
-            arrays = _load(paths, warn=False) or build()
-            if not isinstance(arrays[0], np.memmap):
-                for path, values in zip(paths, arrays, strict=True):
-                    _save(path, values)
+        with _one_builder(folder / f"{cache.key}.lock"):
+            arrays = cache.load(warn=True)
+            if arrays is None:
+                built = build()
+                cache.save(built)
         # Mapped, so that all processes of a machine share the pages.
-        return _load(paths) or arrays
+        return arrays or cache.load() or built or build()
     except OSError as error:
         get_logger().warning(f"sample order kept in memory: {folder} cannot be written ({error.strerror or error})")
-        return build() if arrays is None else arrays
+        return built or build()
 
 
-def _load(paths: list[Path], warn: bool = True) -> Arrays | None:
-    if not all(path.exists() for path in paths):
-        return None
-    try:
-        return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
-    except (OSError, ValueError, EOFError):
-        if warn:
-            get_logger().warning(f"damaged sample-order file among {paths[0]} and its siblings: building them again")
-        return None
+class _Cache:
+    def __init__(self, folder: Path, key: str, order: str, names: Sequence[str]) -> None:
+        self.key, self._order = key, order
+        self._description = folder / f"{key}.json"
+        self._paths = [folder / f"{key}_{name}.npy" for name in names]
 
-
-def _save(path: Path, values: npt.NDArray[np.integer]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, values, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _one_builder(path: Path) -> Iterator[None]:
-    """Let one process of a node build while the others wait; without lock support all of them build."""
-    with path.open("w") as file:
+    def load(self, warn: bool = False) -> Arrays | None:
+        """The arrays, mapped; None when they are missing, damaged or, unless this process builds, not complete yet."""
+        there = [path for path in (self._description, *self._paths) if path.exists()]
+        if not there:
+            return None
         with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            # Compared as a whole before a byte is interpreted: what we wrote needs no further check.
+            if _bytes_of(self._description) == self._describe():
+                return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in self._paths)
+        if warn and all(map(is_regular, there)):
+            get_logger().warning("sample-order files %s*: damaged, building them again", there[0].parent / self.key)
+        return None
+
+    def save(self, arrays: Arrays) -> None:
+        """Write the arrays, and then what they are."""
+        for path, values in zip(self._paths, arrays, strict=True):
+            with replaced_file(path) as file:
+                np.save(file, values, allow_pickle=False)
+        with replaced_file(self._description) as file:
+            file.write(self._describe())
+
+    def _describe(self) -> bytes:
+        files = {path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in self._paths}
+        return json.dumps({"order": self._order, "files": files}, indent=1).encode()
+
+
+def _opened(path: Path) -> BinaryIO:
+    if not is_regular(path):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return path.open("rb")
+
+
+def _bytes_of(path: Path) -> bytes:
+    with _opened(path) as file:
+        return file.read()
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with _opened(path) as file:
+        while block := file.read(_BLOCK_BYTES):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+@contextmanager
+def _one_builder(path: Path) -> Iterator[None]:
+    """Let one process of a node build while the others wait; where there are no locks all of them build."""
+    file = _locked(path)
+    try:
         yield
+    finally:
+        if file is not None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            file.close()
+
+
+def _locked(path: Path) -> BinaryIO | None:
+    """The lock's file; None where something else has its name.
+
+    Its owner removes it at the end: who waited for it then holds a file that is gone, and tries the next one.
+    """
+    while (file := open_own(path)) is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            return file
+        if _is_file_at(path, file.fileno()):
+            return file
+        file.close()
+    return None
+
+
+def _is_file_at(path: Path, descriptor: int) -> bool:
+    """Is this open file the one of this name?"""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from megatron.config.schema import RunConfig
 from megatron.data.blend import BlendedDataset, normalized, weights_by_documents
 from megatron.data.indexed import IndexedDataset
-from megatron.data.samples import GPTDataset, split_documents
+from megatron.data.samples import WHOLE_ORDER_SAMPLES, GPTDataset, split_documents
 from megatron.errors import UserError
 from megatron.log import get_logger
 from megatron.mpu.device import uses_gpu
@@ -24,6 +24,9 @@ from megatron.mpu.device import uses_gpu
 SPLIT_NAMES = ("train", "valid", "test")
 BLEND_MARGIN = 1.005
 """Each part of a blend is sized for 0.5 % more than its share, as GPT-NeoX does; it decides the epochs."""
+
+BLEND_PERIOD = 1 << 24
+"""Steps after which a blend of more than WHOLE_ORDER_SAMPLES samples repeats its choices."""
 
 AnyDataset = GPTDataset | BlendedDataset
 
@@ -42,7 +45,8 @@ class Datasets:
     valid: AnyDataset | None
     test: AnyDataset | None
     epoch_blocks: dict[str, list[int]] = field(default_factory=dict)
-    """By "train/0", "train/1", "valid/0" ...: to be saved with the run and handed back when it resumes."""
+    """By "train/0", "train/1", "valid/0" ...: to be saved with the run and handed back when it resumes. Of very long
+    runs also "train/0/later", the epochs of each block that follows, and "train/period", that of the blend."""
 
 
 def build_datasets(
@@ -57,13 +61,14 @@ def build_datasets(
     The test set is optional: without test_data_paths, or without documents in its split, it is None.
     Raises UserError when data is missing, damaged or too small.
     """
-    saved, blocks = epoch_blocks or {}, {}
+    saved, blocks = epoch_blocks or {}, dict[str, list[int]]()
     built: dict[str, AnyDataset | None] = {}
     for name, count in zip(SPLIT_NAMES, (train_samples, valid_samples, test_samples), strict=True):
         parts = _parts(config, name) if count else []
         built[name] = _build(config, name, parts, count, saved) if parts else None
-        for number, dataset in enumerate(_leaves(built[name])):
-            blocks[f"{name}/{number}"] = dataset.epoch_blocks
+        # A set that is not built now, as the validation set of a run without evaluation, keeps its order for later.
+        kept = {key: list(value) for key, value in saved.items() if key.startswith(f"{name}/") and not parts}
+        blocks.update(_order_of(name, built[name]) or kept)
     return Datasets(**built, epoch_blocks=blocks)
 
 
@@ -107,9 +112,13 @@ def _build(
     config: RunConfig, name: str, parts: list[_Part], count: int, saved: Mapping[str, Sequence[int]]
 ) -> AnyDataset:
     weights = _weights(config, name, parts)
+    period = _period(name, count, saved) if len(parts) > 1 else None
+    # A period's choices are rounded; what that adds grows with the number of periods.
+    rounding = -(-count // period) if period else 0
     datasets = []
     for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-        needed = count if config.data.data_path else math.ceil(count * weight * BLEND_MARGIN)
+        needed = count if config.data.data_path else math.ceil(count * weight * BLEND_MARGIN) + rounding
+        later_block = _saved_numbers(saved, f"{name}/{number}/later") or [0]
         datasets.append(
             GPTDataset(
                 part.indexed,
@@ -117,11 +126,42 @@ def _build(
                 config.training.seed,
                 needed,
                 documents=part.documents,
-                epoch_blocks=saved.get(f"{name}/{number}", ()),
+                epoch_blocks=_saved_numbers(saved, f"{name}/{number}"),
                 cache_dir=config.data.data_cache_dir,
+                later_block=later_block[0],
             )
         )
-    return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, weights.tolist(), count)
+    return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, weights.tolist(), count, period)
+
+
+def _period(name: str, count: int, saved: Mapping[str, Sequence[int]]) -> int | None:
+    """Steps after which a blend repeats its choices; None where it never does."""
+    if period := _saved_numbers(saved, f"{name}/period"):
+        return period[0]
+    if count <= WHOLE_ORDER_SAMPLES:
+        return None
+    # A run that goes on may have consumed as many, and keeps their order.
+    return WHOLE_ORDER_SAMPLES if f"{name}/0" in saved else BLEND_PERIOD
+
+
+def _saved_numbers(saved: Mapping[str, Sequence[int]], key: str) -> list[int]:
+    """What a run recorded under `key`, if it did. Raises UserError unless it is a list of positive numbers."""
+    values = saved.get(key, [])
+    if not isinstance(values, (list, tuple)) or not all(type(value) is int and value > 0 for value in values):
+        raise UserError(f"epoch_blocks: the checkpoint's '{key}' is no list of positive numbers; load an earlier one")
+    return list(values)
+
+
+def _order_of(name: str, dataset: AnyDataset | None) -> dict[str, list[int]]:
+    """What decides a data set's order besides the configuration, see Datasets.epoch_blocks."""
+    order: dict[str, list[int]] = {}
+    for number, leaf in enumerate(_leaves(dataset)):
+        order[f"{name}/{number}"] = leaf.epoch_blocks
+        if leaf.later_block:
+            order[f"{name}/{number}/later"] = [leaf.later_block]
+    if isinstance(dataset, BlendedDataset) and dataset.period:
+        order[f"{name}/period"] = [dataset.period]
+    return order
 
 
 def _weights(config: RunConfig, name: str, parts: list[_Part]) -> npt.NDArray[np.float64]:

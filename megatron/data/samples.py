@@ -4,11 +4,15 @@ Documents are repeated num_epochs times and shuffled together; their concatenati
 seq_length + 1 tokens that overlap by one; the samples are shuffled with the same generator. Since num_epochs
 follows from the run's length, a longer run would order its data anew. So the order is a list of epoch blocks:
 block 0 is exactly that order, and an extension appends block j, shuffled by itself with seed + j.
+
+An order of more than WHOLE_ORDER_SAMPLES samples would take minutes and gigabytes at every start. Such a run has blocks
+of a few epochs, each built when it is reached, as many as it needs.
 """
 
 from __future__ import annotations
 
-import hashlib
+import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +27,12 @@ from megatron.errors import UserError
 
 CACHE_MIN_SAMPLES = 1_000_000
 """Blocks with fewer samples are built in memory; that takes well under a second."""
+
+WHOLE_ORDER_SAMPLES = 1 << 28
+"""Runs of up to so many samples have GPT-NeoX's order, built as a whole at the start."""
+
+_LATER_SAMPLES = 1 << 19
+_BLOCKS_KEPT = 2
 
 _NAMES = ("doc_idx", "sample_idx", "shuffle_idx")
 
@@ -39,8 +49,9 @@ class _Block:
 class GPTDataset(Dataset[npt.NDArray[np.int64]]):
     """Samples of `seq_length` + 1 tokens from the documents `documents` = (first, end) of a corpus.
 
-    epoch_blocks: blocks of an earlier part of the run; one is appended if and only if they hold fewer than
-        `num_samples` samples. `.epoch_blocks` is what a later run must be given.
+    epoch_blocks, later_block: blocks of an earlier part of the run, and the epochs of each block after them (0: no
+        such blocks). One is appended if they hold fewer than `num_samples` samples; where these are more than
+        WHOLE_ORDER_SAMPLES, all later ones follow. The attributes of these names are what a later run must be given.
     cache_dir: folder of the order's files for large corpora; default: beside the data.
     Raises UserError when the documents hold too few tokens for a sample.
     """
@@ -55,42 +66,74 @@ class GPTDataset(Dataset[npt.NDArray[np.int64]]):
         epoch_blocks: Sequence[int] = (),
         cache_dir: str | Path | None = None,
         cache_min_samples: int = CACHE_MIN_SAMPLES,
+        later_block: int = 0,
     ) -> None:
         self.indexed, self.seq_length, self.seed = indexed, seq_length, seed
         self.documents = documents or (0, len(indexed))
         self._folder = Path(cache_dir) if cache_dir else Path(indexed.prefix).parent
         self._cache_min_samples = cache_min_samples
-        self.tokens_per_epoch = int(indexed.sizes[slice(*self.documents)].sum(dtype=np.int64))
-        if self.tokens_per_epoch < 2:
+        self.tokens_per_epoch = tokens = int(indexed.sizes[slice(*self.documents)].sum(dtype=np.int64))
+        if tokens < 2:
             raise UserError(
                 f"{indexed.bin_path}: documents {self.documents[0]} to {self.documents[1]} hold "
-                f"{self.tokens_per_epoch} tokens, too few for a sample; use a larger corpus or another split"
+                f"{tokens} tokens, too few for a sample; use a larger corpus or another split"
             )
-        self.epoch_blocks = extend_epoch_blocks(epoch_blocks, self.tokens_per_epoch, seq_length, num_samples)
-        self._blocks = [self._block(number, epochs) for number, epochs in enumerate(self.epoch_blocks)]
-        self._ends = np.cumsum([len(block.shuffle_idx) for block in self._blocks])
+        self.epoch_blocks, self.later_block = plan_blocks(epoch_blocks, later_block, tokens, seq_length, num_samples)
+        counts = [count_samples(epochs, tokens, seq_length) for epochs in self.epoch_blocks]
+        self._ends = list(itertools.accumulate(counts))
+        self._later_count = count_samples(self.later_block, tokens, seq_length) if self.later_block else 0
+        self._num_later = max(0, -(-(num_samples - self._ends[-1]) // self._later_count)) if self.later_block else 0
+        self._blocks: dict[int, _Block] = {}
+        if not self.later_block:
+            self._blocks = {number: self._build(number) for number in range(len(self.epoch_blocks))}
 
-    def _block(self, number: int, num_epochs: int) -> _Block:
+    def _block(self, number: int) -> _Block:
+        """Block `number`. Of a run with later ones the last two are kept: it goes from each to the next."""
+        if number not in self._blocks:
+            while len(self._blocks) >= _BLOCKS_KEPT:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[number] = self._build(number)
+        return self._blocks[number]
+
+    def _build(self, number: int) -> _Block:
+        num_epochs = self.epoch_blocks[number] if number < len(self.epoch_blocks) else self.later_block
+        count = count_samples(num_epochs, self.tokens_per_epoch, self.seq_length)
+        seed = (self.seed + number) % 2**32
+
         def build() -> tuple[npt.NDArray[np.integer], ...]:
-            return build_order(self.indexed.sizes, self.documents, num_epochs, self.seq_length, self.seed + number)
+            try:
+                return build_order(self.indexed.sizes, self.documents, num_epochs, self.seq_length, seed)
+            except (MemoryError, OverflowError, ValueError):  # numpy's words for sizes beyond any memory
+                raise UserError(
+                    f"{self.indexed.bin_path}: the order of {count:,} samples ({num_epochs} epochs) does not fit in "
+                    "memory; lower train_iters, or join short documents"
+                ) from None
 
-        if count_samples(num_epochs, self.tokens_per_epoch, self.seq_length) < self._cache_min_samples:
+        if count < self._cache_min_samples:
             return _Block(*build())
         identity = corpus_identity(self.indexed)
-        order = f"{identity}/{self.documents}/{self.seq_length}/{self.seed + number}/{num_epochs}"
-        key = f"{Path(self.indexed.prefix).name}_{hashlib.sha256(order.encode()).hexdigest()[:16]}"
-        return _Block(*cached_arrays(self._folder, key, _NAMES, build))
+        order = f"{identity}/{self.documents}/{self.seq_length}/{seed}/{num_epochs}"
+        return _Block(*cached_arrays(self._folder, Path(self.indexed.prefix).name, order, _NAMES, build))
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """(block, sample number in it) of sample `index`."""
+        end = self._ends[-1]
+        if index >= end:
+            number, place = divmod(index - end, self._later_count)
+            return len(self._ends) + number, place
+        number = bisect.bisect_right(self._ends, index)
+        return number, index - (self._ends[number - 1] if number else 0)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1] + self._num_later * self._later_count
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
         """Sample `index`: int64 [seq_length + 1]; the last token of one sample is the first of its neighbour."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        block = self._blocks[number]
-        row = int(block.shuffle_idx[index - (self._ends[number - 1] if number else 0)])
+        number, place = self._locate(index)
+        block = self._block(number)
+        row = int(block.shuffle_idx[place])
         (first, start), (last, end) = block.sample_idx[row].tolist(), block.sample_idx[row + 1].tolist()
         if first == last:
             pieces = [self.indexed.get(int(block.doc_idx[first]), start, end - start + 1)]
@@ -102,14 +145,14 @@ class GPTDataset(Dataset[npt.NDArray[np.int64]]):
 
     @property
     def doc_idx(self) -> npt.NDArray[np.integer]:
-        """Sequence numbers in the order of reading, all blocks one after the other."""
-        return self._joined([block.doc_idx for block in self._blocks])
+        """Sequence numbers in the order of reading, all of epoch_blocks one after the other."""
+        return self._joined([block.doc_idx for block in self._first_blocks()])
 
     @property
     def sample_idx(self) -> npt.NDArray[np.integer]:
         """[rows, 2]: position in doc_idx and token offset; each block has one row more than samples."""
         parts, shift = [], 0
-        for block in self._blocks:
+        for block in self._first_blocks():
             parts.append(block.sample_idx + np.array([shift, 0], block.sample_idx.dtype) if shift else block.sample_idx)
             shift += len(block.doc_idx)
         return self._joined(parts)
@@ -118,10 +161,13 @@ class GPTDataset(Dataset[npt.NDArray[np.int64]]):
     def shuffle_idx(self) -> npt.NDArray[np.integer]:
         """Row of sample_idx at which sample i begins; it ends at the next row."""
         parts, shift = [], 0
-        for block in self._blocks:
+        for block in self._first_blocks():
             parts.append(block.shuffle_idx + block.shuffle_idx.dtype.type(shift) if shift else block.shuffle_idx)
             shift += len(block.sample_idx)
         return self._joined(parts)
+
+    def _first_blocks(self) -> list[_Block]:
+        return [self._block(number) for number in range(len(self.epoch_blocks))]
 
     @staticmethod
     def _joined(parts: list[npt.NDArray[np.integer]]) -> npt.NDArray[np.integer]:
@@ -133,6 +179,23 @@ def count_samples(num_epochs: int, tokens_per_epoch: int, seq_length: int) -> in
     return (num_epochs * tokens_per_epoch - 1) // seq_length
 
 
+def plan_blocks(
+    epoch_blocks: Sequence[int], later_block: int, tokens_per_epoch: int, seq_length: int, num_samples: int
+) -> tuple[list[int], int]:
+    """The blocks of an order of `num_samples` samples that begins with `epoch_blocks`, and the epochs of later ones."""
+    if not later_block and num_samples <= WHOLE_ORDER_SAMPLES:
+        return extend_epoch_blocks(epoch_blocks, tokens_per_epoch, seq_length, num_samples), 0
+    one_sample = _epochs_for(1, tokens_per_epoch, seq_length)
+    # Where an epoch has more samples than _LATER_SAMPLES, a block is one epoch.
+    wanted = later_block or max(1, _LATER_SAMPLES * seq_length // tokens_per_epoch)
+    return list(epoch_blocks) or [max(wanted, one_sample)], max(wanted, one_sample)
+
+
+def _epochs_for(num_samples: int, tokens_per_epoch: int, seq_length: int) -> int:
+    """The smallest e with (e * tokens - 1) // seq_length >= samples."""
+    return -(-(num_samples * seq_length + 1) // tokens_per_epoch)
+
+
 def extend_epoch_blocks(
     epoch_blocks: Sequence[int], tokens_per_epoch: int, seq_length: int, num_samples: int
 ) -> list[int]:
@@ -140,8 +203,7 @@ def extend_epoch_blocks(
     missing = max(1, num_samples) - sum(count_samples(block, tokens_per_epoch, seq_length) for block in epoch_blocks)
     if missing <= 0:
         return list(epoch_blocks)
-    # The smallest e with (e * tokens - 1) // seq_length >= missing.
-    return [*epoch_blocks, -(-(missing * seq_length + 1) // tokens_per_epoch)]
+    return [*epoch_blocks, _epochs_for(missing, tokens_per_epoch, seq_length)]
 
 
 def build_order(

@@ -219,10 +219,11 @@ def _held_out_ids(datasets: Any, config: RunConfig) -> Tensor:
 
 
 def _check_ids(tokens: Tensor, config: RunConfig, error: type[UserError] = UserError) -> None:
-    rows, highest = config.model.padded_vocab_size or 0, int(tokens.max())
-    if highest >= rows:
+    rows, lowest, highest = config.model.padded_vocab_size or 0, int(tokens.min()), int(tokens.max())
+    if highest >= rows or lowest < 0:
+        found = lowest if lowest < 0 else highest
         raise error(
-            f"data_path: the data has token id {highest}, the embedding {rows} rows (padded_vocab_size); "
+            f"data_path: the data has token id {found}, the embedding {rows} rows (padded_vocab_size); "
             "was the data prepared with the tokenizer of vocab_file?"
         )
 
@@ -301,8 +302,11 @@ def _build_data(config: RunConfig, state: TrainState, global_batch: int) -> Any:
     training = config.training
     # Not train_iters * global_batch: a resumed run may have another batch size than the samples it consumed.
     remaining = max(0, (training.train_iters or 0) - state.iteration)
-    evaluation_samples = training.eval_iters * global_batch
-    counts = state.consumed_samples + remaining * global_batch, evaluation_samples, evaluation_samples
+    one_evaluation = training.eval_iters * global_batch
+    # GPT-NeoX sizes the set for all evaluations, which decides its order; each of ours reads the beginning of it.
+    is_known = any(name.startswith("valid/") for name in state.epoch_blocks)
+    evaluations = 1 if is_known else (training.train_iters or 0) // training.eval_interval + 1
+    counts = state.consumed_samples + remaining * global_batch, evaluations * one_evaluation, one_evaluation
     datasets = build_datasets(config, *counts, epoch_blocks=state.epoch_blocks)
     state.epoch_blocks = datasets.epoch_blocks
     return datasets

@@ -15,8 +15,8 @@ class TrainState:
         iteration: finished iterations, skipped updates included.
         skipped_iterations: updates that fp16 loss scaling skipped; the schedule does not count them.
         consumed_samples, consumed_tokens: training data read so far.
-        epoch_blocks: per training set, the epochs that are shuffled together, in order. A longer run appends a block
-            and keeps the order of the earlier ones.
+        epoch_blocks: per data set, the epochs that are shuffled together, in order. A longer run appends a block and
+            keeps the order of the earlier ones. See megatron.data.Datasets.epoch_blocks.
         loss_scaler: dynamic loss scale of fp16.
         lineage: one entry a growth stage: what was there and since which iteration.
     """

@@ -97,6 +97,52 @@ def test_an_extended_blend_keeps_its_prefix(blended: dict[str, object]) -> None:
     assert all(np.array_equal(longer.train[i], short.train[i]) for i in range(300))
 
 
+def test_a_set_that_is_not_built_keeps_its_order() -> None:
+    config = run_config(data_path=str(CORPUS), split="8,2")
+    first = build_datasets(config, 600, 500, 0)
+    without = build_datasets(config, 700, 0, 0, first.epoch_blocks)
+    assert without.valid is None and without.epoch_blocks["valid/0"] == first.epoch_blocks["valid/0"]
+
+
+@pytest.mark.parametrize("damage", [{"train/0": "2"}, {"train/0": [-1]}, {"train/0/later": [0]}, {"train/0": [True]}])
+def test_a_forged_record_of_the_order_is_refused(damage: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="epoch_blocks: the checkpoint's 'train/0.*positive numbers"):
+        build_datasets(run_config(data_path=str(CORPUS), split="1"), 600, 0, 0, damage)
+    with pytest.raises(UserError, match="does not fit in memory"):
+        build_datasets(run_config(data_path=str(CORPUS), split="1"), 600, 0, 0, {"train/0": [10**17]})
+
+
+def test_a_very_long_blend_repeats_its_choices_with_new_samples(
+    blended: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(9, **blended, train_data_weights=[1, 3])
+    whole = build_datasets(config, 400, 0, 0)
+    for module in ("loader", "samples"):
+        monkeypatch.setattr(f"megatron.data.{module}.WHOLE_ORDER_SAMPLES", 400)
+    monkeypatch.setattr("megatron.data.loader.BLEND_PERIOD", 100)
+    built = build_datasets(config, 1000, 0, 0)
+    assert built.epoch_blocks["train/period"] == [100] and len(built.train) == 1000
+    assert [built.train.locate(i) for i in range(100)] == [whole.train.locate(i) for i in range(100)]
+    seen = {built.train.locate(i) for i in range(1000)}
+    assert len(seen) == 1000 and sum(number == 0 for number, _ in seen) == 250
+    longer = build_datasets(config, 5000, 0, 0, built.epoch_blocks)
+    assert all(np.array_equal(longer.train[i], built.train[i]) for i in range(0, 1000, 9))
+    # A run that was shorter keeps what it consumed: its choices repeat only after the limit.
+    resumed = build_datasets(config, 1000, 0, 0, whole.epoch_blocks)
+    assert resumed.epoch_blocks["train/period"] == [400]
+    assert all(np.array_equal(resumed.train[i], whole.train[i]) for i in range(400))
+
+
+def test_a_thousand_million_updates_start_in_seconds(blended: dict[str, object]) -> None:
+    for config in (run_config(data_path=str(CORPUS), split="8,2"), run_config(9, **blended, train_data_weights=[1, 3])):
+        built = build_datasets(config, 10**9 * 1024, 10**7 * 1024, 10)
+        last = next(batches(built.train, 4, start_sample=10**12))
+        assert last["tokens"].shape[0] == 4
+        assert built.epoch_blocks["train/0/later"] and built.epoch_blocks["valid/0/later"]
+        again = build_datasets(config, 10**10 * 1024, 10, 10, built.epoch_blocks)
+        assert torch.equal(next(batches(again.train, 4, start_sample=10**12))["tokens"], last["tokens"])
+
+
 def test_missing_paths_are_named(blended: dict[str, object]) -> None:
     with pytest.raises(UserError, match="data_path: missing"):
         build_datasets(run_config(), 1, 0, 0)
