@@ -19,7 +19,7 @@ class SPMTokenizer(Tokenizer):
         package = optional_package("sentencepiece", self.name)
         try:
             self._model = package.SentencePieceProcessor(model_file=path)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:  # ValueError: a piece that is not UTF-8
             raise UserError(f"vocab_file: {path} is not a valid sentencepiece model ({error})") from error
         self.vocab_size = self._model.vocab_size()
         self.eod_id = self._end_of_document(path)
