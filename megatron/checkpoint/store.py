@@ -33,6 +33,7 @@ from megatron.checkpoint.state import (
     folder_name,
 )
 from megatron.errors import UserError
+from megatron.files import open_own, replaced_file
 from megatron.log import get_logger
 
 SHARD_BYTES = 2 * 1024**3
@@ -85,8 +86,7 @@ def _write_checkpoint(target: Path, state: CanonicalState) -> None:
         os.rename(target, replaced)
     os.rename(temporary, target)
     set_latest(root, state.iteration)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    _remove(replaced)
 
 
 def _write_tensors(folder: Path, kind: str, stream: TensorStream) -> dict[str, Any]:
@@ -137,14 +137,21 @@ def _remove_leftovers(root: Path) -> None:
     for folder in root.glob(".*"):
         is_replaced = folder.name.startswith(_REPLACED) and (root / folder.name.removeprefix(_REPLACED)).exists()
         if folder.name.startswith(_TEMPORARY) or is_replaced:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder of ours; of a link that has its name only the link."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def set_latest(root: Path, iteration: int) -> None:
     """Point `latest` at an iteration, atomically."""
-    temporary = root / f".{LATEST}"
-    _write_text(temporary, folder_name(iteration) + "\n")
-    os.replace(temporary, root / LATEST)
+    with replaced_file(root / LATEST) as file:
+        file.write(f"{folder_name(iteration)}\n".encode())
     _sync(root)
 
 
@@ -171,7 +178,7 @@ def remove_old(root: str | Path, keep: int, protected: Collection[int] = ()) -> 
         # Renamed first, so that a kill while deleting leaves no half checkpoint under a valid name.
         doomed = Path(root) / f"{_TEMPORARY}removing-{folder.name}"
         os.rename(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        _remove(doomed)
     return removed
 
 
@@ -208,9 +215,13 @@ class FolderLock:
     def __init__(self, root: str | Path) -> None:
         try:
             Path(root).mkdir(parents=True, exist_ok=True)
-            self._file = (Path(root) / ".lock").open("a")
+            self._path = Path(root) / ".lock"
+            self._file = open_own(self._path)
         except OSError as error:
             raise UserError(f"save: {root} cannot be written: {error.strerror}; choose another folder") from error
+        if self._file is None:
+            get_logger().warning("%s is no regular file; make sure that only one run saves there", self._path)
+            return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -222,11 +233,11 @@ class FolderLock:
 
     def close(self) -> None:
         """Release the folder, and remove it if nothing was saved in it."""
-        path = Path(self._file.name)
-        path.unlink(missing_ok=True)
-        self._file.close()
+        if self._file is not None:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
         with contextlib.suppress(OSError):
-            path.parent.rmdir()
+            self._path.parent.rmdir()
 
 
 class CheckpointReader:

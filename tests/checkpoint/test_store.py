@@ -13,7 +13,7 @@ import torch
 
 from megatron.checkpoint import CanonicalState, CheckpointReader, find_checkpoint, save_checkpoint
 from megatron.checkpoint import store as store_module
-from megatron.checkpoint.store import list_iterations, remove_old
+from megatron.checkpoint.store import FolderLock, list_iterations, remove_old
 from megatron.errors import UserError
 
 
@@ -260,3 +260,19 @@ def test_ranks_that_do_not_write_walk_every_stream(tmp_path: Path) -> None:
 
     save_checkpoint(tmp_path, CanonicalState(1, {}, {}, {"model": stream()}), write=False)
     assert walked == ["model", "end"] and list_iterations(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", [".saving-global_step1", ".latest", "latest", ".lock", ".replaced-global_step1"])
+@pytest.mark.parametrize("kind", ["link", "folder link"])
+def test_links_named_like_ours_are_not_followed_and_not_fatal(tmp_path: Path, name: str, kind: str) -> None:
+    root, mine = tmp_path / "run", tmp_path / "mine"
+    root.mkdir()
+    mine.mkdir()
+    (mine / "file").write_text("keep")
+    (root / name).symlink_to(mine if kind == "folder link" else mine / "file")
+    lock = FolderLock(root)
+    for _ in range(2):
+        save_checkpoint(root, state(1))
+    lock.close()
+    assert find_checkpoint(root) == root / "global_step1"
+    assert (mine / "file").read_text() == "keep" and [path.name for path in mine.iterdir()] == ["file"]
