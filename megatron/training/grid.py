@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from megatron.mpu import Layout
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def reused_groups() -> Iterator[None]:
+def reused_groups(timeout: timedelta) -> Iterator[None]:
     """Inside, DeepSpeed builds an engine with the process groups that it made for an earlier one of this process.
 
     It does not say what it wants a group for, but asks in the same order each time: the k-th group of some ranks is the
-    k-th of an earlier engine. What is asked for within one engine is never the same group twice.
+    k-th of an earlier engine. What is asked for within one engine is never the same group twice. Their collectives wait
+    for `timeout`, as those of our own groups; DeepSpeed would leave them the backend's default.
     """
     from deepspeed.comm.torch import TorchBackend
     from deepspeed.utils import groups
@@ -32,7 +34,7 @@ def reused_groups() -> Iterator[None]:
     def new_group(_: Any, ranks: Iterable[int]) -> ProcessGroup:
         members = tuple(sorted(ranks))
         asked[members] += 1
-        return process_group(f"DeepSpeed {asked[members]}", members)
+        return process_group(f"DeepSpeed {asked[members]}", members, timeout)
 
     TorchBackend.new_group = new_group
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
     global_batch = micro * steps * layout.data_size
     datasets = _build_data(config, state, global_batch)
     start.prove(_held_out_ids(datasets, config), layout)
-    with reused_groups():
+    with reused_groups(timedelta(minutes=config.launch.distributed_timeout_minutes)):
         engine = _build_engine(start, layout, tokenizer.eod_id)
     if start.reader is not None:
         restore(config, engine, state, start.reader)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megatron.checkpoint import store
 from megatron.config import RunConfig
@@ -123,3 +124,27 @@ def timeouts() -> list[float]:
 def test_every_group_of_an_evaluation_waits_long_enough() -> None:
     for first, second, world in run_ranks(4, timeouts):
         assert first == second == processes._TIMEOUT.total_seconds() and world == 4
+
+
+def limits_of_training(configs: list[RunConfig]) -> list[set[float]]:
+    """Seconds that the collectives of each run wait, over the groups of this process; one rank alone never waits."""
+    found = []
+    for config in configs:
+        train(config)
+        groups = [group for group in distributed_c10d._world.pg_map if group.size() > 1]
+        found.append({g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups})
+    return found
+
+
+def test_every_group_of_training_has_the_limit_of_the_configuration(
+    tiny_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Those that DeepSpeed makes for itself too."""
+    layouts: list[dict[str, Any]] = [
+        {"zero_optimization": {"stage": 1}}, {"model_parallel_size": 2}, {"pipe_parallel_size": 2}
+    ]  # fmt: skip
+    configs = [
+        tiny_config(**keys, train_iters=1, eval_iters=0, save=str(tmp_path / str(i)), distributed_timeout_minutes=3)
+        for i, keys in enumerate(layouts)
+    ]
+    assert run_ranks(2, limits_of_training, configs) == [[{180.0}] * len(configs)] * 2
