@@ -24,6 +24,7 @@ from megatron.errors import RankError, UserError
 from megatron.mpu.device import claim_device, process_device, refuse_shared_gpu, uses_gpu
 from megatron.mpu.layout import SINGLE, Layout
 from megatron.mpu.peers import PeerWatch
+from megatron.mpu.through_host import take_collectives_through_host
 
 Result = TypeVar("Result")
 
@@ -56,6 +57,8 @@ def connect_world(
     claim_device(ranks_per_gpu)
     rank, world = int(os.environ["RANK"]), world_size or int(os.environ["WORLD_SIZE"])
     backend = (backend or "nccl") if uses_gpu() else "gloo"
+    if uses_gpu() and ranks_per_gpu > 1:
+        take_collectives_through_host()
     try:
         store = _shared_store(rank, world, timeout)
         refuse_shared_gpu(store, ranks_per_gpu)
