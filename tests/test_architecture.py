@@ -18,7 +18,8 @@ FLOORS = {
     "megatron.model": 3, "megatron.data": 3,
     "megatron.growth": 4,
     "megatron.training": 5, "megatron.inference": 5, "megatron.planner": 5,
-    "megatron.launch": 6, "eval_tasks": 6, "tools": 6.5,  # tools are faces of everything below, eval_tasks included
+    "megatron.launch": 6, "megatron.doctor": 6.2, "eval_tasks": 6,
+    "tools": 6.5,  # tools are faces of everything below, eval_tasks included
     "deepy": 7, "train": 7, "eval": 7, "generate": 7, "prepare_data": 7,
 }  # fmt: skip
 ENTRY_SCRIPTS = ("deepy.py", "train.py", "eval.py", "generate.py", "prepare_data.py")

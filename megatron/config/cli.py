@@ -45,6 +45,10 @@ FLAG_KEYS: dict[str, str] = {
 _NUMBER_KEYS = {
     "iteration", "eval_batch_size", "eval_limit", "num_fewshot", "perplexity_stride", "num_gpus", "master_port",
 }  # fmt: skip
+_DEEPY_HELP = (
+    "Starts train.py, eval.py or generate.py on every device with DeepSpeed. `python deepy.py doctor conf_file ...` "
+    "checks the nodes before."
+)
 _SCRIPT_HELP = "train.py, eval.py or generate.py"
 
 
@@ -72,7 +76,7 @@ def build_parser(prog: str, with_script: bool = False) -> argparse.ArgumentParse
         prog=prog,
         allow_abbrev=False,
         usage=f"python {prog} {files} [flags]",
-        description="Starts train.py, eval.py or generate.py on every device with DeepSpeed." if with_script else None,
+        description=_DEEPY_HELP if with_script else None,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
     )
     if with_script:
