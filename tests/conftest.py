@@ -94,6 +94,7 @@ def single_process() -> Iterator[None]:
 _LONGEST = (
     "growth/test_growth_layouts.py", "training/test_layouts.py", "growth/test_growth_runs.py", "test_resume.py",
     "eval_tasks/test_ranks.py", "test_launch.py", "test_growth_kills.py", "test_pretrain.py",
+    "test_preflight.py",
 )  # fmt: skip
 
 

@@ -63,10 +63,11 @@ class Cluster:
 
     Args:
         folder: where their files go; its path has to be short, it holds a socket.
+        settings: further lines of slurm.conf.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, settings: str = "") -> None:
+        self.folder, self._settings = folder, settings
         self.environment = environment(SLURM_CONF=str(folder / "slurm.conf"), PATH=SEARCH_PATH)
         for name in [name for name in self.environment if name.startswith("SLURM_") and name != "SLURM_CONF"]:
             del self.environment[name]
@@ -122,7 +123,7 @@ class Cluster:
         key.chmod(0o600)
         user, host = pwd.getpwuid(os.getuid()).pw_name, socket.gethostname().partition(".")[0]
         text = CONFIGURATION.format(folder=self.folder, user=user, host=host, ports=_free_ports(3))
-        (self.folder / "slurm.conf").write_text(text)
+        (self.folder / "slurm.conf").write_text(text + self._settings)
         own = {"socket": "munge.socket", "pid-file": "munge/pid", "log-file": "munge/log", "seed-file": "munge/seed"}
         files = [f"--{option}={self.folder / name}" for option, name in own.items()]
         self._daemon("munged", "--foreground", "--force", f"--key-file={key}", *files)
