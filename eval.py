@@ -12,8 +12,10 @@ def main() -> int:
     """Parse the command line and evaluate, each process its share; returns the exit code."""
     from megatron.config.cli import parse_run
     from megatron.launch import ensure_process_environment
+    from megatron.supervise import stop_with_launcher
 
     ensure_process_environment()
+    stop_with_launcher()
     if os.environ["RANK"] != "0":
         os.environ.setdefault("TQDM_DISABLE", "1")  # one rank's progress bars are enough
     config, _ = parse_run(sys.argv[1:], "eval.py")

@@ -11,8 +11,10 @@ def main() -> int:
     """Parse the command line and generate in the first process, or the first tensor group; returns the exit code."""
     from megatron.config.cli import parse_run
     from megatron.launch import ensure_process_environment
+    from megatron.supervise import stop_with_launcher
 
     ensure_process_environment()
+    stop_with_launcher()
     config, _ = parse_run(sys.argv[1:], "generate.py")
     from megatron.mpu.processes import abandoned_on_error, join_one_copy, leave
 

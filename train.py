@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 
 from megatron.errors import run_command
+from megatron.signals import StopRequest
 
 
 def main() -> int:
     """Parse the command line and train; returns the exit code."""
+    stop = StopRequest(ends_at_once=True)
+    stop.listen()  # before the imports, which take seconds
     from megatron.config.cli import parse_run
-    from megatron.launch import ensure_process_environment, stop_with_launcher
+    from megatron.launch import ensure_process_environment
+    from megatron.supervise import stop_with_launcher
 
     ensure_process_environment()
     stop_with_launcher()
@@ -18,9 +22,10 @@ def main() -> int:
     from megatron.mpu.processes import abandoned_on_error
     from megatron.training.loop import shut_down, train
 
-    with abandoned_on_error():
-        train(config)
-    shut_down()
+    with stop.other_ranks_may_be_gone(), abandoned_on_error():
+        train(config, stop)
+        shut_down()
+    stop.finish()
     return 0
 
 

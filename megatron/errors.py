@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # what shells give a process that SIGINT has ended
 
 
 class UserError(ValueError):
@@ -23,7 +24,7 @@ class RankError(UserError):
 def run_command(function: Callable[[], int | None]) -> int:
     """Call `function`; report a UserError as one line on stderr instead of a traceback.
 
-    Returns the exit code: what `function` returned (None counts as 0), or 2 after a UserError.
+    Returns the exit code: what `function` returned (None counts as 0), 2 after a UserError, 130 after a Ctrl-C.
     """
     try:
         return function() or 0
@@ -34,3 +35,6 @@ def run_command(function: Callable[[], int | None]) -> int:
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
             sys.stderr.flush()
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("SIGINT: stopped\n")
+        return EXIT_INTERRUPTED

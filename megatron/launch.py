@@ -17,51 +17,29 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import zlib
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from megatron.config.cli import check_command, parse_arguments, resolve_arguments, without_plan_flags
 from megatron.config.explain import explain
 from megatron.config.load import Resolved
 from megatron.config.schema import LaunchConfig, RunConfig
 from megatron.errors import UserError
-from megatron.log import get_logger
 from megatron.mpu.layout import Layout
+from megatron.supervise import WORKER, LaunchPlan, run_plan
 
 DEFAULT_PORT = 29500
 _UNUSED_PORTS = range(20000, 32768)  # below those that Linux gives to outgoing connections
-_LAUNCHER_PID, _LAUNCHER_HOST = "DEEPY_LAUNCHER_PID", "DEEPY_LAUNCHER_HOST"
 _DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg", "/dev/davinci[0-9]*", "/dev/accel/*")
 _CLUSTER_HOSTFILE = "/job/hostfile"
-_FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _LAUNCHER_PROGRAMS = {"pdsh": "pdsh", "openmpi": "ompi_info", "mvapich": "mpiname", "slurm": "sinfo"}
 _RANK_SOURCES = (
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_SIZE"),
 )
-
-
-@dataclass(frozen=True)
-class LaunchPlan:
-    """One call of DeepSpeed's launcher."""
-
-    command: list[str]
-    environment: dict[str, str]
-    signal_depth: int = 0
-    """Where a signal goes in the process tree below the launcher: 2 is a local worker, 1 is srun or mpirun."""
-    stop_signal: signal.Signals = signal.SIGTERM
-    """What is sent there to have the workers save and stop. srun and mpirun pass SIGUSR1 on, and kill on SIGTERM."""
-    stop_command: list[str] | None = None
-    """Run instead of sending a signal, where the workers are no descendants of the launcher."""
-    written: str | None = None
-    """The hostfile written for this launch, removed after it."""
 
 
 def launch(argv: Sequence[str], prog: str = "deepy.py") -> int:
@@ -127,7 +105,7 @@ def make_plan(resolved: Resolved, script: str, arguments: list[str], environment
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--log_level", "critical"]
     work = [script, *arguments]
     if not (len(hosts) > 1 or config.force_multi or config.deepspeed_slurm):
-        return LaunchPlan([*runner, *_local_options(resolved, hosts, env), *work], env, signal_depth=2)
+        return LaunchPlan([*runner, *_local_options(resolved, hosts, env), WORKER, *work], env, signal_depth=2)
     launcher = "slurm" if config.deepspeed_slurm else config.launcher
     _check_multi_node(config, launcher, hosts)
     given = _hostfile(config, env)
@@ -379,65 +357,6 @@ def free_port() -> int:
     raise UserError("master_port: 100 ports were tried and none is free; give one")
 
 
-# ---- running it ----
-
-
-def run_plan(plan: LaunchPlan) -> int:
-    """Run the launcher until it ends and return its exit code; Ctrl-C and other signals go to the workers.
-
-    The launcher gets a session of its own, so that a Ctrl-C reaches the workers through here only, as one SIGTERM:
-    they save and stop. DeepSpeed's own handler would kill them after 30 seconds. A second signal ends everything.
-    """
-    environment = {**plan.environment, _LAUNCHER_PID: str(os.getpid()), _LAUNCHER_HOST: socket.gethostname()}
-    process = subprocess.Popen(plan.command, env=environment, start_new_session=True)
-    received: list[int] = []
-
-    def forward(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) == 1:
-            get_logger().info("%s: asking the workers to save and stop", signal.Signals(number).name)
-            _stop_workers(plan, process.pid)
-        else:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM if len(received) == 2 else signal.SIGKILL)
-
-    numbers = [number for number in _FORWARDED_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, forward) for number in numbers}
-    try:
-        code = _shell_code(process.wait())
-        if code > 128 and not received:
-            get_logger().error("a worker was killed by signal %d (9: often out of memory)", code - 128)
-        return code
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if plan.written:
-            Path(plan.written).unlink(missing_ok=True)
-
-
-def _shell_code(code: int) -> int:
-    """A worker killed by signal n comes out of DeepSpeed's launcher as 256 - n; shells say 128 + n."""
-    if code < 0:
-        return 128 - code
-    return 128 + 256 - code if code > 192 else code
-
-
-def _stop_workers(plan: LaunchPlan, pid: int) -> None:
-    """Ask the workers of the launcher `pid` to save and stop; those not started yet are ended with it."""
-    import psutil  # comes with deepspeed
-
-    if plan.stop_command:
-        subprocess.Popen(plan.stop_command, env=plan.environment, start_new_session=True)
-        return
-    with suppress(psutil.NoSuchProcess):
-        level = [psutil.Process(pid)]
-        for _ in range(plan.signal_depth):
-            level = [child for parent in level for child in parent.children()] or level
-        for process in level:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(plan.stop_signal)
-
-
 def _pdsh_stop(config: LaunchConfig, hosts: Mapping[str, int], work: Sequence[str]) -> list[str]:
     """The command that sends SIGTERM to the workers of `work`: sshd, not the launcher, is their ancestor.
 
@@ -460,25 +379,6 @@ def _remote_words(work: Sequence[str]) -> list[str]:
 
 
 # ---- inside a worker ----
-
-
-def stop_with_launcher(env: Mapping[str, str] = os.environ, interval: float = 2.0) -> None:
-    """Send this worker SIGTERM, so that it saves and stops, once the deepy.py on this machine that started it is gone.
-
-    A killed deepy.py cannot forward anything; without this its workers would train on, unseen.
-    """
-    launcher = env.get(_LAUNCHER_PID, "")
-    host = env.get(_LAUNCHER_HOST, "")
-    if not launcher.isdecimal() or host != socket.gethostname():
-        return
-
-    def watch() -> None:
-        while Path(f"/proc/{launcher}").exists():
-            time.sleep(interval)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    if Path("/proc/self").exists():
-        threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
 
 
 def ensure_process_environment(env: MutableMapping[str, str] = os.environ) -> None:

@@ -12,12 +12,13 @@ ROOT = Path(__file__).parents[1]
 # Longest matching prefix counts.
 FLOORS = {
     "megatron.errors": 0, "megatron.log": 0, "megatron": 0,
-    "megatron.files": 0.5,
+    "megatron.files": 0.5, "megatron.signals": 0.5,
     "megatron.mpu": 1, "megatron.config": 1,
     "megatron.ops": 2, "megatron.checkpoint": 2, "megatron.tokenizer": 2,
     "megatron.model": 3, "megatron.data": 3,
     "megatron.growth": 4,
     "megatron.training": 5, "megatron.inference": 5, "megatron.planner": 5,
+    "megatron.supervise": 5, "megatron.worker": 5,
     "megatron.launch": 6, "megatron.doctor": 6.2, "eval_tasks": 6,
     "tools": 6.5,  # tools are faces of everything below, eval_tasks included
     "deepy": 7, "train": 7, "eval": 7, "generate": 7, "prepare_data": 7,

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import megatron.launch as launch_module
+from megatron import supervise
 from megatron.config import resolve_config
 from megatron.errors import UserError
 from megatron.launch import ensure_process_environment, launch, make_plan, read_hostfile
@@ -86,7 +87,7 @@ def test_jobs_on_the_same_nodes_get_ports_of_their_own() -> None:
 
 def test_a_worker_stops_when_its_launcher_is_gone() -> None:
     code = (
-        "import os, sys, time, socket; from megatron.launch import stop_with_launcher; "
+        "import os, sys, time, socket; from megatron.supervise import stop_with_launcher; "
         "stop_with_launcher({'DEEPY_LAUNCHER_PID': sys.argv[1], 'DEEPY_LAUNCHER_HOST': socket.gethostname()}, 0.05); "
         "print('ready', flush=True); time.sleep(60)"
     )
@@ -417,4 +418,4 @@ def test_a_slurm_batch_script_is_a_plain_process() -> None:
 
 @pytest.mark.parametrize(("code", "shell"), [(0, 0), (2, 2), (247, 137), (-15, 143)])
 def test_killed_workers_have_the_shells_exit_code(code: int, shell: int) -> None:
-    assert launch_module._shell_code(code) == shell
+    assert supervise._shell_code(code) == shell

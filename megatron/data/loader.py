@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +24,7 @@ from megatron.data.samples import WHOLE_ORDER_SAMPLES, GPTDataset, split_documen
 from megatron.errors import UserError
 from megatron.log import get_logger
 from megatron.mpu.device import uses_gpu
+from megatron.signals import blocked, follow_parent
 
 SPLIT_NAMES = ("train", "valid", "test")
 BLEND_MARGIN = 1.005
@@ -27,6 +32,8 @@ BLEND_MARGIN = 1.005
 
 BLEND_PERIOD = 1 << 24
 """Steps after which a blend of more than WHOLE_ORDER_SAMPLES samples repeats its choices."""
+
+_ATTEMPTS = 3
 
 AnyDataset = GPTDataset | BlendedDataset
 
@@ -182,21 +189,25 @@ class MicroBatchSampler(Sampler[list[int]]):
 
     An update takes the next micro * steps * ranks samples of the data set; micro-step a gives rank r the samples
     [a * micro * ranks + r * micro, ... + micro). What an update consumes is thus independent of the layout.
+    The first `given` of the micro-batches are left out.
     """
 
-    def __init__(self, num_samples: int, micro: int, steps: int, rank: int, ranks: int, start: int) -> None:
+    def __init__(
+        self, num_samples: int, micro: int, steps: int, rank: int, ranks: int, start: int, given: int = 0
+    ) -> None:
         if not 0 <= rank < ranks:
             raise ValueError(f"data rank {rank} is outside 0 .. {ranks - 1}")
         self._micro, self._first, self._stride = micro, start + rank * micro, micro * ranks
+        self._given = given
         self._length = max(0, num_samples - start) // (self._stride * steps) * steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        for number in range(self._length):
+        for number in range(self._given, self._length):
             first = self._first + number * self._stride
             yield list(range(first, first + self._micro))
 
     def __len__(self) -> int:
-        return self._length
+        return self._length - self._given
 
 
 def batches(
@@ -213,17 +224,92 @@ def batches(
     Resume training with the number of samples consumed so far, over all ranks; leave it 0 for validation, which
     then always sees the same batches. num_workers: loader processes; 0 loads in this one.
     """
-    sampler = MicroBatchSampler(len(dataset), micro_batch_size, accumulation_steps, data_rank, data_size, start_sample)
-    return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=num_workers,
-            collate_fn=_collate,
-            pin_memory=uses_gpu(),
-            generator=torch.Generator(),  # else starting a loader would draw from the training's random numbers
-        )
+    order = functools.partial(
+        MicroBatchSampler, len(dataset), micro_batch_size, accumulation_steps, data_rank, data_size, start_sample
     )
+    if num_workers == 0:
+        return iter(_loader(dataset, order(), 0))
+    return _from_workers(lambda given, workers: _loader(dataset, order(given), workers), num_workers)
+
+
+def _loader(dataset: AnyDataset, sampler: MicroBatchSampler, num_workers: int) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=uses_gpu(),
+        generator=torch.Generator(),  # else starting a loader would draw from the training's random numbers
+        worker_init_fn=functools.partial(_init_worker, os.getpid()) if num_workers else None,
+    )
+
+
+def _init_worker(parent: int, _worker: int) -> None:
+    follow_parent(parent)
+
+
+def _from_workers(loader: Callable[[int, int], DataLoader[Any]], num_workers: int) -> Iterator[MicroBatch]:
+    """What loader(0, num_workers) gives, with new workers where one was killed, as by a lack of memory.
+
+    Workers that are killed again before the next micro-batch, _ATTEMPTS times, are not replaced: this process loads.
+    """
+    given, lost = 0, 0
+    while True:
+        stream = _start(loader(given, num_workers if lost < _ATTEMPTS else 0))
+        try:
+            for batch in _until_lost(stream):
+                yield batch
+                given, lost = given + 1, 0
+            return
+        except _WorkerLost as error:
+            lost += 1
+            instead = "new ones" if lost < _ATTEMPTS else "this process"
+            get_logger().warning(
+                "num_workers: %s (often out of memory); %s will load the data",
+                error,
+                instead,
+                extra={"all_ranks": True},
+            )
+
+
+class _WorkerLost(Exception):
+    """A worker of a loader has ended before its time."""
+
+
+def _until_lost(stream: Any) -> Iterator[MicroBatch]:
+    """The micro-batches of a loader's iterator; raises _WorkerLost where a worker has ended."""
+    while True:
+        try:
+            batch = next(stream)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            _abandon(stream)
+            raise _WorkerLost(error) from None
+        yield batch
+
+
+def _start(loader: DataLoader[Any]) -> Any:
+    """The loader's iterator. Its workers are born deaf to signals: all processes of a run may get one."""
+    before = signal.getsignal(signal.SIGCHLD)
+    with blocked():
+        stream = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch would raise a worker's death wherever the main thread is then, in the middle of an update or a save.
+        signal.signal(signal.SIGCHLD, before)
+    return stream
+
+
+def _abandon(stream: Any) -> None:
+    """Kill the workers that are left. torch's own way may wait for ever for a lock that the lost one held."""
+    stream._shutdown = True
+    for worker in stream._workers:
+        worker.kill()
+        worker.join()
+    if stream._pin_memory:
+        stream._pin_memory_thread_done_event.set()
 
 
 def _collate(samples: list[npt.NDArray[np.int64]]) -> MicroBatch:

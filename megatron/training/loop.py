@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 from torch import Tensor
 
 from megatron.config.schema import RunConfig
 from megatron.log import get_logger
 from megatron.mpu.processes import leave
+from megatron.signals import StopRequest
 from megatron.training.checkpointing import save, should_save
 from megatron.training.engine import StepResult
 from megatron.training.hardware import memory_gib
 from megatron.training.metrics import Metrics
 from megatron.training.run import Run, start_run
-from megatron.training.signals import StopRequest
 from megatron.training.state import TrainState
 
 
-def train(config: RunConfig) -> TrainState:
+def train(config: RunConfig, stop: StopRequest | None = None) -> TrainState:
     """Train as configured, from the checkpoint in `load` if there is one; returns the state at the end.
 
-    Stops early, after saving, on SIGTERM, SIGINT or SIGUSR1 and at exit_interval. Raises UserError for what a user can
-    mend: data, checkpoint, configuration, a loss that is not finite.
+    Stops early, after saving, when `stop` has heard a signal on any rank, and at exit_interval. Without `stop`, signals
+    are heard from the first iteration on. Raises UserError for what a user can mend: data, checkpoint, configuration, a
+    loss that is not finite.
     """
     run = start_run(config)
-    with StopRequest() as stop:
+    with StopRequest() if stop is None else nullcontext(stop) as stop:
+        stop.hold()
         while _train_and_close(run, stop):
             config = _from_own_checkpoint(config)
             run = start_run(config)
@@ -55,6 +58,9 @@ def _train_until_done(run: Run, stop: StopRequest) -> bool:
         return False
     if state.iteration == 0:
         _save_if_due(run)
+    if run.engine.any_rank(stop.requested):  # nothing has been trained that is not saved
+        _log_stop(run, stop)
+        return False
     while state.iteration < run.last_iteration:
         step = _iterate(run, batches)
         if state.iteration % run.config.logging.log_interval == 0:
@@ -63,15 +69,27 @@ def _train_until_done(run: Run, stop: StopRequest) -> bool:
         grows = run.growth_is_due()
         _save_if_due(run, force=stopping or grows or state.iteration == run.last_iteration)
         if stopping:
-            reason = "exit_interval" if _exit_due(run) else stop.name or "a signal to another process"
-            get_logger().info("stopped at iteration %d (%s)", state.iteration, reason)
+            _log_stop(run, stop)
             return False
-        if state.iteration % run.config.training.eval_interval == 0 or state.iteration == run.last_iteration:
-            _evaluate(run, "valid")
+        is_due = state.iteration % run.config.training.eval_interval == 0 or state.iteration == run.last_iteration
+        if is_due and not _evaluate(run, "valid", stop):
+            return _save_and_stop(run, stop)
         if grows:
             return True
-    _evaluate(run, "test")
+    if not _evaluate(run, "test", stop):
+        return _save_and_stop(run, stop)
     return False
+
+
+def _save_and_stop(run: Run, stop: StopRequest) -> bool:
+    _save_if_due(run, force=True)
+    _log_stop(run, stop)
+    return False
+
+
+def _log_stop(run: Run, stop: StopRequest) -> None:
+    reason = "exit_interval" if _exit_due(run) else stop.name or "a signal to another process"
+    get_logger().info("stopped at iteration %d (%s)", run.state.iteration, reason)
 
 
 def _iterate(run: Run, batches: Iterator[list[Tensor]]) -> StepResult:
@@ -90,9 +108,10 @@ def _exit_due(run: Run) -> bool:
 
 
 def _save_if_due(run: Run, force: bool = False) -> None:
-    options = run.config.checkpoint
-    if options.save is not None and (force or should_save(options, run.state.iteration)):
+    options, iteration = run.config.checkpoint, run.state.iteration
+    if options.save is not None and run.saved != iteration and (force or should_save(options, iteration)):
         save(run.config, run.engine, run.state)
+        run.saved = iteration
         run.throughput.skip()
 
 
@@ -117,12 +136,32 @@ def _training_metrics(run: Run, step: StepResult) -> Metrics:
     return metrics
 
 
-def _evaluate(run: Run, split: str) -> None:
-    """Loss on the first eval_iters batches of the validation or test set, the same ones every time."""
+class _UntilStopped:
+    """Batches of an evaluation until one rank is asked to stop; then `stopped` is true on all of them."""
+
+    def __init__(self, run: Run, stop: StopRequest, batches: Iterator[Tensor]) -> None:
+        self._run, self._stop, self._batches, self.stopped = run, stop, batches, False
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self._batches:
+            self.stopped = self._run.engine.any_rank(self._stop.requested)
+            if self.stopped:
+                return
+            yield batch
+
+
+def _evaluate(run: Run, split: str, stop: StopRequest) -> bool:
+    """Loss on the first eval_iters batches of the validation or test set, the same ones every time.
+
+    Returns: false when a request to stop ended it before its last batch; then nothing is logged.
+    """
     dataset = getattr(run.datasets, split)
     if dataset is None or run.config.training.eval_iters == 0:
-        return
-    loss = run.engine.evaluate(run.evaluation_batches(dataset))
+        return True
+    batches = _UntilStopped(run, stop, run.evaluation_batches(dataset))
+    loss = run.engine.evaluate(batches)
+    if batches.stopped:
+        return False
     run.metrics.log(
         {
             "iteration": run.state.iteration,
@@ -132,6 +171,7 @@ def _evaluate(run: Run, split: str) -> None:
         }
     )
     run.throughput.skip()
+    return True
 
 
 def shut_down() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from megatron.training.engine import Engine, StepResult
 from megatron.training.gradients import clip_gradients, combine_norm_of_stages
+
+# Micro-batches of an evaluation's schedule, for each stage: it waits for the last stage once in so many.
+_BATCHES_A_STAGE = 8
 
 
 class PipelineEngine(Engine):
@@ -53,14 +57,15 @@ class PipelineEngine(Engine):
         return self._cross_entropy(logits, labels, mask)
 
     def _sum_of_losses(self, batches: Iterable[Tensor]) -> Tensor:
-        items = list(self._items(batches))  # the schedule needs their number
-        losses = self._engine.eval_batch(
-            iter(items), reduce_output=None, bcast_loss=False, num_micro_batches=len(items)
-        )  # None but on the last stage
+        total, source = torch.zeros(2, dtype=torch.float64, device=self.device), iter(batches)
+        # A schedule needs the number of its batches. A few at a time: `batches` may end early, when the run is stopped.
+        while items := list(self._items(itertools.islice(source, _BATCHES_A_STAGE * self.layout.pipeline_size))):
+            losses = self._engine.eval_batch(
+                iter(items), reduce_output=None, bcast_loss=False, num_micro_batches=len(items)
+            )  # None but on the last stage
+            if self.layout.is_last_stage:
+                total += torch.stack([torch.stack(losses).double().sum(), total.new_tensor(len(losses))])
         self.model.train()
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        if self.layout.is_last_stage:
-            total[0], total[1] = torch.stack(losses).double().sum(), len(losses)
         return total
 
     def close(self) -> None:

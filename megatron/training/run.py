@@ -66,6 +66,7 @@ class Run:
     flops_per_token: float
     peak_flops: float | None
     lock: FolderLock | None = None
+    saved: int | None = None
     loss_sum: Tensor | None = None
     losses_summed: int = 0
 
