@@ -7,6 +7,7 @@ deepspeed_slurm inside a Slurm allocation): DeepSpeed's pdsh, openmpi, mvapich o
 from __future__ import annotations
 
 import glob
+import ipaddress
 import os
 import random
 import re
@@ -34,6 +35,8 @@ DEFAULT_PORT = 29500
 _UNUSED_PORTS = range(20000, 32768)  # below those that Linux gives to outgoing connections
 _DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg", "/dev/davinci[0-9]*", "/dev/accel/*")
 _CLUSTER_HOSTFILE = "/job/hostfile"
+_EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # what DeepSpeed sends to other nodes
+_HOST_NAME = re.compile(r"(?:[\w.-]+@)?[A-Za-z0-9_](?:[\w.-]*\w)?")
 _LAUNCHER_PROGRAMS = {"pdsh": "pdsh", "openmpi": "ompi_info", "mvapich": "mpiname", "slurm": "sinfo"}
 _RANK_SOURCES = (
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
@@ -107,7 +110,7 @@ def make_plan(resolved: Resolved, script: str, arguments: list[str], environment
     if not (len(hosts) > 1 or config.force_multi or config.deepspeed_slurm):
         return LaunchPlan([*runner, *_local_options(resolved, hosts, env), WORKER, *work], env, signal_depth=2)
     launcher = "slurm" if config.deepspeed_slurm else config.launcher
-    _check_multi_node(config, launcher, hosts)
+    _check_multi_node(config, launcher, hosts, env)
     given = _hostfile(config, env)
     file = given or _write_hostfile(hosts)
     options = ["--hostfile", file, "--launcher", launcher, *_multi_node_options(resolved, launcher, hosts, env)]
@@ -169,7 +172,7 @@ def _multi_node_options(resolved: Resolved, launcher: str, hosts: Mapping[str, i
     return options + _filter_options(config) + ([f"--launcher_args={extra}"] if extra else [])
 
 
-def _check_multi_node(config: LaunchConfig, launcher: str, hosts: Mapping[str, int]) -> None:
+def _check_multi_node(config: LaunchConfig, launcher: str, hosts: Mapping[str, int], env: Mapping[str, str]) -> None:
     """Raise UserError for what DeepSpeed's multi-node launchers would refuse with a traceback."""
     if not hosts:
         raise UserError(
@@ -187,9 +190,24 @@ def _check_multi_node(config: LaunchConfig, launcher: str, hosts: Mapping[str, i
             raise UserError(f"{key}: launcher slurm cannot pick slots; name whole nodes, or use pdsh")
         if len(set(hosts.values())) > 1 and not config.num_gpus:
             raise UserError(f"hostfile: launcher slurm needs as many slots on every node, not {dict(hosts)}")
+    if launcher == "pdsh":
+        _check_remote_shell(config, hosts, env)
     program = _LAUNCHER_PROGRAMS[launcher]
     if shutil.which(program) is None:
         raise UserError(f"launcher: {launcher} needs the program `{program}`, which is not on PATH; install it")
+
+
+def _check_remote_shell(config: LaunchConfig, hosts: Mapping[str, int], env: Mapping[str, str]) -> None:
+    """Raise UserError for words that DeepSpeed puts into a remote shell's line as they are, where one would be read."""
+    words = {"hostfile: host": ",".join(hosts), "working folder": os.getcwd(), "interpreter": sys.executable}
+    words["MASTER_ADDR"] = config.master_addr or env.get("MASTER_ADDR", "")
+    words |= {name: value for name, value in env.items() if name.startswith(_EXPORTED)}
+    for what, word in words.items():
+        if found := re.search(r"[^\w@%+=:,./^-]", word):
+            raise UserError(
+                f"{what} '{word}': launcher pdsh would have a remote shell read its {found[0]!r}; choose another name, "
+                "or another launcher"
+            )
 
 
 def _filter_options(config: LaunchConfig) -> list[str]:
@@ -293,12 +311,22 @@ def read_hostfile(path: str) -> dict[str, int]:
         if text and match is None:
             raise UserError(f"{path}:{number}: expected `name slots=8`, got '{text}'")
         if match is not None:
+            _check_host(match[1], f"{path}:{number}")
             if match[1] in hosts:
                 raise UserError(f"{path}:{number}: host '{match[1]}' is given twice; keep one line")
             hosts[match[1]] = int(match[2])
     if not hosts:
         raise UserError(f"{path}: no hosts in it; add lines `name slots=8`")
     return hosts
+
+
+def _check_host(name: str, where: str) -> None:
+    """Raise UserError unless `name` can only be a host's: pdsh reads `^file`, `-name` and `[1-3]`, shells read more."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        if not _HOST_NAME.fullmatch(name):
+            raise UserError(f"{where}: '{name}' is no host name; give letters, digits, '.', '-' and '_'") from None
 
 
 def slurm_hosts(config: LaunchConfig, env: Mapping[str, str]) -> dict[str, int]:

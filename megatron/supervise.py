@@ -63,7 +63,7 @@ def run_plan(plan: LaunchPlan) -> int:
             stopper.act(process.pid)
         code = _shell_code(process.wait())
         stopper.wait_for_workers(process.pid)
-        if code > 128 and not stopper.received:
+        if code > 128 and not stopper.received and not stopper.code:
             get_logger().error("a worker was killed by signal %d (9: often out of memory)", code - 128)
         return stopper.code or code
     finally:
@@ -110,6 +110,7 @@ class _Stopper:
         """Wait for workers that have lost their launcher, after they have been asked to save and stop."""
         workers = _left_behind(session) if self.plan.is_local else []
         if workers and not self.received:
+            self.code = 128 + signal.SIGKILL
             get_logger().error("the launcher was killed: asking the workers to save and stop")
             for process in workers:
                 with suppress(ProcessLookupError):
