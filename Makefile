@@ -1,4 +1,4 @@
-# make demo: install, prepare, train, evaluate, generate, report.  make test: the test suite.  make check: lint and types.
+# make demo: install, prepare, train, evaluate, generate, report.  make test: the test suite.  make soak: longer.  make check: lint and types.
 VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet
@@ -6,7 +6,7 @@ REQ := requirements/requirements
 INSTALLED := $(VENV)/.installed
 DEMO := demo_output
 
-.PHONY: demo test check format clean
+.PHONY: demo test soak check format clean
 
 # torch first, by itself: no other package may choose its build.
 $(INSTALLED): $(REQ).txt $(REQ)-dev.txt $(REQ)-eval.txt $(REQ)-tensorboard.txt $(REQ)-tokenizers.txt $(REQ)-demo.txt
@@ -27,6 +27,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PY) -m pytest
+
+# Runs killed and stopped at random instants, another set of them every time; minutes.
+soak: $(INSTALLED)
+	SOAK_STRIKES=20 SOAK_SEED=$${SOAK_SEED:-$$(date +%s)} $(PY) -m pytest --numprocesses=0 tests/faults
 
 check: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -51,8 +51,12 @@ def _context() -> ForkServerContext:
 
 def start_process(function: Callable[..., Any], *arguments: Any) -> ForkServerProcess:
     """`function(*arguments)` in a process of its own, one rank of one, that the caller may kill."""
-    context = _context()
-    process = context.Process(target=_worker, args=(function, 0, 1, free_port(), arguments, None))
+    return start_rank(0, 1, free_port(), function, *arguments)
+
+
+def start_rank(rank: int, world: int, port: int, function: Callable[..., Any], *arguments: Any) -> ForkServerProcess:
+    """The same as one rank of several, that meet at `port`."""
+    process = _context().Process(target=_worker, args=(function, rank, world, port, arguments, None))
     process.start()
     return process
 

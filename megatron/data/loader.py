@@ -265,7 +265,7 @@ def _from_workers(loader: Callable[[int, int], DataLoader[Any]], num_workers: in
             lost += 1
             instead = "new ones" if lost < _ATTEMPTS else "this process"
             get_logger().warning(
-                "num_workers: %s (often out of memory); %s will load the data",
+                "num_workers: %s, often for want of memory; %s will load the data",
                 error,
                 instead,
                 extra={"all_ranks": True},
@@ -286,8 +286,9 @@ def _until_lost(stream: Any) -> Iterator[MicroBatch]:
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker (pid"):
                 raise
+            ends = [worker.exitcode for worker in stream._workers if worker.exitcode is not None]
             _abandon(stream)
-            raise _WorkerLost(error) from None
+            raise _WorkerLost(f"a loader worker has ended (exit code {ends[0] if ends else 'unknown'})") from None
         yield batch
 
 
