@@ -240,6 +240,8 @@ def _loader(dataset: AnyDataset, sampler: MicroBatchSampler, num_workers: int) -
         collate_fn=_collate,
         pin_memory=uses_gpu(),
         generator=torch.Generator(),  # else starting a loader would draw from the training's random numbers
+        # Of no other process, such as a fork server, that would hear signals and could stay behind.
+        multiprocessing_context="fork" if num_workers else None,
         worker_init_fn=functools.partial(_init_worker, os.getpid()) if num_workers else None,
     )
 

@@ -16,7 +16,7 @@ from megatron.launch import free_port
 from tests.launched import training_lines, wait_until
 from tests.ranks import start_rank
 
-LAST, SAVED_EVERY = 60, 9
+LAST, SAVED_EVERY = 40, 9
 
 
 def train_in_group(config: Path, leader: int) -> None:
@@ -111,8 +111,10 @@ def strike(config: Path, folder: Path, world: int, number: signal.Signals, delay
 
 def run_to_the_end(config: Path, world: int) -> float:
     """Train without a signal; returns the seconds it took."""
+    group = start_group(config, world)
+    assert wait_until(lambda: is_grouped(group), 60)  # the first one waits for the fork server's imports
     begin = time.monotonic()
-    assert start_group(config, world).wait() == [0] * world
+    assert group.wait() == [0] * world
     return time.monotonic() - begin
 
 
