@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 import megatron.launch as launch_module
@@ -19,7 +21,7 @@ from megatron import supervise
 from megatron.config import resolve_config
 from megatron.errors import UserError
 from megatron.launch import ensure_process_environment, launch, make_plan, read_hostfile
-from tests.launched import environment, training_lines, write_config
+from tests.launched import deepy, environment, training_lines, wait_until, write_config
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "configs/demo.yml"
@@ -151,6 +153,33 @@ def test_pdsh_stops_the_workers_of_this_run_and_no_others(hostfile: str) -> None
     launcher = f"{sys.executable} -u -m deepspeed.launcher.launch --node_rank=0 train.py a.yml --set x=1"
     for other in (launcher, f"{worker}2", f"/bin/sh -c pkill {pattern}"):
         assert not re.search(pattern, other)
+
+
+@pytest.mark.parametrize(
+    "name", ["node1;id", "$(id)", "`id`", "^/etc/hosts", "-node1", "node[1-3]", "a&b", "x|y", "a,b"]
+)
+def test_what_is_no_host_name_does_not_reach_a_shell_or_pdsh(tmp_path: Path, name: str) -> None:
+    (tmp_path / "hosts").write_text(f"node1 slots=2\n{name} slots=2\n")
+    with pytest.raises(UserError, match=f":2: '{re.escape(name)}' is no host name"):
+        plan_of([f"hostfile={tmp_path / 'hosts'}", "launcher=pdsh"])
+
+
+@pytest.mark.usefixtures("all_launchers")
+def test_other_words_that_pdsh_gives_to_a_remote_shell_are_checked(
+    hostfile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [f"hostfile={hostfile}", "launcher=pdsh"]
+    assert plan_of(keys, {"NCCL_IB_HCA": "^mlx5_2:1,=a", "OTHER": "a;b"}).stop_command
+    for extra, env, name in (
+        (["master_addr='n;id'"], {}, "MASTER_ADDR 'n;id'"), ([], {"NCCL_DEBUG": "$(id)"}, "NCCL_DEBUG"),
+        ([], {"PYTHONPATH": "/a b"}, "PYTHONPATH"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=re.escape(name)):
+            plan_of([*keys, *extra], env)
+    (tmp_path / "a b").mkdir()
+    monkeypatch.chdir(tmp_path / "a b")
+    with pytest.raises(UserError, match="working folder"):
+        plan_of(keys)
 
 
 @pytest.mark.parametrize("word", ["{type:Adam}", "a;b&c*", "it's $HOME", 'a "b" \\ `c`', "(x y)", "runs/a_1.yml"])
@@ -354,6 +383,34 @@ def test_signals_reach_the_worker_which_saves(tmp_path: Path, number: signal.Sig
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
     assert "saved" in output and "Traceback" not in output
+
+
+def processes_below(pid: int) -> list[psutil.Process]:
+    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["SIGTERM to all", "SIGKILL to the launchers"])
+def test_nothing_is_lost_and_nobody_is_left_when_all_or_the_launchers_are_struck(
+    killed: bool, tmp_path: Path, tokenizer_file: Path, corpus_prefix: str
+) -> None:
+    save = tmp_path / "out"
+    keys = {"train_iters": 1000000, "num_workers": 2, "save": str(save), "num_gpus": 1 if killed else 2}
+    config = write_config(tmp_path / "run.yml", tokenizer_file, corpus_prefix, **keys)
+    with subprocess.Popen(
+        deepy(config), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert wait_until(lambda: training_lines(save) or process.poll() is not None, 90)
+        everyone = processes_below(process.pid)
+        assert len(everyone) == 6 if killed else 9, "deepy.py, two launchers, ranks with two loader workers each"
+        for member in everyone[:3] if killed else everyone:
+            with suppress(psutil.NoSuchProcess):
+                member.send_signal(signal.SIGKILL if killed else signal.SIGTERM)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == (-signal.SIGKILL if killed else 0), output
+    assert "Traceback" not in output
+    _, left = psutil.wait_procs(everyone, timeout=30)
+    assert not left
+    assert (save / "latest").read_text().strip() == f"global_step{training_lines(save)[-1]['iteration']}"
 
 
 def test_torchrun_trains_on_two_processes(tmp_path: Path, tokenizer_file: Path, corpus_prefix: str) -> None:

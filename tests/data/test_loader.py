@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from data_helpers import CORPUS, run_config, write_corpus
 
 from megatron.data import BlendedDataset, GPTDataset, IndexedDataset, batches, build_datasets
 from megatron.errors import UserError
+from megatron.signals import STOP_SIGNALS
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,38 @@ def test_resuming_goes_on_with_the_next_sample(dataset: GPTDataset, num_workers:
     rest = [batch["tokens"] for batch in batches(dataset, 4, start_sample=600, num_workers=num_workers)]
     assert len(full) == 153 and full[0].shape == (4, 65) and full[0].dtype == torch.int64
     assert torch.equal(torch.stack(rest), torch.stack(full[150:]))
+
+
+def loader_workers() -> list[psutil.Process]:
+    return psutil.Process().children()
+
+
+def test_killed_workers_are_replaced_and_every_batch_comes_once(
+    dataset: GPTDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # s; how soon a death is seen
+    expected = [batch["tokens"] for batch in batches(dataset, 4, 3)]
+    before = {child.pid for child in loader_workers()}
+    stream = batches(dataset, 4, 3, num_workers=2)
+    found = [next(stream)["tokens"] for _ in range(4)]
+    workers = [child for child in loader_workers() if child.pid not in before]
+    assert len(workers) == 2
+    ids = " ".join(str(worker.pid) for worker in workers)  # signals of another process: they obey this one
+    subprocess.run(["sh", "-c", "".join(f"kill -{number.value} {ids};" for number in STOP_SIGNALS)], check=True)
+    found += [next(stream)["tokens"] for _ in range(4)]
+    assert all(worker.status() != psutil.STATUS_ZOMBIE for worker in workers), "they are deaf to signals"
+    workers[0].kill()
+    found += [batch["tokens"] for batch in stream]
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+    assert {child.pid for child in loader_workers()} <= before
+
+
+def test_where_every_worker_is_killed_the_process_loads_itself(
+    dataset: GPTDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    monkeypatch.setattr("megatron.data.loader._init_worker", lambda parent, worker: os.kill(os.getpid(), 9))
+    assert len(list(batches(dataset, 4, num_workers=2))) == 153
 
 
 def test_only_whole_updates_are_given(dataset: GPTDataset) -> None:

@@ -1,0 +1,136 @@
+"""Signals to a process that holds unsaved work, and processes that end with their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron.signals import STOP_SIGNALS, has_launcher
+from tests.launched import environment, wait_until
+
+ROOT = Path(__file__).parents[1]
+# The main thread waits where no Python handler is run; `requested` is printed by a thread.
+HOLDING = """
+import signal, sys, threading, time
+from megatron.signals import StopRequest
+stop = StopRequest(ends_at_once="starting" in sys.argv)
+stop.listen()
+def report():
+    while not stop.requested:
+        time.sleep(0.01)
+    print("requested", stop.name, flush=True)
+threading.Thread(target=report, daemon=True).start()
+print("ready", flush=True)
+import ctypes
+libc = ctypes.CDLL(None)
+while True:
+    libc.sleep(60)
+"""
+
+
+def start(*words: str, **variables: str) -> subprocess.Popen[str]:
+    env = {
+        key: value for key, value in environment(**variables).items() if key in variables or not key.startswith("DEEPY")
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, *words], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def heard(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return next(line for line in process.stdout if line.startswith("requested")).split()[1]
+
+
+def test_every_stop_signal_is_a_request_and_sigterm_again_ends_in_words() -> None:
+    running = {number: start() for number in STOP_SIGNALS}
+    for number, process in running.items():
+        process.send_signal(number)
+        assert heard(process) == number.name
+        process.send_signal(signal.SIGXCPU)  # the kernel repeats it
+        assert process.poll() is None
+    for number, process in running.items():
+        insisting = signal.SIGINT if number == signal.SIGTERM else signal.SIGTERM
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            process.send_signal(insisting)
+            time.sleep(0.2)
+            assert process.poll() is None, "it has insisted once"
+        process.send_signal(insisting)
+        output = process.communicate(timeout=10)[0]
+        assert process.returncode == 128 + insisting, output
+        assert f"{insisting.name}: again: stopped at once" in output and "Traceback" not in output
+
+
+def test_a_signal_during_the_start_ends_the_process_in_words() -> None:
+    running = {number: start("starting") for number in STOP_SIGNALS}
+    for number, process in running.items():
+        process.send_signal(number)
+        output = process.communicate(timeout=10)[0]
+        assert (process.returncode, output) == (
+            128 + number, f"{number.name}: stopped during the start, nothing to save\n",
+        )  # fmt: skip
+
+
+def test_copies_of_a_signal_from_the_launchers_are_no_insisting() -> None:
+    process = start(TORCHELASTIC_RUN_ID="1")
+    for _ in range(3):  # its own, and those of deepy.py and DeepSpeed's launcher
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert heard(process) == "SIGTERM" and process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 143
+    assert has_launcher({"CROSS_RANK": "0"}) and not has_launcher({"RANK": "0"})
+
+
+def test_nohup_is_heeded() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    assert heard(process) == "SIGUSR1"
+    process.kill()
+    process.wait()
+
+
+CHILD = """
+import os, signal, sys, time
+from megatron.signals import blocked, follow_parent
+parent = os.getpid()
+with blocked():
+    child = os.fork()
+if child == 0:
+    follow_parent(parent)
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+    os._exit(3)
+time.sleep(0.5 if "ends" in sys.argv else 60)
+"""
+
+
+@pytest.mark.parametrize("words", [["ends"], []])
+def test_a_child_ignores_signals_of_others_and_ends_with_its_parent(words: list[str]) -> None:
+    process = subprocess.Popen([sys.executable, "-c", CHILD, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    child = int(process.stdout.readline())
+    for number in STOP_SIGNALS:
+        os.kill(child, number)
+    time.sleep(0.1)
+    assert Path(f"/proc/{child}").exists()
+    if not words:
+        process.kill()
+    process.wait(10)
+    assert wait_until(lambda: not Path(f"/proc/{child}").exists(), 3)
