@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from typing import Any, TypedDict
 
 import numpy as np
@@ -285,12 +286,14 @@ def _until_lost(stream: Any) -> Iterator[MicroBatch]:
             batch = next(stream)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
+        except (RuntimeError, OSError, EOFError):  # torch's own, or of the connection to a worker that holds a tensor
+            workers = getattr(stream, "_workers", ())
+            wait([worker.sentinel for worker in workers], timeout=1.0)  # its connections end before it does
+            ends = [worker.exitcode for worker in workers if worker.exitcode is not None]
+            if not ends:
                 raise
-            ends = [worker.exitcode for worker in stream._workers if worker.exitcode is not None]
             _abandon(stream)
-            raise _WorkerLost(f"a loader worker has ended (exit code {ends[0] if ends else 'unknown'})") from None
+            raise _WorkerLost(f"a loader worker has ended (exit code {ends[0]})") from None
         yield batch
 
 
