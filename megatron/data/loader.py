@@ -287,14 +287,21 @@ def _until_lost(stream: Any) -> Iterator[MicroBatch]:
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError):  # torch's own, or of the connection to a worker that holds a tensor
-            workers = getattr(stream, "_workers", ())
-            wait([worker.sentinel for worker in workers], timeout=1.0)  # its connections end before it does
-            ends = [worker.exitcode for worker in workers if worker.exitcode is not None]
+            ends = _ended(getattr(stream, "_workers", ()))
             if not ends:
                 raise
             _abandon(stream)
             raise _WorkerLost(f"a loader worker has ended (exit code {ends[0]})") from None
         yield batch
+
+
+def _ended(workers: Sequence[Any], seconds: float = 1.0) -> list[int]:
+    """Exit codes of the workers that end within this time: their connections go before they do."""
+    gone = wait([worker.sentinel for worker in workers], timeout=seconds)
+    for worker in workers:
+        if worker.sentinel in gone:
+            worker.join()
+    return [worker.exitcode for worker in workers if worker.exitcode is not None]
 
 
 def _start(loader: DataLoader[Any]) -> Any:
