@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.data._utils import signal_handling
 
 from megatron.config.schema import RunConfig
 from megatron.data.blend import BlendedDataset, normalized, weights_by_documents
@@ -318,6 +319,7 @@ def _start(loader: DataLoader[Any]) -> Any:
 def _abandon(stream: Any) -> None:
     """Kill the workers that are left. torch's own way may wait for ever for a lock that the lost one held."""
     stream._shutdown = True
+    signal_handling._remove_worker_pids(id(stream))  # another iterator may get the same id
     for worker in stream._workers:
         worker.kill()
         worker.join()
