@@ -25,6 +25,7 @@ from megatron.errors import UserError
 _LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
+_TAG = re.compile(r"\w[\w.-]{0,200}")
 _FLAT = "pytorch_model.bin"
 _INDEX = f"{_FLAT}.index.json"
 
@@ -32,11 +33,15 @@ _INDEX = f"{_FLAT}.index.json"
 def find_official_folder(path: str | Path, iteration: int | None = None) -> Path | None:
     """The official folder meant by `path`: itself, or the `iteration` or latest one under it; None if there is none."""
     path = Path(path)
-    latest = path / "latest"
-    names = [] if iteration is None else [f"global_step{iteration}"]
-    if iteration is None:
-        names = [".", latest.read_text(encoding="utf-8", errors="replace").strip()] if latest.is_file() else ["."]
+    names = [".", *_latest_tag(path)] if iteration is None else [f"global_step{iteration}"]
     return next((path / name for name in names if _is_official(path / name)), None)
+
+
+def _latest_tag(path: Path) -> list[str]:
+    """The folder that DeepSpeed's `latest` names beside it; none where it names anything else."""
+    latest = path / "latest"
+    text = latest.read_bytes()[:256].decode("utf-8", errors="replace").strip() if latest.is_file() else ""
+    return [text] if _TAG.fullmatch(text) else []
 
 
 def _is_official(folder: Path) -> bool:

@@ -4,7 +4,8 @@ A checkpoint is a folder `global_step{iteration}`:
 
 | file                    | content                                                                          |
 |-------------------------|----------------------------------------------------------------------------------|
-| manifest.json           | format version, SHA-256 and size of every file, and for every tensor its file    |
+| manifest.json           | format version, SHA-256 and size of every file, file, dtype and shape of every   |
+|                         | tensor, and the SHA-256 of all this (megatron.checkpoint.form)                    |
 | model-*.safetensors     | parameters, full shapes, fp32 (masters), and buffers such as tau_tokens (int64)  |
 | optimizer-*.safetensors | moments and step counts, named `{moment}/{parameter}`                            |
 | rng-*.safetensors       | random-number states of every rank, named `rank{r}/{generator}`                  |
@@ -26,7 +27,9 @@ from torch import Tensor
 
 FORMAT = "tokenformer-canonical"
 FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
 TENSOR_KINDS = ("model", "optimizer", "rng")
+SMALL_FILES = ("train_state.json", "config.yml")
 
 # A stream of whole tensors. Every process of the run must walk it to its end (gathering is collective).
 TensorStream = Iterable[tuple[str, Tensor]]
@@ -51,6 +54,8 @@ def folder_name(iteration: int) -> str:
 
 
 def folder_iteration(name: str) -> int | None:
-    """The iteration in a folder name, or None when it is no checkpoint's."""
+    """The iteration in a folder name, or None when it is no checkpoint's: `global_step08` is not one of ours."""
     digits = name.removeprefix("global_step")
-    return int(digits) if digits != name and digits.isdecimal() else None
+    if not digits.isdecimal() or folder_name(int(digits)) != name:
+        return None
+    return int(digits)

@@ -581,7 +581,10 @@ class CheckpointConfig(Section):
     load: str | None = None
     """Folder of checkpoints to resume from; an empty or missing one means: start from scratch."""
     iteration: int | None = Field(default=None, ge=0)
-    """Iteration to load instead of the latest one."""
+    """Iteration to load instead of the latest one: the run is rolled back to it. Once that has saved, the same
+    configuration goes on from what it saved."""
+    strict_load: bool = False
+    """true: stop where the latest checkpoint is missing or damaged, instead of going on from the newest whole one."""
     checkpoint_factor: int | None = Field(default=None, gt=0)
     """Iterations between checkpoints (checkpoint_scale linear), or the factor between them (log)."""
     checkpoint_scale: Literal["linear", "log"] = "linear"

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.form import value_fault
 from megatron.checkpoint.official_folder import find_official_folder, read_official_folder
 from megatron.checkpoint.published import read_flat_file, to_canonical
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
@@ -75,6 +76,9 @@ def open_base(
         flat = read_flat_file(official, key) if official.is_file() else read_official_folder(official, key)
         tensors = to_canonical(flat, config.num_layers, official, key)
         counted = _with_counts_of(config, tensors)
+        for name, tensor in tensors.items():
+            if fault := value_fault("model", name, tensor):
+                raise UserError(f"{key}: {official}: {name} {fault}; give a model that is whole")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         check_fit(LanguageModel(counted, device="meta"), shapes, f"{key}: {path}")
         return Base(official, counted, FlatTensors(tensors, counted), None)

@@ -9,6 +9,7 @@ from megatron.checkpoint.store import CheckpointReader
 from megatron.config.schema import ModelConfig
 from megatron.errors import UserError
 from megatron.model.language_model import LanguageModel
+from megatron.model.pattention import Pattention
 
 
 def _responsible_keys(name: str) -> tuple[str, str]:
@@ -63,8 +64,36 @@ _FREE_KEYS = {
 
 
 def saved_model_config(reader: CheckpointReader) -> ModelConfig:
-    """The model section of the configuration in a canonical checkpoint."""
-    return ModelConfig(**{key: reader.config[key] for key in ModelConfig.model_fields if key in reader.config})
+    """The model section of the configuration in a canonical checkpoint.
+
+    Raises: DamagedCheckpoint unless the tensors are those of such a model.
+    """
+    names = reader.names("model")
+    layers = len({name.split(".")[1] for name in names if name.startswith("layers.")})
+    if reader.config.get("num_layers") != layers:  # seen to before a list of a billion layers is made
+        raise reader.damaged("config.yml", f"does not say num_layers {layers}, as the tensors do")
+    config = reader.section(ModelConfig)
+    try:
+        model = LanguageModel(config, device="meta")
+    except (RuntimeError, ValueError, OverflowError, MemoryError) as error:  # sizes beyond any memory
+        raise reader.damaged("config.yml", f"describes no model: {str(error).splitlines()[0][:200]}") from None
+    try:
+        check_fit(model, {name: reader.shape("model", name) for name in names}, "the manifest")
+    except UserError as error:
+        raise reader.damaged("config.yml", f"describes another model: {error}") from None
+    for name, module in model.named_modules():
+        if isinstance(module, Pattention):
+            _check_tau(reader, f"{name}.tau_tokens", module.num_tokens)
+    return config
+
+
+def _check_tau(reader: CheckpointReader, name: str, num_tokens: int) -> None:
+    """tau^2 is a number of tokens that the layer has, or had before it grew."""
+    if name not in reader.names("model") or reader.shape("model", name):
+        raise reader.damaged("manifest.json", f"lacks {name}")
+    tau_tokens = int(reader.tensor("model", name))
+    if not 1 <= tau_tokens <= num_tokens:
+        raise reader.damaged("manifest.json", f"leads to {name} {tau_tokens} of a layer with {num_tokens} tokens")
 
 
 def check_same_model(config: ModelConfig, saved: ModelConfig, folder: Path) -> None:

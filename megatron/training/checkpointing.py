@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
-import random
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from megatron.checkpoint.state import CanonicalState, folder_name
-from megatron.checkpoint.store import (
-    CheckpointReader,
-    find_checkpoint,
-    list_iterations,
-    remove_old,
-    save_checkpoint,
-)
+from megatron.checkpoint.store import CheckpointReader, list_iterations, remove_old, save_checkpoint
 from megatron.config.schema import CheckpointConfig, RunConfig
 from megatron.errors import UserError
 from megatron.log import get_logger
-from megatron.mpu import Layout
-from megatron.mpu.device import uses_gpu
 from megatron.mpu.processes import first_rank_does
 from megatron.training.engine import Engine
+from megatron.training.generators import random_states, restore_random_states
 from megatron.training.state import TrainState
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "safetensors", "pydantic")
@@ -56,33 +40,34 @@ def save(config: RunConfig, engine: Engine, state: TrainState) -> None:
     options, rank = config.checkpoint, engine.layout.rank
     assert options.save is not None, "the loop saves only where there is a folder"
     state.loss_scaler = engine.loss_scaler
-    tensors = {"model": engine.model_tensors(), "rng": _random_states(engine)}
+    tensors = {"model": engine.model_tensors(), "rng": random_states(engine.layout, engine.device)}
     if not options.no_save_optim:
         tensors["optimizer"] = engine.state.optimizer_state()
     canonical = CanonicalState(
         state.iteration, state.state_dict(), config.flat(), tensors, environment() if rank == 0 else {}
     )
-    first_rank_does(_written(options, canonical, rank), engine.layout)
+    if rank:
+        save_checkpoint(options.save, canonical, write=False)
+    first_rank_does(lambda: _write(options, canonical), engine.layout)
     get_logger().info("saved checkpoint %s", Path(options.save) / folder_name(state.iteration))
 
 
-def _written(options: CheckpointConfig, state: CanonicalState, rank: int) -> Callable[[], None]:
-    """Write the checkpoint, and what it came to: nothing, or the UserError of a full disk."""
+def _write(options: CheckpointConfig, state: CanonicalState) -> None:
+    """Write the checkpoint, on the first rank; the others give it their parts, and then wait for it to be done.
+
+    Raises: UserError for a full disk and for values that are not finite, once all parts are taken.
+    """
     assert options.save is not None, "the loop saves only where there is a folder"
-    failure: UserError | None = None
     try:
-        save_checkpoint(options.save, state, write=rank == 0)
-        if rank == 0 and options.keep_last_n_checkpoints:
+        save_checkpoint(options.save, state)
+    except UserError:
+        save_checkpoint(options.save, state, write=False)  # the others are still gathering
+        raise
+    if options.keep_last_n_checkpoints:
+        try:
             remove_old(options.save, options.keep_last_n_checkpoints, options.extra_save_iters or ())
-    except UserError as error:
-        failure = error
-        save_checkpoint(options.save, state, write=False)  # the other ranks are still gathering
-
-    def outcome() -> None:
-        if failure is not None:
-            raise failure
-
-    return outcome
+        except OSError as error:
+            get_logger().warning("keep_last_n_checkpoints: %s; an old checkpoint stays", error)
 
 
 def environment() -> dict[str, str | dict[str, str]]:
@@ -97,96 +82,15 @@ def environment() -> dict[str, str | dict[str, str]]:
     return {"git_revision": revision, "python": platform.python_version(), "packages": packages}
 
 
-def _random_states(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Generator states of every rank, `rank{r}/{generator}`. Collective."""
-    for kind, state in _local_random_states().items():
-        mine = state.to(engine.device)
-        everyone = [torch.empty_like(mine) for _ in range(engine.layout.world_size)]
-        if engine.layout.world_size > 1:
-            dist.all_gather(everyone, mine)
-        else:
-            everyone = [mine]
-        yield from ((f"rank{rank}/{kind}", tensor) for rank, tensor in enumerate(everyone))
+def check_save_folder(config: RunConfig, has_checkpoint: bool) -> None:
+    """Raise a UserError rather than mix this run's checkpoints with those of a run it does not continue.
 
-
-def _local_random_states() -> dict[str, Tensor]:
-    _, python_state, _ = random.getstate()
-    numpy_state: Any = np.random.get_state(legacy=True)
-    keys, position = numpy_state[1:3]
-    states = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor(python_state, dtype=torch.int64),
-        "numpy": torch.tensor([*map(int, keys), position], dtype=torch.int64),
-    }
-    if uses_gpu():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def seed_generators(seed: int, layout: Layout, iteration: int = 0) -> None:
-    """Seed this process's generators; the tensor ranks of one place of the grid draw the same numbers.
-
-    Dropout that has to differ between tensor ranks derives its own streams (megatron.mpu.random).
+    has_checkpoint: `load` has one to start from.
     """
-    place = layout.rank // layout.tensor_size
-    if iteration:
-        digest = hashlib.blake2b(f"{seed}/{iteration}/{place}".encode(), digest_size=4).digest()
-        seed, place = int.from_bytes(digest, "little"), 0
-    torch.manual_seed(seed + place)
-    random.seed(seed + place)
-    np.random.seed((seed + place) % 2**32)
-
-
-def restore_random_states(config: RunConfig, reader: CheckpointReader, layout: Layout) -> None:
-    """Set this rank's generators as saved; seed them afresh when the run that saved had another grid."""
-    keys = ("model_parallel_size", "pipe_parallel_size")
-    now = config.flat()
-    saved_ranks = {name.partition("/")[0] for name in reader.names("rng")}
-    same_axes = all(max(1, reader.config.get(key) or 1) == max(1, now[key]) for key in keys)
-    if not same_axes or len(saved_ranks) != layout.world_size:
-        seed_generators(config.training.seed, layout, reader.iteration)
-        get_logger().info(
-            "%s has no random-number states of this process grid: going on from a new seed", reader.folder
-        )
-        return
-    prefix = f"rank{layout.rank}/"
-    values = {n.removeprefix(prefix): reader.tensor("rng", n) for n in reader.names("rng") if n.startswith(prefix)}
-    torch.set_rng_state(values["torch"])
-    random.setstate((3, tuple(values["python"].tolist()), None))
-    *keys_of_numpy, position = values["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys_of_numpy, dtype=np.uint32), position, 0, 0.0))
-    if "cuda" in values and uses_gpu():
-        torch.cuda.set_rng_state(values["cuda"])
-
-
-def open_for_resume(config: RunConfig, layout: Layout) -> CheckpointReader | None:
-    """The checkpoint a run continues from; None when `load` is unset, missing or empty: it then starts from scratch.
-
-    Rank 0 compares the checksums. Collective. Raises: UserError for a damaged one, on every rank.
-    """
-    load = config.checkpoint.load
-    if load is None:
-        return None
-    if Path(load).exists() and not Path(load).is_dir():
-        raise UserError(f"load: {load} is a file; give the folder of the run's checkpoints")
-    folder = find_checkpoint(load, config.checkpoint.iteration)
-    if folder is None:
-        if Path(load).is_dir() and any(Path(load).glob("global_step*")):
-            raise UserError(f"load: {load} has global_step folders but no `latest` file; name one with `iteration`")
-        base = config.checkpoint.pretrain_partial_init
-        get_logger().info("no checkpoint in %s: starting from %s", load, base or "scratch")
-        return None
-    reader = CheckpointReader(folder, verify=False)
-    first_rank_does(reader.verify, layout)
-    return reader
-
-
-def check_save_folder(config: RunConfig, reader: CheckpointReader | None) -> None:
-    """Raise a UserError rather than mix this run's checkpoints with those of a run it does not continue."""
     options = config.checkpoint
     if options.save is None or not list_iterations(options.save):
         return
-    continues = reader is not None and not options.finetune
+    continues = has_checkpoint and not options.finetune
     if not (continues and options.load and Path(options.load).resolve() == Path(options.save).resolve()):
         raise UserError(
             f"save: {options.save} has checkpoints of a run that this one does not continue; "

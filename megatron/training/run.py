@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from megatron.mpu.processes import first_rank_does
 from megatron.mpu.shard import allocate, take_share
 from megatron.ops.pattention import select_backend
 from megatron.tokenizer import build_tokenizer
-from megatron.training.checkpointing import restore, seed_generators, warn_of_other_data
+from megatron.training.checkpointing import restore, warn_of_other_data
 from megatron.training.engine import (
     Engine,
     SingleStageEngine,
@@ -38,6 +39,7 @@ from megatron.training.engine import (
     initialize_distributed,
     partition_parameters,
 )
+from megatron.training.generators import seed_generators
 from megatron.training.grid import reused_groups
 from megatron.training.hardware import peak_flops
 from megatron.training.metrics import MetricsLog, Throughput
@@ -48,6 +50,7 @@ from megatron.training.state import TrainState
 
 # Sequences of a held-out set on which a growth is proven to change nothing.
 _PROOF_SEQUENCES = 4
+_BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 
 
 @dataclass
@@ -65,6 +68,7 @@ class Run:
     global_batch: int
     flops_per_token: float
     peak_flops: float | None
+    resumed: bool = False
     lock: FolderLock | None = None
     saved: int | None = None
     loss_sum: Tensor | None = None
@@ -184,6 +188,7 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
         global_batch,
         flops,
         peak,
+        start.resumed,
     )
 
 
@@ -201,7 +206,11 @@ def _claim_folders(config: RunConfig) -> FolderLock | None:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise UserError(f"{key}: {folder} cannot be written: {error.strerror}; choose another folder") from error
+            if (
+                error.errno not in _BROKEN_DISK
+            ):  # what goes wrong later is a warning, and so it is on a run's next start
+                reason = error.strerror
+                raise UserError(f"{key}: {folder} cannot be written: {reason}; choose another folder") from error
     return FolderLock(config.checkpoint.save) if config.checkpoint.save else None
 
 

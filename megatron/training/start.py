@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +40,9 @@ from megatron.model.compatibility import check_fit, check_same_model, saved_mode
 from megatron.mpu import Layout
 from megatron.mpu.device import process_device
 from megatron.mpu.processes import first_rank_does
-from megatron.training.checkpointing import check_save_folder, data_differences, open_for_resume
+from megatron.training.checkpointing import check_save_folder, data_differences
+from megatron.training.resume import Resumption, open_for_resume
+from megatron.training.soundness import require_sound
 from megatron.training.state import TrainState
 
 
@@ -86,8 +89,11 @@ class Start:
         device = process_device()
         for number, (before, old, after, new) in enumerate(self._growths):
             numbers = torch.zeros(2, device=device)
-            if layout.data_rank == 0 and layout.pipeline_rank == 0:
-                found = compare_logits((before, old), (after, new), ids.to(device), layout)
+            compare = partial(compare_logits, (before, old), (after, new), ids.to(device), layout)
+            found = compare() if layout.rank and layout.data_rank == layout.pipeline_rank == 0 else None
+            # The whole model is read twice: ranks that take no part wait where there is no limit of time.
+            found = first_rank_does(compare, layout) or found
+            if found is not None:
                 numbers = torch.tensor([found.largest, found.scale], device=device)
             if layout.world_size > 1:
                 dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
@@ -107,10 +113,10 @@ def find_start(config: RunConfig, layout: Layout) -> Start:
 
     Raises: UserError for a checkpoint that is damaged or does not fit, and for an impossible growth.
     """
-    reader = open_for_resume(config, layout)
-    check_save_folder(config, reader)
-    if reader is not None:
-        start = _from_checkpoint(config, reader)
+    resumption = open_for_resume(config, layout)
+    check_save_folder(config, resumption is not None)
+    if resumption is not None:
+        start = _from_checkpoint(config, resumption)
     elif config.checkpoint.pretrain_partial_init:
         start = _from_smaller_model(config, config.checkpoint.pretrain_partial_init, layout)
     else:
@@ -129,12 +135,14 @@ def tokens_an_update(config: RunConfig, layout: Layout) -> int:
     return micro * steps * layout.data_size * config.model.seq_length
 
 
-def _from_checkpoint(config: RunConfig, reader: CheckpointReader) -> Start:
+def _from_checkpoint(config: RunConfig, resumption: Resumption) -> Start:
+    reader = resumption.reader
     state, saved = TrainState(), saved_model_config(reader)
     if config.checkpoint.finetune:
         state.lineage = past_growths(reader.train_state.get("lineage", []))
     else:
         state.load_state_dict(reader.train_state)
+        state.rollbacks = resumption.rollbacks
     config = resumed_config(config, saved, state.lineage)
     check_same_model(config.model, saved, reader.folder)
     _check_fit(config.model, reader, f"load: {reader.folder}")
@@ -149,7 +157,7 @@ def _check_fit(model: ModelConfig, tensors: TensorSource, source: str) -> None:
 def _from_smaller_model(config: RunConfig, path: str, layout: Layout) -> Start:
     base = open_base(Path(path), config.model, verify=False)
     if base.reader is not None:
-        first_rank_does(base.reader.verify, layout)
+        first_rank_does(partial(require_sound, base.reader), layout)
     slots = {f"{kind}_slot_num": getattr(config.model, f"{kind}_slot_num") for kind in KINDS}
     check_same_model(config.model, base.config.model_copy(update=slots), base.folder)
     # Everything but the tokens is as configured: lengths and dropout may be others than the smaller model's.
@@ -173,7 +181,7 @@ def _carry_over(state: TrainState, config: RunConfig, reader: CheckpointReader) 
         state.lineage = past_growths(reader.train_state.get("lineage", []))
         return
     state.load_state_dict(reader.train_state)
-    state.lineage = past_growths(state.lineage)
+    state.lineage, state.rollbacks = past_growths(state.lineage), []
     if config.scaling.partial_init_policy == "restart":
         state.iteration = state.skipped_iterations = 0
     elif state.iteration >= (config.training.train_iters or math.inf):

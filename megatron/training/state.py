@@ -19,6 +19,9 @@ class TrainState:
             keeps the order of the earlier ones. See megatron.data.Datasets.epoch_blocks.
         loss_scaler: dynamic loss scale of fp16.
         lineage: one entry a growth stage: what was there and since which iteration.
+        rollbacks: the iterations that `iteration` has rolled the run back to, in order.
+
+    megatron.checkpoint.form checks what is read; a field added here is added there.
     """
 
     iteration: int = 0
@@ -28,6 +31,7 @@ class TrainState:
     epoch_blocks: dict[str, list[int]] = field(default_factory=dict)
     loss_scaler: dict[str, float] = field(default_factory=dict)
     lineage: list[dict[str, Any]] = field(default_factory=list)
+    rollbacks: list[int] = field(default_factory=list)
 
     @property
     def updates(self) -> int:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron.checkpoint.official_folder import find_official_folder
 from megatron.config.schema import CheckpointConfig, ModelConfig, RunConfig
 from megatron.errors import UserError
 from megatron.inference import load_model
@@ -200,3 +201,13 @@ def test_other_objects_are_never_loaded(tmp_path: Path) -> None:
     folder = write_model_file(tmp_path / "global_step1", flat_of("model_A"), anything=Evil())
     with pytest.raises(UserError, match=r"holds a re\._?compile\S* object, which could run code"):
         load_model(folder, config_of("model_A"))
+
+
+@pytest.mark.parametrize("tag", ["../outside", "/", "..", "\0", "x" * 5000, ""])
+def test_latest_leads_nowhere_but_to_a_folder_beside_it(tmp_path: Path, tag: str) -> None:
+    outside, run = tmp_path / "outside", tmp_path / "run"
+    outside.mkdir()
+    run.mkdir()
+    torch.save({}, outside / "mp_rank_00_model_states.pt")
+    (run / "latest").write_text(tag)
+    assert find_official_folder(run) is None and find_official_folder(outside) == outside

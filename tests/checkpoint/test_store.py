@@ -13,8 +13,15 @@ import torch
 
 from megatron.checkpoint import CanonicalState, CheckpointReader, find_checkpoint, save_checkpoint
 from megatron.checkpoint import store as store_module
+from megatron.checkpoint import writer as writer_module
+from megatron.checkpoint.form import manifest_checksum
 from megatron.checkpoint.store import FolderLock, list_iterations, remove_old
 from megatron.errors import UserError
+
+PROGRESS = {
+    "iteration": 0, "skipped_iterations": 0, "consumed_samples": 0, "consumed_tokens": 0, "epoch_blocks": {},
+    "loss_scaler": {}, "lineage": [],
+}  # fmt: skip
 
 
 def state(iteration: int, value: float = 1.0) -> CanonicalState:
@@ -22,7 +29,12 @@ def state(iteration: int, value: float = 1.0) -> CanonicalState:
         "model": [("layer.weight", torch.full((4, 3), value)), ("layer.tau_tokens", torch.tensor(4))],
         "optimizer": [("exp_avg/layer.weight", torch.ones(4, 3)), ("step/layer.weight", torch.tensor(7.0))],
     }
-    return CanonicalState(iteration, {"iteration": iteration}, {"num_layers": 1}, tensors, {"python": "3"})
+    return CanonicalState(iteration, {**PROGRESS, "iteration": iteration}, {"num_layers": 1}, tensors, {"python": "3"})
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """A manifest with the checksum that belongs to it."""
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": manifest_checksum(manifest)}))
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
@@ -32,11 +44,11 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     assert torch.equal(reader.tensor("model", "layer.weight"), torch.full((4, 3), 2.5))
     assert reader.tensor("model", "layer.tau_tokens").dtype == torch.int64
     assert reader.shape("optimizer", "exp_avg/layer.weight") == (4, 3)
-    assert (reader.iteration, reader.train_state, reader.config) == (3, {"iteration": 3}, {"num_layers": 1})
+    assert (reader.iteration, reader.train_state, reader.config) == (3, {**PROGRESS, "iteration": 3}, {"num_layers": 1})
 
 
 def test_large_states_are_written_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "SHARD_BYTES", 64)
+    monkeypatch.setattr(writer_module, "SHARD_BYTES", 64)
     stream = [(f"w{i}", torch.full((8,), float(i))) for i in range(10)]
     folder = save_checkpoint(tmp_path, CanonicalState(1, {}, {}, {"model": stream}))
     assert len(list(folder.glob("model-*.safetensors"))) == 5
@@ -58,9 +70,9 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(
 
     with monkeypatch.context() as patch:
         if when == "tensors":
-            patch.setattr(store_module, "save_file", die)
+            patch.setattr(store_module, "write_tensors", die)
         elif when == "manifest":
-            patch.setattr(store_module, "file_sha256", die)
+            patch.setattr(store_module, "manifest_checksum", die)
         elif when == "rename":
             patch.setattr(store_module.os, "rename", die)
         else:
@@ -104,7 +116,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path: Path, monkeypatch
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module, "save_file", full)
+    monkeypatch.setattr(writer_module, "write_safetensors", full)
     with pytest.raises(UserError, match="cannot write checkpoint .*No space left on device; earlier checkpoints are"):
         save_checkpoint(tmp_path, state(2))
     assert list_iterations(tmp_path) == [1]
@@ -150,7 +162,7 @@ def test_small_files_that_hold_nothing_of_use_are_named(tmp_path: Path, file: st
     (folder / file).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][file] = {"bytes": len(content), "sha256": store_module.file_sha256(folder / file)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     with pytest.raises(UserError, match=f"is damaged: {file} (cannot be parsed|does not hold keys and values)"):
         CheckpointReader(folder)
 
@@ -159,7 +171,7 @@ def test_a_manifest_lists_the_small_files(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, state(1))
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["files"]["config.yml"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     with pytest.raises(UserError, match="is damaged: manifest.json does not list config.yml"):
         CheckpointReader(folder, verify=False)
 
@@ -197,7 +209,7 @@ def test_a_tensor_of_a_damaged_file_names_the_file(tmp_path: Path, damage: str) 
 def test_messages_name_the_key_that_gave_the_folder(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, state(1))
     (folder / "config.yml").unlink()
-    with pytest.raises(UserError, match="^pretrain_partial_init: checkpoint .*config.yml is missing.*name an earlier"):
+    with pytest.raises(UserError, match="^pretrain_partial_init: checkpoint .*config.yml is missing; name another one"):
         CheckpointReader(folder, verify=False, key="pretrain_partial_init")
     (tmp_path / "latest").write_text("global_step9")
     with pytest.raises(UserError, match="^IN: .*iterations found there: 1; name the folder of one"):
@@ -217,7 +229,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
 def test_a_later_format_is_refused_with_its_number(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, state(1))
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
+    write_manifest(folder, {**manifest, "version": 99})
     with pytest.raises(UserError, match="format version 99"):
         CheckpointReader(folder)
 

@@ -338,7 +338,7 @@ def test_layers_and_counts_of_the_tool_have_to_be_given(
     ):
         assert message in failure(grow_tool, [str(base), out, *flags], capsys)
     (tmp_path / "latest").write_bytes(b"\xff\xfe")
-    assert "is not a complete checkpoint" in failure(grow_tool, [str(tmp_path), out, *FLAGS], capsys)
+    assert "latest does not name a checkpoint" in failure(grow_tool, [str(tmp_path), out, *FLAGS], capsys)
     assert not Path(out).exists()
 
 

@@ -55,7 +55,7 @@ def full_disk(config: RunConfig) -> str:
     def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    store._write_text = refuse
+    store.write_text = refuse
     return message_of(config)
 
 

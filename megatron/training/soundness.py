@@ -1,0 +1,60 @@
+"""Is a checkpoint whole, and does it agree with itself? Asked by one process, before anything is built from it.
+
+The reader knows the form; what is checked here takes the model, the optimizer and the generators of a run.
+"""
+
+from __future__ import annotations
+
+from megatron.checkpoint.reader import CheckpointReader
+from megatron.config.schema import CheckpointConfig, OptimizationConfig, OptimizerSpec, ParallelConfig
+from megatron.model.compatibility import saved_model_config
+from megatron.training.generators import check_saved_states
+
+
+def require_sound(reader: CheckpointReader) -> None:
+    """Look at all that a run takes from a checkpoint. Raises DamagedCheckpoint, which says what is wrong.
+
+    Checksums cannot tell of everything: contents may have been changed together with them.
+    """
+    reader.verify()
+    saved_model_config(reader)
+    reader.section(ParallelConfig)
+    if reader.iteration and "iteration" not in reader.train_state:
+        raise reader.damaged("train_state.json", "is empty")
+    if fault := _optimizer_fault(reader) or check_saved_states(reader):
+        raise reader.damaged("manifest.json", fault)
+
+
+def _optimizer_fault(reader: CheckpointReader) -> str | None:
+    """Does every parameter have what its optimizer keeps for it?"""
+    spec, state = reader.section(OptimizationConfig).optimizer, reader.train_state
+    moments: dict[str, set[str]] = {}
+    for full_name in reader.names("optimizer"):
+        moment, _, name = full_name.partition("/")
+        moments.setdefault(name, set()).add(moment)
+    if reader.section(CheckpointConfig).no_save_optim and not moments:
+        return None
+    known = _moments_of(spec)
+    for name, found in moments.items():
+        if found - {"step"} not in known:
+            return f"lists {', '.join(sorted(found))} of {name[:80]}, which is not what {spec.type} keeps"
+    updates = state.get("iteration", 0) - state.get("skipped_iterations", 0)
+    if not updates or set() in known:
+        return None
+    # What is frozen, and tokens that were added since the last update, have none.
+    missing = [name for name in reader.names("model") if not name.endswith(".tau_tokens") and name not in moments]
+    if missing and (not state["lineage"] or not moments):
+        return f"lists no optimizer state of {missing[0][:80]}"
+    return None
+
+
+def _moments_of(spec: OptimizerSpec) -> tuple[set[str], ...]:
+    """What an optimizer keeps for a parameter besides a count of steps, in each of the ways it has."""
+    adam, momentum = {"exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
+    if spec.type == "Muon":
+        return momentum, adam
+    if spec.type == "Lion":
+        return ({"exp_avg"},)
+    if spec.type == "SGD":
+        return (momentum,) if spec.params.momentum else (set(), momentum)
+    return (adam,)

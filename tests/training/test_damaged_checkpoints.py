@@ -1,0 +1,333 @@
+"""Damaged checkpoints: never a traceback, never another content in silence where a checksum or structure can tell."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from megatron.checkpoint.form import dtype_name, manifest_checksum
+from megatron.checkpoint.reader import CheckpointReader, DamagedCheckpoint, file_sha256
+from megatron.config import RunConfig
+from megatron.errors import UserError
+from megatron.log import get_logger
+from megatron.mpu import SINGLE
+from megatron.training import train
+from megatron.training.metrics import MetricsLog
+from megatron.training.resume import open_for_resume
+from megatron.training.soundness import require_sound
+from tests.damage import damaged
+
+pytestmark = pytest.mark.usefixtures("single_process")
+MakeConfig = Callable[..., RunConfig]
+SEED = int(os.environ.get("FUZZ_SEED", "1"))
+ROUNDS = int(os.environ.get("FUZZ_ROUNDS", "1"))
+SECONDS_A_FILE = 20.0
+FILES = ("manifest.json", "train_state.json", "config.yml", "environment.json", "model-00000.safetensors",
+         "optimizer-00000.safetensors", "rng-00000.safetensors")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints 1 and 2."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(tiny_config(save=str(folder), train_iters=2, checkpoint_factor=1, eval_iters=0, hidden_dropout=0.1))
+    return folder
+
+
+@pytest.fixture
+def run(whole_run: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(whole_run, tmp_path / "run"))
+
+
+def draws(kind: str, count: int) -> list[random.Random]:
+    return [random.Random(f"{SEED}/{kind}/{number}") for number in range(count * ROUNDS)]
+
+
+def content(reader: CheckpointReader) -> tuple[Any, ...]:
+    tensors = {f"{k}/{n}": reader.tensor(k, n).numpy().tobytes() for k in ("model", "optimizer", "rng") for n in
+               reader.names(k)}  # fmt: skip
+    return reader.iteration, reader.train_state, reader.config, tensors
+
+
+def outcome(config: RunConfig) -> CheckpointReader:
+    """What a start finds. Anything but a UserError, and a hang, fails the test."""
+    start = time.monotonic()
+    found = open_for_resume(config, SINGLE)
+    assert time.monotonic() - start < SECONDS_A_FILE and found is not None
+    return found.reader
+
+
+def test_a_damaged_file_costs_one_warning_and_the_checkpoint_before_is_taken(
+    run: Path, whole_run: Path, tiny_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(save=str(run), load=str(run))
+    expected = {n: content(CheckpointReader(whole_run / f"global_step{n}")) for n in (1, 2)}
+    logger = get_logger()
+    logger.addHandler(caplog.handler)
+    try:
+        for number, draw in enumerate(draws("checkpoint", 49)):
+            path = run / "global_step2" / FILES[number % len(FILES)]
+            path.write_bytes(damaged(path.read_bytes(), draw))
+            caplog.clear()
+            reader = outcome(config)
+            assert content(reader) == expected[reader.iteration], path.name
+            warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+            if reader.iteration == 2:  # only where other bytes say the same
+                assert path.name == "manifest.json" and not warnings
+                shutil.rmtree(run / "global_step2")
+            else:
+                assert len(warnings) == 1 and "global_step2" in warnings[0] and "global_step1" in warnings[0]
+                assert (run / "latest").read_text() == "global_step1\n"
+                shutil.rmtree(run / "damaged-global_step2")
+            shutil.copytree(whole_run / "global_step2", run / "global_step2")
+            shutil.copy(whole_run / "latest", run)
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+def test_a_damaged_latest_leads_to_a_checkpoint_of_the_run(run: Path, tiny_config: MakeConfig) -> None:
+    (run.parent / "elsewhere").mkdir()
+    shutil.copytree(run / "global_step2", run.parent / "elsewhere" / "global_step2")
+    contents = [damaged(b"global_step2\n", draw) for draw in draws("latest", 10)]
+    outside = [b"../elsewhere/global_step2", b"/etc", b"", b"\0", b"global_step02", b"x" * 9000]
+    for given in [*contents, *outside]:
+        (run / "latest").write_bytes(given)
+        reader = outcome(tiny_config(save=str(run), load=str(run)))
+        assert reader.folder.parent == run and reader.iteration in (1, 2), given
+        assert (run / "latest").read_text().strip() == reader.folder.name
+
+
+def test_damaged_metrics_are_kept_and_those_that_can_be_read_go_on(run: Path, tiny_config: MakeConfig) -> None:
+    path = run / "metrics.jsonl"
+    whole = path.read_bytes()
+    config = tiny_config(save=str(run), load=str(run))
+    for draw in draws("metrics", 16):
+        path.write_bytes(changed := damaged(whole, draw))
+        log = MetricsLog(config, 0, 2)
+        log.log({"iteration": 3, "lm_loss": 1.0})
+        log.close()
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+        assert lines[-1] == {"iteration": 3, "lm_loss": 1.0} and all(line["iteration"] <= 3 for line in lines)
+        kept = list(run.glob("metrics.jsonl.*"))
+        assert not kept or kept[0].read_bytes() == changed
+        for file in kept:
+            file.unlink()
+
+
+Change = Callable[[Path, dict[str, Any]], object]
+
+
+def forge(folder: Path, change: Change) -> None:
+    """Change files and manifest of a checkpoint, and make all its checksums right."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(folder, manifest)
+    for name in manifest["files"] if isinstance(manifest["files"], dict) else ():
+        if (folder / name).is_file():
+            path = folder / name
+            manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    text = json.dumps({**manifest, "sha256": manifest_checksum(manifest)})
+    (folder / "manifest.json").write_text(text)
+
+
+def record(file: str, change: Callable[[dict[str, Any]], object]) -> Change:
+    """Change what train_state.json or config.yml holds."""
+
+    def apply(folder: Path, manifest: dict[str, Any]) -> None:
+        path = folder / file
+        values = json.loads(path.read_text()) if file.endswith("json") else yaml.safe_load(path.read_text())
+        change(values)
+        path.write_text(json.dumps(values) if file.endswith("json") else yaml.safe_dump(values))
+
+    return apply
+
+
+def tensors(kind: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
+    """Change tensors, and the manifest with them."""
+
+    def apply(folder: Path, manifest: dict[str, Any]) -> None:
+        file = f"{kind}-00000.safetensors"
+        values = load_file(folder / file)
+        change(values)
+        (folder / file).unlink()
+        save_file({name: tensor.contiguous() for name, tensor in values.items()}, folder / file)
+        manifest["tensors"][kind] = {n: [file, dtype_name(t), list(t.shape)] for n, t in values.items()}
+
+    return apply
+
+
+def in_manifest(change: Callable[[dict[str, Any]], object]) -> Change:
+    return lambda folder, manifest: change(manifest)
+
+
+def text(file: str, content: str) -> Change:
+    return lambda folder, manifest: (folder / file).write_text(content)
+
+
+NORM, KEYS = "final_norm.weight", "layers.0.mlp.key_tokens_0"
+TAU = "layers.0.mlp.tau_tokens"
+FORGERIES: dict[str, Change] = {
+    "no optimizer table": in_manifest(lambda m: m["tensors"]["optimizer"].clear()),
+    "no optimizer at all": in_manifest(
+        lambda m: (m["tensors"]["optimizer"].clear(), m["files"].pop("optimizer-00000.safetensors"))
+    ),
+    "a moment less": tensors("optimizer", lambda t: t.pop(f"exp_avg_sq/{NORM}")),
+    "a parameter without moments": tensors("optimizer", lambda t: [t.pop(n) for n in list(t) if n.endswith(NORM)]),
+    "a moment of another shape": tensors("optimizer", lambda t: t.update({f"exp_avg/{NORM}": torch.ones(5)})),
+    "a moment that is a number": tensors("optimizer", lambda t: t.update({f"exp_avg/{NORM}": torch.tensor(1.0)})),
+    "moments of integers": tensors("optimizer", lambda t: t.update({f"exp_avg/{NORM}": torch.ones(32).int()})),
+    "a negative second moment": tensors("optimizer", lambda t: t[f"exp_avg_sq/{NORM}"].neg_().sub_(1)),
+    "a moment of no parameter": tensors("optimizer", lambda t: t.update({"exp_avg/x": torch.ones(5)})),
+    "an infinite moment": tensors("optimizer", lambda t: t[f"exp_avg/{NORM}"].fill_(float("inf"))),
+    "a weight that is NaN": tensors("model", lambda t: t[NORM].fill_(float("nan"))),
+    "a parameter less": tensors("model", lambda t: t.pop(KEYS)),
+    "a parameter more": tensors("model", lambda t: t.update(x=torch.ones(2))),
+    "a parameter of another shape": tensors("model", lambda t: t.update({KEYS: torch.ones(40, 31)})),
+    "half precision": tensors("model", lambda t: t.update({KEYS: t[KEYS].half()})),
+    "no tau": tensors("model", lambda t: t.pop(TAU)),
+    "tau of 0": tensors("model", lambda t: t[TAU].fill_(0)),
+    "tau of more tokens": tensors("model", lambda t: t[TAU].fill_(41)),
+    "tau as a float": tensors("model", lambda t: t.update({TAU: t[TAU].float()})),
+    "two tensors exchanged": in_manifest(lambda m: m["tensors"]["model"].update(
+        {NORM: m["tensors"]["model"][KEYS], KEYS: m["tensors"]["model"][NORM]})),
+    "a tensor of another file": in_manifest(
+        lambda m: m["tensors"]["model"][NORM].__setitem__(0, "rng-00000.safetensors")
+    ),
+    "an entry without a shape": in_manifest(lambda m: m["tensors"]["model"][NORM].pop()),
+    "a shape of text": in_manifest(lambda m: m["tensors"]["model"][NORM].__setitem__(2, ["32"])),
+    "a table that is a list": in_manifest(lambda m: m["tensors"].update(model=[])),
+    "a kind less": in_manifest(lambda m: m["tensors"].pop("rng")),
+    "a file outside": in_manifest(lambda m: m["files"].update({"../latest": m["files"]["config.yml"]})),
+    "an unknown key": in_manifest(lambda m: m.update(other=1)),
+    "no files": in_manifest(lambda m: m.update(files=[])),
+    "another iteration": in_manifest(lambda m: m.update(iteration=3)),
+    "an iteration that is true": in_manifest(lambda m: m.update(iteration=True)),
+    "a short generator": tensors("rng", lambda t: t.update({"rank0/torch": torch.ones(3).byte()})),
+    "no numpy generator": tensors("rng", lambda t: t.pop("rank0/numpy")),
+    "a negative generator": tensors("rng", lambda t: t["rank0/numpy"].fill_(-1)),
+    "a generator of no rank": tensors("rng", lambda t: t.update({"rank7/torch": t["rank0/torch"].clone()})),
+    "no state": record("train_state.json", lambda s: s.clear()),
+    "a key less": record("train_state.json", lambda s: s.pop("consumed_samples")),
+    "a key misspelt": record("train_state.json", lambda s: s.update(consumed_sample=s.pop("consumed_samples"))),
+    "an iteration of text": record("train_state.json", lambda s: s.update(iteration="2")),
+    "a state of another iteration": record("train_state.json", lambda s: s.update(iteration=1)),
+    "more skipped": record("train_state.json", lambda s: s.update(skipped_iterations=3)),
+    "samples below 0": record("train_state.json", lambda s: s.update(consumed_samples=-1)),
+    "samples without end": record("train_state.json", lambda s: s.update(consumed_samples=10**30)),
+    "blocks of text": record("train_state.json", lambda s: s["epoch_blocks"].update({"train/0": "12"})),
+    "blocks of 0": record("train_state.json", lambda s: s["epoch_blocks"].update({"train/0": [0]})),
+    "two later blocks": record("train_state.json", lambda s: s["epoch_blocks"].update({"train/0/later": [1, 2]})),
+    "two periods": record("train_state.json", lambda s: s["epoch_blocks"].update({"train/period": [1, 2]})),
+    "blocks of no set": record("train_state.json", lambda s: s["epoch_blocks"].update({"tests/0": [1]})),
+    "a scaler of text": record("train_state.json", lambda s: s.update(loss_scaler={"cur_scale": "1"})),
+    "a scale that is NaN": record("train_state.json", lambda s: s.update(loss_scaler={"cur_scale": float("nan")})),
+    "a lineage of text": record("train_state.json", lambda s: s.update(lineage="none")),
+    "a growth without time": record("train_state.json", lambda s: s.update(lineage=[{"scheduled": True}])),
+    "rollbacks of text": record("train_state.json", lambda s: s.update(rollbacks=["1"])),
+    "no width": record("config.yml", lambda c: c.pop("hidden_size")),
+    "another width": record("config.yml", lambda c: c.update(hidden_size=64)),
+    "a billion layers": record("config.yml", lambda c: c.update(num_layers=10**12)),
+    "tokens beyond memory": record("config.yml", lambda c: c.update(ffn_slot_num=2**62)),
+    "a width of text": record("config.yml", lambda c: c.update(hidden_size="wide")),
+    "segments of others": record("config.yml", lambda c: c.update(token_segments={"qkv": [[1]]})),
+    "no optimizer settings": record("config.yml", lambda c: c.update(optimizer=5)),
+    "another optimizer": record("config.yml", lambda c: c["optimizer"].update(type="Lion")),
+    "ranks of text": record("config.yml", lambda c: c.update(model_parallel_size="two")),
+    "deep YAML": text("config.yml", "a: " + "[" * 200_000),
+    "deep JSON": text("train_state.json", "[" * 200_000),
+    "a bomb": text("config.yml", "a0: &a0 [1,1,1,1,1,1,1,1]\n" + "".join(
+        f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 8)}]\n" for i in range(1, 12))),
+    "YAML with code": text("config.yml", "a: !!python/object/apply:os.system [x]"),
+}  # fmt: skip
+
+
+def test_forged_contents_under_right_checksums_are_named(whole_run: Path, tmp_path: Path) -> None:
+    """The file and what is wrong with it are in the message, and nothing else is raised."""
+    for number, (name, change) in enumerate(FORGERIES.items()):
+        folder = Path(shutil.copytree(whole_run / "global_step2", tmp_path / str(number) / "global_step2"))
+        forge(folder, change)
+        start = time.monotonic()
+        with pytest.raises(DamagedCheckpoint, match=r"^load: checkpoint .* is damaged: \S+\.(json|yml|safetensors) "):
+            require_sound(CheckpointReader(folder, verify=False))
+            pytest.fail(f"{name} is taken for whole")
+        assert time.monotonic() - start < SECONDS_A_FILE, name
+        shutil.rmtree(folder)
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, item in items for place in _places(item, (*path, key)))]
+
+
+def mutate(value: Any, draw: random.Random) -> None:
+    """Replace or remove one value somewhere inside."""
+    *path, last = draw.choice(_places(value)[1:])
+    for key in path:
+        value = value[key]
+    replacement = draw.choice([None, True, -1, 0, 10**19, 1.5, float("inf"), "", "x", [], [[]], {}, {"x": 1}, "remove"])
+    if replacement == "remove":
+        del value[last]
+    else:
+        value[last] = replacement
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "train_state.json", "config.yml"])
+def test_values_of_other_kinds_are_user_errors_or_harmless(whole_run: Path, tmp_path: Path, file: str) -> None:
+    folder = Path(shutil.copytree(whole_run / "global_step2", tmp_path / "global_step2"))
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for draw in draws(file, 30):
+        change = (lambda f, m, d=draw: mutate(m, d)) if file == "manifest.json" else record(
+            file, lambda values, d=draw: mutate(values, d))  # fmt: skip
+        forge(folder, change)
+        try:
+            reader = CheckpointReader(folder, verify=False)
+            require_sound(reader)
+            assert file == "config.yml" or content(reader)[3]
+        except UserError as error:
+            assert "\n" not in str(error)
+        for name, data in whole.items():
+            (folder / name).write_bytes(data)
+
+
+def test_a_manifest_without_a_checksum_of_its_own_is_read(run: Path) -> None:
+    """Checkpoints of earlier versions have none, and no rollbacks."""
+    path, record_path = run / "global_step2/manifest.json", run / "global_step2/train_state.json"
+    state = json.loads(record_path.read_text())
+    del state["rollbacks"]
+    record_path.write_text(json.dumps(state))
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    manifest["files"]["train_state.json"] = {
+        "bytes": record_path.stat().st_size, "sha256": file_sha256(record_path)}  # fmt: skip
+    path.write_text(json.dumps(manifest))
+    require_sound(CheckpointReader(run / "global_step2"))
+    for draw in draws("old manifest", 10):
+        whole = path.read_bytes()
+        path.write_bytes(damaged(whole, draw))
+        try:
+            require_sound(CheckpointReader(run / "global_step2"))
+        except UserError as error:
+            assert "\n" not in str(error)
+        path.write_bytes(whole)
+
+
+def test_a_manifest_that_says_something_else_than_its_checksum_is_damaged(run: Path) -> None:
+    """Also where nothing but the checksum can tell."""
+    path = run / "global_step2/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["environment.json"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json does not have its own checksum"):
+        CheckpointReader(run / "global_step2", verify=False)
