@@ -53,6 +53,9 @@ def _from_own_checkpoint(config: RunConfig) -> RunConfig:
 def _train_until_done(run: Run, stop: StopRequest) -> bool:
     """Train to the end, a request to stop, or the next growth; true when it is time to grow."""
     state, batches = run.state, run.training_batches()
+    if not _make_up_evaluations(run, stop):
+        _log_stop(run, stop)
+        return False
     if state.iteration >= run.last_iteration:
         get_logger().info("iteration %d of train_iters %d is reached already", state.iteration, run.last_iteration)
         return False
@@ -71,13 +74,11 @@ def _train_until_done(run: Run, stop: StopRequest) -> bool:
         if stopping:
             _log_stop(run, stop)
             return False
-        is_due = state.iteration % run.config.training.eval_interval == 0 or state.iteration == run.last_iteration
-        if is_due and not _evaluate(run, "valid", stop):
-            return _save_and_stop(run, stop)
+        for split in _evaluations_due(run):
+            if not _evaluate(run, split, stop):
+                return _save_and_stop(run, stop)
         if grows:
             return True
-    if not _evaluate(run, "test", stop):
-        return _save_and_stop(run, stop)
     return False
 
 
@@ -134,6 +135,25 @@ def _training_metrics(run: Run, step: StepResult) -> Metrics:
         metrics["loss_scale"] = run.engine.loss_scaler["cur_scale"]
         metrics["skipped_iterations"] = state.skipped_iterations
     return metrics
+
+
+def _evaluations_due(run: Run) -> list[str]:
+    """The sets that are evaluated at this iteration."""
+    iteration, at_end = run.state.iteration, run.state.iteration == run.last_iteration
+    is_valid = iteration <= run.last_iteration and iteration % run.config.training.eval_interval == 0
+    return [*(["valid"] if is_valid or at_end else []), *(["test"] if at_end else [])]
+
+
+def _make_up_evaluations(run: Run, stop: StopRequest) -> bool:
+    """Evaluate what was due at the checkpoint, where the run ended between saving it and that: its metrics tell.
+
+    Returns: false when a request to stop ended it before its last batch.
+    """
+    for split in _evaluations_due(run) if run.resumed and run.state.iteration else ():
+        has_it = run.metrics.holds(f"{split}_lm_loss", run.state.iteration)
+        if run.engine.any_rank(run.layout.rank == 0 and not has_it) and not _evaluate(run, split, stop):
+            return False
+    return True
 
 
 class _UntilStopped:
