@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 
 from megatron.config import RunConfig, load_config
+from megatron.signals import STOP_SIGNALS
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VOCABULARY = 300
@@ -74,6 +76,18 @@ def tiny_config(tokenizer_file: Path, corpus_prefix: str) -> Callable[..., RunCo
         return load_config([], {**base, **overrides})
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """A command run in this process hears signals, then ignores them until its end: the next test's children would."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
+    yield
+    signal.set_wakeup_fd(wakeup)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

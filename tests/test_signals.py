@@ -18,7 +18,10 @@ ROOT = Path(__file__).parents[1]
 # The main thread waits where no Python handler is run; `requested` is printed by a thread.
 HOLDING = """
 import signal, sys, threading, time
-from megatron.signals import StopRequest
+from megatron.signals import STOP_SIGNALS, StopRequest
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
+for number in STOP_SIGNALS:  # whatever the tests' own process was started with
+    signal.signal(number, signal.SIG_IGN if "nohup" in sys.argv and number == signal.SIGHUP else signal.SIG_DFL)
 stop = StopRequest(ends_at_once="starting" in sys.argv)
 stop.listen()
 def report():
@@ -92,11 +95,7 @@ def test_copies_of_a_signal_from_the_launchers_are_no_insisting() -> None:
 
 
 def test_nohup_is_heeded() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        process = start()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    process = start("nohup")
     process.send_signal(signal.SIGHUP)
     time.sleep(0.2)
     assert process.poll() is None
