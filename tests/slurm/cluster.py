@@ -34,6 +34,8 @@ SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
 SlurmctldPort={ports[0]}
+# A job's number chooses the port of its processes, and other clusters run on this machine.
+FirstJobId={ports[0]}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none

@@ -108,6 +108,7 @@ def test_nothing_else_of_what_does_not_depend_on_the_load_is_found(answer: Answe
 
 
 def test_the_axes_are_measured_over_both_nodes(answer: Answer) -> None:
+    assert len(answer.report["axes"] or ()) == 1, answer.log
     (group,) = answer.report["axes"]
     assert (group["axis"], group["ranks"], group["hosts"]) == ("data", [0, 1], ["node1", "node2"])
     assert group["rate"] > 0
