@@ -119,6 +119,22 @@ def select_attention(name: str) -> AttentionFunction:
     return sdpa_attention
 
 
+class JointLayer(nn.Module):
+    """A layer that is computed alone."""
+
+    compute: Any
+    read_parameters: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., in] -> [.., out]."""
+        return self.compute([self], [self.read_parameters()], x)[0]
+
+
+def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """Each layer's output."""
+    return [layer(x) for layer in layers]
+
+
 class CacheView:
     """One layer's part of a transformers Cache; without a cache, only positions and mask.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
+from megatron.model.joint import project
 from megatron.mpu.layout import SINGLE, Layout
 from megatron.mpu.random import own_stream
 from megatron.ops.attention import select_attention
@@ -82,7 +83,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """x [b, s, d] -> [b, s, d]; with sequence parallelism both are this rank's share of the s tokens."""
-        q, k, v = map(self._split_heads, self.query.jointly([self.query, self.key, self.value], x))
+        q, k, v = map(self._split_heads, project([self.query, self.key, self.value], x))
         if self.rotary is not None:
             cos, sin = self._rotation(q, cache)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)

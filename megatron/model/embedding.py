@@ -5,6 +5,9 @@ Both matrices are shared by the tensor ranks along the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,28 +28,33 @@ class _Vocabulary(nn.Module):
         self.size, self.options = config.padded_vocab_size, options
         self.start, self.stop = options.layout.share(self.size)
 
-    def _logits(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _logits(self, x: Tensor, matrix: Callable[[Tensor], Tensor]) -> Tensor:
         layout = self.options.layout
-        logits = F.linear(enter(x, self.options.stream, layout), weight)
+        logits = matrix(enter(x, self.options.stream, layout))
         return gather_shares(logits, self.size, layout) if self.options.gather_logits else logits
 
 
-class Embedding(_Vocabulary):
-    """Token ids to vectors, and with `as_head` vectors to logits through the same matrix.
+class TokenTable(nn.Embedding):
+    """nn.Embedding that also multiplies by its weight: both uses are calls, around which hooks see to the weight."""
 
-    Both uses go through forward, so that ZeRO 3 gathers the weight for either.
-    """
+    def forward(self, input: Tensor, as_head: bool = False) -> Tensor:
+        """ids [..] -> rows [.., d]; as_head: [.., d] -> products with all rows."""
+        return F.linear(input, self.weight) if as_head else super().forward(input)
+
+
+class Embedding(_Vocabulary):
+    """Token ids to vectors, and with `as_head` vectors to logits through the same matrix."""
 
     def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
         super().__init__(config, options)
         self.dropout = config.hidden_dropout
-        self.word_embeddings = nn.Embedding(self.stop - self.start, config.hidden_size, device=options.device)
+        self.word_embeddings = TokenTable(self.stop - self.start, config.hidden_size, device=options.device)
         mark_sharded(self.word_embeddings.weight, 0, (self.size, config.hidden_size), options.layout)
 
     def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
         """ids [b, s] -> [b, s, d]; as_head: [b, s, d] -> logits [b, s, V_pad] (or this rank's share of V_pad)."""
         if as_head:
-            return self._logits(x, self.word_embeddings.weight)
+            return self._logits(x, partial(self.word_embeddings, as_head=True))
         layout = self.options.layout
         embedded = self.word_embeddings(x) if layout.tensor_size == 1 else self._look_up_share(x)
         return dropout(leave(embedded, self.options.stream, layout), self.dropout, self.training, layout)
@@ -69,7 +77,7 @@ class Head(_Vocabulary):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, s, d] -> logits [b, s, V_pad] (or this rank's share of V_pad)."""
-        return self._logits(x, self.final_linear.weight)
+        return self._logits(x, self.final_linear)
 
 
 def tied_logits(embedding: Embedding, x: Tensor) -> Tensor:

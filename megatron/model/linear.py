@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.model.joint import JointLayer
 from megatron.mpu.collectives import Form, copy_to_ranks, enter, leave
 from megatron.mpu.layout import Layout
 from megatron.mpu.shard import mark_sharded
 
 
-class ColumnParallelLinear(nn.Linear):
+class ColumnParallelLinear(JointLayer, nn.Linear):
     """Each rank computes its share of the outputs: weight [out share, in], bias [out share].
 
     Args:
@@ -43,15 +44,17 @@ class ColumnParallelLinear(nn.Linear):
         if bias:
             mark_sharded(self.bias, 0, (out_features,), layout)
 
-    @staticmethod
-    def jointly(layers: Sequence[ColumnParallelLinear], x: Tensor) -> list[Tensor]:
-        """Several layers of one input, which is gathered (and its gradient reduced) once."""
-        x = enter(x, layers[0].inputs, layers[0].layout)
-        return [F.linear(x, layer.weight, layer.bias) for layer in layers]
+    def read_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias; this rank's share."""
+        return self.weight, self.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[b, s, in] in the form `inputs` -> [b, s, out share]."""
-        return self.jointly([self], x)[0]
+    @staticmethod
+    def compute(
+        layers: Sequence[ColumnParallelLinear], parameters: Sequence[tuple[Tensor, Tensor | None]], x: Tensor
+    ) -> list[Tensor]:
+        """[b, s, in] in the form `inputs` -> [b, s, out share] of each; x is gathered, its gradient reduced, once."""
+        x = enter(x, layers[0].inputs, layers[0].layout)
+        return [F.linear(x, weight, bias) for weight, bias in parameters]
 
 
 class RowParallelLinear(nn.Linear):

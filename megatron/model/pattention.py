@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from megatron.model.joint import JointLayer
 from megatron.mpu.collectives import Form, enter, leave, sum_scatter
 from megatron.mpu.layout import SINGLE, Layout
 from megatron.mpu.shard import mark_sharded, take_share, whole_shape
@@ -18,7 +19,7 @@ from megatron.ops.pattention import ParameterTokens, select_backend
 ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 
 
-class Pattention(nn.Module):
+class Pattention(JointLayer):
     """Input tokens attend to learnable key-value parameter tokens (paper, section 3.2).
 
     The tokens are held in segments, one at first and one more for each growth, so that old and new tokens can have
@@ -143,29 +144,19 @@ class Pattention(nn.Module):
         segments = [getattr(self, f"{kind}_tokens_{i}") for i in self.segments]
         return segments[0] if len(segments) == 1 else torch.cat(segments)
 
-    @property
-    def parameter_tokens(self) -> ParameterTokens:
+    def read_parameters(self) -> ParameterTokens:
         """Keys, values and tau_tokens; this rank's share."""
         return ParameterTokens(self.key_param_tokens, self.value_param_tokens, self.tau_tokens)
 
     @staticmethod
-    def jointly(layers: Sequence[Pattention], x: Tensor) -> list[Tensor]:
-        """Several layers of one input (query, key, value) with one message for each thing that ranks exchange."""
-        outputs, first = Pattention._partial_sums(layers, x), layers[0]
+    def compute(layers: Sequence[Pattention], parameters: Sequence[ParameterTokens], x: Tensor) -> list[Tensor]:
+        """x [.., in_features] -> [.., out_features] of each layer, in the forms `inputs` and `outputs`."""
+        first = layers[0]
+        _, function = select_backend(first.backend, x.device.type)
+        outputs = function(enter(x, first.inputs, first.layout), parameters, first.activation, first.layout)
         if first.outputs == "channels":
             return sum_scatter(outputs, -1, first.layout)
         return [leave(output, first.outputs, first.layout) for output in outputs]
-
-    @staticmethod
-    def _partial_sums(layers: Sequence[Pattention], x: Tensor) -> list[Tensor]:
-        first = layers[0]
-        _, function = select_backend(first.backend, x.device.type)
-        x = enter(x, first.inputs, first.layout)
-        return function(x, [layer.parameter_tokens for layer in layers], first.activation, first.layout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [.., in_features] -> [.., out_features], in the forms `inputs` and `outputs`."""
-        return leave(self._partial_sums([self], x)[0], self.outputs, self.layout)
 
     def extra_repr(self) -> str:
         return (

@@ -355,7 +355,7 @@ class SingleStageEngine(Engine):
         from deepspeed.utils import set_z3_leaf_modules
 
         if self.zero_stage == 3:
-            # ZeRO 3 gathers parameters around a module's own forward; attention uses those of its children.
+            # Gathered around the whole of attention: query, key and value are computed together.
             set_z3_leaf_modules(self.model, [SelfAttention])
         return super()._initialize()
 
