@@ -16,12 +16,14 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from eval_tasks.pretrained import load_adapter
+from eval_tasks.requests import Pair, encode_pair
 from megatron.errors import UserError
 from megatron.inference.batching import Batches, BatchSize
 from megatron.inference.generate import evaluating, generate
 from megatron.inference.perplexity import sliding_windows
 from megatron.inference.ranks import DataRanks
 from megatron.inference.scoring import Score, Window, score_windows
+from megatron.log import get_logger
 from megatron.model import LanguageModel
 from megatron.tokenizer import Tokenizer
 
@@ -56,6 +58,7 @@ class TokenFormerLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.model, self.text_tokenizer = model, tokenizer
+        self._has_warned = False
         self.ranks = ranks or DataRanks()
         self.progress = progress and self.ranks.reports
         self.max_length = max_length or model.config.seq_length
@@ -91,13 +94,33 @@ class TokenFormerLM(TemplateLM):
 
     # ---- scoring ----
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood of the continuation, whether greedy decoding would give it) for each request.
+
+        Raises: UserError for a continuation that is empty or longer than the context length.
+        """
+        pairs = []
+        for request in tqdm(requests, desc="tokenizing", disable=disable_tqdm or not self.progress):
+            pairs.append(encode_pair(self.text_tokenizer, *request.args))
+        self._warn_of_split(pairs, requests)
+        rows = [(request.args, pair.context, pair.continuation) for request, pair in zip(requests, pairs, strict=True)]
+        return self._loglikelihood_tokens(rows, disable_tqdm)
+
+    def _warn_of_split(self, pairs: list[Pair], requests: list[Instance]) -> None:
+        """Say once that some requests have a token across their border."""
+        split = [i for i, pair in enumerate(pairs) if pair.is_split]
+        if split and not self._has_warned:
+            self._has_warned = True
+            context, continuation = requests[split[0]].args
+            get_logger().warning(
+                "%d of %d requests have a token that spans context and continuation, which are encoded separately; "
+                "the first: %r, %r", len(split), len(pairs), context[-40:], continuation[:40],
+            )  # fmt: skip
+
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood of the continuation, whether greedy decoding would give it) for each request.
-
-        Raises: UserError for a continuation longer than the context length.
-        """
+        """The same of token ids; an empty context is the end-of-document token."""
         # All ranks look at all requests: a mistake ends every one of them alike.
         windows = [self._window(context, continuation) for _, context, continuation in requests]
         return [(score.log_likelihood, score.greedy) for score in self._scores(windows, disable_tqdm)]
@@ -114,12 +137,14 @@ class TokenFormerLM(TemplateLM):
 
     def _window(self, context: list[int], continuation: list[int]) -> Window:
         """Context and continuation, cut from the left."""
+        if not continuation:
+            raise UserError("an empty continuation cannot be scored; correct the task or its documents")
         if len(continuation) > self.max_length:
             raise UserError(
                 f"seq_length: a continuation of {len(continuation)} tokens does not fit the context length of "
                 f"{self.max_length}; use a task with shorter ones"
             )
-        return Window((context + continuation)[-(self.max_length + 1) :], len(continuation))
+        return Window(((context or [self.prefix_token_id]) + continuation)[-(self.max_length + 1) :], len(continuation))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, each predicted token once, in windows of the context length."""

@@ -41,6 +41,7 @@ def score_windows(model: LanguageModel, windows: list[Window]) -> list[Score]:
     Padding goes to the right, where causal attention never sees it. Logits are computed where they are needed only.
     The softmax runs over all rows of the vocabulary, the padded ones included, as in training, in fp32 at least.
     """
+    assert all(0 < window.scored < len(window.ids) for window in windows), "each has a context and something to score"
     device = next(model.parameters()).device
     longest = max(window.num_inputs for window in windows)
     rows = [window.ids[:-1] + [0] * (longest - window.num_inputs) for window in windows]

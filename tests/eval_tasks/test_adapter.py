@@ -62,8 +62,8 @@ def test_greedy_continuation_is_recognised(lm: TokenFormerLM) -> None:
         for _ in range(4):
             ids.append(int(lm.model(torch.tensor([ids]))[0, -1].argmax()))
     wrong = [*ids[len(context) : -1], (ids[-1] + 1) % 384]
-    rows = [(("", ""), context, ids[len(context) :]), (("", ""), context, wrong), (("", ""), context, [])]
-    assert [greedy for _, greedy in lm._loglikelihood_tokens(rows)] == [True, False, True]
+    rows = [(("", ""), context, ids[len(context) :]), (("", ""), context, wrong)]
+    assert [greedy for _, greedy in lm._loglikelihood_tokens(rows)] == [True, False]
 
 
 def test_continuation_longer_than_the_context_is_refused(lm: TokenFormerLM) -> None:
