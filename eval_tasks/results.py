@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from datetime import datetime
@@ -22,16 +23,25 @@ def results_path(prefix: str) -> Path:
 
 
 def write_results(results: Mapping[str, Any], path: Path) -> None:
-    """Write the results file. Raises UserError when its folder cannot be written."""
-    text = json.dumps(results, indent=2, default=_plain, ensure_ascii=False)
+    """Write the results file; a number that is not finite is null. Raises UserError when it cannot be written."""
+    text = json.dumps(_finite(results), indent=2, default=_plain, ensure_ascii=False)
     write_output(path, text + "\n", "eval_results_prefix")
     get_logger().info("results written to %s", path)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:
     """What JSON lacks: numpy's numbers, sets, and anything else by its text."""
     if callable(getattr(value, "item", None)):
-        return value.item()
+        return _finite(value.item())
     return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
 
 

@@ -93,14 +93,15 @@ def _read_module(file: Path, key: str) -> dict[str, Tensor]:
     content: Any = load_file(file, key)
     if not isinstance(content, dict) or not isinstance(content.get("module"), dict):
         raise UserError(f"{key}: {file} has no 'module' with a model's tensors; are the layer files missing?")
-    _refuse_split(file.parent, int(content.get("mp_world_size") or 1), key)
+    ranks = content.get("mp_world_size")
+    _refuse_split(file.parent, ranks if isinstance(ranks, int) else 1, key)
     return check_flat(content["module"], f"'module' of {file}", key)
 
 
 def _read_shards(folder: Path, key: str) -> dict[str, Tensor]:
     try:
         files = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{key}: {folder / _INDEX} has no weight_map; write the folder anew") from None
     if any(not isinstance(name, str) or name != Path(name).name for name in files):
         raise UserError(f"{key}: {folder / _INDEX} names files outside its folder")

@@ -11,7 +11,6 @@ Official name, sequential or pipeline spelling                            canoni
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +21,11 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
+from megatron.checkpoint.form import dtype_name
 from megatron.errors import UserError
 
+EMBEDDING = "embedding.word_embeddings.weight"
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Positions in the official list of layers: 0 embedding, 1 a reshaping lambda, then the blocks.
 _FIRST_BLOCK = 2
 _TOKENS = re.compile(r"(key|value)_param_tokens$")
@@ -58,12 +60,23 @@ def canonical_name(official: str, num_layers: int) -> str | None:
     return None
 
 
+def embedding_rows(tensors: Mapping[str, Tensor], path: str | Path, key: str = "eval_ckpt") -> int:
+    """Rows of the embedding among canonical tensors; UserError when there are none."""
+    found = tensors.get(EMBEDDING)
+    if found is None or not found.numel():
+        raise UserError(f"{key}: {path} has no tensor {EMBEDDING} with values; give the file of a whole model")
+    return found.shape[0]
+
+
 def read_flat_file(path: str | Path, key: str = "eval_ckpt") -> dict[str, Tensor]:
     """Read a `pytorch_model.bin` with weights_only=True; UserError when it is none.
 
     `key` is what names the path, for messages; so it is in the functions below.
     """
-    return check_flat(load_file(path, key), path, key)
+    found = check_flat(load_file(path, key), path, key)
+    if not found:
+        raise UserError(f"{key}: {path} holds no tensors; give the file of a model")
+    return found
 
 
 def load_file(path: str | Path, key: str = "eval_ckpt") -> Any:
@@ -73,7 +86,7 @@ def load_file(path: str | Path, key: str = "eval_ckpt") -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"{key}: {path} does not exist; check the path") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged pickle can make the library raise almost anything
         forbidden = _FORBIDDEN.search(str(error))
         lines = str(error).splitlines() or [type(error).__name__]
         sentence = lines[0].split(". ")[0].rstrip(".")  # what follows is advice for programmers
@@ -85,16 +98,28 @@ def load_file(path: str | Path, key: str = "eval_ckpt") -> Any:
 
 
 def check_flat(content: Any, path: str | Path, key: str = "eval_ckpt") -> dict[str, Tensor]:
-    """`content` if it is a flat dictionary of tensors, else a UserError."""
+    """`content` if it is a flat dictionary of tensors by their names, else a UserError."""
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{key}: {path} is not a flat dictionary of tensors, as pytorch_model.bin is")
+    for name in content:
+        if not isinstance(name, str):
+            raise UserError(f"{key}: {path} has a tensor under the key {str(name)[:40]}, which is no name of one")
     return content
+
+
+def weight_fault(tensor: Tensor) -> str | None:
+    """What is wrong with the kind of a tensor that should be a model's weights; None if nothing is."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        return "is sparse, quantized or without values; weights are plain tensors"
+    if tensor.dtype not in WEIGHT_DTYPES:
+        return f"is {dtype_name(tensor)}; weights are floating-point numbers of 16 bits or more"
+    return None
 
 
 def to_canonical(
     flat: Mapping[str, Tensor], num_layers: int, path: str | Path, key: str = "eval_ckpt"
 ) -> dict[str, Tensor]:
-    """Rename an official flat dictionary; UserError names a tensor that has no place in a model of this depth."""
+    """Rename an official flat dictionary; UserError names a tensor that is no weight of a model of this depth."""
     renamed: dict[str, Tensor] = {}
     for official, tensor in flat.items():
         if official.endswith(_DERIVED):
@@ -102,5 +127,11 @@ def to_canonical(
         name = canonical_name(official, num_layers)
         if name is None:
             raise UserError(f"{key}: {path} has a tensor '{official}' that a model with num_layers {num_layers} lacks")
+        if fault := weight_fault(tensor):
+            raise UserError(f"{key}: {path}: the tensor '{official}' {fault}")
+        if name in renamed and not torch.equal(renamed[name], tensor):
+            raise UserError(f"{key}: {path} has two different tensors for {name}, one of them '{official}'")
+        if not tensor.ndim:
+            raise UserError(f"{key}: {path}: the tensor '{official}' is a single number; weights have dimensions")
         renamed[name] = tensor
     return renamed

@@ -10,15 +10,13 @@ from torch import Tensor
 
 from megatron.checkpoint.form import value_fault
 from megatron.checkpoint.official_folder import find_official_folder, read_official_folder
-from megatron.checkpoint.published import read_flat_file, to_canonical
+from megatron.checkpoint.published import embedding_rows, read_flat_file, to_canonical
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
 from megatron.config.schema import ModelConfig
 from megatron.errors import UserError
 from megatron.growth.grow import TensorSource
 from megatron.model import LanguageModel
 from megatron.model.compatibility import check_fit, saved_model_config
-
-_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class FlatTensors:
@@ -75,7 +73,7 @@ def open_base(
             raise UserError(f"--config: {official} holds tensors only; give the YAML files of its model")
         flat = read_flat_file(official, key) if official.is_file() else read_official_folder(official, key)
         tensors = to_canonical(flat, config.num_layers, official, key)
-        counted = _with_counts_of(config, tensors)
+        counted = _with_counts_of(config, tensors, official, key)
         for name, tensor in tensors.items():
             if fault := value_fault("model", name, tensor):
                 raise UserError(f"{key}: {official}: {name} {fault}; give a model that is whole")
@@ -89,12 +87,14 @@ def open_base(
     return Base(folder, saved_model_config(reader), reader, reader)
 
 
-def _with_counts_of(config: ModelConfig, tensors: dict[str, Tensor]) -> ModelConfig:
+def _with_counts_of(config: ModelConfig, tensors: dict[str, Tensor], path: Path, key: str) -> ModelConfig:
     counts = {}
-    if config.padded_vocab_size is None and _EMBEDDING in tensors:
-        counts["padded_vocab_size"] = len(tensors[_EMBEDDING])
-    for key, part in (("qkv", "attention.query"), ("proj", "attention.proj"), ("ffn", "mlp")):
+    if config.padded_vocab_size is None:
+        counts["padded_vocab_size"] = embedding_rows(tensors, path, key)
+    for slots, part in (("qkv", "attention.query"), ("proj", "attention.proj"), ("ffn", "mlp")):
         found = [len(t) for name, t in tensors.items() if name.endswith(f".{part}.key_tokens_0")]
         if found:
-            counts[f"{key}_slot_num"] = found[0]
+            counts[f"{slots}_slot_num"] = found[0]
+    if 0 in counts.values():
+        raise UserError(f"{key}: {path} has a layer without tokens; give a model that is whole")
     return ModelConfig(**{**config.model_dump(), **counts, "token_segments": None})

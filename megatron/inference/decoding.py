@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron.inference.cache import KVCache
 from megatron.inference.sampling import Sampling, sample_rows
+from megatron.inference.scoring import overflow
 from megatron.model import LanguageModel
 from megatron.mpu.collectives import from_first_rank
 from megatron.tokenizer import Tokenizer
@@ -95,6 +96,8 @@ class Decoder:
     def _step(self, texts: list[Text], logits: Tensor, generators: list[torch.Generator]) -> None:
         """Choose a token for each text from logits [b, V_pad]; rows of the padded vocabulary are never chosen."""
         wide = logits if logits.dtype == torch.float64 else logits.float()
+        if not wide.isfinite().all():
+            raise overflow(logits.dtype)
         settings = [text.sampling for text in texts]
         seen = [text.prompt + text.tokens for text in texts]
         tokens = sample_rows(wide[:, : self.tokenizer.vocab_size], settings, seen, generators)

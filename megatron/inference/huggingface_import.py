@@ -36,7 +36,8 @@ class HuggingFaceCheckpoint:
         self.folder = Path(folder)
         found = read_json(self.folder / CONFIG)
         self._weights = _Weights(self.folder)
-        architectures = found.get("architectures") or []
+        named = found.get("architectures")
+        architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
         if gpt_neox.ARCHITECTURE in architectures:
             keys, self._names_in = self._neox_keys(found), gpt_neox.canonical_names
         elif ARCHITECTURE in architectures:
@@ -57,6 +58,10 @@ class HuggingFaceCheckpoint:
             return gpt_neox.model_config(found, str(self.folder / CONFIG))
         except KeyError as error:
             raise UserError(f"{self.folder / CONFIG}: key {error} is missing; the file is not complete") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{self.folder / CONFIG}: cannot be used: {error}; give the file of a model") from None
 
     def _validated(self, keys: dict[str, Any]) -> ModelConfig:
         try:
@@ -84,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a folder in Hugging Face's form") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
@@ -118,7 +123,9 @@ class _Weights:
         for name in (WEIGHTS, OLD_WEIGHTS):
             index = self.folder / f"{name}.index.json"
             if index.is_file():
-                files = read_json(index).get("weight_map") or {}
+                files = read_json(index).get("weight_map")
+                if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+                    raise UserError(f"{index}: has no weight_map of tensors and files; write the folder anew")
                 if any(Path(file).name != file for file in files.values()):
                     raise UserError(f"{index}: names a file outside its folder")
                 return files

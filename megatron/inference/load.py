@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.form import dtype_name, value_fault
 from megatron.checkpoint.official_folder import find_official_folder, read_official_folder
-from megatron.checkpoint.published import read_flat_file, to_canonical
+from megatron.checkpoint.published import EMBEDDING, embedding_rows, read_flat_file, to_canonical, weight_fault
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.errors import UserError
@@ -23,8 +24,6 @@ from megatron.model.compatibility import check_fit, check_same_model, saved_mode
 from megatron.mpu.layout import SINGLE, Layout
 from megatron.mpu.processes import first_rank_does
 from megatron.mpu.shard import take_share
-
-_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def load_model(
@@ -49,7 +48,8 @@ def load_model(
         iteration: which of a run's checkpoints; default the latest.
         layout: the grid; each tensor rank holds its share of the model, and gets whole logits.
 
-    Raises: UserError when there is no checkpoint, it is damaged, or it does not fit the configuration.
+    Raises: UserError when there is no checkpoint, it is damaged, it does not fit the configuration, or a tensor has
+        values that are not finite, as saved or in `dtype`.
     """
     path = Path(path)
     model_config = config.model if isinstance(config, RunConfig) else config
@@ -64,10 +64,9 @@ def load_model(
     names = list(names)
     check_fit(LanguageModel(model_config, device="meta"), {name: shape_of(name) for name in names}, str(path))
     model = LanguageModel(model_config, device=device, attention_backend=attention_backend, layout=layout)
-    _fill(model, names, tensor_of)
-    if dtype == "saved":
-        dtype = tensor_of(_EMBEDDING).dtype
-    return model.to(dtype or torch.float32).eval()
+    dtype = tensor_of(EMBEDDING).dtype if dtype == "saved" else dtype or torch.float32
+    _fill(model, names, lambda name: _usable(name, tensor_of(name), dtype, path))
+    return model.to(dtype).eval()
 
 
 _Opened = tuple[Iterable[str], Callable[[str], tuple[int, ...]], Callable[[str], Tensor], ModelConfig]
@@ -78,8 +77,8 @@ def _open_flat(path: Path, config: ModelConfig | None) -> _Opened:
         raise UserError(f"eval_ckpt: {path} holds tensors only; give the YAML configuration of its model too")
     flat = read_flat_file(path) if path.is_file() else read_official_folder(path)
     tensors = to_canonical(flat, config.num_layers, path)
-    if config.padded_vocab_size is None and _EMBEDDING in tensors:
-        config = config.model_copy(update={"padded_vocab_size": tensors[_EMBEDDING].shape[0]})
+    if config.padded_vocab_size is None:
+        config = config.model_copy(update={"padded_vocab_size": embedding_rows(tensors, path)})
     return tensors, lambda name: tuple(tensors[name].shape), tensors.__getitem__, config
 
 
@@ -110,7 +109,28 @@ def _open_huggingface(path: Path, config: ModelConfig | None) -> _Opened:
     found = HuggingFaceCheckpoint(path)
     if config is not None:
         check_same_model(config, found.config, path)
+    for name, _ in LanguageModel(found.config, device="meta").named_buffers():
+        if name.endswith(".tau_tokens") and name not in found.names:
+            raise UserError(f"{path} has no tensor {name}, without which a layer computes something else")
     return found.names, found.shape, found.tensor, found.config
+
+
+def _usable(name: str, tensor: Tensor, dtype: torch.dtype, path: Path) -> Tensor:
+    """The tensor; UserError where a model in `dtype` could not compute with it."""
+    if name.endswith(".tau_tokens"):
+        is_count = tensor.dtype == torch.int64 and not tensor.ndim
+        fault = None if is_count else f"is {dtype_name(tensor)} of shape {list(tensor.shape)} instead of one int64"
+    else:
+        fault = weight_fault(tensor)
+    if fault := fault or value_fault("model", name, tensor):
+        raise UserError(f"{path}: {name} {fault}; give a model that is whole")
+    # Looked at before it is shared, so that all tensor ranks stop alike.
+    if tensor.is_floating_point() and tensor.numel() and tensor.abs().max() > torch.finfo(dtype).max:
+        raise UserError(
+            f"precision: {name} of {path} has values that {str(dtype).removeprefix('torch.')} cannot hold; "
+            "choose bf16 or fp32"
+        )
+    return tensor
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from megatron.inference.batching import Batches
 from megatron.inference.corpus import Document
 from megatron.inference.generate import evaluating
 from megatron.inference.ranks import DataRanks
-from megatron.inference.scoring import Window, score_windows
+from megatron.inference.scoring import Window, overflow, score_windows
 from megatron.model import LanguageModel
 from megatron.ops.cross_entropy import token_losses
 
@@ -46,7 +46,7 @@ def perplexity(
     Returns: loss (nats per token), perplexity (exp of it), num_tokens (predicted ones), and bits_per_byte when
         num_bytes is given.
 
-    Raises: ValueError when there is nothing to predict.
+    Raises: ValueError when there is nothing to predict, UserError when the loss is not finite.
     """
     ids = tokens.long() if isinstance(tokens, Tensor) else torch.from_numpy(np.asarray(tokens).astype(np.int64))
     count = len(ids) - 1
@@ -60,7 +60,9 @@ def perplexity(
     device = next(model.parameters()).device
     with evaluating(model):
         total = sum(_loss_sum(model, x.to(device), y.to(device)) for x, y in windows)
-    result = {"loss": total / count, "perplexity": math.exp(total / count), "num_tokens": float(count)}
+    if not math.isfinite(total):
+        raise overflow(next(model.parameters()).dtype)
+    result = {"loss": total / count, "perplexity": _exp(total / count), "num_tokens": float(count)}
     if num_bytes:
         result["bits_per_byte"] = total / math.log(2) / num_bytes
     return result

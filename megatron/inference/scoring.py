@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron.errors import RankError, UserError
 from megatron.model import LanguageModel
 from megatron.ops.cross_entropy import token_losses
 
@@ -40,6 +41,8 @@ def score_windows(model: LanguageModel, windows: list[Window]) -> list[Score]:
 
     Padding goes to the right, where causal attention never sees it. Logits are computed where they are needed only.
     The softmax runs over all rows of the vocabulary, the padded ones included, as in training, in fp32 at least.
+
+    Raises: UserError where a log-probability is not finite.
     """
     assert all(0 < window.scored < len(window.ids) for window in windows), "each has a context and something to score"
     device = next(model.parameters()).device
@@ -56,11 +59,22 @@ def score_windows(model: LanguageModel, windows: list[Window]) -> list[Score]:
     ]
 
 
+def overflow(dtype: torch.dtype) -> UserError:
+    """The error that says that a model's logits in `dtype` are not finite."""
+    name = str(dtype).removeprefix("torch.")
+    return RankError(
+        f"precision: the model's logits are not finite in {name}: its weights are too large for it or of no use; "
+        "choose bf16 or fp32, or another checkpoint"
+    )
+
+
 def _through_head(model: LanguageModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Losses fp64 [n] and whether the target has the largest logit, bool [n], on the CPU; hidden is [n, d]."""
     losses, greedy = [], []
     for part, labels in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
         logits = model.logits(part)
         losses.append(token_losses(logits, labels).double())
+        if not losses[-1].isfinite().all():
+            raise overflow(logits.dtype)
         greedy.append(logits.argmax(dim=-1) == labels)
     return torch.cat(losses).cpu(), torch.cat(greedy).cpu()
