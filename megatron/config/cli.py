@@ -140,7 +140,7 @@ def _add_evaluation_flags(group: Any) -> None:
     group.add_argument("--perplexity", metavar="DATA", help="measure the perplexity of a .bin/.idx prefix or text file")
     group.add_argument("--perplexity_stride", metavar="N", help="tokens the window moves on; default seq_length / 2")
     group.add_argument("--text_gen_type", metavar="KIND", help="unconditional, input-file or interactive")
-    group.add_argument("-i", "--sample_input_file", metavar="FILE", help="prompts, one a line")
+    group.add_argument("-i", "--sample_input_file", metavar="FILE", help="prompts, each up to prompt_end")
     group.add_argument("-o", "--sample_output_file", metavar="FILE", help="where texts are written")
 
 

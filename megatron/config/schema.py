@@ -722,9 +722,9 @@ class GenerationConfig(Section):
     maximum_tokens: int = Field(default=64, gt=0)
     """Most tokens generated for a prompt."""
     prompt_end: str = Field(default="\n", min_length=1)
-    """End of a prompt in interactive mode."""
+    """End of each prompt, in a file of prompts and in interactive mode."""
     temperature: float = Field(default=0.0, ge=0)
-    """Softmax temperature; 0 means greedy."""
+    """Softmax temperature; 0 means greedy, whatever the filters say."""
     top_k: int = Field(default=0, ge=0)
     """Sample among this many most probable tokens; 0 is off."""
     top_p: float = Field(default=0.0, ge=0, le=1)
@@ -740,9 +740,13 @@ class GenerationConfig(Section):
     recompute: bool = False
     """Generate without a key-value cache (slow; for checks)."""
     num_samples: int = Field(default=1, gt=0)
-    """Texts per prompt, or in all for unconditional generation."""
+    """Texts of unconditional generation."""
+    samples_per_prompt: int = Field(default=1, gt=0)
+    """Texts of each prompt of a file."""
+    interactive_history: bool = True
+    """Answer a typed prompt in the context of the earlier ones; false answers each on its own, as GPT-NeoX does."""
     sample_input_file: str | None = None
-    """File of prompts, one a line; a .jsonl file has objects with a prompt and settings of its own."""
+    """File of prompts that end with prompt_end; a .jsonl file has objects with a prompt and settings of its own."""
     sample_output_file: str = "samples.txt"
     """File the texts are written to, one JSON object a line."""
 

@@ -75,11 +75,13 @@ class Session:
         self.history = []
 
 
-def converse(decoder: Decoder, sampling: Sampling, prompt_end: str, seed: int | None) -> None:
+def converse(
+    decoder: Decoder, sampling: Sampling, prompt_end: str, seed: int | None, with_history: bool = True
+) -> None:
     """Answer what is typed, until the end of input (Ctrl-D) or Ctrl-C; Ctrl-C in an answer ends that answer only.
 
-    An empty prompt or /reset clears the context. Of several tensor ranks the first reads and prints; with them, Ctrl-C
-    in an answer ends the session.
+    An empty prompt or /reset clears the context; without history every answer does. Of several tensor ranks the first
+    reads and prints; with them, Ctrl-C in an answer ends the session.
     """
     session, layout = Session(decoder, sampling, seed), decoder.model.layout
     typed = _typed_prompts(prompt_end) if layout.tensor_rank == 0 else iter(())
@@ -91,6 +93,8 @@ def converse(decoder: Decoder, sampling: Sampling, prompt_end: str, seed: int | 
                 print("[context cleared]", flush=True, file=output)
             else:
                 _print_answer(session.answer(prompt), output, ends_on_interrupt=layout.tensor_size == 1)
+                if not with_history:
+                    session.reset()
 
 
 def _print_answer(pieces: Iterator[str], output: TextIO, ends_on_interrupt: bool) -> None:

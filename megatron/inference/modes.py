@@ -41,7 +41,7 @@ def run_generation(config: RunConfig, layout: Layout = SINGLE) -> None:
     model, tokenizer = load_for_inference(config, layout)
     decoder = Decoder(model, tokenizer, config.model.seq_length, options.recompute, options.logprobs)
     if requests is None:
-        converse(decoder, sampling_of(options), options.prompt_end, config.training.seed)
+        converse(decoder, sampling_of(options), options.prompt_end, config.training.seed, options.interactive_history)
         return
     prompts, settings = [request.prompt for request in requests], [request.sampling for request in requests]
     texts = start_texts(decoder, prompts, settings, config.training.seed)
@@ -98,12 +98,23 @@ def _requests(options: GenerationConfig) -> list[Request] | None:
     """The prompts of the mode; None where they come from the keyboard."""
     if options.text_gen_type is None:
         raise UserError("text_gen_type: missing; set it to input-file, unconditional or interactive")
+    _explain_settings(options)
     if options.text_gen_type == "interactive":
         return None
     if options.text_gen_type == "unconditional":
         if options.num_samples > 1 and options.temperature == 0:
             get_logger().info("temperature 0 is greedy: all %d samples will be the same", options.num_samples)
-        return [Request("", sampling_of(options))]
+        return [Request("", sampling_of(options, options.num_samples))]
     if not options.sample_input_file:
-        raise UserError("sample_input_file: missing; text_gen_type input-file needs a file of prompts, one a line")
+        raise UserError("sample_input_file: missing; text_gen_type input-file needs a file of prompts")
     return read_requests(options.sample_input_file, options)
+
+
+def _explain_settings(options: GenerationConfig) -> None:
+    """A line for each setting that has no effect, though one may expect it."""
+    filters = [name for name in ("top_k", "top_p", "min_p") if getattr(options, name)]
+    if options.temperature == 0 and filters:
+        get_logger().info("temperature 0 is greedy: %s has no effect; GPT-NeoX samples there", ", ".join(filters))
+    if options.text_gen_type == "input-file" and options.num_samples > 1:
+        count = options.samples_per_prompt
+        get_logger().info("num_samples is for unconditional texts: samples_per_prompt is %d", count)

@@ -1,4 +1,4 @@
-"""Prompt files: lines of text, or JSON lines with settings of their own."""
+"""Prompt files: texts up to prompt_end, or JSON lines with settings of their own."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ class _OwnSeed(Section):
 
 
 _SETTINGS = (
-    "maximum_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "num_samples",
+    "maximum_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop",
 )  # fmt: skip
+_COUNTS = ("samples_per_prompt", "num_samples")
+"""Either is the number of texts of a prompt that has settings of its own."""
 
 
 @dataclass(frozen=True)
@@ -33,33 +35,35 @@ class Request:
     sampling: Sampling
 
 
-def sampling_of(options: GenerationConfig, seed: int | None = None) -> Sampling:
+def sampling_of(options: GenerationConfig, num_samples: int = 1, seed: int | None = None) -> Sampling:
     """The configuration's settings, as those of a prompt without its own."""
     values = {name: getattr(options, name) for name in _SETTINGS}
-    return Sampling(**{**values, "stop": tuple(options.stop), "seed": seed})
+    return Sampling(**{**values, "stop": tuple(options.stop), "num_samples": num_samples, "seed": seed})
 
 
 def read_requests(path: str, options: GenerationConfig) -> list[Request]:
     """The prompts of a UTF-8 file; a name that ends in .jsonl means JSON lines, see _request_of.
 
-    Other files have one prompt a line, without surrounding white space and empty ones. Raises UserError.
+    In other files each prompt ends with `prompt_end` or with the file, and has no white space around it; empty ones
+    are skipped, as in GPT-NeoX. Raises UserError.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        content = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"sample_input_file: {path} cannot be read: {reason}; give a text file") from None
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    end = "\n" if path.endswith(".jsonl") else options.prompt_end
+    numbered = [(number, text.strip()) for number, text in enumerate(content.split(end), 1) if text.strip()]
     if not numbered:
-        raise UserError(f"sample_input_file: {path} holds no prompts; write one a line")
+        raise UserError(f"sample_input_file: {path} holds no prompts; write some that end with prompt_end, {end!r}")
     if path.endswith(".jsonl"):
         return [_request_of(line, f"sample_input_file: {path}, line {number}", options) for number, line in numbered]
-    common = sampling_of(options)
-    return [Request(line, common) for _, line in numbered]
+    common = sampling_of(options, options.samples_per_prompt)
+    return [Request(text, common) for _, text in numbered]
 
 
 def _request_of(line: str, where: str, options: GenerationConfig) -> Request:
-    """A JSON object: `prompt`, used as it is, and any of _SETTINGS and `seed` in place of the configuration's."""
+    """A JSON object: `prompt`, used as it is, and _SETTINGS, _COUNTS or `seed` in place of the configuration's."""
     try:
         values = json.loads(line)
     except ValueError as error:
@@ -70,13 +74,15 @@ def _request_of(line: str, where: str, options: GenerationConfig) -> Request:
     _refuse_unknown(values, where)
     try:
         seed = _OwnSeed(seed=values.pop("seed", None)).seed
-        return Request(prompt, sampling_of(GenerationConfig(**{**options.model_dump(), **values}), seed))
+        own = GenerationConfig(**{**options.model_dump(), **values})
+        count = next((getattr(own, name) for name in _COUNTS if name in values), options.samples_per_prompt)
+        return Request(prompt, sampling_of(own, count, seed))
     except ValidationError as error:
         raise UserError(describe_validation_error(error, {}, where)) from None
 
 
 def _refuse_unknown(values: dict[str, Any], where: str) -> None:
-    known = [*_SETTINGS, "seed"]
+    known = [*_SETTINGS, *_COUNTS, "seed"]
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.5)

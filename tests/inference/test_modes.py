@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from megatron.errors import UserError
 from megatron.inference.generate import generate
@@ -23,6 +24,7 @@ from megatron.tokenizer import CharLevelTokenizer
 from tests.inference.helpers import make_config, save_random_models
 
 ROOT = Path(__file__).parents[2]
+OFFICIAL = ROOT / "configs" / "text_generation.yml"
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -32,7 +34,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 def test_input_file_gives_one_json_line_a_completion(checkpoint: Path, tmp_path: Path) -> None:
     prompts, output = tmp_path / "prompts.txt", tmp_path / "new" / "out.jsonl"
     prompts.write_text("The Union\n\n  caf\u00e9 \n", encoding="utf-8")
-    keys = {"sample_input_file": str(prompts), "sample_output_file": str(output), "num_samples": 2}
+    keys = {"sample_input_file": str(prompts), "sample_output_file": str(output), "samples_per_prompt": 2}
     options = {"temperature": 1.0, "maximum_tokens": 7, "seed": 3, "text_gen_type": "input-file"}
     run_generation(make_config(load=str(checkpoint), **keys, **options))
     found = lines_of(output)
@@ -78,6 +80,52 @@ def test_interactive_completes_what_is_typed(
     printed = capsys.readouterr().out
     completions = generate(load_model(checkpoint), CharLevelTokenizer(), prompts, maximum_tokens=6)
     assert all(completion.text in printed for completion in completions)
+
+
+def test_the_official_file_generates_as_the_official_code(checkpoint: Path, tmp_path: Path) -> None:
+    official = yaml.safe_load(OFFICIAL.read_text())
+    keys = {"load": str(checkpoint), **official, "maximum_tokens": 4, "sample_output_file": str(tmp_path / "out")}
+    run_generation(make_config(**keys))
+    assert [line["context"] for line in lines_of(tmp_path / "out")] == [""] * 10
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo", encoding="utf-8")
+    keys |= {"text_gen_type": "input-file", "sample_input_file": str(prompts)}
+    run_generation(make_config(**keys))
+    assert [line["context"] for line in lines_of(tmp_path / "out")] == ["one", "two"]
+    run_generation(make_config(**{**keys, "prompt_end": "n", "samples_per_prompt": 2}))
+    assert [line["context"] for line in lines_of(tmp_path / "out")] == ["o", "o", "e\ntwo", "e\ntwo"]
+
+
+def test_settings_without_effect_are_said(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    (tmp_path / "prompts").write_text("The Union")
+    keys: dict[str, Any] = {"load": str(checkpoint), "sample_input_file": str(tmp_path / "prompts")}
+    keys |= {"text_gen_type": "input-file", "sample_output_file": str(tmp_path / "out"), "maximum_tokens": 6}
+    run_generation(make_config(**keys))
+    greedy = [line["text"] for line in lines_of(tmp_path / "out")]
+    for name, value in (("top_k", 5), ("top_p", 0.9), ("min_p", 0.1)):
+        caplog.clear()
+        run_generation(make_config(**keys, **{name: value, "num_samples": 4}))
+        assert [line["text"] for line in lines_of(tmp_path / "out")] == greedy
+        assert f"temperature 0 is greedy: {name} has no effect; GPT-NeoX samples there" in caplog.messages
+        assert "num_samples is for unconditional texts: samples_per_prompt is 1" in caplog.messages
+
+
+def test_without_history_every_prompt_is_answered_on_its_own(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = []
+    alone = [c.text for c in generate(load_model(checkpoint), CharLevelTokenizer(), ["one", "two"], maximum_tokens=6)]
+    for history in (True, False):
+        lines = iter(["one", "two"])
+        monkeypatch.setattr("megatron.inference.interactive._typed_prompts", lambda end, lines=lines: lines)
+        keys = {"text_gen_type": "interactive", "maximum_tokens": 6, "interactive_history": history}
+        run_generation(make_config(load=str(checkpoint), **keys))
+        printed.append(capsys.readouterr().out)
+    assert all(text in printed[1] for text in alone)
+    assert alone[1] not in printed[0]
 
 
 def test_eval_ckpt_wins_over_load_and_iteration_chooses(checkpoint: Path, tmp_path: Path) -> None:

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from megatron.config import load_config
 from megatron.config.schema import GenerationConfig
 from megatron.errors import UserError
 from megatron.inference.prompts import read_requests
 from megatron.inference.sampling import Sampling
+from tests.conftest import TINY
 
-OPTIONS = GenerationConfig(temperature=0.5, stop="END", num_samples=2)
+OPTIONS = GenerationConfig(temperature=0.5, stop="END", samples_per_prompt=2, num_samples=10)
+OFFICIAL = Path(__file__).parents[2] / "configs" / "text_generation.yml"
 
 
 def write(path: Path, *lines: Any) -> str:
@@ -26,6 +29,38 @@ def test_lines_of_text_all_have_the_settings_of_the_configuration(tmp_path: Path
     requests = read_requests(path, OPTIONS)
     assert [request.prompt for request in requests] == ["The Union", '{"prompt": "as it is"}', "a\u2028b"]
     assert {request.sampling for request in requests} == {Sampling(temperature=0.5, stop=("END",), num_samples=2)}
+
+
+@pytest.mark.parametrize(
+    ("content", "end", "prompts"),
+    [
+        ("one\ntwo\n", "\n", ["one", "two"]),
+        ("def f():\n    return 1\n###\n x\n y ###\n###", "###", ["def f():\n    return 1", "x\n y"]),
+        ("a; b;;\n;c", ";", ["a", "b", "c"]),
+        ("a\r\n\r\nb", "\n\n", ["a", "b"]),
+        ("no end\nat all", "END", ["no end\nat all"]),
+    ],
+)
+def test_prompts_end_with_prompt_end(tmp_path: Path, content: str, end: str, prompts: list[str]) -> None:
+    (tmp_path / "prompts").write_bytes(content.encode())
+    found = read_requests(str(tmp_path / "prompts"), GenerationConfig(prompt_end=end))
+    assert [request.prompt for request in found] == prompts
+    assert {request.sampling.num_samples for request in found} == {1}
+
+
+def test_json_lines_end_with_the_line_whatever_prompt_end_is(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", {"prompt": "a,b"}, {"prompt": "c"})
+    assert [r.prompt for r in read_requests(path, GenerationConfig(prompt_end=","))] == ["a,b", "c"]
+
+
+def test_with_the_official_file_each_prompt_has_one_text(tmp_path: Path) -> None:
+    options = load_config(OFFICIAL, TINY).generation
+    assert (options.num_samples, options.prompt_end, options.temperature) == (10, "\n", 1.0)
+    lines = write(tmp_path / "p.txt", "a\n", "b\n"), write(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    for path in lines:
+        assert [(r.prompt, r.sampling.num_samples) for r in read_requests(path, options)] == [("a", 1), ("b", 1)]
+    path = write(tmp_path / "own.jsonl", {"prompt": "a", "num_samples": 3}, {"prompt": "b", "samples_per_prompt": 4})
+    assert [request.sampling.num_samples for request in read_requests(path, options)] == [3, 4]
 
 
 def test_json_lines_may_have_settings_of_their_own(tmp_path: Path) -> None:
