@@ -6,6 +6,7 @@ python -m eval_tasks --model tokenformer --model_args pretrained=FOLDER --tasks 
 from __future__ import annotations
 
 import sys
+from traceback import walk_tb
 
 from megatron.errors import UserError, run_command
 
@@ -18,7 +19,17 @@ def main() -> None:
         raise UserError("lm_eval is not installed; pip install -r requirements/requirements-eval.txt") from error
     import eval_tasks.adapter  # noqa: F401  (registers "tokenformer")
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (ValueError, TypeError, OSError) as error:
+        if isinstance(error, UserError) or not _is_of_command_line(error):
+            raise
+        raise UserError(f"lm_eval: {error}") from error
+
+
+def _is_of_command_line(error: Exception) -> bool:
+    """Was it raised where lm-eval checks its options?"""
+    return any("lm_eval.config" in frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
 
 
 if __name__ == "__main__":

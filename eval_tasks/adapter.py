@@ -15,10 +15,12 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
+from eval_tasks.generation import generation_options
 from eval_tasks.pretrained import load_adapter
 from eval_tasks.requests import Pair, encode_pair
 from megatron.errors import UserError
 from megatron.inference.batching import Batches, BatchSize
+from megatron.inference.decoding import cut_message
 from megatron.inference.generate import evaluating, generate
 from megatron.inference.perplexity import sliding_windows
 from megatron.inference.ranks import DataRanks
@@ -29,6 +31,8 @@ from megatron.tokenizer import Tokenizer
 
 # (context, continuation), context ids, continuation ids
 Request = tuple[tuple[str, str], list[int], list[int]]
+# generated text, why it is not what was asked for
+_Answer = tuple[str, str]
 _SAMPLED_TOGETHER = 8
 
 
@@ -87,6 +91,19 @@ class TokenFormerLM(TemplateLM):
     def tokenizer_name(self) -> str:
         """Names the tokenizer in lm-eval's caches."""
         return f"{self.text_tokenizer.name}-{self.text_tokenizer.vocab_size}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """No template; UserError when one is asked for, since these models are trained on plain text."""
+        if chat_template:
+            raise UserError(
+                "apply_chat_template: a TokenFormer's tokenizer has no chat template; leave the option off, or export "
+                "the model and use lm-eval's `hf` with a template of yours"
+            )
+        return ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Refused, as by chat_template."""
+        return self.chat_template(True)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; no special tokens are ever added."""
@@ -156,50 +173,53 @@ class TokenFormerLM(TemplateLM):
     # ---- generation ----
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts generated until a stop string, the end of document or max_gen_toks, as each request says."""
+        """Texts generated until a stop string, the end of document or max_gen_toks, as each request says.
+
+        One warning says of how many texts the prompt was cut or the context was full.
+        """
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
-        texts = [""] * len(requests)
-        for members in groups.values():
-            options = generation_options(requests[members[0]].args[1], self.max_gen_toks)
-            contexts = [self._generation_context(requests[i].args[0], options["maximum_tokens"]) for i in members]
-            for i, text in zip(members, self._complete(contexts, options, disable_tqdm), strict=True):
-                texts[i] = text
-        return texts
+        # All are looked at first: a mistake in the last must not end hours of work.
+        options = [generation_options(requests[i].args[1], self.max_gen_toks) for i, *_ in groups.values()]
+        found = [("", "")] * len(requests)
+        for members, chosen in zip(groups.values(), options, strict=True):
+            contexts = [self.tok_encode(requests[i].args[0]) for i in members]
+            for i, answer in zip(members, self._complete(contexts, chosen, disable_tqdm), strict=True):
+                found[i] = answer
+        messages = [message for _, message in found if message]
+        if messages:
+            get_logger().warning("%d of %d texts: %s", len(messages), len(found), max(messages, key=len))
+        return [text for text, _ in found]
 
-    def _complete(self, contexts: list[list[int]], options: dict[str, Any], disable_tqdm: bool) -> list[str]:
-        def completed(batch: list[list[int]], batch_size: int) -> list[str]:
+    def _complete(self, prompts: list[list[int]], options: dict[str, Any], disable_tqdm: bool) -> list[_Answer]:
+        def completed(batch: list[list[int]], batch_size: int) -> list[_Answer]:
             arguments = {**options, "batch_size": batch_size, "seq_length": self.max_length}
-            return [found.text for found in generate(self.model, self.text_tokenizer, batch, **arguments)]
+            found = generate(self.model, self.text_tokenizer, batch, **arguments)
+            return [(completion.text, completion.message or "") for completion in found]
 
-        def share(mine: list[list[int]]) -> list[str]:
+        def share(mine: list[list[int]]) -> list[_Answer]:
             with tqdm(total=len(mine), desc="generating", disable=disable_tqdm or not self.progress) as bar:
-                return self.batches.run(
-                    mine, lambda ids: len(ids) + limit, lambda batch: completed(batch, len(batch)), bar.update
-                )
+                return self.batches.run(mine, length, lambda batch: completed(batch, len(batch)), bar.update)
 
-        limit = options["maximum_tokens"]
+        def length(ids: list[int]) -> int:
+            return min(len(ids) + options["maximum_tokens"], self.max_length)
+
+        contexts = [self._generation_context(ids, options["maximum_tokens"]) for ids in prompts]
         if options["temperature"] > 0:
             # What is drawn for a text depends on its place among all texts: every rank computes all of them.
-            return completed(contexts, self.batches.size or _SAMPLED_TOGETHER)
-        return self.ranks.compute(contexts, len, share)
+            found = completed(contexts, self.batches.size or _SAMPLED_TOGETHER)
+        else:
+            found = self.ranks.compute(contexts, len, share)
+        return [
+            (text, cut_message(len(kept), len(ids), self.max_length) if len(kept) < len(ids) else message)
+            for (text, message), ids, kept in zip(found, prompts, contexts, strict=True)
+        ]
 
-    def _generation_context(self, text: str, maximum_tokens: int) -> list[int]:
-        """The last tokens of a text, so many that max_gen_toks fit behind them."""
-        return self.tok_encode(text)[-max(1, self.max_length - maximum_tokens) :]
+    def _generation_context(self, ids: list[int], maximum_tokens: int) -> list[int]:
+        """The last tokens of a prompt, so many that maximum_tokens fit behind them, as lm-eval has it.
 
-
-def generation_options(gen_kwargs: dict[str, Any], default_maximum: int) -> dict[str, Any]:
-    """lm-eval's generation arguments as arguments of `generate`; greedy unless do_sample is true."""
-    until = gen_kwargs.get("until") or []
-    limits = (gen_kwargs.get(name) for name in ("max_gen_toks", "max_new_tokens", "max_tokens"))
-    temperature = float(gen_kwargs.get("temperature") or 1.0) if gen_kwargs.get("do_sample") else 0.0
-    return {
-        "maximum_tokens": next((int(limit) for limit in limits if limit), default_maximum),
-        "temperature": temperature,
-        "top_k": int(gen_kwargs.get("top_k") or 0),
-        "top_p": float(gen_kwargs.get("top_p") or 0.0),
-        "stop": [until] if isinstance(until, str) else list(until),
-        "seed": gen_kwargs.get("seed", 1234),
-    }
+        Where these would take more than half of the context, the rule of `generate` holds.
+        """
+        room = self.max_length - maximum_tokens
+        return ids[-room:] if 2 * maximum_tokens <= self.max_length else ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from megatron.config import load_config
 from megatron.config.schema import TokenizerConfig
 from megatron.errors import UserError
 from megatron.inference.load import load_model
+from megatron.inference.prepare import check_vocabulary
 from megatron.inference.ranks import DataRanks
 from megatron.tokenizer import build_tokenizer
 
@@ -24,9 +26,12 @@ _DTYPES = {
 }  # fmt: skip
 
 
+_KNOWN = ("pretrained", "config", "tokenizer", "dtype", "max_length", "batch_size", "max_batch_size", "device")
+
+
 def load_adapter(
     cls: type[TokenFormerLM],
-    pretrained: str,
+    pretrained: str | None = None,
     config: str | None = None,
     tokenizer: str | None = None,
     dtype: str = "auto",
@@ -34,6 +39,7 @@ def load_adapter(
     batch_size: int | str = 1,
     max_batch_size: int | None = None,
     max_length: int | None = None,
+    **others: Any,
 ) -> TokenFormerLM:
     """An adapter around a checkpoint.
 
@@ -46,21 +52,72 @@ def load_adapter(
         device: default the GPU if there is one; a machine without one uses the CPU whatever it says.
         batch_size: a number or auto (lm-eval's auto:N counts as auto).
         max_batch_size: taken for lm-eval's sake; auto finds its limit by itself.
+        max_length: context length in tokens; default the model's.
+        others: words of lm-eval's other models; those that would change something are refused.
 
     Raises: UserError for what cannot be found, read or understood.
     """
+    _check_others(others)
+    path = _path_of(pretrained)
     if dtype not in _DTYPES:
         raise UserError(f"dtype: '{dtype}' is not supported; choose one of {', '.join(_DTYPES)}")
-    run = load_config(config) if config else None
-    # lm_eval asks for cuda unless told otherwise, whether there is a GPU or not.
-    place = (device or "cuda") if torch.cuda.is_available() else "cpu"
-    model = load_model(pretrained, run, _DTYPES[dtype], place)
+    size = "auto" if str(batch_size).startswith("auto") else _positive("batch_size", batch_size)
+    length = None if max_length is None else _positive("max_length", max_length)
+    run = load_config(str(config)) if config else None
+    model = load_model(path, run, _DTYPES[dtype], _place(device))
     if tokenizer:
-        described = TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=tokenizer)
+        described = TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(tokenizer))
     else:
-        described = run.tokenizer if run else tokenizer_of(Path(pretrained))
-    size = "auto" if str(batch_size).startswith("auto") else int(batch_size)
-    return cls(model, build_tokenizer(described), size, max_length, ranks=DataRanks.of_world())  # type: ignore[arg-type]
+        described = run.tokenizer if run else tokenizer_of(path)
+    built = build_tokenizer(described)
+    check_vocabulary(built, model)
+    return cls(model, built, size, length, ranks=DataRanks.of_world())  # type: ignore[arg-type]
+
+
+def _path_of(pretrained: Any) -> Path:
+    if pretrained in (None, ""):
+        raise UserError("model_args: pretrained is missing; give pretrained=FOLDER of a run's checkpoints or an export")
+    path = Path(str(pretrained))
+    if not path.exists():
+        raise UserError(f"pretrained: {path} does not exist; name a folder or file here, nothing is downloaded")
+    return path
+
+
+def _place(device: str | None) -> torch.device:
+    # lm_eval asks for cuda unless told otherwise, whether there is a GPU or not.
+    try:
+        place = torch.device(device or "cuda")
+    except (RuntimeError, TypeError):
+        raise UserError(f"device: '{device}' is not one; give cuda, cuda:N or cpu") from None
+    return place if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _positive(name: str, value: Any) -> int:
+    text = str(value)
+    if not text.isdecimal() or int(text) == 0:
+        also = " or auto" if name == "batch_size" else ""
+        raise UserError(f"{name}: expected a positive whole number{also}, got {value!r}")
+    return int(text)
+
+
+def _check_others(others: dict[str, Any]) -> None:
+    """What lm-eval's `hf` model knows besides: taken where it changes nothing."""
+    for name, value in others.items():
+        if name == "trust_remote_code" or value is None:  # code that lies in a folder is never run
+            continue
+        if name == "add_bos_token":
+            if value not in (False, "False", "false", 0):
+                raise UserError("add_bos_token: the models are trained without such a token; leave it off")
+        elif name == "revision":
+            if value != "main":
+                raise UserError(
+                    f"revision: '{value}' is of the Hugging Face Hub; download it and name its folder, or name a "
+                    "checkpoint of a run with pretrained=RUN/global_stepN"
+                )
+        else:
+            near = difflib.get_close_matches(name, _KNOWN, 1, 0.6)
+            advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(_KNOWN)}"
+            raise UserError(f"model_args: unknown '{name}'; {advice}")
 
 
 def tokenizer_of(path: Path) -> TokenizerConfig:
@@ -70,5 +127,4 @@ def tokenizer_of(path: Path) -> TokenizerConfig:
     folder = find_checkpoint(path) if path.is_dir() else None
     if folder is None:
         raise UserError(f"tokenizer: {path} has none; add tokenizer=tokenizer.json or config=YAML to --model_args")
-    saved: dict[str, Any] = CheckpointReader(folder, verify=False).config
-    return TokenizerConfig(**{key: saved[key] for key in TokenizerConfig.model_fields if key in saved})
+    return CheckpointReader(folder, verify=False).section(TokenizerConfig)

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from megatron.config import RunConfig, load_config
+from megatron.log import get_logger
 from megatron.signals import STOP_SIGNALS
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -36,6 +37,14 @@ TINY = {
     "lr_decay_style": "cosine", "distributed_backend": "gloo", "precision": "fp32",
     "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95]}},
 }  # fmt: skip
+
+
+@pytest.fixture
+def package_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the package logs, each line once; its logger does not pass lines on to the one that caplog listens to."""
+    get_logger().addHandler(caplog.handler)  # pytest may have, where the logger is there already
+    yield caplog
+    get_logger().removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="session")

@@ -114,8 +114,7 @@ def _tokenizer_of(source: Path, config: RunConfig | None, iteration: int | None)
     if config is not None:
         found = config.tokenizer
     elif source.is_dir() and (folder := find_checkpoint(source, iteration)) is not None:
-        saved = CheckpointReader(folder, verify=False).config
-        found = TokenizerConfig(**{key: saved[key] for key in TokenizerConfig.model_fields if key in saved})
+        found = CheckpointReader(folder, verify=False).section(TokenizerConfig)
     elif (source / "tokenizer.json").is_file():
         found = TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(source / "tokenizer.json"))
     else:

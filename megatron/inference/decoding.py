@@ -64,7 +64,7 @@ class Decoder:
         if len(ids) >= self.seq_length:
             kept = max(1, self.seq_length - sampling.maximum_tokens, self.seq_length // 2)
             text.prompt = ids[-kept:]
-            text.messages.append(f"prompt cut to its last {kept} of {len(ids)} tokens (seq_length {self.seq_length})")
+            text.messages.append(cut_message(kept, len(ids), self.seq_length))
         return text
 
     def steps(self, texts: list[Text]) -> Iterator[None]:
@@ -129,6 +129,11 @@ class Decoder:
         text.ended = full or len(text.tokens) >= text.sampling.maximum_tokens
         if full and len(text.tokens) < text.sampling.maximum_tokens:
             text.messages.append(f"stopped at the context length of {self.seq_length} tokens (seq_length)")
+
+
+def cut_message(kept: int, given: int, seq_length: int) -> str:
+    """What is said of a prompt that does not fit: how many of its tokens are kept."""
+    return f"prompt cut to its last {kept} of {given} tokens (seq_length {seq_length})"
 
 
 def _generator(seed: int) -> torch.Generator:

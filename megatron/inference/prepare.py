@@ -30,7 +30,7 @@ def load_for_inference(config: RunConfig, layout: Layout = SINGLE) -> tuple[Lang
     tokenizer = build_tokenizer(config.tokenizer)
     attention = config.training.attention_backend
     model = load_model(path, config, dtype, device, attention_backend=attention, layout=layout)
-    _check_vocabulary(tokenizer, model)
+    check_vocabulary(tokenizer, model)
     name = str(dtype).removeprefix("torch.")
     get_logger().info("model of %s: %s parameters, %s on %s", path, f"{model.num_parameters():,}", name, device)
     return model, tokenizer
@@ -61,7 +61,8 @@ def inference_dtype(name: Literal["fp32", "bf16", "fp16"], device: torch.device)
     return DTYPES[name]
 
 
-def _check_vocabulary(tokenizer: Tokenizer, model: LanguageModel) -> None:
+def check_vocabulary(tokenizer: Tokenizer, model: LanguageModel) -> None:
+    """Raise a UserError for a tokenizer with more ids than the model has rows."""
     rows = model.config.padded_vocab_size
     assert rows is not None, "LanguageModel checks the vocabulary"
     if tokenizer.vocab_size > rows:

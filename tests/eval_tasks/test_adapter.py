@@ -8,7 +8,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from eval_tasks.adapter import TokenFormerLM, generation_options
+from eval_tasks.adapter import TokenFormerLM
 from megatron.errors import UserError
 from megatron.inference.batching import Batches
 from megatron.inference.generate import generate
@@ -96,14 +96,6 @@ def test_generate_until_is_generation_with_stop_strings(lm: TokenFormerLM) -> No
         ids = lm.tok_encode(context)[-(48 - 12) :]
         (completion,) = generate(lm.model, lm.text_tokenizer, [ids], maximum_tokens=12, stop=list(options["until"]))
         assert text == completion.text
-
-
-def test_generation_arguments_of_lm_eval_are_understood() -> None:
-    plain = {"maximum_tokens": 256, "temperature": 0.0, "top_k": 0, "top_p": 0.0, "stop": [], "seed": 1234}
-    assert generation_options({}, 256) == plain
-    assert generation_options({"temperature": 0.7, "until": "x"}, 256) == {**plain, "stop": ["x"]}
-    sampled = generation_options({"do_sample": True, "temperature": 0.7, "top_k": 5, "max_new_tokens": 9}, 256)
-    assert sampled == {**plain, "temperature": 0.7, "top_k": 5, "maximum_tokens": 9}
 
 
 def test_model_runs_in_bfloat16_with_scores_in_fp32(lm: TokenFormerLM) -> None:

@@ -6,14 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from eval_tasks.__main__ import main
 from eval_tasks.adapter import TokenFormerLM
 from eval_tasks.pretrained import tokenizer_of
-from megatron.errors import UserError
+from megatron.errors import UserError, run_command
+from megatron.inference.convert import to_huggingface
 from megatron.inference.huggingface import export_huggingface
 from tests.inference.helpers import make_config, make_model, save_random_models
+from tests.training.test_damaged_checkpoints import forge, record
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "eval"
@@ -28,7 +32,8 @@ def run_folder(tmp_path: Path, tokenizer_file: Path) -> Path:
 
 def test_the_command_line_evaluates_a_checkpoint(run_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "eval_tasks", "--model", "tokenformer", "--tasks", "harbor_choice"]
-    command += ["--model_args", f"pretrained={run_folder}", "--include_path", str(FIXTURES), "--batch_size", "auto"]
+    command += ["--model_args", f"pretrained={run_folder},revision=main,add_bos_token=False", "--trust_remote_code"]
+    command += ["--include_path", str(FIXTURES), "--batch_size", "auto"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=FIXTURES, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -48,3 +53,76 @@ def test_every_form_of_a_model_brings_its_tokenizer(run_folder: Path, tmp_path: 
     assert TokenFormerLM.create_from_arg_obj(arguments).tokenizer_name == "HFTokenizer-320"
     with pytest.raises(UserError, match="dtype: 'int8' is not supported"):
         TokenFormerLM.create_from_arg_obj({**arguments, "dtype": "int8"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "pretrained is missing; give pretrained=FOLDER"),
+        ({"pretrained": ""}, "pretrained is missing"),
+        ({"pretrained": "gpt2"}, "pretrained: gpt2 does not exist; name a folder or file here, nothing is downloaded"),
+        ({"pretrained": 5}, "pretrained: 5 does not exist"),
+        ({"revision": "step3000"}, "revision: 'step3000' is of the Hugging Face Hub; download it"),
+        ({"add_bos_token": True}, "add_bos_token: the models are trained without such a token"),
+        ({"pretraned": "x"}, "model_args: unknown 'pretraned'; did you mean pretrained?"),
+        ({"load_in_8bit": True}, "model_args: unknown 'load_in_8bit'; known: pretrained, config"),
+        ({"max_length": 0}, "max_length: expected a positive whole number, got 0"),
+        ({"max_length": "long"}, "max_length: expected a positive whole number, got 'long'"),
+        ({"batch_size": "many"}, "batch_size: expected a positive whole number or auto, got 'many'"),
+        ({"device": "tpu9000"}, "device: 'tpu9000' is not one"),
+        ({"config": "absent.yml"}, "absent.yml"),
+        ({"tokenizer": "absent.json"}, "absent.json"),
+        ({"dtype": "int8"}, "dtype: 'int8' is not supported"),
+    ],
+)
+def test_model_args_work_or_say_in_one_line_why_not(run_folder: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        TokenFormerLM.create_from_arg_obj({"pretrained": str(run_folder), **arguments} if arguments else {})
+    assert "\n" not in str(error.value)
+
+
+def test_words_of_other_models_that_change_nothing_are_taken(run_folder: Path) -> None:
+    text = f"pretrained={run_folder},trust_remote_code=True,add_bos_token=False,revision=main"
+    TokenFormerLM.create_from_arg_string(text, {"max_batch_size": 64, "device": None})
+
+
+def test_a_damaged_tokenizer_section_is_named(run_folder: Path) -> None:
+    forge(run_folder / "global_step7", record("config.yml", lambda config: config.update(tokenizer_type="Abacus")))
+    with pytest.raises(UserError, match="config.yml cannot be used: tokenizer_type"):
+        tokenizer_of(run_folder)
+    with pytest.raises(UserError, match="config.yml cannot be used: tokenizer_type"):
+        to_huggingface(run_folder, run_folder.parent / "hf")
+
+
+def test_mistakes_in_the_options_of_the_command_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(
+        "lm_eval.tasks.TaskManager",
+        lambda include_path=None, **_: TaskManager(include_path=str(FIXTURES), include_defaults=False),
+    )
+    for arguments, message in [
+        (["--tasks", "harbor_choice"], "error: model_args: pretrained is missing"),
+        (["--tasks", "harbour"], "error: lm_eval: Tasks not found: harbour"),
+        (["--tasks", "harbor_choice", "--log_samples"], "error: lm_eval: Specify --output_path"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["lm_eval", "--model", "tokenformer", *arguments])
+        assert run_command(main) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_chat_template_is_refused_before_the_first_request(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.chdir(FIXTURES)
+    with pytest.raises(UserError, match="apply_chat_template: a TokenFormer's tokenizer has no chat template"):
+        simple_evaluate(
+            "tokenformer",
+            model_args=f"pretrained={run_folder}",
+            tasks=["harbor_choice"],
+            task_manager=TaskManager(include_path=str(FIXTURES), include_defaults=False),
+            apply_chat_template=True,
+        )

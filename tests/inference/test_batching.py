@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from megatron.inference.batching import Batches, is_out_of_memory
-from megatron.log import get_logger
 
 WORDS = ["a" * n for n in (3, 50, 7, 1, 20, 20, 4, 9, 2)]
 
@@ -28,10 +27,9 @@ class Memory:
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(get_logger(), "propagate", True)
-    caplog.set_level(logging.INFO)
-    return caplog
+def log(package_log: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    package_log.set_level(logging.INFO)
+    return package_log
 
 
 @pytest.mark.parametrize("size", [1, 4, 100, "auto"])

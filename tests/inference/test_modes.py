@@ -19,7 +19,6 @@ from megatron.inference.generate import generate
 from megatron.inference.load import load_model
 from megatron.inference.modes import run_generation
 from megatron.inference.prepare import inference_dtype, load_for_inference
-from megatron.log import get_logger
 from megatron.tokenizer import CharLevelTokenizer
 from tests.inference.helpers import make_config, save_random_models
 
@@ -97,20 +96,19 @@ def test_the_official_file_generates_as_the_official_code(checkpoint: Path, tmp_
 
 
 def test_settings_without_effect_are_said(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    checkpoint: Path, tmp_path: Path, package_log: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(get_logger(), "propagate", True)
     (tmp_path / "prompts").write_text("The Union")
     keys: dict[str, Any] = {"load": str(checkpoint), "sample_input_file": str(tmp_path / "prompts")}
     keys |= {"text_gen_type": "input-file", "sample_output_file": str(tmp_path / "out"), "maximum_tokens": 6}
     run_generation(make_config(**keys))
     greedy = [line["text"] for line in lines_of(tmp_path / "out")]
     for name, value in (("top_k", 5), ("top_p", 0.9), ("min_p", 0.1)):
-        caplog.clear()
+        package_log.clear()
         run_generation(make_config(**keys, **{name: value, "num_samples": 4}))
         assert [line["text"] for line in lines_of(tmp_path / "out")] == greedy
-        assert f"temperature 0 is greedy: {name} has no effect; GPT-NeoX samples there" in caplog.messages
-        assert "num_samples is for unconditional texts: samples_per_prompt is 1" in caplog.messages
+        assert f"temperature 0 is greedy: {name} has no effect; GPT-NeoX samples there" in package_log.messages
+        assert "num_samples is for unconditional texts: samples_per_prompt is 1" in package_log.messages
 
 
 def test_without_history_every_prompt_is_answered_on_its_own(
@@ -137,10 +135,9 @@ def test_eval_ckpt_wins_over_load_and_iteration_chooses(checkpoint: Path, tmp_pa
     assert torch.equal(weights[1], weights[2])
 
 
-def test_fp16_becomes_fp32_on_a_cpu(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(get_logger(), "propagate", True)
+def test_fp16_becomes_fp32_on_a_cpu(package_log: pytest.LogCaptureFixture) -> None:
     assert inference_dtype("fp16", torch.device("cpu")) == torch.float32
-    assert set(caplog.messages) == {"fp16: no GPU here, the model runs in fp32"}
+    assert set(package_log.messages) == {"fp16: no GPU here, the model runs in fp32"}
     assert inference_dtype("fp16", torch.device("cuda")) == torch.float16
     assert inference_dtype("bf16", torch.device("cpu")) == torch.bfloat16
 
