@@ -29,7 +29,8 @@ class Document:
 def corpus_documents(path: str, tokenizer: Tokenizer, limit: int | None = None) -> Iterator[Document]:
     """The documents of `path`, in order, the first `limit` of them: the prefix of a .bin/.idx pair, or a text file.
 
-    A .txt file is one document, of .jsonl every line's `text`. The text of a .bin file is what its ids decode to.
+    A .txt file is one document, of .jsonl every line's `text`. The text of a .bin file is what its ids decode to, with
+    special tokens written out: they may have stood in the text.
 
     Raises: UserError when there is no such corpus, it is damaged, or the tokenizer is not the one it was made with.
     """
@@ -60,4 +61,4 @@ def _indexed_documents(dataset: IndexedDataset, tokenizer: Tokenizer) -> Iterato
             )
         if ids and ids[-1] == tokenizer.eod_id:
             ids.pop()
-        yield _document(ids, tokenizer.decode(ids))
+        yield _document(ids, tokenizer.decode_whole(ids))

@@ -117,18 +117,61 @@ class Decoder:
             if logprob is not None:
                 text.logprobs.append(logprob)
             self._check_limits(text)
-        if text.sampling.stop or text.ended:
-            text.text = self.tokenizer.decode(text.tokens)
-        ends = [text.text.find(string) for string in text.sampling.stop if string in text.text]
-        if ends:
-            text.text = text.text[: min(ends)]
+        if (before := self._before_stop(text)) is not None:
+            text.text = before
             text.finished = text.ended = True
+        elif text.ended:
+            text.text = self.text_of(text)
+
+    def text_of(self, text: Text, count: int | None = None) -> str:
+        """What has been generated, or its first `count` tokens, as text behind the prompt; without special tokens."""
+        return self.tokenizer.decode_after(text.prompt, text.tokens[:count])
+
+    def _before_stop(self, text: Text) -> str | None:
+        """The text up to the first stop string, special tokens counting for the search only; None without one."""
+        if not text.sampling.stop:
+            return None
+        shown = self.text_of(text)
+        found = _cut(shown, text.sampling.stop)
+        if not self.tokenizer.specials.keys().isdisjoint(text.tokens):
+            whole = self._whole(text, len(text.tokens))
+            if (before := _cut(whole, text.sampling.stop)) is not None:
+                without = self._without_specials(text, whole, len(before))
+                found = without if found is None else min(found, without, key=len)
+        return found
+
+    def _whole(self, text: Text, count: int) -> str:
+        return self.tokenizer.decode_whole(text.tokens[:count], text.prompt)
+
+    def _without_specials(self, text: Text, whole: str, end: int) -> str:
+        """whole[:end], special tokens left out; `end` may lie inside of a token."""
+        count = len(text.tokens)
+        while count and len(before := self._whole(text, count)) > end:
+            whole, count = before, count - 1
+        start, shown = self.text_of(text, count), self.text_of(text, count + 1)
+        return shown[: max(len(start), len(shown) - (len(whole) - end))]
+
+    def kept_tokens(self, text: Text) -> list[int]:
+        """Tokens of what is shown of a text: those of a stop string are not among them."""
+        count = len(text.tokens)
+        while count and self.text_of(text, count - 1).startswith(text.text):
+            count -= 1
+        if self.text_of(text, count) == text.text:
+            return text.tokens[:count]
+        before = self.text_of(text, count - 1)
+        return text.tokens[: count - 1] + self.tokenizer.encode(text.text[len(before) :])
 
     def _check_limits(self, text: Text) -> None:
         full = len(text.prompt) + len(text.tokens) >= self.seq_length
         text.ended = full or len(text.tokens) >= text.sampling.maximum_tokens
         if full and len(text.tokens) < text.sampling.maximum_tokens:
             text.messages.append(f"stopped at the context length of {self.seq_length} tokens (seq_length)")
+
+
+def _cut(text: str, stop: tuple[str, ...]) -> str | None:
+    """`text` before the stop string that begins first; None without one."""
+    ends = [text.find(string) for string in stop if string in text]
+    return text[: min(ends)] if ends else None
 
 
 def cut_message(kept: int, given: int, seq_length: int) -> str:

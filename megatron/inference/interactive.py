@@ -26,7 +26,7 @@ def stream(decoder: Decoder, text: Text) -> Iterator[str]:
     """
     shown = 0
     for _ in decoder.steps([text]):
-        so_far = text.text if text.ended else decoder.tokenizer.decode(text.tokens)
+        so_far = text.text if text.ended else decoder.text_of(text)
         sure = len(so_far) if text.ended else _sure_length(so_far, text.sampling.stop)
         if sure > shown:
             yield so_far[shown:sure]
@@ -66,7 +66,7 @@ class Session:
             yield from stream(self.decoder, text)
         finally:
             was_cut = text.finished and text.sampling.stop
-            self.history = text.prompt + (self.decoder.tokenizer.encode(text.text) if was_cut else text.tokens)
+            self.history = text.prompt + (self.decoder.kept_tokens(text) if was_cut else text.tokens)
         if text.messages:
             yield f"\n[{'; '.join(text.messages)}]"
 

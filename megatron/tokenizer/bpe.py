@@ -25,6 +25,8 @@ class _LibraryTokenizer(Tokenizer):
                 "choose a tokenizer that has it or add it to the file"
             )
         self.eod_id = eod_id
+        added = backend.get_added_tokens_decoder()
+        self.specials = {eod_id: END_OF_TEXT} | {i: token.content for i, token in added.items() if token.special}
         # Ids may have gaps, and the embedding needs a row for the highest one.
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 from megatron.tokenizer.base import Tokenizer
 
@@ -13,6 +14,7 @@ class CharLevelTokenizer(Tokenizer):
     name = "CharLevelTokenizer"
     vocab_size = 512
     eod_id = 0
+    specials = MappingProxyType({0: "\0"})
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", errors="replace"))

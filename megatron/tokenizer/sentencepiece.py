@@ -23,6 +23,8 @@ class SPMTokenizer(Tokenizer):
             raise UserError(f"vocab_file: {path} is not a valid sentencepiece model ({error})") from error
         self.vocab_size = self._model.vocab_size()
         self.eod_id = self._end_of_document(path)
+        controls = [i for i in range(self.vocab_size) if i == self.eod_id or self._model.is_control(i)]
+        self.specials = {i: self._model.id_to_piece(i) for i in controls}
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(well_formed(text), add_bos=False, add_eos=False)

@@ -71,7 +71,7 @@ class TiktokenTokenizer(Tokenizer):
         self.vocab_size = self._encoding.n_vocab
         self.eod_id = self._encoding.eot_token
         specials = self._encoding.special_tokens_set
-        self._special_ids = {self._encoding.encode_single_token(token) for token in specials}
+        self.specials = {self._encoding.encode_single_token(token): token for token in specials}
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(well_formed(text))
@@ -80,7 +80,7 @@ class TiktokenTokenizer(Tokenizer):
         return b"".join(map(self._bytes_of, ids)).decode("utf-8", errors="replace")
 
     def _bytes_of(self, token: int) -> bytes:
-        if token in self._special_ids:
+        if token in self.specials:
             return b""
         try:
             return self._encoding.decode_single_token_bytes(token)

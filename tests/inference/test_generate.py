@@ -28,9 +28,9 @@ class RecordingTokenizer(CharLevelTokenizer):
     def __init__(self) -> None:
         self.decoded: list[list[int]] = []
 
-    def decode(self, ids: Any) -> str:
+    def decode_after(self, context: Any, ids: Any) -> str:
         self.decoded.append(list(ids))
-        return super().decode(ids)
+        return super().decode_after(context, ids)
 
 
 def force(model: LanguageModel, token: int, logit: float = 1e4) -> None:

@@ -17,6 +17,7 @@ from megatron.inference.corpus import corpus_documents
 from megatron.inference.perplexity import corpus_perplexity, perplexity, sliding_windows
 from megatron.tokenizer import CharLevelTokenizer
 from tests.inference.helpers import make_model
+from tests.inference.test_stops import train as train_tokenizer
 
 TOKENS = np.random.RandomState(0).randint(0, 512, 101).astype(np.uint16)
 
@@ -104,6 +105,30 @@ def test_corpus_perplexity_counts_tokens_words_and_bytes_of_each_document(
         "num_words": num_words, "num_bytes": num_bytes,
     }  # fmt: skip
     assert found == pytest.approx(expected, rel=1e-9)
+
+
+SPECIAL_TEXTS = ["the<|endoftext|> united states", "<|endoftext|>", "of<|im_end|> the<|im_end|>", "<|im_end|>", "state"]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace", "characters"])
+def test_a_text_and_its_bin_file_have_the_same_perplexity(tmp_path: Path, kind: str) -> None:
+    """Special tokens that stood in the text are part of it."""
+    characters = kind == "characters"
+    tokenizer = CharLevelTokenizer() if characters else train_tokenizer(tmp_path / "tokenizer.json", kind)
+    texts = [*SPECIAL_TEXTS, "\0a\0"] if kind != "metaspace" else SPECIAL_TEXTS
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (tmp_path / "held.jsonl").write_text("".join(lines), encoding="utf-8")
+    with IndexedDatasetBuilder(tmp_path / "held", np.uint16) as builder:
+        for text in texts:
+            builder.add_document([*tokenizer.encode(text), tokenizer.eod_id])
+        builder.finalize()
+    model = make_model()
+    found = [
+        corpus_perplexity(model, corpus_documents(str(tmp_path / name), tokenizer), tokenizer.eod_id, 48)
+        for name in ("held.jsonl", "held.bin")
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+    assert found[0]["num_bytes"] == sum(len(text.encode()) for text in texts)
 
 
 def test_what_has_no_perplexity_is_named(tmp_path: Path) -> None:

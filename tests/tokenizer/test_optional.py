@@ -131,6 +131,38 @@ def test_special_tokens_in_a_text_are_plain_text(folder: Path) -> None:
         assert tokenizer.eod_id not in ids and tokenizer.decode(ids) == "a<|endoftext|>b"
 
 
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory: pytest.TempPathFactory) -> SPMTokenizer:
+    """A sentencepiece model as most are: words bring their space along, also the first of a text."""
+    prefix = tmp_path_factory.mktemp("spaced") / "spm"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_prefix=str(prefix), vocab_size=360, byte_fallback=True, minloglevel=2,
+        model_type="bpe", control_symbols=["<|endoftext|>", "<turn>"],
+    )  # fmt: skip
+    return SPMTokenizer(f"{prefix}.model")
+
+
+@each_text
+def test_a_continuation_keeps_its_leading_space(folder: Path, spaced: SPMTokenizer, text: str) -> None:
+    others = [SPMTokenizer(str(folder / "spm.model")), TiktokenTokenizer(str(folder / "own.tiktoken"))]
+    for tokenizer in (spaced, *others):
+        ids = tokenizer.encode(text)
+        for cut in range(len(ids) + 1):
+            before, whole = tokenizer.decode(ids[:cut]), tokenizer.decode(ids)
+            assert before.rstrip("\ufffd") + tokenizer.decode_after(ids[:cut], ids[cut:]) == whole
+
+
+def test_special_tokens_are_written_out_where_asked(folder: Path, spaced: SPMTokenizer) -> None:
+    turn = next(i for i, text in spaced.specials.items() if text == "<turn>")
+    ids = [spaced.eod_id, *spaced.encode("the union"), turn, *spaced.encode("of states"), turn]
+    assert spaced.decode(ids) == "the union of states"
+    assert spaced.decode_whole(ids) == "<|endoftext|>the union<turn> of states<turn>"
+    assert spaced.decode_whole(ids[-3:], ids[:-3]).endswith("<turn>")
+    tokenizer = TiktokenTokenizer(str(folder / "own.tiktoken"))
+    ids = [*tokenizer.encode("a"), tokenizer.eod_id, *tokenizer.encode(" b")]
+    assert (tokenizer.decode(ids), tokenizer.decode_whole(ids)) == ("a b", "a<|endoftext|> b")
+
+
 @pytest.mark.parametrize("kind", ["SPMTokenizer", "TiktokenTokenizer"])
 def test_the_config_builds_them(folder: Path, kind: str) -> None:
     file = {"SPMTokenizer": "spm.model", "TiktokenTokenizer": "own.tiktoken"}[kind]
