@@ -18,12 +18,13 @@ def main() -> int:
     stop_with_launcher()
     if os.environ["RANK"] != "0":
         os.environ.setdefault("TQDM_DISABLE", "1")  # one rank's progress bars are enough
-    config, _ = parse_run(sys.argv[1:], "eval.py")
+    config, args = parse_run(sys.argv[1:], "eval.py")
     from eval_tasks.run import run_evaluation
+    from megatron.config.messages import places_named
     from megatron.mpu.processes import abandoned_on_error, join, leave
 
     launch = config.launch
-    with abandoned_on_error():
+    with places_named(args.settings), abandoned_on_error():
         layout = join(config.parallel.model_parallel_size, launch.distributed_backend, launch.ranks_per_gpu)
         run_evaluation(config, layout)
     leave()

@@ -15,11 +15,12 @@ def main() -> int:
 
     ensure_process_environment()
     stop_with_launcher()
-    config, _ = parse_run(sys.argv[1:], "generate.py")
+    config, args = parse_run(sys.argv[1:], "generate.py")
+    from megatron.config.messages import places_named
     from megatron.mpu.processes import abandoned_on_error, join_one_copy, leave
 
     launch = config.launch
-    with abandoned_on_error():
+    with places_named(args.settings), abandoned_on_error():
         layout = join_one_copy(config.parallel.model_parallel_size, launch.distributed_backend, launch.ranks_per_gpu)
         if layout is not None:
             from megatron.inference.modes import run_generation

@@ -18,11 +18,12 @@ def main() -> int:
 
     ensure_process_environment()
     stop_with_launcher()
-    config, _ = parse_run(sys.argv[1:], "train.py")
+    config, args = parse_run(sys.argv[1:], "train.py")
+    from megatron.config.messages import places_named
     from megatron.mpu.processes import abandoned_on_error
     from megatron.training.loop import shut_down, train
 
-    with stop.other_ranks_may_be_gone(), abandoned_on_error():
+    with places_named(args.settings), stop.other_ranks_may_be_gone(), abandoned_on_error():
         train(config, stop)
         shut_down()
     stop.finish()

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from megatron.errors import UserError
-from megatron.files import find_output, write_output
+from megatron.files import find_output, read_text, write_output
 
 CONTEXT_WORDS = 12
 CONTINUATION_WORDS = 8
@@ -124,12 +124,10 @@ def task_config(name: str, data_file: Path) -> dict[str, Any]:
 
 def read_texts(path: str, jsonl_key: str = "text") -> list[str]:
     """The texts of a UTF-8 file: one a line at `jsonl_key` in a .jsonl file, else the whole file. Raises UserError."""
+    content = read_text(path, "--input")
+    if not path.endswith(".jsonl"):
+        return [content]
     try:
-        content = Path(path).read_text(encoding="utf-8")
-        if not path.endswith(".jsonl"):
-            return [content]
         return [str(json.loads(line)[jsonl_key]) for line in content.split("\n") if line.strip()]
-    except OSError as error:
-        raise UserError(f"--input: {path} cannot be read: {error.strerror}; name an existing file") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--input: {path} is not UTF-8 text, or JSONL with the key '{jsonl_key}': {error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"--input: {path} is not JSONL with the key '{jsonl_key}': {error}") from error

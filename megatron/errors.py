@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells give a process that SIGINT has ended
@@ -17,12 +17,20 @@ class UserError(ValueError):
     """
 
 
+class UserErrors(UserError):
+    """Several mistakes that were found together; each has a line of its own."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.lines = tuple(_one_line(line) for line in lines)
+        super().__init__("\n".join(self.lines))
+
+
 class RankError(UserError):
     """A UserError that this process may have met alone, so that it speaks whatever its rank."""
 
 
 def run_command(function: Callable[[], int | None]) -> int:
-    """Call `function`; report a UserError as one line on stderr instead of a traceback.
+    """Call `function`; report a UserError as one line a mistake on stderr instead of a traceback.
 
     Returns the exit code: what `function` returned (None counts as 0), 2 after a UserError, 130 after a Ctrl-C.
     """
@@ -32,9 +40,15 @@ def run_command(function: Callable[[], int | None]) -> int:
         # Ranks share a console: the first of each node speaks for all, in one write.
         local = os.environ.get("LOCAL_PROCESS") or os.environ.get("LOCAL_RANK", "0")
         if local == "0" or isinstance(error, RankError):
-            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+            lines = error.lines if isinstance(error, UserErrors) else [_one_line(str(error))]
+            sys.stderr.write("".join(f"error: {line}\n" for line in lines))
             sys.stderr.flush()
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("SIGINT: stopped\n")
         return EXIT_INTERRUPTED
+
+
+def _one_line(text: str) -> str:
+    """`text` on one line, which any terminal and any encoding of stderr can show."""
+    return " ".join(text.split()).encode("utf-8", errors="backslashreplace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Files that are written: where a user's output goes, what it may replace, and that it appears complete or not at all.
+"""Text that users give; files that are written: what these may replace, and that they appear complete or not at all.
 
 A regular file appears by rename. A link is followed: it stays, and the file it points to is replaced. FIFOs, terminals
 and character devices, and what /proc names (/dev/stdout), are written to and stay what they are.
@@ -6,6 +6,7 @@ and character devices, and what /proc names (/dev/stdout), are written to and st
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -23,6 +24,40 @@ from megatron.errors import UserError
 
 _MAX_LINKS = 40
 _PART = ".part"
+
+
+def read_text(
+    path: str | os.PathLike[str], key: str = "", advice: str = "give a text file", limit: int | None = None
+) -> str:
+    """All of a text file of a user; lines end in \\n whatever they end in there, a byte order mark is left out.
+
+    Args:
+        key: the flag or key that named the file, for messages.
+        limit: most bytes the file may have.
+
+    Raises: UserError when it cannot be read, is longer, or is not UTF-8.
+    """
+    where = f"{key}: {path}" if key else str(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(-1 if limit is None else limit + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{where} cannot be read: {reason}; {advice}") from None
+    if limit is not None and len(content) > limit:
+        raise UserError(f"{where} cannot be read: it has more than {limit:,} bytes; {advice}")
+    return decode_text(content, where, advice).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def decode_text(content: bytes, where: str, advice: str = "give a text file") -> str:
+    """The text of these bytes, without a byte order mark; UserError about `where` when they are not UTF-8."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{where} cannot be read: it is not UTF-8 text but UTF-16; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{where} cannot be read: it is not UTF-8 text (line {line}); {advice}") from None
 
 
 @contextmanager

@@ -19,15 +19,21 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from argparse import Namespace
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from megatron.config.cli import check_command, parse_arguments, resolve_arguments, without_plan_flags
+from megatron.config.cli import check_outputs, checks_of, parse_arguments, resolve_arguments, without_plan_flags
 from megatron.config.explain import explain
+from megatron.config.hostfile import given_hostfile, missing_hostfile, refuse_missing_hostfile
 from megatron.config.load import Resolved
+from megatron.config.messages import places_named
 from megatron.config.schema import LaunchConfig, RunConfig
 from megatron.errors import UserError
+from megatron.files import read_text
+from megatron.log import get_logger
 from megatron.mpu.layout import Layout
 from megatron.supervise import WORKER, LaunchPlan, run_plan
 
@@ -52,15 +58,24 @@ def launch(argv: Sequence[str], prog: str = "deepy.py") -> int:
     """
     args = parse_arguments(argv, prog, with_script=True)
     script = _check_script(args.script, prog)
-    resolved = resolve_arguments(args, f"{prog} {script}")
+    checks = () if args.explain else checks_of(script, to_run=not args.dry_run)
+    resolved = resolve_arguments(args, f"{prog} {script}", checks)
     if args.explain:
         print(explain(resolved))
         return 0
-    check_command(resolved, script)
-    arguments = list(argv)
+    check_outputs(resolved, script)
+    with places_named(resolved.settings):
+        return _launch(resolved, args, script, list(argv))
+
+
+def _launch(resolved: Resolved, args: Namespace, script: str, arguments: list[str]) -> int:
     arguments.remove(args.script)
+    note = missing_hostfile(resolved.config.launch, os.environ)
     if args.dry_run:
+        print(note or "", end="\n" if note else "")
         return _dry_run(resolved, script, without_plan_flags(arguments), args.gpus, args.machine)
+    if note:
+        get_logger().warning(note)
     return run_plan(make_plan(resolved, script, arguments, os.environ))
 
 
@@ -75,14 +90,33 @@ def _check_script(script: str | None, prog: str) -> str:
 
 def _dry_run(resolved: Resolved, script: str, arguments: list[str], gpus: int | None, machine: str | None) -> int:
     """Print the launcher command, the processes it would start and a plan of layouts; start nothing."""
-    from megatron.planner import DEFAULT_MACHINE, find_machine, report, world  # needs torch, a launch does not
+    from megatron.planner import DEFAULT_MACHINE, assumed_batch, find_machine, report  # needs torch
 
-    cluster, config = find_machine(machine or DEFAULT_MACHINE), resolved.config
+    cluster = find_machine(machine or DEFAULT_MACHINE)
+    planned, assumption = assumed_batch(resolved.config)
+    resolved = replace(resolved, config=planned)
+    launch = planned.launch
     try:
-        hosts = find_hosts(config.launch, os.environ)
-        processes = count_processes(config.launch, hosts, os.environ) or 1
-        grid = world(config, max(1, len(hosts)), processes)
-        plan = make_plan(resolved, script, arguments, os.environ)
+        hosts = find_hosts(launch, os.environ)
+    except UserError as error:
+        gpus = gpus or (launch.num_gpus or cluster.gpus_per_node) * max(1, launch.num_nodes)
+        print(f"command: none here: {error}\nnumber of GPUs: {gpus} (choose another with --gpus N)")
+    else:
+        gpus = _print_command(resolved, script, arguments, gpus, hosts)
+    print(f"{assumption}{report(planned, cluster, gpus)}")
+    return 0
+
+
+def _print_command(
+    resolved: Resolved, script: str, arguments: list[str], gpus: int | None, hosts: Mapping[str, int]
+) -> int:
+    """Print the launcher command and the processes it starts here; returns the number of GPUs to plan for."""
+    from megatron.planner import world
+
+    processes = count_processes(resolved.config.launch, hosts, os.environ) or 1
+    try:
+        grid = world(resolved.config, max(1, len(hosts)), processes)
+        plan = make_plan(resolved, script, arguments, os.environ, to_run=False)
     except UserError as error:
         if gpus is None:  # else this machine is not the one that is planned for
             raise
@@ -91,16 +125,19 @@ def _dry_run(resolved: Resolved, script: str, arguments: list[str], gpus: int | 
         print(f"command: {shlex.join(plan.command)}\nworld: {grid}")
         if plan.written:
             Path(plan.written).unlink(missing_ok=True)
-        gpus = gpus or processes
-    print(report(config, cluster, gpus))
-    return 0
+    return gpus or processes
 
 
 # ---- the command ----
 
 
-def make_plan(resolved: Resolved, script: str, arguments: list[str], environment: Mapping[str, str]) -> LaunchPlan:
-    """The launcher command that runs `script arguments` as the launch keys of the config say."""
+def make_plan(
+    resolved: Resolved, script: str, arguments: list[str], environment: Mapping[str, str], to_run: bool = True
+) -> LaunchPlan:
+    """The launcher command that runs `script arguments` as the launch keys of the config say.
+
+    Raises: UserError when it cannot, or when a program that it needs is not installed and it is `to_run`.
+    """
     config = resolved.config.launch
     env = dict(environment)
     hosts = find_hosts(config, env)
@@ -111,6 +148,9 @@ def make_plan(resolved: Resolved, script: str, arguments: list[str], environment
         return LaunchPlan([*runner, *_local_options(resolved, hosts, env), WORKER, *work], env, signal_depth=2)
     launcher = "slurm" if config.deepspeed_slurm else config.launcher
     _check_multi_node(config, launcher, hosts, env)
+    program = _LAUNCHER_PROGRAMS[launcher]
+    if to_run and shutil.which(program) is None:
+        raise UserError(f"launcher: {launcher} needs the program `{program}`, which is not on PATH; install it")
     given = _hostfile(config, env)
     file = given or _write_hostfile(hosts)
     options = ["--hostfile", file, "--launcher", launcher, *_multi_node_options(resolved, launcher, hosts, env)]
@@ -148,7 +188,7 @@ def _local_options(resolved: Resolved, hosts: Mapping[str, int], env: dict[str, 
     config = resolved.config.launch
     if config.num_nodes > 1:
         raise UserError(f"num_nodes: {config.num_nodes} nodes need a hostfile; give --hostfile FILE")
-    options = ["--hostfile", _hostfile(config, env) or _CLUSTER_HOSTFILE]
+    options = ["--hostfile", given_hostfile(config, env) or _CLUSTER_HOSTFILE]
     if not has_accelerator(env):
         env.setdefault("DS_ACCELERATOR", "cpu")
     if hosts or config.include or config.exclude:
@@ -192,9 +232,6 @@ def _check_multi_node(config: LaunchConfig, launcher: str, hosts: Mapping[str, i
             raise UserError(f"hostfile: launcher slurm needs as many slots on every node, not {dict(hosts)}")
     if launcher == "pdsh":
         _check_remote_shell(config, hosts, env)
-    program = _LAUNCHER_PROGRAMS[launcher]
-    if shutil.which(program) is None:
-        raise UserError(f"launcher: {launcher} needs the program `{program}`, which is not on PATH; install it")
 
 
 def _check_remote_shell(config: LaunchConfig, hosts: Mapping[str, int], env: Mapping[str, str]) -> None:
@@ -238,8 +275,10 @@ def _launcher_arguments(config: LaunchConfig, launcher: str, hosts: Mapping[str,
 
 def find_hosts(config: LaunchConfig, env: Mapping[str, str]) -> dict[str, int]:
     """{node: slots} of the hostfile or the Slurm allocation, less those left out; empty means this machine."""
+    refuse_missing_hostfile(config, env)
     path = _hostfile(config, env)
     if path is None and not config.deepspeed_slurm:
+        _check_local_filters(config)
         return {}
     hosts = read_hostfile(path) if path else slurm_hosts(config, env)
     key, filters = _filters(config)
@@ -252,6 +291,16 @@ def find_hosts(config: LaunchConfig, env: Mapping[str, str]) -> dict[str, int]:
     if not chosen:
         raise UserError(f"{key}: it leaves no host to run on; change it")
     return dict(list(chosen.items())[: config.num_nodes]) if config.num_nodes > 0 else chosen
+
+
+def _check_local_filters(config: LaunchConfig) -> None:
+    key, filters = _filters(config)
+    for name in filters:
+        if name != "localhost":
+            raise UserError(
+                f"{key}: '{name}' is neither a YAML file nor a host, for there is no hostfile; correct it, or give "
+                "--hostfile FILE"
+            )
 
 
 def _filters(config: LaunchConfig) -> tuple[str, dict[str, set[int]]]:
@@ -294,16 +343,15 @@ def count_processes(config: LaunchConfig, hosts: Mapping[str, int], env: Mapping
 
 
 def _hostfile(config: LaunchConfig, env: Mapping[str, str]) -> str | None:
-    given = config.hostfile or env.get("DLTS_HOSTFILE")
-    return given or (_CLUSTER_HOSTFILE if Path(_CLUSTER_HOSTFILE).is_file() else None)
+    given = given_hostfile(config, env)
+    if given:
+        return given if missing_hostfile(config, env) is None else None
+    return _CLUSTER_HOSTFILE if Path(_CLUSTER_HOSTFILE).is_file() else None
 
 
 def read_hostfile(path: str) -> dict[str, int]:
     """{node: slots} of a DeepSpeed hostfile; raises UserError with the line of a mistake."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"hostfile '{path}' cannot be read: {error.strerror}; give an existing file") from None
+    lines = read_text(path, "hostfile", "give an existing file").splitlines()
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()

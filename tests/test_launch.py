@@ -228,7 +228,7 @@ def test_mistakes_with_hosts_are_one_line(hostfile: str, overrides: list[str], m
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["hostfile=/nonexistent/hosts"], "hostfile '/nonexistent/hosts' cannot be read"),
+        (["hostfile=/"], "hostfile: / cannot be read: Is a directory"),
         (["deepspeed_slurm=true"], "this is not inside a Slurm allocation"),
         (["force_multi=true"], "force_multi: needs a hostfile"),
         (["num_nodes=2"], "num_nodes: 2 nodes need a hostfile"),
@@ -237,6 +237,42 @@ def test_mistakes_with_hosts_are_one_line(hostfile: str, overrides: list[str], m
 def test_impossible_launches_are_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan_of(overrides)
+
+
+@pytest.mark.parametrize("given", ["key", "environment"])
+def test_a_hostfile_that_is_not_there_means_this_machine(
+    given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    overrides = ["hostfile=/mock_path"] if given == "key" else []
+    if given == "environment":
+        monkeypatch.setenv("DLTS_HOSTFILE", "/mock_path")
+    plan = plan_of(overrides, dict(os.environ))
+    assert option(plan.command, "--hostfile") == "/mock_path" and "--launcher" not in plan.command
+    started: list[object] = []
+    monkeypatch.setattr(launch_module, "run_plan", lambda plan: started.append(plan) or 0)
+    flags = [f"--set={override}" for override in overrides]
+    assert launch(["train.py", "configs/demo.yml", *flags]) == 0 and len(started) == 1
+    assert launch(["train.py", "configs/demo.yml", *flags, "--dry-run"]) == 0
+    assert launch(["train.py", "configs/demo.yml", *flags, "--explain"]) == 0 and len(started) == 1
+    printed, line = capsys.readouterr(), "/mock_path does not exist: the run is on this machine alone"
+    assert (printed.err + printed.out).count(f"hostfile: {line}") == 2, "the launch and the plan say it"
+    assert f": {line}\n" in printed.out.partition("launch:")[2] or given == "environment", "--explain says it"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("num_nodes=2", "hostfile: /mock_path does not exist, and num_nodes: 2 needs one; give an existing file"),
+        ("deepspeed_slurm=true", "hostfile: /mock_path does not exist, and deepspeed_slurm: true starts what it names"),
+        ("force_multi=true", "hostfile: /mock_path does not exist, and force_multi: true needs one"),
+        ("include=worker-0", "include: 'worker-0' is neither a YAML file nor a host, for there is no hostfile"),
+    ],
+)
+def test_a_hostfile_that_is_not_there_is_refused_where_other_keys_need_it(override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        plan_of(["hostfile=/mock_path", override])
+    assert str(error.value).startswith(message)
 
 
 def test_a_layout_that_does_not_fit_the_processes_is_refused_before_any_starts(

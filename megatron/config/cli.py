@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import textwrap
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from megatron.config.build import Check
+from megatron.config.checks import find_setting_mistakes, find_training_mistakes
 from megatron.config.explain import explain
 from megatron.config.load import Resolved, resolve_config
-from megatron.config.neox_keys import check_trainable
 from megatron.config.reference import all_keys, section_title
 from megatron.config.schema import SECTIONS, RunConfig
 from megatron.config.yaml_file import Setting
+from megatron.config.yaml_loader import shortened
 from megatron.errors import UserError
 from megatron.files import refuse_inputs
 from megatron.log import get_logger
@@ -45,6 +48,8 @@ FLAG_KEYS: dict[str, str] = {
 _NUMBER_KEYS = {
     "iteration", "eval_batch_size", "eval_limit", "num_fewshot", "perplexity_stride", "num_gpus", "master_port",
 }  # fmt: skip
+_MOST_GPUS = 100_000
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,19}")
 _DEEPY_HELP = (
     "Starts train.py, eval.py or generate.py on every device with DeepSpeed. `python deepy.py doctor conf_file ...` "
     "checks the nodes before."
@@ -101,8 +106,10 @@ def _add_plan_flags(group: Any) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got '{text}'")
+    if not _WHOLE_NUMBER.fullmatch(text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got '{shortened(text)}'")
+    if int(text) > _MOST_GPUS:
+        raise argparse.ArgumentTypeError(f"expected at most {_MOST_GPUS:,} GPUs, got {text}")
     return int(text)
 
 
@@ -179,8 +186,8 @@ def _underscores(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def resolve_arguments(args: Namespace, prog: str) -> Resolved:
-    """The config of parsed flags; a flag wins over --set, and --set over the files."""
+def resolve_arguments(args: Namespace, prog: str, checks: Sequence[Check] = ()) -> Resolved:
+    """The config of parsed flags; a flag wins over --set, and --set over the files. `checks`: see resolve_config."""
     if not args.conf_file and not args.set:
         raise UserError(f"{prog}: no config file given; for example: python {prog} configs/demo.yml")
     overrides: list[str | Setting] = list(args.set)
@@ -188,20 +195,24 @@ def resolve_arguments(args: Namespace, prog: str) -> Resolved:
         text = getattr(args, flag)
         if text is not None:
             overrides.append(Setting(key, _flag_value(text, key), f"--{flag}", key))
-    return resolve_config(args.conf_file, overrides, args.conf_dir)
+    return resolve_config(args.conf_file, overrides, args.conf_dir, checks)
 
 
 def _flag_value(text: Any, key: str) -> Any:
     """Flags of number keys become numbers where they can; the schema reports the others."""
-    return int(text) if key in _NUMBER_KEYS and text.lstrip("-").isdigit() else text
+    return int(text) if key in _NUMBER_KEYS and _WHOLE_NUMBER.fullmatch(text) else text
 
 
-def check_command(resolved: Resolved, script: str) -> None:
-    """What only a certain command needs: train.py a config that can be trained, generate.py an output of its own."""
-    name = script.rpartition("/")[2]
-    if name.startswith("train"):
-        check_trainable(resolved.config)
-    if name.startswith("generate"):
+def checks_of(script: str, to_run: bool = True) -> tuple[Check, ...]:
+    """What only a certain command needs: train.py a config that can be trained, a plan of it no data and no length."""
+    if not script.rpartition("/")[2].startswith("train"):
+        return ()
+    return (find_training_mistakes,) if to_run else (find_setting_mistakes,)
+
+
+def check_outputs(resolved: Resolved, script: str) -> None:
+    """Raise UserError where generate.py would write over one of the configuration's files."""
+    if script.rpartition("/")[2].startswith("generate"):
         files = {setting.source.rpartition(":")[0] for setting in resolved.settings.values()}
         refuse_inputs(resolved.config.generation.sample_output_file, "sample_output_file", sorted(files))
 
@@ -210,14 +221,16 @@ def parse_run(argv: Sequence[str], prog: str) -> tuple[RunConfig, Namespace]:
     """The config and the flags of train.py, eval.py or generate.py (`prog`).
 
     Logs a warning line for each ignored key. `--explain` and `--help` print and raise SystemExit(0). Raises
-    UserError, one line, for a bad flag, file, key or value.
+    UserError, one line a mistake, for bad flags, files, keys and values. The flags hold the `settings` that the config
+    was made from, too.
     """
     args = parse_arguments(argv, prog)
-    resolved = resolve_arguments(args, prog)
+    resolved = resolve_arguments(args, prog, () if args.explain else checks_of(prog))
+    args.settings = resolved.settings
     if args.explain:
         print(explain(resolved))
         raise SystemExit(0)
     for line in resolved.warnings:
         get_logger().warning(line)
-    check_command(resolved, prog)
+    check_outputs(resolved, prog)
     return resolved.config, args

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
+from megatron.config.hostfile import missing_hostfile
 from megatron.config.load import Resolved
 from megatron.config.schema import SECTIONS, RunConfig
 
@@ -14,6 +16,7 @@ def explain(resolved: Resolved) -> str:
     """The text of `--explain`: a table of key, value and source for each section, then the ignored keys."""
     lines: list[str] = []
     followed = followed_values(resolved.config)
+    hostfile = missing_hostfile(resolved.config.launch, os.environ)
     for name in SECTIONS:
         lines.append(f"{name}:")
         for key, value in _leaves(getattr(resolved.config, name).model_dump(mode="json")):
@@ -25,6 +28,8 @@ def explain(resolved: Resolved) -> str:
             elif key in followed:
                 shown, reason = followed[key]
                 source = f"derived: {reason}"
+            if key == "hostfile" and hostfile:
+                source += f": {hostfile.partition(': ')[2]}"
             lines.append(f"  {key:<40} {_form(shown):<32} {source}")
     lines.append("ignored:" if resolved.ignored else "ignored: nothing")
     lines += [

@@ -1,24 +1,25 @@
-"""From YAML files and overrides to one validated, frozen RunConfig, with every mistake as one line.
+"""From YAML files and overrides to one validated, frozen RunConfig, or all mistakes in them, each as one line.
 
 Merging: the files in the order given, the includes of a file before its own keys, overrides last; the later value
 wins. Tables (optimizer, optimizer.params, fp16, bf16, zero_optimization) are merged key by key, lists and plain
-values are replaced, null takes an earlier value back. Paths inside a file stay as they are: they are relative to
-the working directory, not to the file.
+values are replaced, null takes an earlier value back. Paths inside a file are relative to the working directory, not to
+the file; `~` and environment variables in them are replaced.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from megatron.config import schema
-from megatron.config.messages import describe_validation_error
-from megatron.config.neox_keys import ALIASES, RULES, ZERO_KEYS, check_parallel
+from megatron.config.build import SECTION_OF, Builder, Check
+from megatron.config.checks import find_parallel_mistakes
+from megatron.config.findings import Findings
+from megatron.config.neox_keys import ALIASES, RULES
+from megatron.config.paths import MAY_BE_EMPTY, PATH_KEYS, expand
 from megatron.config.schema import RunConfig
 from megatron.config.yaml_file import (
     TABLES,
@@ -30,18 +31,15 @@ from megatron.config.yaml_file import (
     parse_scalar,
     read_with_includes,
 )
+from megatron.config.yaml_loader import shortened
+from megatron.config.zero_keys import ZERO_KEYS
 from megatron.errors import UserError
 from megatron.log import get_logger
 
 Paths = str | Path | Sequence[str | Path]
 Overrides = Mapping[str, Any] | Sequence["str | Setting"]
 
-SECTION_OF: dict[str, str] = {
-    key: name
-    for name in schema.SECTIONS
-    for key in RunConfig.model_fields[name].annotation.model_fields  # type: ignore[union-attr]
-}
-"""The section of each top-level key."""
+_LONGEST_KEY, _MOST_SUGGESTIONS = 80, 50  # difflib takes milliseconds for each key
 
 _TABLE_MODELS: dict[str, type[schema.Section]] = {
     "optimizer": schema.OptimizerSpec,
@@ -69,7 +67,7 @@ class Resolved:
         lines = [
             f"{setting.source}: {setting.spelling} is ignored: {reason}"
             for setting, reason in self.ignored
-            if not RULES[setting.key].is_harmless(setting.value)
+            if not RULES[setting.key].refused and not RULES[setting.key].is_harmless(setting.value)
         ]
         return lines + [f"{key}: {reason}" for key, reason in self.derived.items()]
 
@@ -85,26 +83,36 @@ def load_config(paths: Paths, overrides: Overrides | None = None, config_dir: st
     return resolved.config
 
 
-def resolve_config(paths: Paths, overrides: Overrides | None = None, config_dir: str | Path | None = None) -> Resolved:
+def resolve_config(
+    paths: Paths,
+    overrides: Overrides | None = None,
+    config_dir: str | Path | None = None,
+    checks: Sequence[Check] = (),
+) -> Resolved:
     """Like `load_config`, silent, with the source of every value.
 
     Args:
         paths: YAML files, `.yml` may be left off.
         overrides: {key: value}, or lines `key=value` whose value is YAML; keys may be dotted (optimizer.params.lr).
         config_dir: folder the files are looked up in first.
+        checks: what a command needs besides; each gives its mistakes as `key: what is wrong`.
     """
     files = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    settings: dict[str, Setting] = {}
-    for setting in (*_read_files(files, config_dir), *_read_overrides(overrides or {})):
-        _merge(settings, setting)
-    ignored = _apply_rules(settings)
-    _refuse_unknown(settings)
-    config = _build(settings, " ".join(str(name) for name in files) or "the command line")
+    findings, settings = Findings(), dict[str, Setting]()
+    for setting in (*_read_files(files, config_dir, findings), *_read_overrides(overrides or {}, findings)):
+        _merge(settings, setting, findings)
+    _find_unknown(settings, findings)
+    _expand_paths(settings, findings)
+    rules = _Rules({key: settings.pop(key) for key in list(settings) if key in RULES}, findings)
+    where = " ".join(str(name) for name in files) or "the command line"
+    config = Builder(settings, where, findings).build((find_parallel_mistakes, *checks))
+    ignored = rules.apply(config)
+    findings.raise_any()
     config, derived = _derive(config)
     return Resolved(config, settings, ignored, derived)
 
 
-def _read_files(files: Iterable[str | Path], config_dir: str | Path | None) -> Iterable[Setting]:
+def _read_files(files: Iterable[str | Path], config_dir: str | Path | None, findings: Findings) -> Iterable[Setting]:
     folders = [Path(config_dir), Path(".")] if config_dir is not None else [Path(".")]
     if config_dir is not None and not Path(config_dir).is_dir():
         raise UserError(f"--conf_dir: '{config_dir}' is not a folder; give the folder of the YAML files")
@@ -112,11 +120,12 @@ def _read_files(files: Iterable[str | Path], config_dir: str | Path | None) -> I
     for name in files:
         path = find_file(name, folders)
         if path is None:
-            raise missing_file(name, folders)
-        yield from read_with_includes(path, seen)
+            findings.add_unread(str(missing_file(name, folders)))
+        else:
+            yield from read_with_includes(path, seen, findings)
 
 
-def _read_overrides(overrides: Overrides) -> Iterable[Setting]:
+def _read_overrides(overrides: Overrides, findings: Findings) -> Iterable[Setting]:
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
             yield from flatten(key, value, "override")
@@ -127,39 +136,63 @@ def _read_overrides(overrides: Overrides) -> Iterable[Setting]:
             continue
         key, equals, text = item.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"--set {item}: expected KEY=VALUE, for example --set train_iters=1000")
+            findings.add(f"--set {shortened(item)}: expected KEY=VALUE, for example --set train_iters=1000")
+            continue
         try:
             value = parse_scalar(text)
         except UserError as error:
-            raise UserError(f"--set {item}: {error}") from None
-        yield from flatten(key.strip(), value, "--set")
+            findings.add(f"--set {shortened(item)}: {error}")
+            findings.bad.add(normalise(key.strip()))
+        else:
+            yield from flatten(key.strip(), value, "--set")
 
 
-def _merge(settings: dict[str, Setting], setting: Setting) -> None:
+def _merge(settings: dict[str, Setting], setting: Setting, findings: Findings) -> None:
     key = setting.key
     if setting.value is None:
         for name in [name for name in settings if name == key or name.startswith(f"{key}.")]:
             del settings[name]
-        _refuse_unknown({key: setting})
+        _find_unknown({key: setting}, findings)
     elif key in TABLES:
-        raise UserError(
+        findings.add(
             f"{setting.source}: {setting.spelling}: expected a table such as {{enabled: true}} or "
-            f"{{stage: 1}}, got '{setting.value}'"
+            f"{{stage: 1}}, got '{shortened(setting.value)}'"
         )
     else:
         settings[key] = setting
 
 
-def _apply_rules(settings: dict[str, Setting]) -> list[tuple[Setting, str]]:
-    """Take the keys of the rules out of `settings`; an error for a refused one, the others are returned."""
-    ignored = []
-    for key in [key for key in settings if key in RULES]:
-        setting, rule = settings.pop(key), RULES[key]
-        if rule.refused and not rule.is_harmless(setting.value):
-            value = str(setting.value).lower() if isinstance(setting.value, bool) else setting.value
-            raise UserError(f"{setting.source}: {setting.spelling}: {value} is refused: {rule.reason}")
-        ignored.append((setting, "asks for nothing" if rule.refused else rule.reason))
-    return ignored
+def _expand_paths(settings: dict[str, Setting], findings: Findings) -> None:
+    for key in PATH_KEYS & set(settings):
+        setting = settings[key]
+        try:
+            settings[key] = replace(setting, value=expand(setting.value, key in MAY_BE_EMPTY))
+        except ValueError as error:
+            findings.add(f"{setting.source}: {setting.spelling}: {error}")
+            findings.bad.add(key)
+            del settings[key]
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """The settings that the rules for GPT-NeoX's keys decide on."""
+
+    settings: dict[str, Setting]
+    findings: Findings
+
+    def apply(self, config: RunConfig) -> list[tuple[Setting, str]]:
+        """The ignored settings, with the reason; refused ones go to the findings."""
+        ignored = []
+        for key, setting in self.settings.items():
+            rule = RULES[key]
+            if not rule.refused:
+                ignored.append((setting, rule.reason))
+            elif rule.is_harmless(setting.value) or (rule.is_void and rule.is_void(config, setting.value)):
+                ignored.append((setting, "asks for nothing"))
+            else:
+                value = str(setting.value).lower() if isinstance(setting.value, bool) else shortened(setting.value)
+                self.findings.add(f"{setting.source}: {setting.spelling}: {value} is refused: {rule.reason}")
+        return ignored
 
 
 def known_keys(table: str = "") -> list[str]:
@@ -173,51 +206,36 @@ def known_keys(table: str = "") -> list[str]:
     return [*SECTION_OF, *(key for key in others if "." not in key)]
 
 
-def _refuse_unknown(settings: Mapping[str, Setting]) -> None:
-    for key, setting in settings.items():
-        table = key.rpartition(".")[0]
+def _find_unknown(settings: dict[str, Setting], findings: Findings) -> None:
+    """Take keys that nobody knows out of `settings`, to the findings."""
+    for key in list(settings):
+        setting, table = settings[key], key.rpartition(".")[0]
         if table.startswith("zero_optimization."):
             continue
         known = known_keys(table if table in TABLES else "")
         if key in known:
             continue
-        near = difflib.get_close_matches(key, known, 1, 0.6)
+        del settings[key]
+        is_word = len(key) < _LONGEST_KEY and len(findings.lines) < _MOST_SUGGESTIONS
+        near = difflib.get_close_matches(key, known, 1, 0.6) if is_word else []
         advice = f"did you mean {near[0]}?" if near else "`python train.py --help` lists all keys"
-        raise UserError(f"{setting.source}: unknown key '{setting.spelling}'; {advice}")
-
-
-def _build(settings: dict[str, Setting], files: str) -> RunConfig:
-    values: dict[str, dict[str, Any]] = {name: {} for name in schema.SECTIONS}
-    for key, setting in settings.items():
-        *tables, name = key.split(".")
-        target = values[SECTION_OF[(tables or [name])[0]]]
-        for table in tables:
-            target = target.setdefault(table, {})
-        target[name] = setting.value
-    sections: dict[str, Any] = {}
-    for name in schema.SECTIONS:
-        section = RunConfig.model_fields[name].annotation
-        try:
-            sections[name] = section(**values[name])  # type: ignore[misc]
-        except ValidationError as error:
-            raise UserError(describe_validation_error(error, settings, files)) from None
-    config = RunConfig(**sections)
-    try:
-        check_parallel(config)
-    except ValueError as error:
-        source = settings[normalise(str(error).partition(":")[0])].source
-        raise UserError(f"{source}: {error}") from None
-    return config
+        findings.add(f"{setting.source}: unknown key '{shortened(setting.spelling)}'; {advice}")
+        findings.bad.update(near)
 
 
 def _derive(config: RunConfig) -> tuple[RunConfig, dict[str, str]]:
-    """The config with dependent values filled in, and the reasons."""
-    if config.precision.dtype == "fp32" or config.parallel.zero_optimization.stage != 0:
-        return config, {}
+    """The config with dependent values filled in, and the reasons; also what has not the effect that it seems to."""
+    dtype, notes = config.precision.dtype, dict[str, str]()
+    for name in ("fp16", "bf16"):
+        table = getattr(config.precision, name)
+        if getattr(table, name) and "enabled" not in table.model_fields_set and dtype != name:
+            notes[f"{name}.{name}"] = f"true changes nothing by itself, training is in {dtype}; set {name}.enabled"
+    if dtype == "fp32" or config.parallel.zero_optimization.stage != 0:
+        return config, notes
     zero = config.parallel.zero_optimization.model_copy(update={"stage": 1})
     parallel = config.parallel.model_copy(update={"zero_optimization": zero})
     reason = (
         f"stage 1 instead of 0: DeepSpeed's {config.precision.dtype} optimizer of stage 0 follows a different "
         "trajectory; set zero_optimization.stage to 1 to silence this line"
     )
-    return config.model_copy(update={"parallel": parallel}), {"zero_optimization.stage": reason}
+    return config.model_copy(update={"parallel": parallel}), notes | {"zero_optimization.stage": reason}

@@ -7,13 +7,12 @@ would: a refused key is an error, an ignored one a warning line. Values that ask
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron.errors import UserError
-
 if TYPE_CHECKING:
-    from megatron.config.schema import GrowthStage, RunConfig, ScalingConfig
+    from megatron.config.schema import RunConfig
 
 ALIASES: dict[str, str] = {
     "learning_rate": "optimizer.params.lr",
@@ -46,6 +45,8 @@ class Rule:
     reason: str
     harmless: tuple[Any, ...] = ()
     refused: bool = False
+    is_void: Callable[[RunConfig, Any], bool] | None = None
+    """Whether a value changes nothing beside the other keys."""
 
     def is_harmless(self, value: Any) -> bool:
         """Whether `value` asks for nothing: null, false, empty, a disabled table or a listed value."""
@@ -102,6 +103,15 @@ IGNORED: dict[str, Rule] = {
         ("old_lr_decay_scale", 0.1),
     ),
     **_group("derived: fp16.loss_scale 0 means dynamic", "dynamic_loss_scale"),
+    **_group("DeepSpeed would cast inputs of type float, and the inputs are token ids", "fp16.auto_cast"),
+    **_group(
+        "bf16 has the range of fp32 and needs no loss scale",
+        ("bf16.loss_scale", 0),
+        ("bf16.loss_scale_window", 1000),
+        ("bf16.initial_scale_power", 12),
+        ("bf16.hysteresis", 2),
+        ("bf16.min_loss_scale", 1),
+    ),
     **_group("derived from checkpoint_factor and extra_save_iters", "save_iters"),
     **_group("derived from attention_config", "tokenformer_use"),
     **_group("derived from train_iters, eval_iters and the data", "do_train", "do_valid", "do_test"),
@@ -139,6 +149,16 @@ IGNORED: dict[str, Rule] = {
     ),
     **_group("use tensorboard_dir, use_wandb and log_dir instead of DeepSpeed's monitors", "tensorboard", "wandb"),
     **_group("metrics are written to metrics.jsonl in log_dir", "csv_monitor"),
+    **_group(
+        "Comet is not supported; use tensorboard_dir or use_wandb",
+        "use_comet",
+        "comet_workspace",
+        "comet_project",
+        "comet_experiment_name",
+        "comet_experiment",
+        "comet_tags",
+        "comet_others",
+    ),
     **_group("rank 0 logs for all", "wandb_init_all_ranks"),
     **_group("processes are started in slot order", "detect_nvlink_pairs"),
     **_group("the model is always built on its device from a seed", "use_cpu_initialization", "lazy_mpu_init"),
@@ -164,6 +184,11 @@ IGNORED: dict[str, Rule] = {
         ("moe_top_k", 1),
         ("moe_train_capacity_factor", 1.0),
         ("moe_use_residual", True),
+        ("moe_type", "megablocks"),
+        "moe_glu",
+        "moe_lbl_in_fp32",
+        "moe_jitter_eps",
+        "enable_expert_tensor_parallelism",
         "use_tutel",
     ),
     **_group(
@@ -177,6 +202,14 @@ IGNORED: dict[str, Rule] = {
         "base_shapes_file",
         "save_base_shapes",
         "coord_check",
+    ),
+    **_group(
+        "only matters with layers of Transformer Engine",
+        ("te_fp8_format", "hybrid"),
+        ("te_fp8_wgrad", True),
+        ("te_fp8_amax_history_len", 1),
+        ("te_fp8_amax_compute_algo", "most_recent"),
+        ("te_fp8_margin", 0),
     ),
     **_group(
         "only matters with mamba blocks",
@@ -195,16 +228,65 @@ def _refused(reason: str, *keys: str | tuple[str, Any]) -> dict[str, Rule]:
     return _group(reason, *keys, refused=True)
 
 
+def _asks_only_for_ignored(value: Any) -> bool:
+    """Whether all keys of a table are such as are ignored at the top level."""
+    return isinstance(value, dict) and all(key in IGNORED for key in value)
+
+
+def _has_no_bias(config: RunConfig) -> bool:
+    return "layernorm" not in (config.model.norm, config.model.final_norm_kind)
+
+
+def _divides(value: Any, number: int) -> bool:
+    return isinstance(value, int) and value is not True and value > 0 and number % value == 0
+
+
+_CONDITIONAL: dict[str, Rule] = {
+    "num_kv_heads": Rule(
+        "grouped-query attention is not supported; set it to num_attention_heads or remove it",
+        refused=True,
+        is_void=lambda config, value: value == config.model.num_attention_heads and value is not True,
+    ),
+    "use_bias_in_norms": Rule(
+        "norm and final_norm layernorm have a bias; set true, or norm: rmsnorm or layernorm_nonparam",
+        (True,),
+        refused=True,
+        is_void=lambda config, value: value is False and _has_no_bias(config),
+    ),
+    "use_bias_in_mlp": Rule(
+        "the feed-forward of Transformer blocks has biases; set true",
+        (True,),
+        refused=True,
+        is_void=lambda config, value: value is False and "global" not in config.model.layer_kinds,
+    ),
+    "mlp_multiple_of": Rule(
+        "the feed-forward is as wide as intermediate_size says, else 4 * hidden_size; set intermediate_size instead",
+        (1,),
+        refused=True,
+        is_void=lambda config, value: _divides(value, config.model.intermediate_size or 4 * config.model.hidden_size),
+    ),
+    "fp32_allreduce": Rule(
+        "sums over tensor ranks are made in the precision of training; set false, or model_parallel_size: 1",
+        refused=True,
+        is_void=lambda config, value: config.parallel.model_parallel_size == 1,
+    ),
+    "deepspeed_extra_args": Rule(
+        "DeepSpeed's configuration is made here from the keys of this program; remove it",
+        refused=True,
+        is_void=lambda config, value: _asks_only_for_ignored(value),
+    ),
+}
+"""Refused keys whose values may change nothing beside the values of others."""
+
 REFUSED: dict[str, Rule] = {
-    **_refused("mixtures of experts are not supported; set 1", ("num_experts", 1)),
+    **_CONDITIONAL,
+    **_refused("mixtures of experts are not supported; set 1", ("num_experts", 1), ("moe_num_experts", 1)),
     **_refused("muP is not supported; remove it", "use_mup"),
     **_refused("attention is always dense and causal; remove it", "sparse_attention", "sparsity_config"),
     **_refused("attention always sees the whole context; remove it", "sliding_window_width"),
-    **_refused("grouped-query attention is not supported; remove it", "num_kv_heads"),
     **_refused("queries and keys are not normalised; set false", "use_qk_layernorm"),
     **_refused("scores are scaled by 1/sqrt(head_dim) only; set false", "apply_query_key_layer_scaling"),
     **_refused("the feed-forward is a Pattention or a two-layer MLP; set regular", ("mlp_type", "regular")),
-    **_refused("layernorm has a bias (layernorm_nonparam has none); set true", ("use_bias_in_norms", True)),
     **_refused("gpt_j_residual never shares its norm; set false", "gpt_j_tied"),
     **_refused("every layer has parameters of its own; remove it", "num_unique_layers"),
     **_refused("only learned positions have an offset; set 0", ("opt_pos_emb_offset", 0)),
@@ -213,13 +295,21 @@ REFUSED: dict[str, Rule] = {
     **_refused("labels are the next tokens; remove it", "label_data_paths"),
     **_refused("the schedule comes from lr_decay_style, warmup and min_lr; remove it", "scheduler"),
     **_refused("choose lr_decay_style instead; set false", "old_lr_decay"),
+    **_refused("the learning rate decays to min_lr; set that instead", "decay_lr_to"),
+    **_refused("the warm-up is a part of lr_decay_iters; set warmup instead", "warmup_iters"),
+    **_refused("the kinds of blocks are those of attention_config; set that instead", "attention_type"),
     **_refused("apex amp is gone from DeepSpeed; use precision: fp16 or bf16", "amp"),
-    **_refused("use precision: bf16 instead", ("fp16.type", "fp16")),
-    **_refused("the model is cast once; remove it", "fp16.auto_cast"),
+    **_refused(
+        "layers of Transformer Engine, which compute in fp8, are not supported; set false",
+        "te_columnparallel",
+        "te_rowparallel",
+        "te_layernorm_mlp",
+        "te_mha",
+        "te_fp8_mha",
+    ),
     **_refused("bitsandbytes optimizers are not supported; set false", "use_bnb_optimizer"),
     **_refused(
         "gradients are averaged as DeepSpeed does by default; remove it",
-        "fp32_allreduce",
         "communication_data_type",
         "data_types",
         "prescale_gradients",
@@ -235,7 +325,6 @@ REFUSED: dict[str, Rule] = {
         "data_efficiency",
         "deepscale",
         "deepscale_config",
-        "deepspeed_extra_args",
         "elasticity",
     ),
     **_refused("DeepSpeed is the engine; set true", ("deepspeed", True)),
@@ -255,118 +344,3 @@ REFUSED: dict[str, Rule] = {
 """Keys that would change the model or its training; an error when set to something else than a harmless value."""
 
 RULES: dict[str, Rule] = {**IGNORED, **REFUSED}
-
-
-def check_parallel(config: RunConfig) -> None:
-    """Refuse axes that the model cannot be cut along, whatever the number of processes; ValueError("key: reason")."""
-    _check_tensor_axis(config)
-    stages, zero = config.parallel.pipeline_stages, config.parallel.zero_optimization
-    if stages > config.model.num_layers:
-        raise ValueError(
-            f"pipe_parallel_size: {stages} stages for num_layers {config.model.num_layers}; each needs a block"
-        )
-    if stages > 1 and zero.stage > 1:
-        raise ValueError(
-            f"zero_optimization.stage: DeepSpeed has no stage {zero.stage} beside pipe_parallel_size {stages}; "
-            "use stage 0 or 1, or no pipeline"
-        )
-
-
-def _check_tensor_axis(config: RunConfig) -> None:
-    model, ranks = config.model, config.parallel.model_parallel_size
-    if ranks == 1:
-        return
-    if model.num_attention_heads % ranks:
-        raise ValueError(
-            f"model_parallel_size: {ranks} ranks cannot share num_attention_heads {model.num_attention_heads} evenly; "
-            "choose a divisor of it"
-        )
-    for key in ("qkv_slot_num", "proj_slot_num", "ffn_slot_num"):
-        tokens = getattr(model, key)
-        if tokens is not None and tokens < ranks:
-            raise ValueError(f"{key}: {tokens} parameter tokens for model_parallel_size {ranks}; each rank needs one")
-    if config.parallel.sequence_parallel and model.seq_length % ranks:
-        raise ValueError(
-            f"sequence_parallel: seq_length {model.seq_length} is no multiple of model_parallel_size {ranks}; "
-            "change one of them or set sequence_parallel: false"
-        )
-
-
-def check_trainable(config: RunConfig) -> None:
-    """Refuse what cannot be trained (evaluation and generation do not mind); raises UserError."""
-    training, data = config.training, config.data
-    missing = {
-        "train_iters": training.train_iters,
-        "train_micro_batch_size_per_gpu": training.train_micro_batch_size_per_gpu or training.train_batch_size,
-        "data_path": data.data_path or data.train_data_paths,
-    }
-    names = [name for name, value in missing.items() if value is None]
-    if names:
-        raise UserError(f"training needs {', '.join(names)}: add to a YAML file, or give --set {names[0]}=VALUE")
-    peak, floor = config.optimization.optimizer.params.lr, config.optimization.min_lr
-    if peak < floor:
-        raise UserError(f"min_lr: {floor:g} is above the learning rate lr, {peak:g}; lower it")
-    _check_optimizer_and_zero(config)
-    _check_growth(config)
-
-
-def _check_growth(config: RunConfig) -> None:
-    scaling, options = config.scaling, config.checkpoint
-    if scaling.growth and options.save is None:
-        raise UserError("growth: a run that grows goes through a checkpoint; give `save` (and the same folder as load)")
-    if scaling.growth and options.no_save_optim:
-        raise UserError("no_save_optim: a run that grows goes on from its checkpoint; set no_save_optim: false")
-    stages: list[ScalingConfig | GrowthStage] = [scaling, *scaling.growth]
-    scaled = any(stage.old_tokens_lr_scale != 1 or stage.new_tokens_lr_scale != 1 for stage in stages)
-    if scaled and config.optimization.optimizer.type == "Muon":
-        raise UserError("new_tokens_lr_scale: Muon has no learning rates by age of tokens; use Adam")
-
-
-def _check_optimizer_and_zero(config: RunConfig) -> None:
-    zero, options = config.parallel.zero_optimization, config.optimization
-    for key in ("offload_optimizer", "offload_param"):
-        table = (zero.model_extra or {}).get(key)
-        device = table.get("device", "cpu") if isinstance(table, dict) else "cpu"
-        if device not in ("cpu", "none"):
-            raise UserError(f"zero_optimization.{key}.device: {device} cannot be checkpointed here; use cpu or none")
-    if (zero.model_extra or {}).get("round_robin_gradients"):
-        raise UserError(
-            "zero_optimization.round_robin_gradients: true orders DeepSpeed's fp32 values in a way that cannot be "
-            "checkpointed here; set it to false"
-        )
-    if options.optimizer.type != "Muon":
-        return
-    if config.parallel.model_parallel_size > 1:
-        raise UserError(
-            f"optimizer.type: Muon orthogonalises whole matrices, model_parallel_size "
-            f"{config.parallel.model_parallel_size} splits them; use Adam"
-        )
-    if zero.stage == 0:
-        return
-    if zero.stage == 3:
-        raise UserError("zero_optimization.stage: DeepSpeed's Muon cannot run at stage 3; use stage 0, 1 or 2")
-    if options.gradient_clipping:
-        raise UserError(
-            f"gradient_clipping: {options.gradient_clipping}: at ZeRO 1 and 2 DeepSpeed clips Muon's finished update "
-            "instead of the gradient; set gradient_clipping: 0 (Muon does not depend on the gradient's size)"
-        )
-
-
-ZERO_KEYS = (
-    "allgather_bucket_size", "allgather_partitions", "allgather_sequential", "compute_grad_norm",
-    "contiguous_gradients", "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory",
-    "elastic_checkpoint", "enable_sanity_checks", "gather_16bit_weights_on_model_save",
-    "ignore_unused_parameters", "leaf_module", "legacy_stage1", "load_from_fp32_weights",
-    "log_trace_cache_warnings", "max_live_parameters", "max_reuse_distance", "memory_efficient_linear",
-    "model_persistence_threshold", "offload_optimizer", "offload_param",
-    "overlap_comm", "override_module_apply", "param_persistence_threshold", "parameter_alignment",
-    "pipeline_loading_checkpoint", "prefetch_bucket_size", "reduce_bucket_size", "reduce_scatter",
-    "round_robin_gradients", "save_muon_momentum_buffer_in_memory", "stage", "stage3_allgather_sequential",
-    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
-    "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
-    "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
-    "stage3_use_all_reduce_for_fetch_params", "sub_group_size", "use_all_reduce_for_fetch_params",
-    "use_multi_rank_bucket_allreduce", "zero_hpz_partition_size", "zero_quantized_gradients",
-    "zero_quantized_nontrainable_weights", "zero_quantized_weights",
-)  # fmt: skip
-"""Keys of DeepSpeed 0.19.8's zero_optimization table; all are handed to it."""

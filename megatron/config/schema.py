@@ -8,12 +8,16 @@ the reference page docs/configuration.md and of `--help`.
 from __future__ import annotations
 
 import math
+import re
 import types
 import typing
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from megatron.config.findings import WrongTypes
+from megatron.config.yaml_loader import shortened
+from megatron.config.zero_keys import type_mistakes
 from megatron.errors import UserError
 
 TOKENFORMER = "tokenformer"
@@ -22,7 +26,18 @@ PATTENTION_ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 
 PattentionActivation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
 Norm = Literal["layernorm", "layernorm_nonparam", "rmsnorm"]
-InitMethod = Literal["normal", "scaled_normal", "wang_init", "small_init", "xavier_uniform", "xavier_normal", "zero"]
+InitMethod = Literal[
+    "normal", "scaled_normal", "single_residual_scaled_normal", "wang_init", "small_init", "xavier_uniform",
+    "xavier_normal", "zero",
+]  # fmt: skip
+
+MAX_SIZE = 2**24
+"""Largest width, length or number of tokens that a key takes: a mistyped size ends in a line, not in all memory."""
+MAX_FACTOR = 1e6
+"""Largest factor, rate or norm: far above what is of use, far below what fp32 holds."""
+
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 class Section(BaseModel):
@@ -35,19 +50,28 @@ class Section(BaseModel):
     def _no_silent_conversion(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        for key, value in values.items():
-            field = cls.model_fields.get(key)
-            if field is None:
-                continue
-            accepted = _plain_types(field.annotation)
-            if isinstance(value, bool) and bool not in accepted and accepted & {int, float}:
-                raise ValueError(f"{key}: expected a number, got {str(value).lower()}")
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and accepted == {bool}:
-                raise ValueError(f"{key}: expected true or false, got {value}")
-            if isinstance(value, str) and value and accepted and accepted <= {int, bool}:
-                kind = "a whole number" if int in accepted else "true or false"
-                raise ValueError(f"{key}: expected {kind}, got '{value}'")
+        fields = cls.model_fields
+        found = {key: _type_mistake(fields[key].annotation, value) for key, value in values.items() if key in fields}
+        lines = [f"{key}: {mistake}" for key, mistake in found.items() if mistake]
+        if lines:
+            raise WrongTypes(lines)
         return values
+
+
+def _type_mistake(annotation: Any, value: Any) -> str | None:
+    """What pydantic would convert in silence: true to a number, a number to true, text to a number."""
+    accepted = _plain_types(annotation)
+    if isinstance(value, bool) and bool not in accepted and accepted & {int, float}:
+        return f"expected a number, got {str(value).lower()}"
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and accepted == {bool}:
+        return f"expected true or false, got {shortened(value)}"
+    if isinstance(value, str) and value and accepted and accepted <= {int, bool}:
+        return f"expected {'a whole number' if int in accepted else 'true or false'}, got '{shortened(value)}'"
+    if isinstance(value, str) and float in accepted and str not in accepted and not _NUMBER.fullmatch(value):
+        return f"expected a number, got '{shortened(value)}'"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"expected a number of at most 64 bits, got {hex(value)[:20]}..."
+    return None
 
 
 def _plain_types(annotation: Any) -> set[Any]:
@@ -65,44 +89,44 @@ def _plain_types(annotation: Any) -> set[Any]:
 class ModelConfig(Section):
     """The network: what a checkpoint's tensors mean."""
 
-    num_layers: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=10_000)
     """Number of blocks L."""
-    hidden_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0, le=MAX_SIZE)
     """Width d of the residual stream."""
-    num_attention_heads: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0, le=MAX_SIZE)
     """Number of attention heads; must divide hidden_size."""
     attention_config: list[Any] | None = None
     """Kind of each block in GPT-NeoX form, for example [[["tokenformer"], 12]]; kinds are tokenformer and
     global (a Transformer block; flash means the same). The number may be "all". Default: tokenformer where
     the token counts are given, else global."""
-    qkv_slot_num: int | None = Field(default=None, gt=0)
+    qkv_slot_num: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Parameter tokens of each of the query, key and value projections (TokenFormer blocks)."""
-    proj_slot_num: int | None = Field(default=None, gt=0)
+    proj_slot_num: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Parameter tokens of the attention output projection (TokenFormer blocks)."""
-    ffn_slot_num: int | None = Field(default=None, gt=0)
+    ffn_slot_num: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Parameter tokens of the feed-forward Pattention (TokenFormer blocks)."""
     token_segments: dict[Literal["qkv", "proj", "ffn"], list[list[Annotated[int, Field(ge=0)]]]] | None = None
     """Written by growth, not by hand: for each block the tokens it was made with and those that each growth added. The
     slot numbers are then the largest sums."""
     norm_activation_type: PattentionActivation = "l2_norm_gelu"
     """How Pattention turns scores into weights (theta of the paper). l2_norm_gelu is the published form."""
-    seq_length: int = Field(gt=0)
+    seq_length: int = Field(gt=0, le=MAX_SIZE)
     """Tokens a training sample holds; also the context length at evaluation and generation."""
-    max_position_embeddings: int | None = Field(default=None, gt=0)
+    max_position_embeddings: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Longest position the rotary tables are made for at first; they grow on demand. Default: seq_length."""
     pos_emb: Literal["rotary", "none"] = "rotary"
     """Position information: rotary embeddings or none."""
     rotary_pct: float = Field(default=1.0, gt=0, le=1)
     """Part of each head's dimensions that is rotated; published TokenFormer and Pythia use 0.25."""
-    rotary_emb_base: float = Field(default=10000, gt=0)
+    rotary_emb_base: float = Field(default=10000, gt=0, le=1e12)
     """Base of the rotary frequencies."""
     norm: Norm = "layernorm"
     """Norm of the blocks; layernorm_nonparam (published TokenFormer) has no weight and no bias."""
     final_norm: Norm | None = None
     """Norm before the logits. Default: the block norm."""
-    layernorm_epsilon: float = Field(default=1e-5, gt=0)
+    layernorm_epsilon: float = Field(default=1e-5, gt=0, le=1)
     """Epsilon of layernorm, inside the root."""
-    rms_norm_epsilon: float = Field(default=1e-8, ge=0)
+    rms_norm_epsilon: float = Field(default=1e-8, ge=0, le=1)
     """Epsilon of rmsnorm, added to the root mean square outside the root."""
     no_weight_tying: bool = False
     """true: logits come from a matrix of their own; false: from the transposed embedding."""
@@ -110,7 +134,7 @@ class ModelConfig(Section):
     """true: attention and feed-forward read the same input in parallel (Pythia, GPT-J); false: one after the other."""
     use_bias_in_attn_linear: bool = True
     """Biases in the attention projections of Transformer blocks; Pattention never has a bias."""
-    intermediate_size: int | None = Field(default=None, gt=0)
+    intermediate_size: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Inner width of the Transformer blocks' feed-forward. Default: 4 * hidden_size."""
     activation: Literal["gelu", "relu", "silu"] = "gelu"
     """Activation of the Transformer blocks' feed-forward; gelu is the exact (erf) form."""
@@ -121,14 +145,16 @@ class ModelConfig(Section):
     init_method: InitMethod = "normal"
     """Initialisation of keys, embedding and Transformer input matrices."""
     output_layer_init_method: InitMethod = "scaled_normal"
-    """Initialisation of Pattention values and Transformer output matrices; the published one is wang_init."""
-    init_method_std: float = Field(default=0.02, gt=0)
+    """Initialisation of Pattention values and Transformer output matrices; the published one is wang_init.
+    scaled_normal is normal with its deviation over sqrt(2 * num_layers), single_residual_scaled_normal over
+    sqrt(num_layers)."""
+    init_method_std: float = Field(default=0.02, gt=0, le=1000)
     """Standard deviation of normal and scaled_normal."""
-    make_vocab_size_divisible_by: int = Field(default=128, gt=0)
+    make_vocab_size_divisible_by: int = Field(default=128, gt=0, le=MAX_SIZE)
     """The vocabulary is padded to a multiple of this, whatever the layout of the run."""
-    vocab_size: int | None = Field(default=None, gt=0)
-    """Number of token ids of the tokenizer; filled in from it, rarely given by hand."""
-    padded_vocab_size: int | None = Field(default=None, gt=0)
+    vocab_size: int | None = Field(default=None, gt=0, le=MAX_SIZE)
+    """Number of token ids of the tokenizer; filled in from it, rarely given by hand: a larger one makes more rows."""
+    padded_vocab_size: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Rows of the embedding. Default: vocab_size padded to make_vocab_size_divisible_by."""
 
     @model_validator(mode="after")
@@ -140,8 +166,8 @@ class ModelConfig(Section):
             )
         if self.rotary_dim % 2:
             raise ValueError(
-                f"rotary_pct: {self.rotary_pct} of a head of {self.head_dim} dimensions rotates "
-                f"{self.rotary_dim} of them, which must be an even number"
+                f"rotary_pct: {self.rotary_pct} of a head of {self.head_dim} dimensions (hidden_size over "
+                f"num_attention_heads) rotates {self.rotary_dim} of them, which must be an even number"
             )
         if TOKENFORMER in self.layer_kinds:
             for key in ("qkv_slot_num", "proj_slot_num", "ffn_slot_num"):
@@ -196,9 +222,14 @@ class ModelConfig(Section):
         padded = self.padded_vocab_size
         if padded is not None and size > padded:
             raise UserError(_too_many_ids(padded, size))
+        if self.vocab_size is not None and size > self.vocab_size:
+            raise UserError(
+                f"vocab_size: {self.vocab_size} is below the {size} token ids of the tokenizer; remove it, or choose "
+                "another tokenizer"
+            )
         if padded is None:
             multiple = self.make_vocab_size_divisible_by
-            padded = math.ceil(size / multiple) * multiple
+            padded = math.ceil(max(size, self.vocab_size or 0) / multiple) * multiple
         return ModelConfig(**{**self.model_dump(), "vocab_size": size, "padded_vocab_size": padded})
 
 
@@ -214,27 +245,38 @@ def _expand_attention_entry(entry: Any, remaining: int) -> list[str]:
         isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], (list, tuple)) and entry[0]
     )
     if not well_formed or not (entry[1] == "all" or isinstance(entry[1], int)):
-        raise ValueError(f'attention_config: {entry!r} is not of the form [["tokenformer"], 12]')
+        raise ValueError(f'attention_config: {shortened(entry)} is not of the form [["tokenformer"], 12]')
     kinds, count = entry
     for kind in kinds:
         if kind != TOKENFORMER and kind not in TRANSFORMER_KINDS:
-            raise ValueError(f"attention_config: unknown kind '{kind}'; known are tokenformer, global and flash")
+            raise ValueError(
+                f"attention_config: unknown kind '{shortened(kind)}'; known are tokenformer, global and flash"
+            )
     if count == "all":
         count = remaining // len(kinds)
+    if not 0 <= count <= MAX_SIZE // len(kinds) or isinstance(count, bool):
+        raise ValueError(f"attention_config: {shortened(entry)} has no sensible number of layers; make it num_layers")
     return [TOKENFORMER if kind == TOKENFORMER else "global" for kind in kinds] * count
 
 
 class OptimizerParams(Section):
     """Arguments of the optimizer."""
 
-    lr: float = Field(default=6e-4, ge=0)
+    lr: float = Field(default=6e-4, ge=0, le=1000)
     """Peak learning rate (alias at top level: learning_rate, lr)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's and Lion's moments."""
-    eps: float = Field(default=1e-8, ge=0)
+    eps: float = Field(default=1e-8, ge=0, le=1)
     """Term added to Adam's denominator."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Momentum of SGD and Muon (Muon: 0 means its usual 0.95)."""
+
+    @field_validator("betas")
+    @classmethod
+    def _decays(cls, values: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= value < 1 for value in values):
+            raise ValueError(f"betas: each must be at least 0 and below 1, got [{values[0]:g}, {values[1]:g}]")
+        return values
 
 
 OptimizerType = Literal["Adam", "AdamW", "CPU_Adam", "FusedAdam", "ApexAdam", "Lion", "Muon", "SGD"]
@@ -260,7 +302,7 @@ class OptimizerSpec(Section):
         if isinstance(value, str) and value.lower() in OPTIMIZER_SPELLINGS:
             return OPTIMIZER_SPELLINGS[value.lower()]
         names = ", ".join(typing.get_args(OptimizerType))
-        raise ValueError(f"optimizer.type: '{value}' is not supported; choose one of {names}")
+        raise ValueError(f"optimizer.type: '{shortened(value)}' is not supported; choose one of {names}")
 
 
 class OptimizationConfig(Section):
@@ -268,11 +310,11 @@ class OptimizationConfig(Section):
 
     optimizer: OptimizerSpec = OptimizerSpec()
     """The optimizer, for example {type: Adam, params: {lr: 6.0e-4, betas: [0.9, 0.95], eps: 1.0e-8}}."""
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0, le=1000)
     """Decoupled decay of every matrix; vectors (norms, biases) have none."""
-    gradient_clipping: float = Field(default=1.0, ge=0)
+    gradient_clipping: float = Field(default=1.0, ge=0, le=1e12)
     """Largest global gradient norm; 0 switches clipping off."""
-    min_lr: float = Field(default=0.0, ge=0)
+    min_lr: float = Field(default=0.0, ge=0, le=1000)
     """Learning rate at the end of the decay and afterwards."""
     lr_decay_style: Literal["linear", "cosine", "exponential", "constant"] = "linear"
     """Shape of the decay after the warm-up."""
@@ -289,15 +331,17 @@ class Fp16(Section):
     """Train in fp16 (GPU only)."""
     fp16: bool | None = None
     """Repeats `enabled` in official files; no effect of its own."""
-    loss_scale: float = Field(default=0, ge=0)
+    type: Literal["fp16", "bfloat16"] = "fp16"
+    """bfloat16: `enabled` asks for bf16, as in a file of Pythia."""
+    loss_scale: float = Field(default=0, ge=0, le=2**32)
     """Fixed loss scale; 0 means dynamic."""
-    initial_scale_power: int = Field(default=16, ge=0)
+    initial_scale_power: int = Field(default=16, ge=0, le=32)
     """The dynamic scale starts at 2 to this power."""
     loss_scale_window: int = Field(default=1000, gt=0)
     """Updates without overflow before the scale doubles."""
     hysteresis: int = Field(default=2, gt=0)
     """Overflows before the scale halves."""
-    min_loss_scale: float = Field(default=1, gt=0)
+    min_loss_scale: float = Field(default=1, gt=0, le=2**32)
     """Smallest dynamic scale."""
     consecutive_hysteresis: bool = False
     """Refill the hysteresis at every update without overflow."""
@@ -308,6 +352,8 @@ class Bf16(Section):
 
     enabled: bool = False
     """Train in bf16 with fp32 master weights."""
+    bf16: bool | None = None
+    """Repeats `enabled` in files of GPT-NeoX; no effect of its own."""
 
 
 class PrecisionConfig(Section):
@@ -322,7 +368,10 @@ class PrecisionConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> PrecisionConfig:
-        if self.precision is None and self.fp16.enabled and self.bf16.enabled:
+        is_bf16 = self.fp16.type == "bfloat16"
+        if self.precision == "fp16" and self.fp16.enabled and is_bf16:
+            raise ValueError("fp16.type: bfloat16 beside precision fp16; keep one of them")
+        if self.precision is None and self.fp16.enabled and self.bf16.enabled and not is_bf16:
             raise ValueError("fp16.enabled: fp16 and bf16 are both enabled; set `precision` to one of them")
         return self
 
@@ -331,7 +380,9 @@ class PrecisionConfig(Section):
         """The training dtype's short name."""
         if self.precision is not None:
             return "bf16" if self.precision == "bfloat16" else self.precision
-        return "fp16" if self.fp16.enabled else "bf16" if self.bf16.enabled else "fp32"
+        if self.bf16.enabled or (self.fp16.enabled and self.fp16.type == "bfloat16"):
+            return "bf16"
+        return "fp16" if self.fp16.enabled else "fp32"
 
 
 class ZeroConfig(Section):
@@ -344,13 +395,21 @@ class ZeroConfig(Section):
     cpu_offload: bool | None = None
     """Old spelling of offload_optimizer {device: cpu}."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_types(cls, values: Any) -> Any:
+        lines = list(type_mistakes(values)) if isinstance(values, dict) else []
+        if lines:
+            raise WrongTypes(lines)
+        return values
+
 
 class ParallelConfig(Section):
     """How a model is spread over processes."""
 
-    pipe_parallel_size: int = Field(default=0, ge=0)
+    pipe_parallel_size: int = Field(default=0, ge=0, le=65_536)
     """Pipeline stages; 0 and 1 both mean no pipeline."""
-    model_parallel_size: int = Field(default=1, gt=0)
+    model_parallel_size: int = Field(default=1, gt=0, le=65_536)
     """Tensor-parallel ranks that share one layer."""
     sequence_parallel: bool = False
     """With model_parallel_size above 1: shard activations between the projections by tokens over the same ranks. Saves
@@ -375,19 +434,19 @@ class GrowthStage(Section):
     """Grow after this many iterations of the run."""
     at_tokens: int | None = Field(default=None, gt=0)
     """Grow once this many tokens of training data have been consumed; instead of at_iteration."""
-    qkv_slot_num: int | None = Field(default=None, gt=0)
+    qkv_slot_num: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Tokens afterwards of each query, key and value. Default: as many as before."""
-    proj_slot_num: int | None = Field(default=None, gt=0)
+    proj_slot_num: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Tokens afterwards of the attention output projection. Default: as many as before."""
-    ffn_slot_num: int | None = Field(default=None, gt=0)
+    ffn_slot_num: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Tokens afterwards of the feed-forward. Default: as many as before."""
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """Blocks that grow, from 0. Default: all."""
     lr_policy: Literal["restart", "continue"] = "restart"
     """restart: a schedule of its own, warm-up included; continue: the schedule goes on as if nothing had happened."""
-    lr: float | None = Field(default=None, ge=0)
+    lr: float | None = Field(default=None, ge=0, le=1000)
     """Peak learning rate of a restart. Default: that of the run."""
-    min_lr: float | None = Field(default=None, ge=0)
+    min_lr: float | None = Field(default=None, ge=0, le=1000)
     """Learning rate at the end of a restart's decay. Default: that of the run."""
     warmup: float | None = Field(default=None, ge=0, le=1)
     """Part of a restart's lr_decay_iters with a linear warm-up. Default: that of the run."""
@@ -398,15 +457,17 @@ class GrowthStage(Section):
     learns faster; with l2_norm_gelu, by at least min(tokens, hidden_size) tokens."""
     freeze_old_tokens: bool = False
     """Train the new tokens only, until the next stage."""
-    old_tokens_lr_scale: float = Field(default=1.0, ge=0)
+    old_tokens_lr_scale: float = Field(default=1.0, ge=0, le=MAX_FACTOR)
     """Factor on the learning rate of everything but the new tokens."""
-    new_tokens_lr_scale: float = Field(default=1.0, ge=0)
+    new_tokens_lr_scale: float = Field(default=1.0, ge=0, le=MAX_FACTOR)
     """Factor on the learning rate of the new tokens."""
 
     @model_validator(mode="before")
     @classmethod
     def _spell_with_underscores(cls, values: Any) -> Any:
-        return {key.replace("-", "_"): value for key, value in values.items()} if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        return {str(key).replace("-", "_"): value for key, value in values.items()}
 
     @model_validator(mode="after")
     def _check(self) -> GrowthStage:
@@ -435,9 +496,9 @@ class ScalingConfig(Section):
     (l2_norm_gelu), which is as exact and learns faster."""
     freeze_old_tokens: bool = False
     """Train only the tokens of the latest growth."""
-    old_tokens_lr_scale: float = Field(default=1.0, ge=0)
+    old_tokens_lr_scale: float = Field(default=1.0, ge=0, le=MAX_FACTOR)
     """Factor on the learning rate of everything but the tokens of the latest growth."""
-    new_tokens_lr_scale: float = Field(default=1.0, ge=0)
+    new_tokens_lr_scale: float = Field(default=1.0, ge=0, le=MAX_FACTOR)
     """Factor on the learning rate of the tokens of the latest growth."""
 
     @model_validator(mode="after")
@@ -457,14 +518,14 @@ class TrainingConfig(Section):
 
     train_iters: int | None = Field(default=None, gt=0)
     """Optimizer updates in the whole run, those before a resume included."""
-    train_micro_batch_size_per_gpu: int | None = Field(default=None, gt=0)
+    train_micro_batch_size_per_gpu: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Samples a process takes through one forward and backward pass."""
-    gradient_accumulation_steps: int | None = Field(default=None, gt=0)
+    gradient_accumulation_steps: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Micro-batches accumulated for one update. Default: from train_batch_size, else 1."""
-    train_batch_size: int | None = Field(default=None, gt=0)
+    train_batch_size: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Samples of one update over all data-parallel processes; follows from the other two if not given."""
-    seed: int = Field(default=1234, ge=0)
-    """Seed of initialisation, data order and dropout."""
+    seed: int = Field(default=1234, ge=0, lt=2**32)
+    """Seed of initialisation, data order and dropout, below 2^32."""
     eval_interval: int = Field(default=1000, gt=0)
     """Iterations between validations."""
     eval_iters: int = Field(default=100, ge=0)
@@ -473,7 +534,7 @@ class TrainingConfig(Section):
     """Save and stop after this many iterations of the run; resuming continues."""
     checkpoint_activations: bool = False
     """Recompute blocks in the backward pass instead of keeping their activations."""
-    checkpoint_num_layers: int = Field(default=1, gt=0)
+    checkpoint_num_layers: int = Field(default=1, gt=0, le=10_000)
     """Blocks recomputed together."""
     eod_mask_loss: bool = False
     """Leave predictions made from an end-of-document token out of the loss."""
@@ -539,7 +600,7 @@ class DataConfig(Section):
     """Shares of data_path's documents for training, validation and test."""
     data_impl: Literal["mmap", "infer"] = "mmap"
     """Format of the data files; only memory-mapped .bin/.idx exist here."""
-    num_workers: int = Field(default=2, ge=0)
+    num_workers: int = Field(default=2, ge=0, le=1024)
     """Loader processes per training process; 0 loads in the training process."""
     data_cache_dir: str | None = None
     """Folder for the sample-order files. Default: beside the data."""
@@ -552,6 +613,10 @@ class DataConfig(Section):
                 raise ValueError(
                     f"{name}_data_weights: {len(weights)} weights for {len(paths or [])} {name}_data_paths; "
                     "give one weight for each path"
+                )
+            if weights is not None and (min(weights, default=0) < 0 or not 0 < sum(weights) < math.inf):
+                raise ValueError(
+                    f"{name}_data_weights: {shortened(weights)}: each must be at least 0, and one of them above 0"
                 )
         if self.data_path and self.train_data_paths:
             raise ValueError("train_data_paths: data_path is given too; keep one of them")
@@ -589,7 +654,7 @@ class CheckpointConfig(Section):
     """Iterations between checkpoints (checkpoint_scale linear), or the factor between them (log)."""
     checkpoint_scale: Literal["linear", "log"] = "linear"
     """Checkpoints at multiples of checkpoint_factor, or at its powers."""
-    extra_save_iters: list[int] | None = None
+    extra_save_iters: list[Annotated[int, Field(ge=0)]] | None = None
     """Further iterations to save at; these checkpoints are never removed."""
     keep_last_n_checkpoints: int | None = Field(default=None, gt=0)
     """Remove older checkpoints than this many; extra_save_iters stay."""
@@ -649,9 +714,9 @@ class LaunchConfig(Section):
     """Nodes and slots to use, in DeepSpeed's syntax."""
     exclude: str | None = None
     """Nodes and slots to leave out, in DeepSpeed's syntax."""
-    num_nodes: int = Field(default=-1)
+    num_nodes: int = Field(default=-1, ge=-1)
     """Number of nodes of the hostfile to use; -1 means all."""
-    num_gpus: int | None = Field(default=None, gt=0)
+    num_gpus: int | None = Field(default=None, gt=0, le=65_536)
     """Processes per node. Default: one per GPU, or one on a machine without GPUs."""
     master_addr: str | None = None
     """Address of the first node. Default: from the launcher or MASTER_ADDR."""
@@ -670,14 +735,16 @@ class LaunchConfig(Section):
     distributed_backend: Literal["nccl", "gloo", "mpi"] | None = None
     """Backend of torch.distributed. nccl asks for GPUs: without one training is refused. gloo lets it run on CPUs.
     Default: nccl where there is a GPU, gloo elsewhere."""
-    distributed_timeout_minutes: int = Field(default=10, gt=0)
+    distributed_timeout_minutes: int = Field(default=10, gt=0, le=1_000_000)
     """How long a collective of training waits for a rank before the run ends. Work that one rank does for all, such as
     reading a checkpoint's checksums, does not count."""
-    ranks_per_gpu: int = Field(default=1, gt=0)
+    ranks_per_gpu: int = Field(default=1, gt=0, le=1024)
     """Processes that share a GPU, for tests of layouts on one card; above 1 only with distributed_backend: gloo."""
 
     @model_validator(mode="after")
     def _check(self) -> LaunchConfig:
+        if self.num_nodes == 0:
+            raise ValueError("num_nodes: 0 nodes run nothing; give a number of nodes, or -1 for all")
         if self.ranks_per_gpu > 1 and self.distributed_backend != "gloo":
             raise ValueError(
                 f"ranks_per_gpu: NCCL refuses {self.ranks_per_gpu} processes on one GPU; set distributed_backend: gloo"
@@ -711,7 +778,7 @@ class EvaluationConfig(Section):
     def _number_or_auto(cls, value: Any) -> Any:
         if value == "auto" or (isinstance(value, int) and value > 0):
             return value
-        raise ValueError(f"eval_batch_size: expected a positive whole number or auto, got {value!r}")
+        raise ValueError(f"eval_batch_size: expected a positive whole number or auto, got {shortened(repr(value))}")
 
 
 class GenerationConfig(Section):
@@ -723,7 +790,7 @@ class GenerationConfig(Section):
     """Most tokens generated for a prompt."""
     prompt_end: str = Field(default="\n", min_length=1)
     """End of each prompt, in a file of prompts and in interactive mode."""
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, le=MAX_FACTOR)
     """Softmax temperature; 0 means greedy, whatever the filters say."""
     top_k: int = Field(default=0, ge=0)
     """Sample among this many most probable tokens; 0 is off."""
@@ -731,7 +798,7 @@ class GenerationConfig(Section):
     """Sample among the most probable tokens of this total probability; 0 is off."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Sample among tokens at least this times as probable as the most probable one; 0 is off."""
-    repetition_penalty: float = Field(default=1.0, gt=0)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=MAX_FACTOR)
     """Positive logits of tokens seen before are divided by it, negative ones multiplied; 1 is off."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """Strings that end a text, one or a list; the text is cut before the first of them."""

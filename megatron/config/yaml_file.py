@@ -1,7 +1,7 @@
 """Reads one YAML file and what it includes into flat settings that remember their file and line.
 
-JSON-style YAML with # comments is YAML. Two departures from yaml.safe_load: 6e-4 is a number (PyYAML takes it
-for text), and a key given twice in one file is an error.
+JSON-style YAML with # comments is YAML. A key given twice in one file is a mistake, and so is a value with two
+readings; megatron.config.yaml_loader says which.
 """
 
 from __future__ import annotations
@@ -9,20 +9,25 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron.config.findings import Findings
 from megatron.config.neox_keys import ALIASES, VALUE_SPELLINGS
+from megatron.config.paths import expand, shown
+from megatron.config.yaml_loader import MAX_BYTES, Loader, ambiguities, compose, line_of, problem_of, shortened
 from megatron.errors import UserError
+from megatron.files import read_text
 
 TABLES = ("optimizer", "optimizer.params", "fp16", "bf16", "zero_optimization")
 """Keys whose value is a table; tables of several files are merged key by key, everything else is replaced."""
 
 _SUFFIXES = ("", ".yml", ".yaml")
 _CONFIG_SUFFIXES = (".yml", ".yaml")
+_NODES = re.compile(r"[\w.-]+(:[\d,]+)?(@[\w.-]+(:[\d,]+)?)*")
 
 
 @dataclass(frozen=True)
@@ -36,25 +41,21 @@ class Setting:
     """`file:line`, `--set` or the name of a flag."""
     spelling: str
     """The key as the user wrote it."""
-
-
-class _Loader(yaml.SafeLoader):
-    """yaml.SafeLoader that reads 6e-4, 1e3 and 1.e5 as numbers."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$|^[-+]?\.[0-9_]+[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
+    written: str | None = None
+    """The value as the user wrote it, where that tells more: `no` is read as false."""
 
 
 def parse_scalar(text: str) -> Any:
     """The YAML value of `text`, as written after `--set KEY=`; raises UserError when it is not YAML."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+        loader, node = compose(text)
+        if node is None:
+            return None
+        for _, fault in ambiguities(node):
+            raise UserError(fault)
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
-        raise UserError(f"'{text}' is not a YAML value: {_problem(error)}") from None
+        raise UserError(f"'{shortened(text)}' is not a YAML value: {problem_of(error)}") from None
 
 
 def normalise(key: str) -> str:
@@ -84,127 +85,172 @@ def find_file(name: str | Path, folders: Sequence[Path]) -> Path | None:
     for folder in folders:
         for suffix in _SUFFIXES:
             path = folder / f"{name}{suffix}"
-            if path.is_file():
+            if _is_file(path):
                 return path
     return None
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file system takes
+        return False
+
+
 def missing_file(name: str | Path, folders: Sequence[Path], where: str = "") -> UserError:
     """The error for a file that find_file does not find, with the nearest existing name."""
-    text = f"{where}config file '{name}' not found"
+    text = f"{where}config file '{shown(str(name))}' not found"
     if len(folders) > 1 or str(folders[0]) != ".":
         text += f" in {', '.join(str(folder) for folder in folders)}"
-    near: list[str] = []
-    for folder in folders:
-        target = folder / name
-        if target.parent.is_dir():
-            found = [path.name for path in target.parent.iterdir() if path.suffix in _CONFIG_SUFFIXES]
-            near += [str(target.parent / match) for match in difflib.get_close_matches(target.name, found, 1, 0.5)]
+    near = [match for folder in folders for match in _near_files(name, folder)]
     return UserError(f"{text}; did you mean {near[0]}?" if near else f"{text}; give the path of a YAML file")
 
 
-def read_with_includes(path: Path, seen: set[Path], stack: tuple[Path, ...] = ()) -> Iterator[Setting]:
+def _near_files(name: str | Path, folder: Path, likeness: float = 0.5) -> list[str]:
+    """YAML files of a folder that are called much like `name`, the nearest one at most."""
+    target = folder / name
+    try:
+        found = [path.name for path in target.parent.iterdir() if path.suffix in _CONFIG_SUFFIXES]
+    except (OSError, ValueError):
+        return []
+    spelled = target.name if target.suffix in _CONFIG_SUFFIXES else f"{target.name}.yml"
+    return [str(target.parent / match) for match in difflib.get_close_matches(spelled, found, 1, likeness)]
+
+
+def read_with_includes(
+    path: Path, seen: set[Path], findings: Findings, stack: tuple[Path, ...] = ()
+) -> Iterator[Setting]:
     """The settings of `path` in the order of merging: those of its includes first, then its own.
 
     `seen` collects the files read so far; an included file that was read before is not read again, so that an
-    overlay and a config may share a base. Raises UserError for cycles, missing files and bad YAML.
+    overlay and a config may share a base. Cycles, missing files and mistakes in the YAML go to `findings`.
     """
     real = path.resolve()
     if real in stack:
         chain = " -> ".join(item.name for item in (*stack[stack.index(real) :], real))
-        raise UserError(f"{path}: include cycle {chain}; remove one of these includes")
+        findings.add(f"{path}: include cycle {chain}; remove one of these includes")
+        return
     seen.add(real)
-    includes, settings = _read_file(path)
+    includes, settings = _read_file(path, findings)
     for name, line in includes:
         found = find_file(name, [path.parent])
         if found is None:
-            raise missing_file(name, [path.parent], f"{path}:{line}: include: ")
-        if found.resolve() not in seen or found.resolve() in (*stack, real):
-            yield from read_with_includes(found, seen, (*stack, real))
+            findings.add_unread(str(missing_file(name, [path.parent], f"{path}:{line}: include: ")))
+        elif found.resolve() not in seen or found.resolve() in (*stack, real):
+            yield from read_with_includes(found, seen, findings, (*stack, real))
     yield from settings
 
 
-def _read_file(path: Path) -> tuple[list[tuple[str, int]], list[Setting]]:
-    """(included names with their lines, own settings) of one file."""
+def _read_file(path: Path, findings: Findings) -> tuple[list[tuple[str, int]], list[Setting]]:
+    """(included names with their lines, own settings) of one file; nothing where it cannot be read."""
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
+        loader, node = compose(read_text(path, advice="give a YAML file", limit=MAX_BYTES))
+        if node is None:
+            return [], []
+        if isinstance(node, yaml.MappingNode):
+            return _walk_root(loader, node, _Place(path, findings))
+        findings.add_unread(f"{path}:{node.start_mark.line + 1}: expected `key: value` lines")
     except yaml.YAMLError as error:
-        raise UserError(f"{path}:{_line_of(error)}: not valid YAML: {_problem(error)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    if node is None:
-        return [], []
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}:{node.start_mark.line + 1}: expected `key: value` lines")
-    try:
-        return _walk_root(loader, node, path)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}:{_line_of(error)}: not valid YAML: {_problem(error)}") from None
+        findings.add_unread(f"{path}:{line_of(error)}: not valid YAML: {problem_of(error)}")
+    except UserError as error:
+        findings.add_unread(str(error))
+    return [], []
 
 
-def _walk_root(loader: _Loader, node: yaml.MappingNode, path: Path) -> tuple[list[tuple[str, int]], list[Setting]]:
+@dataclass(frozen=True)
+class _Place:
+    """The file that is being read, and where its mistakes go."""
+
+    path: Path
+    findings: Findings
+
+    def add(self, line: int, text: str) -> None:
+        self.findings.add(f"{self.path}:{line}: {text}")
+
+
+def _walk_root(loader: Loader, node: yaml.MappingNode, place: _Place) -> tuple[list[tuple[str, int]], list[Setting]]:
     includes: list[tuple[str, int]] = []
     settings: list[Setting] = []
-    for key, value_node, line in _pairs(loader, node, path):
-        if key == "include" and (names := _config_includes(loader, value_node, path)) is not None:
+    for key, value_node, line in _pairs(loader, node, place):
+        if key == "include" and (names := _config_includes(loader, value_node, place, line)) is not None:
             includes += [(name, line) for name in names]
         else:
-            settings += _settings_of(loader, key, value_node, path, line)
-    _refuse_repeats(settings)
+            settings += _settings_of(loader, key, value_node, place, line)
+    _find_repeats(settings, place.findings)
     return includes, settings
 
 
-def _pairs(loader: _Loader, node: yaml.MappingNode, path: Path) -> Iterator[tuple[str, yaml.Node, int]]:
-    """(key, value node, line) of a mapping; a key given twice is an error, `<<` merges are resolved."""
+def _pairs(loader: Loader, node: yaml.MappingNode, place: _Place) -> Iterator[tuple[str, yaml.Node, int]]:
+    """(key, value node, line) of a mapping; a key given twice is a mistake, `<<` merges are resolved."""
     lines: dict[str, int] = {}
     for key_node, _ in node.value:
         key, line = str(key_node.value).replace("-", "_"), key_node.start_mark.line + 1
         if key in lines and key != "<<":
-            raise UserError(f"{path}:{line}: '{key}' is given twice, on lines {lines[key]} and {line}; keep one")
+            place.add(line, f"'{shortened(key)}' is given twice, on lines {lines[key]} and {line}; keep one")
         lines[key] = line
     loader.flatten_mapping(node)
     for key_node, value_node in node.value:
-        yield str(key_node.value), value_node, key_node.start_mark.line + 1
+        if isinstance(key_node, yaml.ScalarNode):
+            yield key_node.value, value_node, key_node.start_mark.line + 1
+        else:
+            place.add(key_node.start_mark.line + 1, "a list or a table stands where a key should; write `key: value`")
 
 
-def _settings_of(loader: _Loader, key: str, node: yaml.Node, path: Path, line: int) -> Iterator[Setting]:
+def _settings_of(loader: Loader, key: str, node: yaml.Node, place: _Place, line: int) -> Iterator[Setting]:
     """Like `flatten`, with the line of each key of a table."""
     name = normalise(key)
     if _is_table(name) and isinstance(node, yaml.MappingNode):
-        for inner, inner_node, inner_line in _pairs(loader, node, path):
-            yield from _settings_of(loader, f"{name}.{inner}", inner_node, path, inner_line)
-    else:
-        yield from flatten(key, loader.construct_object(node, deep=True), f"{path}:{line}")
+        for inner, inner_node, inner_line in _pairs(loader, node, place):
+            yield from _settings_of(loader, f"{name}.{inner}", inner_node, place, inner_line)
+        return
+    faults = list(ambiguities(node))
+    for fault_line, fault in faults:
+        place.add(fault_line, f"{shortened(key)}: {fault}")
+    if faults:
+        place.findings.bad.add(name)
+        return
+    written = node.value if isinstance(node, yaml.ScalarNode) and node.style is None else None
+    for setting in flatten(key, loader.construct_object(node, deep=True), f"{place.path}:{line}"):
+        yield replace(setting, written=written) if isinstance(setting.value, bool) else setting
 
 
-def _refuse_repeats(settings: list[Setting]) -> None:
-    """Error when one file gives a key under two of its names, such as lr and optimizer.params.lr."""
+def _find_repeats(settings: list[Setting], findings: Findings) -> None:
+    """Note where one file gives a key under two of its names, such as lr and optimizer.params.lr."""
     first: dict[str, Setting] = {}
     for setting in settings:
         other = first.setdefault(setting.key, setting)
-        if other is not setting and other.spelling != setting.spelling:
-            raise UserError(
+        if other.spelling.replace("-", "_") != setting.spelling.replace("-", "_"):
+            findings.add(
                 f"{setting.source}: '{setting.spelling}' and '{other.spelling}' ({other.source}) are the same key; "
                 "keep one"
             )
 
 
-def _config_includes(loader: _Loader, node: yaml.Node, path: Path) -> list[str] | None:
+def _config_includes(loader: Loader, node: yaml.Node, place: _Place, line: int) -> list[str] | None:
     """The files that `include:` names, or None when it is the launcher's include (nodes to use)."""
     value = loader.construct_object(node, deep=True)
-    if isinstance(value, list):
-        return [str(item) for item in value]
-    if not isinstance(value, str):
-        return None
-    is_file = value.endswith(_CONFIG_SUFFIXES) or find_file(value, [path.parent]) is not None
-    return [value] if is_file and value else None
+    names = value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) and name for name in names):
+        return None if not isinstance(value, list) else _refused(place, line, "expected names of YAML files", value)
+    try:
+        names = [expand(name) for name in names]
+    except ValueError as error:
+        return _refused(place, line, str(error))
+    if isinstance(value, list) or _names_file(names[0], place.path.parent):
+        return names
+    near = _near_files(names[0], place.path.parent, 0.75)
+    if near:
+        advice = f"did you mean {near[0]}? (nodes of that name: give them with --set include={value})"
+        return _refused(place, line, f"'{shown(value)}' is no file in {place.path.parent}; {advice}")
+    return None
 
 
-def _line_of(error: yaml.YAMLError) -> int:
-    mark = getattr(error, "problem_mark", None)
-    return mark.line + 1 if mark is not None else 1
+def _names_file(name: str, folder: Path) -> bool:
+    """Whether an include names a YAML file, found or not, rather than nodes such as `host-1:0,1@host-2`."""
+    return name.endswith(_CONFIG_SUFFIXES) or not _NODES.fullmatch(name) or find_file(name, [folder]) is not None
 
 
-def _problem(error: yaml.YAMLError) -> str:
-    return getattr(error, "problem", None) or str(error).splitlines()[0]
+def _refused(place: _Place, line: int, text: str, value: Any = None) -> list[str]:
+    got = "" if value is None else f", got {shortened(value)}"
+    place.findings.add_unread(f"{place.path}:{line}: include: {text}{got}")
+    return []

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron.checkpoint.published import read_flat_file
 from megatron.config.schema import ModelConfig
 from megatron.errors import UserError
+from megatron.files import read_text
 from megatron.inference import gpt_neox
 
 ARCHITECTURE = "TokenFormerForCausalLM"
@@ -86,10 +87,10 @@ class HuggingFaceCheckpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; UserError when there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give a folder in Hugging Face's form") from None
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(read_text(path, advice="give a folder in Hugging Face's form"))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -13,6 +12,7 @@ from pydantic import Field, ValidationError
 from megatron.config.messages import describe_validation_error
 from megatron.config.schema import GenerationConfig, Section
 from megatron.errors import UserError
+from megatron.files import read_text
 from megatron.inference.sampling import Sampling
 
 
@@ -47,11 +47,7 @@ def read_requests(path: str, options: GenerationConfig) -> list[Request]:
     In other files each prompt ends with `prompt_end` or with the file, and has no white space around it; empty ones
     are skipped, as in GPT-NeoX. Raises UserError.
     """
-    try:
-        content = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"sample_input_file: {path} cannot be read: {reason}; give a text file") from None
+    content = read_text(path, "sample_input_file")
     end = "\n" if path.endswith(".jsonl") else options.prompt_end
     numbered = [(number, text.strip()) for number, text in enumerate(content.split(end), 1) if text.strip()]
     if not numbered:
@@ -78,7 +74,7 @@ def _request_of(line: str, where: str, options: GenerationConfig) -> Request:
         count = next((getattr(own, name) for name in _COUNTS if name in values), options.samples_per_prompt)
         return Request(prompt, sampling_of(own, count, seed))
     except ValidationError as error:
-        raise UserError(describe_validation_error(error, {}, where)) from None
+        raise UserError(describe_validation_error(error, where)) from None
 
 
 def _refuse_unknown(values: dict[str, Any], where: str) -> None:

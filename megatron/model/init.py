@@ -39,6 +39,7 @@ def init_std(method: str, shape: torch.Size, config: ModelConfig) -> float:
     return {
         "normal": config.init_method_std,
         "scaled_normal": config.init_method_std / math.sqrt(2.0 * depth),
+        "single_residual_scaled_normal": config.init_method_std / math.sqrt(depth),
         "wang_init": 2.0 / depth / math.sqrt(width),
         "small_init": math.sqrt(2.0 / (5 * width)),
         "xavier_normal": math.sqrt(2.0 / (fan_in + fan_out)),

@@ -10,7 +10,7 @@ from megatron.planner.choice import Choice
 from megatron.planner.machine import DEFAULT_MACHINE, MACHINES, Machine, find_machine, read_machine
 from megatron.planner.memory import Memory
 from megatron.planner.plan import Candidate, candidates, configured, plan, predict
-from megatron.planner.report import report, with_vocabulary, world
+from megatron.planner.report import assumed_batch, report, with_vocabulary, world
 from megatron.planner.step_time import StepTime
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Machine",
     "Memory",
     "StepTime",
+    "assumed_batch",
     "candidates",
     "configured",
     "find_machine",

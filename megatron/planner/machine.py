@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron.config.yaml_file import parse_scalar
+from megatron.config.yaml_loader import MAX_BYTES
 from megatron.errors import UserError
+from megatron.files import read_text
 
 GIB = 2**30
 
@@ -97,13 +98,13 @@ def read_machine(path: str) -> Machine:
     Raises: UserError naming the file and the field.
     """
     try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        fields = parse_scalar(read_text(path, "--machine", "give a YAML file", MAX_BYTES))
+    except UserError as error:
         raise UserError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(fields, dict):
         raise UserError(f"{path}: expected `field: value` lines such as `memory_bytes: 80.0e+9`")
     base = fields.pop("base", None)
-    if base is not None and base not in MACHINES:
+    if base is not None and (not isinstance(base, str) or base not in MACHINES):
         raise UserError(f"{path}: base: unknown '{base}'; choose one of {', '.join(MACHINES)}")
     known = {field.name: field for field in dataclasses.fields(Machine)}
     values = {name: _checked(path, name, value, known) for name, value in fields.items()}
@@ -122,7 +123,7 @@ def _checked(path: str, name: Any, value: Any, known: dict[str, Any]) -> Any:
         return str(value)
     try:
         number = float(value)  # YAML reads 80e9 as text
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1.0
     valid = not isinstance(value, bool) and 0 < number < float("inf")
     if name == "gpus_per_node":

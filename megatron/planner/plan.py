@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron.config.neox_keys import check_parallel
+from megatron.config.checks import check_parallel
 from megatron.config.schema import RunConfig
 from megatron.planner.choice import Choice, configured_choice
 from megatron.planner.counts import flops_per_token

@@ -58,6 +58,16 @@ def with_vocabulary(config: RunConfig) -> tuple[RunConfig, list[str]]:
     return config.with_vocabulary(ASSUMED_VOCABULARY), [note]
 
 
+def assumed_batch(config: RunConfig) -> tuple[RunConfig, str]:
+    """A configuration whose batch is known, and a line that says so if it had to be assumed."""
+    training = config.training
+    if training.train_micro_batch_size_per_gpu or training.train_batch_size:
+        return config, ""
+    training = training.model_copy(update={"train_micro_batch_size_per_gpu": 1})
+    note = "batch: unknown, train_micro_batch_size_per_gpu 1 assumed (give it, or train_batch_size)\n"
+    return config.model_copy(update={"training": training}), note
+
+
 def _after_growth(config: RunConfig, note: list[str]) -> tuple[RunConfig, list[str]]:
     """The configuration of the largest model that a run with a growth schedule comes to, and a line that says so."""
     growths = len(config.scaling.growth)
@@ -83,9 +93,16 @@ def _facts(config: RunConfig, machine: Machine, gpus: int) -> list[str]:
         f"machine: {machine.name}, {machine.gpus_per_node} GPUs a node, {machine.usable_bytes / GIB:.1f} GiB a GPU for "
         "tensors (choose another with --machine NAME or FILE)",
         f"model: {num_parameters(config.model):,} parameters, {config.precision.dtype}",
-        f"update: {samples} samples x {config.model.seq_length} tokens, number of GPUs: {gpus}",
+        f"update: {samples} samples x {config.model.seq_length} tokens, number of GPUs: {gpus}{_growing(config)}",
         "memory and times are predictions, not measurements",
     ]
+
+
+def _growing(config: RunConfig) -> str:
+    if config.training.train_batch_size is not None:
+        return ""
+    micro, steps = config.training.resolve_batch(1)
+    return f" ({micro * steps} samples a data rank: it grows with the GPUs; give train_batch_size to keep it)"
 
 
 def _row(name: str, candidate: Candidate, machine: Machine) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from megatron.errors import UserError
+from megatron.files import read_text
 from megatron.tokenizer.base import END_OF_TEXT, Tokenizer, well_formed
 from megatron.tokenizer.files import existing
 
@@ -45,7 +46,9 @@ class HFTokenizer(_LibraryTokenizer):
     def __init__(self, vocab_file: str | None) -> None:
         path = existing("vocab_file", vocab_file, self.name, "a tokenizer.json")
         try:
-            backend = tokenizers.Tokenizer.from_file(path)
+            backend = tokenizers.Tokenizer.from_str(read_text(path, "vocab_file", "give a tokenizer.json"))
+        except UserError:
+            raise
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"vocab_file: {path} is not a valid tokenizer.json ({error})") from error
         super().__init__(backend, path)

@@ -117,7 +117,7 @@ def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
     if config.precision.dtype == "bf16":
         result["bf16"] = {"enabled": True}
     if config.precision.dtype == "fp16":
-        result["fp16"] = {**config.precision.fp16.model_dump(exclude={"fp16"}), "enabled": True}
+        result["fp16"] = {**config.precision.fp16.model_dump(exclude={"fp16", "type"}), "enabled": True}
     return result
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from megatron.config import load_config, resolve_config
+from megatron.config.checks import check_trainable
 from megatron.config.load import SECTION_OF
-from megatron.config.neox_keys import ALIASES, IGNORED, REFUSED, RULES, ZERO_KEYS, check_trainable
+from megatron.config.neox_keys import ALIASES, IGNORED, REFUSED, RULES
+from megatron.config.zero_keys import ZERO_KEYS
 from megatron.errors import UserError
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "config"
@@ -51,7 +53,7 @@ def test_ignored_keys_give_one_line_with_the_reason(name: str) -> None:
 def test_refused_keys_give_the_reason(name: str) -> None:
     value = not any(item is True for item in REFUSED[name].harmless)
     with pytest.raises(UserError) as error:
-        load_config([], {**MINIMUM, name: value})
+        load_config([], {**MINIMUM, "model_parallel_size": 2, name: value})
     assert str(error.value) == f"override: {name}: {str(value).lower()} is refused: {REFUSED[name].reason}"
 
 

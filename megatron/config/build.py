@@ -1,0 +1,126 @@
+"""Settings become the frozen sections of a RunConfig; all their mistakes are found at once.
+
+A section with a wrong value is built again without it, so that what else is wrong is found too; a mistake that only
+follows from another one is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron.config import schema
+from megatron.config.findings import Findings
+from megatron.config.messages import Mistake, located, mistakes, with_source
+from megatron.config.schema import RunConfig, Section
+from megatron.config.yaml_file import Setting
+
+Check = Callable[[RunConfig], Iterable[str]]
+"""Gives what is wrong with a whole configuration, each as `key: what is wrong`."""
+
+SECTION_OF: dict[str, str] = {
+    key: name
+    for name in schema.SECTIONS
+    for key in RunConfig.model_fields[name].annotation.model_fields  # type: ignore[union-attr]
+}
+"""The section of each top-level key."""
+
+_PLACEHOLDERS = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 1, "seq_length": 64}
+"""Values of required keys that are missing or wrong, while other keys are looked at."""
+
+
+class Builder:
+    """Builds a RunConfig from settings.
+
+    Args:
+        settings: by dotted key, only known ones.
+        files: where keys can be added, for messages.
+        findings: takes the mistakes.
+    """
+
+    def __init__(self, settings: Mapping[str, Setting], files: str, findings: Findings) -> None:
+        self._settings, self._files, self._findings = settings, files, findings
+        self._missing: list[str] = []
+
+    def build(self, checks: Iterable[Check] = ()) -> RunConfig:
+        """The configuration; one with other values in place of those that are wrong, when there are findings."""
+        values = self._by_section()
+        sections = {name: self._section(name, values[name]) for name in schema.SECTIONS}
+        if self._missing and not self._findings.unread:
+            names = ", ".join(self._missing)
+            self._findings.add(
+                f"{self._files}: missing {names}: add to a YAML file, or give --set {self._missing[0]}=VALUE"
+            )
+        config = RunConfig(**sections)
+        for check in checks:
+            for text in check(config):
+                self._note(text)
+        return config
+
+    def _by_section(self) -> dict[str, dict[str, Any]]:
+        values: dict[str, dict[str, Any]] = {name: {} for name in schema.SECTIONS}
+        for key, setting in self._settings.items():
+            *tables, name = key.split(".")
+            target = values[SECTION_OF[(tables or [name])[0]]]
+            for table in tables:
+                target = target.setdefault(table, {})
+                if not isinstance(target, dict):
+                    break  # a key beside its own table: zero_optimization.x and zero_optimization.x.y
+            else:
+                target[name] = setting.value
+        return values
+
+    def _section(self, name: str, values: dict[str, Any]) -> Any:
+        """A section of `values`, less those that are wrong."""
+        model: type[Section] = RunConfig.model_fields[name].annotation  # type: ignore[assignment]
+        while True:
+            try:
+                return model(**values)
+            except ValidationError as error:
+                found = mistakes(error)
+            for mistake in found:
+                self._take(mistake)
+            changed = [_replace(values, mistake.key) for mistake in found]
+            if not any(changed):  # what is wrong is a default beside the other values
+                self._findings.bad.update(values)
+                return model(**{key: _PLACEHOLDERS[key] for key in _PLACEHOLDERS if key in model.model_fields})
+
+    def _take(self, mistake: Mistake) -> None:
+        if mistake.is_missing:
+            if mistake.key not in self._findings.bad:
+                self._missing.append(mistake.key)
+                self._findings.bad.add(mistake.key)
+        elif not mistake.is_conflict or not self._follows(f"{mistake.key}: {mistake.text}"):
+            self._findings.add(with_source(mistake.key, mistake.text, self._settings, self._files))
+        self._findings.bad.add(mistake.key)
+
+    def _note(self, text: str) -> None:
+        """Note what a check says, unless it follows from another mistake."""
+        if not self._follows(text):
+            self._findings.add(located(text, self._settings))
+
+    def _follows(self, text: str) -> bool:
+        """Whether a key with a mistake is named in `text`."""
+        words = set(re.findall(r"[\w.]+", text))
+        bad = self._findings.bad
+        return any(key in words or key.rpartition(".")[2] in words for key in bad)
+
+
+def _replace(values: dict[str, Any], key: str) -> bool:
+    """Take a dotted key out of nested values, or its table where it is not there; false when there is neither."""
+    if key in _PLACEHOLDERS and values.get(key) is not _PLACEHOLDERS[key]:
+        values[key] = _PLACEHOLDERS[key]
+        return True
+    *tables, name = key.split(".")
+    target: Any = values
+    for table in tables:
+        if not isinstance(target, dict) or not isinstance(target.get(table), dict):
+            break
+        target = target[table]
+    if isinstance(target, dict) and name in target:
+        del target[name]
+        return True
+    return values.pop(key.partition(".")[0], None) is not None

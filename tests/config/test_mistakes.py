@@ -1,0 +1,285 @@
+"""All mistakes of a configuration are told at once, each in a line of its own; none that only follows from another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.config import explain, load_config, resolve_config
+from megatron.config.cli import parse_run
+from megatron.config.messages import places_named
+from megatron.errors import UserError, run_command
+
+MINIMUM: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 32}
+Refusals = Callable[..., list[str]]
+
+
+@pytest.fixture
+def refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refusals:
+    """Mistakes of a text beside a small model; [] when there are none."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yml").write_text(json.dumps(MINIMUM))
+
+    def find(text: str, *overrides: str) -> list[str]:
+        (tmp_path / "a.yml").write_text(text)
+        try:
+            load_config(["base.yml", "a.yml"], overrides)
+        except UserError as error:
+            return str(error).split("\n")
+        return []
+
+    return find
+
+
+def test_mistakes_of_every_kind_are_told_together(refusals: Refusals) -> None:
+    text = """\
+seed: 010
+hiden_size: 3
+num_experts: 4
+train_iters: many
+optimizer: {params: {lr: fast, betas: [2, 0.5]}}
+zero_optimization: {stage: 4, reduce_bucket_size: abc}
+fp16: {enabled: true, hysteresis: 0}
+bf16: {enabled: 1}
+vocab_file: a
+vocab-file: b
+save: ''
+model_parallel_size: 3
+norm: scalenorm
+growth: [{at_iteration: 0, layers: []}]
+"""
+    lines = refusals(text, "sede=1", "log_interval=[1")
+    starts = [
+        "a.yml:1: seed: 010 is 8", "a.yml:2: unknown key 'hiden_size'", "a.yml:3: num_experts: 4 is refused",
+        "a.yml:4: train_iters: expected a whole", "a.yml:5: optimizer.params.lr: expected a number",
+        "a.yml:5: optimizer.params.betas: each must be", "a.yml:6: zero_optimization.stage: 4 is not supported",
+        "a.yml:6: zero_optimization.reduce_bucket_size: expected a whole", "a.yml:7: fp16.hysteresis: must be greater",
+        "a.yml:8: bf16.enabled: expected true or false", "a.yml:10: 'vocab_file' is given twice",
+        "a.yml:11: save: '' is no path", "a.yml:12: model_parallel_size: 3 ranks cannot share",
+        "a.yml:13: norm: 'scalenorm' is not supported", "a.yml:14: growth: entry 1: at_iteration: must be greater",
+        "a.yml:14: growth: entry 1: layers: ", "--set: unknown key 'sede'", "--set log_interval=[1: ",
+    ]  # fmt: skip
+    assert [next((line for line in lines if line.startswith(start)), None) for start in starts] == [
+        line for start in starts for line in lines if line.startswith(start)
+    ]
+    assert len(lines) == len(starts), lines
+
+
+@pytest.mark.parametrize(
+    ("text", "starts"),
+    [
+        ("num_attention_heads: 5\nwarmup: 2\nmin_lr: 2000", ["a.yml:1: num_att", "a.yml:2: warmup", "a.yml:3: min_lr"]),
+        ("hidden_size: 63\nrotary_pct: 3", ["a.yml:1: num_attention_heads: 4 heads", "a.yml:2: rotary_pct: must be"]),
+        ("train_data_weights: [1]\ndata_path: a\nvalid_data_weights: [x]", ["a.yml:1: train_data", "a.yml:3: valid_d"]),
+        ("num_layers: x\npipe_parallel_size: 9\nattention_config: [[[global], 2]]", ["a.yml:1: num_layers: expected"]),
+        ("ffn_slot_num: 0\nqkv_slot_num: 3", ["a.yml:1: ffn_slot_num: must be", "base.yml a.yml: proj_slot_num: a"]),
+        ("seq_length: []\nsequence_parallel: true\nmodel_parallel_size: 3", ["a.yml:1: seq_l", "a.yml:3: model_p"]),
+        ("pipe_parallel_size: 2\nzero_optimization: {stage: two}", ["a.yml:2: zero_optimization.stage: exp"]),
+        ("train_micro_batch_size_per_gpu: 1.5\nnum_workers: -1", ["a.yml:1: train_micro_b", "a.yml:2: num_workers"]),
+    ],
+)  # fmt: skip
+def test_what_follows_from_a_mistake_is_not_told(refusals: Refusals, text: str, starts: list[str]) -> None:
+    lines = refusals(text)
+    if "hidden_size: 63" in text:
+        starts = ["base.yml:1: num_attention_heads: 4 heads", *starts[1:]]
+    assert len(lines) == len(starts) and all(any(line.startswith(s) for line in lines) for s in starts), lines
+
+
+def test_missing_keys_and_others_are_told_together_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yml").write_text("num_layer: 2\nhidden_size: 64\nwarmup: 2\n")
+    with pytest.raises(UserError) as error:
+        load_config("a.yml")
+    assert str(error.value).split("\n") == [
+        "a.yml:1: unknown key 'num_layer'; did you mean num_layers?",
+        "a.yml:3: warmup: must be at most 1, got 2",
+        "a.yml: missing num_attention_heads, seq_length: add to a YAML file, or give --set num_attention_heads=VALUE",
+    ]
+
+
+def test_a_file_that_is_not_there_hides_no_mistake_and_makes_none(tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text("warmup: 2\ninclude: [absent.yml, broken.yml]\n")
+    (tmp_path / "broken.yml").write_text("a: [\n")
+    with pytest.raises(UserError) as error:
+        load_config([tmp_path / "a.yml", tmp_path / "gone.yml"])
+    lines = str(error.value).replace(f"{tmp_path}/", "").split("\n")
+    starts = [
+        "a.yml:1: warmup",
+        "a.yml:2: include: config file 'absent.yml' not f",
+        "broken.yml:2: not v",
+        "config file",
+    ]
+    assert len(lines) == 4 and all(any(line.startswith(start) for line in lines) for start in starts), lines
+
+
+def test_a_run_tells_what_training_needs_beside_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = {**MINIMUM, "min_lr": 1.0, "warmup": 2, "growth": [{"at_iteration": 3, "ffn_slot_num": 80}], "sead": 1}
+    (tmp_path / "a.yml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items()))
+    assert run_command(lambda: parse_run(["a.yml"], "train.py") and 0) == 2
+    lines = capsys.readouterr().err.splitlines()
+    starts = [
+        "a.yml:5: min_lr: 1 is above",
+        "a.yml:6: warmup: ",
+        "a.yml:7: growth: ",
+        "a.yml:8: unknown key",
+        "training n",
+    ]
+    assert [line.startswith(f"error: {start}") for line, start in zip(lines, starts, strict=True)] == [True] * 5, lines
+    assert run_command(lambda: parse_run(["a.yml"], "eval.py") and 0) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_a_mistake_that_is_found_later_names_the_file_too(refusals: Refusals) -> None:
+    refusals("load: somewhere # nothing\ntrain-micro-batch-size-per-gpu: 3\ntrain_batch_size: 4\n")
+    resolved = resolve_config(["base.yml", "a.yml"], ["vocab_file=x", "data_path=/data/a"])
+    for text, place in (
+        ("load: somewhere is damaged", " (a.yml:1)"), ("train_batch_size: 4 is not 3 x 1", " (a.yml:3)"),
+        ("vocab_file, merge_file: no pair", " (--set)"), ("seed: its default", ""), ("no key at all", ""),
+        ("/data/a.idx: cut", " (--set)"),
+        ("8 do not fit train_batch_size 4", " (a.yml:3)"), ("in /x/train_batch_size/y", ""),
+    ):  # fmt: skip
+        with pytest.raises(UserError) as error, places_named(resolved.settings):
+            raise UserError(text)
+        assert str(error.value) == ("data_path: " if text.startswith("/data") else "") + text + place
+
+
+# ---- values that make no sense ----
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: {params: {betas: [1, 0.9]}}", "optimizer.params.betas: each must be at least 0 and below 1"),
+        (
+            "optimizer: {type: Lion, params: {betas: [5, -1]}}",
+            "optimizer.params.betas: each must be at least 0 and below",
+        ),
+        ("lr: 1e39", "lr: must be at most 1000"),
+        ("min_lr: 1e39", "min_lr: must be at most 1000"),
+        ("optimizer: {params: {eps: 1e30}}", "optimizer.params.eps: must be at most 1"),
+        ("layernorm_epsilon: 1e30", "layernorm_epsilon: must be at most 1"),
+        ("rms_norm_epsilon: 1e30", "rms_norm_epsilon: must be at most 1"),
+        ("init_method_std: 1e30", "init_method_std: must be at most"),
+        ("weight_decay: 1e30", "weight_decay: must be at most"),
+        ("fp16: {initial_scale_power: 1000}", "fp16.initial_scale_power: must be at most"),
+        ("extra_save_iters: [4, -1]", "extra_save_iters: must be at least 0, got -1"),
+        ("num_nodes: -7", "num_nodes: must be at least -1, got -7"),
+        ("train_data_paths: [a, b]\ntrain_data_weights: [1, -1]", "train_data_weights: [1.0, -1.0]: each must be at"),
+        ("num_nodes: 0", "num_nodes: 0 nodes run nothing"),
+        ("num_workers: 1000000", "num_workers: must be at most"),
+        ("num_layers: 1000000000", "num_layers: must be at most"),
+        ("hidden_size: 1000000000000", "hidden_size: must be at most"),
+        ("attention_config: [[[global], 1000000000]]", "attention_config: [['global'], 1000000000] has no sensible"),
+        ("attention_config: [[[global], -2]]", "attention_config: [['global'], -2] has no sensible number"),
+        ("attention_config: [[[global], true]]", "has no sensible number"),
+        ("distributed_timeout_minutes: 999999999999", "distributed_timeout_minutes: must be at most"),
+        ("growth: [{1: 2, at_iteration: 3, ffn_slot_num: 3}]", "growth: entry 1: 1: unknown key"),
+        (
+            "zero_optimization: {overlap_comm: maybe}",
+            "zero_optimization.overlap_comm: expected true or false",
+        ),
+        (
+            "zero_optimization: {reduce_bucket_size: .inf}",
+            "zero_optimization.reduce_bucket_size: expected a whole",
+        ),
+        ("zero_optimization: {offload_optimizer: cpu}", "zero_optimization.offload_optimizer: expected a table"),
+        ("eps: '1.0e_8'", "unknown key 'eps'"),
+        ("min_lr: 1.0e_8", "min_lr: expected a number, got '1.0e_8'"),
+        ("include: bse", "include: 'bse' is no file in .; did you mean base.yml?"),
+        ("include: ../configs/base", "include: config file '../configs/base' not found"),
+        ("include: [3]", "include: expected names of YAML files, got [3]"),
+    ],
+)
+def test_nonsense_is_refused(refusals: Refusals, text: str, message: str) -> None:
+    (line,) = refusals(text)
+    assert line.startswith("a.yml:") and message in line
+
+
+def test_partitions_of_partitions_are_refused_where_they_cannot_be() -> None:
+    from megatron.config.checks import check_trainable
+
+    def of(stage: int, size: int) -> Any:
+        zero = {"stage": stage, "zero_hpz_partition_size": size}
+        return load_config(
+            [], {**MINIMUM, "train_iters": 1, "batch_size": 1, "data_path": "a", "zero_optimization": zero}
+        )
+
+    with pytest.raises(UserError, match="zero_optimization.zero_hpz_partition_size: 2: DeepSpeed makes .* set 1"):
+        check_trainable(of(3, 2))
+    check_trainable(of(3, 1))
+    check_trainable(of(2, 2))
+
+
+# ---- values that change nothing ----
+
+
+@pytest.mark.parametrize(
+    ("keys", "effect"),
+    [
+        ({"fp16": {"enabled": True, "type": "bfloat16", "auto_cast": True}}, "bf16"),
+        ({"fp16": {"enabled": False, "type": "bfloat16"}}, "fp32"),
+        ({"fp16": {"enabled": True, "type": "fp16", "auto_cast": False}}, "fp16"),
+        ({"bf16": {"bf16": True, "enabled": True, "loss_scale": 0, "initial_scale_power": 12}}, "bf16"),
+        ({"bf16": {"bf16": True}}, "fp32"),
+        ({"fp32_allreduce": True, "model_parallel_size": 1}, "fp32"),
+        ({"use_bias_in_norms": False, "norm": "rmsnorm"}, "fp32"),
+        ({"use_bias_in_norms": False, "norm": "layernorm_nonparam"}, "fp32"),
+        ({"num_kv_heads": 4}, "fp32"),
+        ({"comms_logger": {"enabled": True, "verbose": True}}, "fp32"),
+        ({"deepspeed_extra_args": {"comms_logger": {"enabled": True}}}, "fp32"),
+        ({"use_comet": True, "comet_project": "a", "comet_tags": ["b"]}, "fp32"),
+        ({"output_layer_init_method": "single_residual_scaled_normal"}, "fp32"),
+        ({"mlp_multiple_of": 64, "te_mha": False, "moe_num_experts": 1}, "fp32"),
+    ],
+)
+def test_what_changes_nothing_is_accepted(keys: dict[str, Any], effect: str) -> None:
+    assert load_config([], {**MINIMUM, **keys}).precision.dtype == effect
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"fp16": {"enabled": True, "type": "bfloat16"}, "precision": "fp16"},
+            "fp16.type: bfloat16 beside precision",
+        ),
+        ({"fp32_allreduce": True, "model_parallel_size": 2}, "sums over tensor ranks are made in the precision of tr"),
+        ({"use_bias_in_norms": False, "norm": "layernorm"}, "norm and final_norm layernorm have a bias; set true"),
+        ({"use_bias_in_norms": False, "norm": "rmsnorm", "final_norm": "layernorm"}, "have a bias; set true"),
+        ({"num_kv_heads": 2}, "grouped-query attention is not supported; set it to num_attention_heads"),
+        ({"num_kv_heads": True, "num_attention_heads": 1}, "grouped-query attention is not supported"),
+        ({"deepspeed_extra_args": {"amp": {"enabled": True}}}, "DeepSpeed's configuration is made here"),
+        ({"mlp_multiple_of": 96}, "the feed-forward is as wide as intermediate_size says"),
+        ({"use_bias_in_mlp": False}, "the feed-forward of Transformer blocks has biases; set true"),
+    ],
+)
+def test_what_would_change_something_is_refused_with_the_reason(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config([], {**MINIMUM, **keys})
+
+
+def test_a_repeated_switch_that_says_another_thing_is_told() -> None:
+    lines = resolve_config([], {**MINIMUM, "bf16": {"bf16": True}}).warnings
+    assert lines == ["bf16.bf16: true changes nothing by itself, training is in fp32; set bf16.enabled"]
+    lines = resolve_config([], {**MINIMUM, "fp16": {"fp16": True}}).warnings
+    assert lines == ["fp16.fp16: true changes nothing by itself, training is in fp32; set fp16.enabled"]
+    assert resolve_config([], {**MINIMUM, "bf16": {"bf16": True, "enabled": True}, "zero_stage": 1}).warnings == []
+
+
+def test_explain_tells_of_a_hostfile_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DLTS_HOSTFILE", raising=False)
+    (tmp_path / "hosts").write_text("a slots=1\n")
+
+    def line(path: str) -> str:
+        text = explain(resolve_config([], {**MINIMUM, "hostfile": path}))
+        return next(line for line in text.splitlines() if line.startswith("  hostfile "))
+
+    assert line("/mock_path").endswith("override: /mock_path does not exist: the run is on this machine alone")
+    assert line(str(tmp_path / "hosts")).endswith("override")
