@@ -51,6 +51,7 @@ MISTAKES = [
     pytest.param({"hidden_size": 33}, ["num_attention_heads", "33"], id="heads do not divide hidden size"),
     pytest.param({"precision": "fp16"}, ["fp16", "GPU", "precision=bf16"], id="fp16 on a CPU"),
     pytest.param({"padded_vocab_size": 64}, ["padded_vocab_size: 64", "290 token ids"], id="tokenizer too large"),
+    pytest.param({"vocab_size": 289}, ["vocab_size: 289 is below the 290 token ids", "run.yml:"], id="vocab_size"),
     pytest.param({"vocab_file": "nowhere/tokenizer.json"}, ["vocab_file", "nowhere"], id="missing tokenizer"),
     pytest.param({"data_path": "nowhere/corpus"}, ["nowhere/corpus"], id="missing data"),
     pytest.param({"train_batch_size": 7}, ["train_batch_size", "7"], id="batch sizes that do not fit"),
@@ -85,6 +86,7 @@ def test_mistakes_in_a_training_configuration(
     assert code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     assert all(word in error for word in words), error
     assert not (tmp_path / "out").exists()
+    assert "run.yml:" in error or keys["optimizer"]["type"] == "Muon", "file and line of what was given are named"
 
 
 @pytest.mark.parametrize("damaged", [".bin", ".idx"])
@@ -177,3 +179,36 @@ def test_the_console_log_is_copied_to_log_dir(command: Command, tmp_path: Path) 
 def test_tensorboard_events_are_written(command: Command, tmp_path: Path) -> None:
     assert command("train", train_iters=2, tensorboard_dir=str(tmp_path / "board"))[0] == 0
     assert list((tmp_path / "board").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"finetune": True}, {"no_load_optim": True}, {"no_load_rng": True}, {"iteration": 3}],
+    ids=lambda keys: next(iter(keys)),
+)
+def test_what_promises_a_checkpoint_does_not_start_without_one(
+    command: Command, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    (key,) = keys
+    (tmp_path / "empty").mkdir()
+    for load, where in ((None, "load is not given"), ("absent", "has none"), ("empty", "has none")):
+        code, error = command("train", load=load and str(tmp_path / load), **keys)
+        assert code == 2 and error.count("\n") == 1 and f"{key}: " in error, error
+        assert load is None or f"run.yml:{line_of(tmp_path, key)})\n" in error, error
+        assert where in error
+        assert not (tmp_path / "out").exists()
+
+
+def line_of(folder: Path, key: str) -> int:
+    """The line of run.yml that gives a key."""
+    lines = (folder / "run.yml").read_text().splitlines()
+    return next(number for number, line in enumerate(lines, 1) if line.startswith(f"{key}:"))
+
+
+def test_growth_that_goes_on_needs_a_smaller_model(command: Command, tmp_path: Path) -> None:
+    code, error = command("train", partial_init_policy="continue")
+    assert code == 2 and "partial_init_policy: continue" in error and "pretrain_partial_init is not given" in error
+    code, error = command("train", pretrain_partial_init=str(tmp_path / "absent"))
+    assert code == 2 and error.startswith("error: pretrain_partial_init: ")
+    assert error.endswith(f"run.yml:{line_of(tmp_path, 'pretrain_partial_init')})\n")
+    assert not (tmp_path / "out").exists()

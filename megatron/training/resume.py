@@ -183,6 +183,11 @@ def _rolled_back(options: CheckpointConfig, root: Path, iteration: int) -> Resum
     A command that is run again and again, as a requeued job is, then does not start at `iteration` for ever.
     """
     known = list_iterations(root)
+    if not known and not (root / MANIFEST).is_file():
+        raise UserError(
+            f"iteration: {iteration} is for a start from a checkpoint, and load: {root} has none; name another folder, "
+            "or remove it"
+        )
     log = _log_of_rollbacks(root, known)
     own = [i for i in reversed(known) if log[-1:] == [iteration] and _rollbacks(root, i) == log]
     if own and not options.finetune:
