@@ -29,6 +29,8 @@ ABSENT = {
     "synchronize_each_layer": "ignored",
 }
 """Keys of the official files that ours leave out, and why."""
+DIFFERENCES = {"wall_clock_breakdown": False}
+"""Values of ours that differ: the official true makes DeepSpeed wait for the device at every timer."""
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yml")), ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -51,8 +53,7 @@ def test_official_files_are_accepted_as_they_are(name: str, tmp_path: Path) -> N
 def test_tokenformer_configs_have_the_official_values(name: str) -> None:
     official: dict[str, Any] = {k.replace("-", "_"): v for k, v in OFFICIAL[f"configs/tokenformer/{name}.yml"].items()}
     ours = resolve_config(CONFIGS / "tokenformer" / name)
-    # The official true makes DeepSpeed wait for the device at every timer of every micro-batch.
-    assert ours.config == load_config([], {**official, "wall_clock_breakdown": False})
+    assert ours.config == load_config([], {**official, **DIFFERENCES})
     left_out = {key for key in official if not any(used.split(".")[0] == key for used in ours.settings)}
     assert left_out == set(ABSENT)
     assert left_out <= set(IGNORED)
@@ -63,26 +64,39 @@ def test_growth_configs_have_the_official_values(name: str) -> None:
     folder = "incremental_scaling_openwebtext2"
     official = {k.replace("-", "_"): v for k, v in OFFICIAL[f"configs/{folder}/{name}.yml"].items()}
     ours = resolve_config(CONFIGS / folder / name)
-    differences: dict[str, Any] = {"wall_clock_breakdown": False}
-    if "pretrain_partial_init" in official:
-        # The official folder is one that no official file saves to.
-        base = load_config(CONFIGS / folder / "354M_train_openwebtext2_basemodel")
-        differences["pretrain_partial_init"] = base.checkpoint.save
-    assert ours.config == load_config([], {**official, **differences})
+    assert ours.config == load_config([], {**official, **DIFFERENCES})
     left_out = {key for key in official if not any(used.split(".")[0] == key for used in ours.settings)}
     assert left_out == set(ABSENT)
 
 
-def test_each_step_of_growth_starts_from_what_the_one_before_saves() -> None:
-    files = [
-        "354M_train_openwebtext2_basemodel",
-        "354M_to_757M_train_openwebtext2_60k",
-        "757M_to_1-5B_train_openwebtext2_60k",
-    ]
-    steps = [load_config(CONFIGS / "incremental_scaling_openwebtext2" / name).checkpoint for name in files]
-    for before, after in zip(steps, steps[1:], strict=False):
-        assert after.pretrain_partial_init == before.save
-    assert len({step.save for step in steps}) == len(steps)
+@pytest.mark.parametrize("name", sorted(name for name in OFFICIAL if name != "configs/text_generation.yml"))
+def test_every_official_value_is_ours_paths_too(name: str) -> None:
+    ours = resolve_config(ROOT / name)
+    flat, seen = ours.config.flat(), 0
+    for key, value in OFFICIAL[name].items():
+        key = key.replace("-", "_")
+        if key in ABSENT or key in DIFFERENCES or isinstance(value, dict):
+            continue
+        seen += 1
+        assert key in ours.settings and flat[key] == value, f"{key}: {flat[key]} instead of {value}"
+    assert seen > 40
+
+
+def test_growth_files_start_from_the_official_download_and_then_from_each_other() -> None:
+    folder = CONFIGS / "incremental_scaling_openwebtext2"
+    first, other, second = (
+        load_config(folder / f"{name}.yml").checkpoint
+        for name in (
+            "354M_to_757M_train_openwebtext2_60k",
+            "354M_to_757M_train_openwebtext2_120k",
+            "757M_to_1-5B_train_openwebtext2_60k",
+        )
+    )
+    download = "./354M_TokenFormer_Openwebtext2/checkpoints"
+    assert (first.pretrain_partial_init, other.pretrain_partial_init) == (download, download)
+    assert second.pretrain_partial_init == first.save
+    base = load_config(folder / "354M_train_openwebtext2_basemodel").checkpoint
+    assert len({step.save for step in (base, first, other, second)}) == 4
 
 
 def test_text_generation_has_the_official_values() -> None:
