@@ -109,3 +109,10 @@ def test_the_tool_runs_by_path_and_as_a_module(start: list[str], tmp_path: Path)
     command = [sys.executable, *start, "to-official", str(tmp_path / "none"), str(tmp_path / "out")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("word", ["zero_to_fp32", "zero_to_fp32.py", "zero-to-fp32"])
+def test_what_replaces_zero_to_fp32_is_named(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(lambda: main([word, "checkpoints", "out"])) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "to-official" in error and "to-hf" in error

@@ -31,7 +31,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             command.add_argument("--iteration", type=int, help="which of a run's checkpoints; default the latest")
         if name == "to-hf":
             command.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights")
-    return parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0].replace("-", "_").removesuffix(".py") == "zero_to_fp32":
+        from megatron.errors import UserError
+
+        raise UserError(
+            f"{words[0]}: there are no ZeRO shards to merge, checkpoints hold whole fp32 tensors; `to-official IN OUT` "
+            "writes a pytorch_model.bin, `to-hf IN OUT` a folder for transformers"
+        )
+    return parser.parse_args(words)
 
 
 def main(arguments: list[str] | None = None) -> None:
