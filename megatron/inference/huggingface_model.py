@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,17 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
 
 from megatron.config.schema import ModelConfig
-from megatron.model.attention import LayerCache
+from megatron.model.attention import SelfAttention
 from megatron.model.blocks import Block, BuildOptions
 from megatron.model.embedding import Embedding
 from megatron.model.norms import RMSNorm, build_norm
 from megatron.model.pattention import Pattention
 from megatron.ops.attention import AttentionFunction, sdpa_attention
-from megatron.ops.pattention import PattentionFunction, joint_reference
+from megatron.ops.pattention import PattentionFunction, joint_reference, statistics_dtype
+from megatron.ops.rotary import rotary_at
 
 
 class Layout:
@@ -135,45 +140,13 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     return [layer(x) for layer in layers]
 
 
-class CacheView:
-    """One layer's part of a transformers Cache; without a cache, only positions and mask.
+def token_positions(attention_mask: Tensor | None, start: Any, num_new: int, device: Any) -> Tensor:
+    """Position of each new token in its own text, padding not counted, int64 [b or 1, s].
 
     Args:
-        positions: of each new token in its own text, int64 [b or 1, s].
-        mask: slots a new token may look at, bool [b or 1, 1, s, s_kv].
-        past: the cache, or None.
-        layer: index of the layer.
-    """
-
-    def __init__(self, positions: Tensor, mask: Tensor, past: Cache | None, layer: int) -> None:
-        self.positions, self.mask, self.past, self.layer = positions, mask, past, layer
-
-    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [b, h, s, head_dim] keys and values; all of them back, [b, h, s_kv, head_dim]."""
-        return (key, value) if self.past is None else self.past.update(key, value, self.layer)
-
-
-def visible_slots(attention_mask: Tensor | None, start: Any, num_new: int, num_slots: int, device: Any) -> Tensor:
-    """Which slots each new token may look at, bool [b or 1, 1, s, s_kv]; a 4-d mask is taken as it is.
-
-    Args:
-        attention_mask: [b, slots], 0 for padding; slots beyond it are closed.
+        attention_mask: [b, slots], 0 for padding; a 4-d one does not tell.
         start: slot of the first new token.
     """
-    if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask[..., :num_slots]
-    key_slot = torch.arange(num_slots, device=device)  # [s_kv]
-    query_slot = start + torch.arange(num_new, device=device)[:, None]  # [s, 1]
-    causal = (key_slot <= query_slot)[None]
-    if attention_mask is None:
-        return causal[:, None]
-    real = F.pad(attention_mask.to(device=device, dtype=torch.bool), (0, num_slots - attention_mask.shape[1]))
-    # Padding looks at itself: a softmax over nothing would be NaN.
-    return (causal & real[:, None] | (key_slot == query_slot))[:, None]
-
-
-def token_positions(attention_mask: Tensor | None, start: Any, num_new: int, device: Any) -> Tensor:
-    """Position of each new token in its own text, padding not counted, int64 [b or 1, s]."""
     if attention_mask is None or attention_mask.dim() == 4:
         return (start + torch.arange(num_new, device=device))[None]
     counted = attention_mask.to(device=device, dtype=torch.int64).cumsum(-1) - 1
@@ -181,12 +154,92 @@ def token_positions(attention_mask: Tensor | None, start: Any, num_new: int, dev
     return counted.clamp(min=0)[:, slots]
 
 
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T scaling) v, [b, s, h, head_dim], and its weights [b, h, s, s_kv], with dropout.
+
+    attention_mask: [b or 1, 1, s, s_kv], added to the scores, or bool; it makes attention causal.
+    """
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=statistics_dtype(scores)).to(query.dtype)
+    weights = F.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+@dataclass
+class AttentionCall:
+    """What transformers gives a layer's attention with its input, and the weights that come back.
+
+    Attributes:
+        rotation: cos and sin of the new tokens' positions, [b or 1, 1, s, rotary_dim] each; None without rotary ones.
+        mask: in the form of the attention implementation.
+        past: the cache, or None.
+        options: further arguments of the attention function.
+        weights: [b, h, s, s_kv] where the attention function gives them.
+    """
+
+    rotation: Any
+    mask: Any
+    past: Cache | None
+    options: dict[str, Any]
+    weights: Tensor | None = None
+
+
+class TokenFormerAttention(SelfAttention):
+    """Self-attention by the functions that transformers knows: attn_implementation sdpa, eager, or a registered one."""
+
+    is_causal = True
+    config: Any
+    layer_idx: int
+
+    def _rotation(self, q: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+        return cache.rotation
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, cache: Any) -> Tensor:
+        if cache.past is not None:
+            k, v = cache.past.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        options = {**cache.options, "scaling": q.shape[-1] ** -0.5, "dropout": self.dropout if self.training else 0.0}
+        context, cache.weights = attend(self, q, k, v, cache.mask, **options)
+        return context.transpose(1, 2)
+
+
 class TokenFormerLayer(GradientCheckpointingLayer, Block):
     """A block that transformers can recompute in the backward pass."""
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """x [b, s, d] -> [b, s, d]."""
-        return Block.forward(self, x, cache)
+    attention_class = TokenFormerAttention
+
+    def __init__(self, config: Any, index: int, options: BuildOptions) -> None:
+        super().__init__(config, index, options)
+        attention: Any = self.attention
+        attention.config, attention.layer_idx = config, index
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        attention_mask: Any = None,
+        position_embeddings: Any = None,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """x [b, s, d] -> [b, s, d]; with output_attentions also the attention weights, or None."""
+        options = {**kwargs, "output_attentions": output_attentions}
+        call = AttentionCall(position_embeddings, attention_mask, past_key_values, options)
+        x = Block.forward(self, x, call)  # type: ignore[arg-type]
+        return (x, call.weights) if output_attentions else x
 
 
 class TokenFormerPreTrainedModel(PreTrainedModel):
@@ -198,6 +251,7 @@ class TokenFormerPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["TokenFormerLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -232,6 +286,7 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         """Replace the token embedding."""
         self.embedding.word_embeddings = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -240,6 +295,7 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -248,15 +304,23 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         past = self._cache(past_key_values, use_cache)
-        views = self._views(x, attention_mask, position_ids, past)
-        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        states = [x]
-        for layer, view in zip(self.layers, views, strict=True):
-            x = layer(x, view)
-            states = [*states, x] if keep else states
+        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep_weights = self.config.output_attentions if output_attentions is None else output_attentions
+        mask, rotation = self._mask_and_rotation(x, attention_mask, position_ids, past)
+        options = {"attention_mask": mask, "position_embeddings": rotation, "past_key_values": past, **kwargs}
+        states, weights = [x], list[Any]()
+        for layer in self.layers:
+            given = layer(x, output_attentions=bool(keep_weights), **options)
+            x, weight = given if keep_weights else (given, None)
+            states = [*states, x] if keep_states else states
+            weights.append(weight)
         x = self.final_norm(x)
-        hidden_states = (*states[:-1], x) if keep else None
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past, hidden_states=hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past,
+            hidden_states=(*states[:-1], x) if keep_states else None,
+            attentions=tuple(weights) if keep_weights and weights[0] is not None else None,
+        )
 
     def _cache(self, past: Cache | None, use_cache: bool | None) -> Cache | None:
         if self.gradient_checkpointing and self.training:
@@ -264,25 +328,18 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         wanted = self.config.use_cache if use_cache is None else use_cache
         return DynamicCache(config=self.config) if wanted and past is None else past
 
-    def _views(
+    def _mask_and_rotation(
         self, x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past: Cache | None
-    ) -> list[CacheView] | list[None]:
-        """What each layer's attention looks at; None is plain causal attention over x [b, s, d]."""
-        num_new, device = x.shape[1], x.device
-        start = 0 if past is None else past.get_seq_length()
-        num_slots = num_new if past is None else past.get_mask_sizes(num_new, 0)[0]
-        if past is None and position_ids is None and self._is_full(attention_mask):
-            return [None] * len(self.layers)
-        mask = visible_slots(attention_mask, start, num_new, num_slots, device)
+    ) -> tuple[Any, tuple[Tensor, Tensor] | None]:
+        """What every layer's attention to the tokens x [b, s, d] is given: see AttentionCall."""
+        mask = create_causal_mask(self.config, x, attention_mask, past, position_ids)
+        if not self.config.rotary_dim:
+            return mask, None
         if position_ids is None:
-            position_ids = token_positions(attention_mask, start, num_new, device)
-        return [CacheView(position_ids, mask, past, i) for i in range(len(self.layers))]
-
-    @staticmethod
-    def _is_full(attention_mask: Tensor | None) -> bool:
-        if attention_mask is None:
-            return True
-        return attention_mask.dim() == 2 and not torch.compiler.is_compiling() and bool(attention_mask.all())
+            start = 0 if past is None else past.get_seq_length()
+            position_ids = token_positions(attention_mask, start, x.shape[1], x.device)
+        cos, sin = rotary_at(position_ids, self.config.rotary_dim, self.config.rotary_emb_base)
+        return mask, (cos[:, None], sin[:, None])
 
 
 class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
@@ -312,6 +369,7 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
         """Replace the head."""
         self.lm_head = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -320,25 +378,22 @@ class TokenFormerForCausalLM(TokenFormerPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> CausalLMOutputWithPast:
         """ids [b, s] -> logits [b, s, V]; with labels [b, s] (not shifted, -100 = ignore) the loss too."""
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, return_dict=True, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.padded_vocab_size, **kwargs)
-        result = CausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
-        return result if return_dict is None or return_dict else result.to_tuple()

@@ -87,14 +87,15 @@ class SelfAttention(nn.Module):
         if self.rotary is not None:
             cos, sin = self._rotation(q, cache)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        context = self._attended(q, k, v, cache)
+        return self.proj(context.transpose(1, 2).flatten(2))  # [b, h, s, head_dim] -> [b, s, h head_dim]
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None) -> Tensor:
+        """What attention gives for new tokens, [b, h, s, head_dim] as q, k and v are."""
         mask = None
         if cache is not None:
             k, v = cache.extend(k, v)
             mask = cache.mask
-        context = self._heads_attend(q, k, v, mask)
-        return self.proj(context.transpose(1, 2).flatten(2))  # [b, h, s, head_dim] -> [b, s, h head_dim]
-
-    def _heads_attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if not self.dropout or not self.training:
             return self._attend(q, k, v, mask, 0.0)
         with own_stream(self.layout, q.device):  # the heads of different ranks drop different weights

@@ -76,6 +76,8 @@ class Block(nn.Module):
         options: backends and device.
     """
 
+    attention_class: type[SelfAttention] = SelfAttention
+
     def __init__(self, config: ModelConfig, index: int, options: BuildOptions) -> None:
         super().__init__()
         self.parallel_residual, self.dropout, self.layout = config.gpt_j_residual, config.hidden_dropout, options.layout
@@ -103,7 +105,7 @@ class Block(nn.Module):
         is_tokenformer = config.layer_kinds[index] == TOKENFORMER
         projection = pattention if is_tokenformer else linear
         self.input_layernorm = build_norm(config.norm, config, device, layout)
-        self.attention = SelfAttention(config, projection, options.attention_backend, layout)
+        self.attention = self.attention_class(config, projection, options.attention_backend, layout)
         self.post_attention_layernorm = build_norm(config.norm, config, device, layout)
         self.mlp = pattention("mlp") if is_tokenformer else MLP(config, options)
 

@@ -7,9 +7,14 @@ from torch import Tensor
 
 
 def rotary_tables(length: int, dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin for positions 0..length-1, each [length, dim] in fp32; frequency i is base^(-2i/dim)."""
-    inverse = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inverse)
+    """cos and sin for positions 0..length-1, each [length, dim] in fp32."""
+    return rotary_at(torch.arange(length, device=device), dim, base)
+
+
+def rotary_at(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin for integer positions [..], each [.., dim] in fp32; frequency i is base^(-2i/dim)."""
+    inverse = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim)
+    angles = positions[..., None].to(torch.float32) * inverse
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,27 +26,17 @@ from megatron.inference.huggingface_source import configuration_source, modeling
 from megatron.model import LanguageModel, Pattention
 from megatron.tokenizer import CharLevelTokenizer, build_tokenizer
 from tests.inference.helpers import make_model
+from tests.inference.huggingface_helpers import PROMPTS, loaded, padded, private_modules
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 GOLDEN_MODELS = ("model_A", "model_C_untied_gelu_l2")
 MIXED = {"attention_config": [[["tokenformer", "global"], 1]]}
-PROMPTS = [[5, 9, 17, 3, 40, 8], [7], [88, 2, 4, 61]]
-
-
-def forget_modules() -> None:
-    """Let go of the code of exports that this process has imported."""
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)
-def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Code of exports is copied below the test's own folder."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    forget_modules()
-    yield
-    forget_modules()  # they refer to a folder that is gone
+def modules_cache(tmp_path: Path) -> Iterator[None]:
+    with private_modules(tmp_path / "modules"):
+        yield
 
 
 def golden_model(name: str) -> LanguageModel:
@@ -54,21 +45,10 @@ def golden_model(name: str) -> LanguageModel:
     return load_model(GOLDEN / name / "pytorch_model.bin", config)
 
 
-def loaded(folder: Path, **arguments: Any) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **arguments)
-
-
 def exported(model: LanguageModel, folder: Path, **arguments: Any) -> Any:
     """The model as transformers loads it, in its own dtype."""
     export_huggingface(model, folder, **arguments)
     return loaded(folder, dtype=next(model.parameters()).dtype)
-
-
-def padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
-    longest = max(map(len, prompts))
-    rows = [[0] * (longest - len(row)) + row for row in prompts]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in prompts]
-    return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
 
 
 @pytest.mark.parametrize("name", GOLDEN_MODELS)
@@ -217,18 +197,62 @@ def test_the_code_of_an_export_needs_no_other_package_than_torch_and_transformer
         assert result.returncode == 0, result.stdout
 
 
-def test_an_export_loads_where_this_package_is_missing(tmp_path: Path) -> None:
-    export_huggingface(make_model(), tmp_path / "export")
-    code = (
-        "import sys, torch, transformers\n"
-        "model = transformers.AutoModelForCausalLM.from_pretrained('export', trust_remote_code=True)\n"
-        "assert 'megatron' not in sys.modules\n"
-        "print(model(torch.tensor([[1, 2]])).logits.shape[-1], sum(p.numel() for p in model.parameters()))"
-    )
+def with_tokenizer(folder: Path, tokenizer_file: Path, **keys: Any) -> None:
+    """An export whose tokenizer has 300 entries."""
+    model = make_model(dtype=torch.float32, vocab_size=300, padded_vocab_size=384, **keys)
+    export_huggingface(model, folder, TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(tokenizer_file)))
+
+
+def snippets(page: str) -> list[str]:
+    """The Python code of a page of docs/."""
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def test_documented_code_runs_and_asks_nothing(
+    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_tokenizer(tmp_path / "HF_FOLDER", tokenizer_file)
+    with_tokenizer(tmp_path / "pythia-160m", tokenizer_file, kind="transformer", norm="layernorm")
+    monkeypatch.chdir(tmp_path)
+    questions: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": questions.append(question) or "n")
+    names: dict[str, Any] = {}
+    code = snippets("exchange.md")
+    assert len(code) == 4
+    for snippet in code:
+        exec(snippet, names)
+    assert not questions
+    assert len([p for p in names["model"].parameters() if p.requires_grad]) == 2 * 2 * 10  # blocks, LoRA's A and B
+
+
+def test_a_pipeline_generates_what_generate_does(tmp_path: Path, tokenizer_file: Path) -> None:
+    with_tokenizer(tmp_path / "export", tokenizer_file)
+    pipeline = transformers.pipeline("text-generation", model=str(tmp_path / "export"), trust_remote_code=True)
+    model, tokenizer = loaded(tmp_path / "export"), pipeline.tokenizer
+    texts = ["the people of", "the"]
+    answers = pipeline(texts, max_new_tokens=5, batch_size=2)
+    for text, (answer,) in zip(texts, answers, strict=True):
+        ids = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=5)[0]
+        assert answer["generated_text"] == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_an_export_runs_where_this_package_is_missing(tmp_path: Path, tokenizer_file: Path) -> None:
+    """With standard input open: a question would be waited for."""
+    with_tokenizer(tmp_path / "HF_FOLDER", tokenizer_file)
+    code = "import sys\n" + snippets("exchange.md")[1] + "assert 'megatron' not in sys.modules\n"
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
-    command = [sys.executable, "-P", "-c", code]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.stdout.split() == ["640", str(make_model().num_parameters())], result.stderr
+    asked, answers = os.pipe()
+    try:
+        result = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            cwd=tmp_path, env=environment, stdin=asked, capture_output=True, text=True,
+        )  # fmt: skip
+    finally:
+        os.close(asked)
+        os.close(answers)
+    assert result.returncode == 0 and result.stdout.startswith("['The people of"), result.stderr
+    assert result.stdout.count("\n") == 1
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
