@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -131,15 +132,22 @@ def _write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int
         shards[-1][name] = tensor
         filled += tensor.nbytes
     if len(shards) == 1:
-        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+        _write_tensors(folder / WEIGHTS, tensors)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({n: t.cpu().contiguous() for n, t in shard.items()}, folder / file, {"format": "pt"})
+        _write_tensors(folder / file, shard)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     _write_json(folder / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)  # what the umask gives; safetensors lets only the owner read
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    path.chmod(mode)
 
 
 def _write_configs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from megatron.config.schema import ModelConfig
 from megatron.errors import run_command
 from megatron.inference import load_model
 from megatron.inference.convert import official_name
+from megatron.inference.huggingface import export_huggingface
 from tests.inference.helpers import make_config, save_random_models
 from tools.ckpts.convert import main
 
@@ -68,6 +70,24 @@ def test_a_runs_checkpoint_keeps_its_tokenizer(tmp_path: Path, tokenizer_file: P
     source = CheckpointReader(tmp_path / "run" / "global_step5")
     name = "layers.1.mlp.key_tokens_0"
     assert torch.equal(saved.tensor("model", name), source.tensor("model", name).bfloat16().float())
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o027])
+def test_files_have_the_mode_that_the_umask_gives(umask: int, tmp_path: Path, tokenizer_file: Path) -> None:
+    config = make_config(tokenizer_type="HFTokenizer", vocab_file=str(tokenizer_file), padded_vocab_size=384)
+    before = os.umask(umask)
+    try:
+        save_random_models(tmp_path / "run", config, (5,))
+        main(["to-hf", str(tmp_path / "run"), str(tmp_path / "hf")])
+        export_huggingface(load_model(tmp_path / "run"), tmp_path / "shards", shard_bytes=50_000)
+        main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "back")])
+        main(["to-official", str(tmp_path / "run"), str(tmp_path / "flat")])
+    finally:
+        os.umask(before)
+    assert len(list(tmp_path.rglob("*.safetensors"))) >= 5
+    modes = {path: oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
+    for path, mode in modes.items():
+        assert mode == oct((0o777 if path.is_dir() else 0o666) & ~umask), path
 
 
 def test_a_missing_tokenizer_is_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
