@@ -50,5 +50,5 @@ def run_command(function: Callable[[], int | None]) -> int:
 
 
 def _one_line(text: str) -> str:
-    """`text` on one line, which any terminal and any encoding of stderr can show."""
-    return " ".join(text.split()).encode("utf-8", errors="backslashreplace").decode("utf-8")
+    """`text` on one line; what a terminal would obey or cannot show is spelled out."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split()))

@@ -137,10 +137,18 @@ def model_config(found: Mapping[str, Any], source: str) -> dict[str, Any]:
         "seq_length": get("max_position_embeddings", 2048), "padded_vocab_size": found["vocab_size"],
         "intermediate_size": None if inner == 4 * width else inner, "activation": activation, **rope,
         "norm": "layernorm", "layernorm_epsilon": get("layer_norm_eps", 1e-5),
-        "no_weight_tying": not get("tie_word_embeddings", False), "gpt_j_residual": get("use_parallel_residual", True),
+        "no_weight_tying": not is_tied(found, False, source), "gpt_j_residual": get("use_parallel_residual", True),
         "use_bias_in_attn_linear": get("attention_bias", True), "init_method_std": get("initializer_range", 0.02),
         "attention_dropout": get("attention_dropout", 0.0), "hidden_dropout": get("hidden_dropout", 0.0),
     }  # fmt: skip
+
+
+def is_tied(found: Mapping[str, Any], default: bool, source: str) -> bool:
+    """tie_word_embeddings of a config.json. Raises UserError where it is not a truth value."""
+    tied = found.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):
+        raise UserError(f"{source}: tie_word_embeddings: {str(tied)[:40]!r} is neither true nor false")
+    return default if tied is None else tied
 
 
 def _plain_rotary(found: Mapping[str, Any], source: str) -> dict[str, Any]:

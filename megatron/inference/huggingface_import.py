@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron.checkpoint.published import read_flat_file
+from megatron.checkpoint.published import EMBEDDING, read_flat_file
 from megatron.config.schema import ModelConfig
 from megatron.errors import UserError
 from megatron.files import read_text
 from megatron.inference import gpt_neox
+from megatron.model.compatibility import count_layers, described_model
 
 ARCHITECTURE = "TokenFormerForCausalLM"
 CONFIG, WEIGHTS, OLD_WEIGHTS = "config.json", "model.safetensors", "pytorch_model.bin"
-_PREFIXES = {"model.": "", "lm_head.weight": "head.final_linear.weight"}
+_HEAD = "head.final_linear.weight"
+_PREFIXES = {"model.": "", "lm_head.weight": _HEAD}
+_Answer = TypeVar("_Answer")
 
 
 class HuggingFaceCheckpoint:
@@ -37,22 +41,45 @@ class HuggingFaceCheckpoint:
         self.folder = Path(folder)
         found = read_json(self.folder / CONFIG)
         self._weights = _Weights(self.folder)
+        if not self._weights.files:
+            raise UserError(f"{self.folder}: its weights have no tensors; get the whole folder")
         named = found.get("architectures")
         architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
         if gpt_neox.ARCHITECTURE in architectures:
             keys, self._names_in = self._neox_keys(found), gpt_neox.canonical_names
         elif ARCHITECTURE in architectures:
-            keys, self._names_in = _own_keys(found), _own_names
+            keys, self._names_in = _own_keys(found, str(self.folder / CONFIG)), _own_names
         else:
             raise UserError(
                 f"{self.folder / CONFIG}: architecture {', '.join(architectures) or 'unknown'} is not supported; "
                 f"{ARCHITECTURE} and {gpt_neox.ARCHITECTURE} are"
             )
+        self._origin = self._origins()
         self.config = self._validated(keys)
-        self._origin = {name: theirs for theirs in self._weights.files for name in self._names_in(theirs)}
         if not self.config.no_weight_tying:
-            self._origin.pop("head.final_linear.weight", None)
+            self._drop_tied_head()
         self.names = list(self._origin)
+
+    def _origins(self) -> dict[str, str]:
+        """Canonical name -> name in the folder."""
+        origins: dict[str, str] = {}
+        for theirs in self._weights.files:
+            for name in self._names_in(theirs):
+                if name in origins:
+                    raise UserError(f"{self.folder}: has two tensors for {name}: {origins[name]} and {theirs}")
+                origins[name] = theirs
+        return origins
+
+    def _drop_tied_head(self) -> None:
+        """A head beside a tied embedding may only repeat it: which of the two was meant cannot be known."""
+        head = self._origin.get(_HEAD)
+        same = head is None or EMBEDDING not in self._origin or torch.equal(self.tensor(_HEAD), self.tensor(EMBEDDING))
+        if not same:
+            raise UserError(
+                f"{self.folder / CONFIG}: tie_word_embeddings: true, but {head} is another matrix than the embedding; "
+                "set it to false"
+            )
+        self._origin.pop(_HEAD, None)
 
     def _neox_keys(self, found: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -65,12 +92,24 @@ class HuggingFaceCheckpoint:
             raise UserError(f"{self.folder / CONFIG}: cannot be used: {error}; give the file of a model") from None
 
     def _validated(self, keys: dict[str, Any]) -> ModelConfig:
+        source, layers = self.folder / CONFIG, count_layers(self._origin)
+        if keys.get("num_layers") != layers:  # seen to before a list of a billion layers is made
+            key = "num_layers" if self._names_in is _own_names else "num_hidden_layers"
+            told = str(keys.get("num_layers"))[:40]
+            raise UserError(f"{source}: {key}: {told} does not fit the weights, which are of {layers} layers")
         try:
-            return ModelConfig(**keys)
+            config = ModelConfig(**keys)
         except ValidationError as error:
             first = error.errors()[0]
             reason = ".".join(map(str, first["loc"])) + f": {first['msg'].removeprefix('Value error, ')}"
-            raise UserError(f"{self.folder / CONFIG}: {reason.removeprefix(': ')}") from None
+            raise UserError(f"{source}: {reason.removeprefix(': ')}") from None
+        if config.padded_vocab_size is None:
+            raise UserError(f"{source}: the size of the vocabulary is missing; the file is not complete")
+        try:
+            described_model(config)
+        except ValueError as error:
+            raise UserError(f"{source}: describes no model: {error}") from None
+        return config
 
     def tensor(self, name: str) -> Tensor:
         """A tensor by its canonical name, in the dtype it is stored in."""
@@ -80,8 +119,8 @@ class HuggingFaceCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape."""
-        shape = self._weights.shape(self._origin[name])
-        return (shape[0] // len(self._names_in(self._origin[name])), *shape[1:]) if shape else ()
+        shape, parts = self._weights.shape(self._origin[name]), len(self._names_in(self._origin[name]))
+        return (shape[0] // parts, *shape[1:]) if shape and not shape[0] % parts else shape
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -97,10 +136,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _own_keys(found: dict[str, Any]) -> dict[str, Any]:
+def _own_keys(found: dict[str, Any], source: str) -> dict[str, Any]:
     keys = {key: found[key] for key in ModelConfig.model_fields if key in found}
     keys["vocab_size"] = found.get("tokenizer_vocab_size")
-    keys["no_weight_tying"] = not found.get("tie_word_embeddings", True)
+    keys["no_weight_tying"] = not gpt_neox.is_tied(found, True, source)
     return keys
 
 
@@ -124,16 +163,22 @@ class _Weights:
         for name in (WEIGHTS, OLD_WEIGHTS):
             index = self.folder / f"{name}.index.json"
             if index.is_file():
-                files = read_json(index).get("weight_map")
-                if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-                    raise UserError(f"{index}: has no weight_map of tensors and files; write the folder anew")
-                if any(Path(file).name != file for file in files.values()):
-                    raise UserError(f"{index}: names a file outside its folder")
-                return files
+                return self._indexed(index)
             if (self.folder / name).is_file():
                 self._open = {name: self._read(name)}
                 return dict.fromkeys(self._open[name].keys(), name)
         raise UserError(f"{self.folder}: has neither {WEIGHTS} nor {OLD_WEIGHTS}, nor an index of several such files")
+
+    def _indexed(self, index: Path) -> dict[str, str]:
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise UserError(f"{index}: has no weight_map of tensors and files; write the folder anew")
+        for file in dict.fromkeys(files.values()):
+            if Path(file).name != file or file in ("", "..") or not file.isprintable():
+                raise UserError(f"{index}: names {file[:100]!r}: outside its folder, or no file name; get it anew")
+            if not (self.folder / file).is_file():
+                raise UserError(f"{index}: names {file[:100]}, which is not there; get the whole folder")
+        return files
 
     def _read(self, file: str) -> Any:
         path = self.folder / file
@@ -151,13 +196,21 @@ class _Weights:
         return self._open[file]
 
     def tensor(self, name: str) -> Tensor:
-        file = self._file(name)
-        read: Callable[[str], Tensor] = file.__getitem__ if isinstance(file, dict) else file.get_tensor
-        try:
-            return read(name)
-        except (KeyError, SafetensorError):
-            raise UserError(f"{self.folder / self.files[name]}: lacks the tensor {name} of the index") from None
+        return self._ask(name, lambda file: file[name] if isinstance(file, dict) else file.get_tensor(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
+        return self._ask(
+            name,
+            lambda file: tuple(file[name].shape if isinstance(file, dict) else file.get_slice(name).get_shape()),
+        )
+
+    def _ask(self, name: str, question: Callable[[Any], _Answer]) -> _Answer:
+        """What the file of this tensor says."""
         file = self._file(name)
-        return tuple(self.tensor(name).shape if isinstance(file, dict) else file.get_slice(name).get_shape())
+        if name not in file.keys():  # noqa: SIM118 -- a safetensors file is no dictionary
+            raise UserError(f"{self.folder / self.files[name]}: lacks the tensor {name[:100]!r} of the index")
+        try:
+            return question(file)
+        except Exception as error:  # of a type that torch lacks, or another one that depends on the library's version
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.folder / self.files[name]}: {name[:100]!r} cannot be read ({reason})") from None

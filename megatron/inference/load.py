@@ -19,8 +19,14 @@ from megatron.config.schema import ModelConfig, RunConfig
 from megatron.errors import UserError
 from megatron.growth.schedule import resumed_config
 from megatron.inference.huggingface_import import CONFIG, HuggingFaceCheckpoint
-from megatron.model import LanguageModel
-from megatron.model.compatibility import check_fit, check_same_model, saved_model_config
+from megatron.model import LanguageModel, Pattention
+from megatron.model.compatibility import (
+    check_fit,
+    check_same_model,
+    described_model,
+    saved_model_config,
+    tau_fault,
+)
 from megatron.mpu.layout import SINGLE, Layout
 from megatron.mpu.processes import first_rank_does
 from megatron.mpu.shard import take_share
@@ -109,9 +115,15 @@ def _open_huggingface(path: Path, config: ModelConfig | None) -> _Opened:
     found = HuggingFaceCheckpoint(path)
     if config is not None:
         check_same_model(config, found.config, path)
-    for name, _ in LanguageModel(found.config, device="meta").named_buffers():
-        if name.endswith(".tau_tokens") and name not in found.names:
+    for prefix, module in described_model(found.config).named_modules():
+        if not isinstance(module, Pattention):
+            continue
+        name = f"{prefix}.tau_tokens"
+        if name not in found.names:
             raise UserError(f"{path} has no tensor {name}, without which a layer computes something else")
+        tau = _usable(name, found.tensor(name), torch.float32, path)
+        if fault := tau_fault(int(tau), module.num_tokens):
+            raise UserError(f"{path}: {name} {fault}; give a model that is whole")
     return found.names, found.shape, found.tensor, found.config
 
 

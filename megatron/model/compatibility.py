@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from megatron.checkpoint.store import CheckpointReader
@@ -63,20 +63,38 @@ _FREE_KEYS = {
 }  # fmt: skip
 
 
+def count_layers(names: Iterable[str]) -> int:
+    """Of how many blocks there are tensors among these canonical names."""
+    return len({name.split(".")[1] for name in names if name.startswith("layers.")})
+
+
+def described_model(config: ModelConfig) -> LanguageModel:
+    """The model on the meta device. Raises ValueError, in one line, for sizes beyond any memory."""
+    try:
+        return LanguageModel(config, device="meta")
+    except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as error:
+        raise ValueError(str(error).splitlines()[0][:200]) from None
+
+
+def tau_fault(tau_tokens: int, num_tokens: int) -> str | None:
+    """What is wrong with a layer's tau^2, which is a number of tokens it has, or had before it grew."""
+    return None if 1 <= tau_tokens <= num_tokens else f"is {tau_tokens} in a layer with {num_tokens} tokens"
+
+
 def saved_model_config(reader: CheckpointReader) -> ModelConfig:
     """The model section of the configuration in a canonical checkpoint.
 
     Raises: DamagedCheckpoint unless the tensors are those of such a model.
     """
     names = reader.names("model")
-    layers = len({name.split(".")[1] for name in names if name.startswith("layers.")})
+    layers = count_layers(names)
     if reader.config.get("num_layers") != layers:  # seen to before a list of a billion layers is made
         raise reader.damaged("config.yml", f"does not say num_layers {layers}, as the tensors do")
     config = reader.section(ModelConfig)
     try:
-        model = LanguageModel(config, device="meta")
-    except (RuntimeError, ValueError, OverflowError, MemoryError) as error:  # sizes beyond any memory
-        raise reader.damaged("config.yml", f"describes no model: {str(error).splitlines()[0][:200]}") from None
+        model = described_model(config)
+    except ValueError as error:
+        raise reader.damaged("config.yml", f"describes no model: {error}") from None
     try:
         check_fit(model, {name: reader.shape("model", name) for name in names}, "the manifest")
     except UserError as error:
@@ -88,12 +106,10 @@ def saved_model_config(reader: CheckpointReader) -> ModelConfig:
 
 
 def _check_tau(reader: CheckpointReader, name: str, num_tokens: int) -> None:
-    """tau^2 is a number of tokens that the layer has, or had before it grew."""
     if name not in reader.names("model") or reader.shape("model", name):
         raise reader.damaged("manifest.json", f"lacks {name}")
-    tau_tokens = int(reader.tensor("model", name))
-    if not 1 <= tau_tokens <= num_tokens:
-        raise reader.damaged("manifest.json", f"leads to {name} {tau_tokens} of a layer with {num_tokens} tokens")
+    if fault := tau_fault(int(reader.tensor("model", name)), num_tokens):
+        raise reader.damaged("manifest.json", f"leads to {name} that {fault}")
 
 
 def check_same_model(config: ModelConfig, saved: ModelConfig, folder: Path) -> None:
