@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -61,17 +61,21 @@ def flat_metrics(results: Mapping[str, Any]) -> dict[str, float | int | None]:
 
 
 def log_to_boards(config: RunConfig, metrics: dict[str, float | int | None]) -> None:
-    """Send metrics to TensorBoard (tensorboard_dir) and Weights & Biases (use_wandb), where configured."""
+    """Send metrics to TensorBoard (tensorboard_dir) and Weights & Biases (use_wandb), where configured.
+
+    The results are on disk by then: a board that fails costs a warning.
+    """
     from megatron.training.metrics import Sink, TensorBoard, WandB
 
-    sinks: list[Sink] = []
-    if config.logging.tensorboard_dir:
-        try:
-            sinks.append(TensorBoard(config.logging.tensorboard_dir))
-        except ImportError:
-            get_logger().warning("tensorboard_dir: results are not logged there, TensorBoard is not installed")
+    folder = config.logging.tensorboard_dir
+    boards: dict[str, Callable[[], Sink]] = {"tensorboard_dir": lambda: TensorBoard(folder or "")} if folder else {}
     if config.logging.use_wandb:
-        sinks.append(WandB(config))
-    for sink in sinks:
-        sink.write(metrics)
-        sink.close()
+        boards["use_wandb"] = lambda: WandB(config)
+    for name, make in boards.items():
+        try:
+            sink = make()
+            sink.write(metrics)
+            sink.close()
+        except Exception as error:  # whatever a library of others comes to
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            get_logger().warning("%s: the results are not logged there: %s", name, reason.removeprefix(f"{name}: "))

@@ -43,11 +43,15 @@ def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]
     Raises: UserError when tasks, checkpoint, tokenizer, data or the lm_eval package are missing.
     """
     ranks, options = DataRanks.of_layout(layout), config.evaluation
-    evaluate_tasks = _prepare_tasks(options) if options.eval_tasks or not options.perplexity_data else None
-    path = checkpoint_source(config.checkpoint)
+    with_tasks = bool(options.eval_tasks or not options.perplexity_data)
+    if with_tasks:
+        _check_options(options)
     results_file = results_path(options.eval_results_prefix)
     if ranks.reports:
         find_output(results_file, "eval_results_prefix")
+    path = checkpoint_source(config.checkpoint)
+    # After all that is quickly said: lm-eval's index of tasks takes seconds.
+    evaluate_tasks = partial(_evaluate, *find_tasks(options)) if with_tasks else None
     model, tokenizer = load_for_inference(config, layout)
     results: dict[str, Any] = evaluate_tasks(model, tokenizer, config, ranks) if evaluate_tasks else {"results": {}}
     if options.perplexity_data:
@@ -87,19 +91,18 @@ def _perplexity(model: LanguageModel, tokenizer: Tokenizer, config: RunConfig, r
     return {"alias": options.perplexity_data, **values, "seq_length": seq_length, "stride": stride}
 
 
-def _prepare_tasks(options: EvaluationConfig) -> Any:
-    """The evaluation of eval_tasks, with what can be wrong about them found before a model is loaded."""
-    _check_installed()
-    return partial(_evaluate, *find_tasks(options))
-
-
-def _check_installed() -> None:
+def _check_options(options: EvaluationConfig) -> None:
+    """What can be wrong about eval_tasks before their names are looked up."""
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise UserError(
             "eval_tasks: the lm_eval package is not installed; pip install -r requirements/requirements-eval.txt"
         ) from error
+    if not options.eval_tasks:
+        raise UserError("eval_tasks: missing; name lm-eval tasks, for example --eval_tasks lambada_openai piqa")
+    if options.include_path is not None and not Path(options.include_path).is_dir():
+        raise UserError(f"include_path: {options.include_path} is not a folder; name the one with the task YAMLs")
 
 
 def find_tasks(options: EvaluationConfig) -> tuple[list[str], TaskManager]:
@@ -110,11 +113,8 @@ def find_tasks(options: EvaluationConfig) -> tuple[list[str], TaskManager]:
     """
     from lm_eval.tasks import TaskManager
 
-    if not options.eval_tasks:
-        raise UserError("eval_tasks: missing; name lm-eval tasks, for example --eval_tasks lambada_openai piqa")
+    assert options.eval_tasks, "checked before"
     folder = options.include_path
-    if folder is not None and not Path(folder).is_dir():
-        raise UserError(f"include_path: {folder} is not a folder; name the one with the task YAMLs")
     if folder is not None:
         manager = TaskManager(include_path=folder, include_defaults=False)
         if all(manager.match_tasks([name]) for name in options.eval_tasks):

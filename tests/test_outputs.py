@@ -24,7 +24,7 @@ from megatron.errors import UserError
 from megatron.inference.answers import Answers
 from megatron.inference.generate import Completion
 from megatron.inference.modes import run_generation
-from tests.inference.helpers import make_config
+from tests.inference.helpers import make_config, save_random_models
 from tools.datasets import make_demo_task, train_tokenizer
 
 TEXT = "the people of the united states and the congress of the states in their own time and place. " * 30
@@ -99,6 +99,15 @@ def test_prompts_and_other_inputs_of_generation_are_not_replaced(tmp_path: Path)
         config = make_config(**keys, sample_output_file=str(output))
         refused(lambda config=config: run_generation(config), prompts)
     assert merges.read_text() == "a prompt\n" and (tmp_path / "link").is_symlink()
+
+
+def test_no_file_of_a_checkpoint_is_replaced_by_what_it_generates(tmp_path: Path) -> None:
+    save_random_models(tmp_path / "run", make_config(), (3,))
+    folder = tmp_path / "run" / "global_step3"
+    (tmp_path / "link").symlink_to(folder / "config.yml")
+    for output in (*folder.iterdir(), tmp_path / "link"):
+        keys = {"text_gen_type": "unconditional", "load": str(tmp_path / "run"), "sample_output_file": str(output)}
+        refused(lambda keys=keys: run_generation(make_config(**keys)), output.resolve())
 
 
 def test_a_configuration_is_not_replaced_by_its_output(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from tqdm import tqdm
 
 from megatron.config.schema import GenerationConfig, RunConfig
 from megatron.errors import UserError
-from megatron.files import find_output
+from megatron.files import find_output, refuse_inputs
 from megatron.inference.answers import Answers, fingerprint
 from megatron.inference.decoding import Decoder, Text
 from megatron.inference.generate import completion_of, evaluating, length_batches, start_texts
 from megatron.inference.interactive import converse
-from megatron.inference.prepare import load_for_inference
+from megatron.inference.prepare import checkpoint_source, load_for_inference
 from megatron.inference.prompts import Request, read_requests, sampling_of
 from megatron.inference.ranks import agree
 from megatron.log import get_logger
@@ -38,6 +38,8 @@ def run_generation(config: RunConfig, layout: Layout = SINGLE) -> None:
     requests, inputs = _requests(options), _input_files(config)
     if requests is not None:
         find_output(options.sample_output_file, "sample_output_file", inputs)
+        inputs += _checkpoint_files(config)
+        refuse_inputs(options.sample_output_file, "sample_output_file", inputs)
     model, tokenizer = load_for_inference(config, layout)
     decoder = Decoder(model, tokenizer, config.model.seq_length, options.recompute, options.logprobs)
     if requests is None:
@@ -55,12 +57,14 @@ def run_generation(config: RunConfig, layout: Layout = SINGLE) -> None:
 
 def _input_files(config: RunConfig) -> list[str | None]:
     """What a generation reads, and its output must not replace."""
-    return [
-        config.generation.sample_input_file,
-        config.checkpoint.eval_ckpt,
-        config.tokenizer.vocab_file,
-        config.tokenizer.merge_file,
-    ]
+    tokenizer = config.tokenizer
+    return [config.generation.sample_input_file, tokenizer.vocab_file, tokenizer.merge_file]
+
+
+def _checkpoint_files(config: RunConfig) -> list[str | None]:
+    """The files of the checkpoint: the output must not replace one of these either."""
+    source = checkpoint_source(config.checkpoint)
+    return [str(source)] if source.is_file() else [str(path) for path in sorted(source.iterdir())]
 
 
 def _write_answers(

@@ -11,6 +11,7 @@ from megatron.checkpoint.official_folder import find_official_folder
 from megatron.checkpoint.store import find_checkpoint
 from megatron.config.schema import CheckpointConfig, RunConfig
 from megatron.errors import UserError
+from megatron.inference.huggingface_import import CONFIG
 from megatron.inference.load import load_model
 from megatron.log import get_logger
 from megatron.model import LanguageModel
@@ -50,7 +51,12 @@ def checkpoint_source(config: CheckpointConfig) -> Path:
         raise UserError(f"{key}: {path} does not exist; train first, or name an existing checkpoint")
     if path.is_file():
         return path
-    return find_official_folder(path, config.iteration) or find_checkpoint(path, config.iteration) or path
+    if (path / CONFIG).is_file():
+        return path
+    found = find_official_folder(path, config.iteration) or find_checkpoint(path, config.iteration, key)
+    if found is None:
+        raise UserError(f"{key}: no checkpoint in {path}; train first, or name another folder or a pytorch_model.bin")
+    return found
 
 
 def inference_dtype(name: Literal["fp32", "bf16", "fp16"], device: torch.device) -> torch.dtype:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +15,10 @@ import pytest
 import torch
 import yaml
 
+from eval_tasks.run import run_evaluation
+from megatron.config.cli import parse_run
 from tests.inference.helpers import make_config, save_random_models
+from tests.launched import environment
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -74,25 +80,49 @@ def test_all_ranks_see_the_scores_of_one(tokenizer_file: Path, ranks: int, tenso
     assert_same_scores(first, scores(str(tokenizer_file), 1))
 
 
-def test_the_launcher_starts_two_ranks_that_write_one_results_file(tmp_path: Path, tokenizer_file: Path) -> None:
+def evaluate(file: str, *flags: str) -> int:
+    """eval.py in a rank that has its imports already; how often it prints a perplexity."""
+    from eval import main
+
+    os.chdir(FIXTURES)
+    sys.argv = ["eval.py", file, *flags]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main() == 0
+    return printed.getvalue().count("token_perplexity")
+
+
+def results_of(folder: Path, prefix: str) -> dict[str, dict[str, Any]]:
+    (file,) = folder.glob(f"{prefix}_eval_results_*.json")
+    found: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["results"]
+    return found
+
+
+def test_ranks_of_the_launcher_and_tensor_ranks_write_the_results_of_one_process(
+    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(FIXTURES)
     config = make_config(padded_vocab_size=384, tokenizer_type="HFTokenizer", vocab_file=str(tokenizer_file))
     save_random_models(tmp_path / "run", config, (7,))
-    (tmp_path / "run.yml").write_text(yaml.safe_dump(config.flat()), encoding="utf-8")
-    (tmp_path / "text.txt").write_text("The ferry leaves the harbor at noon. " * 20, encoding="utf-8")
-    found = []
-    for ranks, tensor_ranks in (("1", 1), ("2", 1), ("2", 2)):
-        command = [sys.executable, str(ROOT / "deepy.py"), str(ROOT / "eval.py"), str(tmp_path / "run.yml")]
-        command += ["--num_gpus", ranks, "--load", str(tmp_path / "run"), "--include_path", str(FIXTURES)]
-        command += ["--eval_tasks", "harbor_choice", "harbor_last", "--perplexity", str(tmp_path / "text.txt")]
-        prefix = f"{ranks}_{tensor_ranks}"
-        command += ["--eval_results_prefix", str(tmp_path / prefix), "--set", f"model_parallel_size={tensor_ranks}"]
-        cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run(command, cwd=FIXTURES, env={**os.environ, **cache}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        (file,) = tmp_path.glob(f"{prefix}_eval_results_*.json")
-        assert done.stdout.count("token_perplexity") == 1
-        found.append(yaml.safe_load(file.read_text(encoding="utf-8"))["results"])
-    for task, values in found[0].items():
+    file, text = tmp_path / "run.yml", tmp_path / "text.txt"
+    file.write_text(yaml.safe_dump(config.flat()), encoding="utf-8")
+    text.write_text("The ferry leaves the harbor at noon. " * 20, encoding="utf-8")
+    flags = ["--load", str(tmp_path / "run"), "--include_path", str(FIXTURES), "--perplexity", str(text)]
+    flags += ["--eval_tasks", "harbor_choice", "harbor_last", "--eval_results_prefix"]
+
+    alone, _ = parse_run([str(file), *flags, str(tmp_path / "alone")], "eval.py")
+    run_evaluation(alone)
+    shared = ["--set", "model_parallel_size=2", *flags, str(tmp_path / "tensor")]
+    assert run_ranks(2, evaluate, str(file), *shared) == [1, 0]
+    command = [sys.executable, str(ROOT / "deepy.py"), str(ROOT / "eval.py"), str(file), "--num_gpus", "2", *flags]
+    launched = environment(DS_ACCELERATOR="cpu", HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    done = subprocess.run([*command, str(tmp_path / "data")], env=launched, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("token_perplexity") == 1
+
+    expected, *others = (results_of(tmp_path, prefix) for prefix in ("alone", "tensor", "data"))
+    for task, values in expected.items():
         for key, value in values.items():
-            expected = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
-            assert [other[task][key] for other in found[1:]] == [expected] * 2, key
+            same = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+            assert [other[task][key] for other in others] == [same] * 2, key

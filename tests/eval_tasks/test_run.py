@@ -15,6 +15,7 @@ from eval_tasks.run import find_tasks, run_evaluation
 from megatron.config import EvaluationConfig, RunConfig
 from megatron.errors import UserError
 from megatron.inference import load_model
+from megatron.log import get_logger
 from megatron.tokenizer import HFTokenizer
 from tests.inference.helpers import make_config, save_random_models
 
@@ -137,10 +138,34 @@ def test_missing_tasks_and_folders_are_named(config: RunConfig, monkeypatch: pyt
             run_evaluation(with_evaluation(config, **keys))
 
 
-def test_missing_checkpoint_is_named(config: RunConfig) -> None:
-    checkpoint = config.checkpoint.model_copy(update={"load": None})
-    with pytest.raises(UserError, match="load: no checkpoint configured"):
-        run_evaluation(config.model_copy(update={"checkpoint": checkpoint}))
+def test_missing_checkpoint_is_named_before_tasks_are_looked_up(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eval_tasks.run.find_tasks", lambda options: pytest.fail("lm-eval's index takes seconds"))
+    (tmp_path / "empty").mkdir()
+    for keys, message in [
+        ({"load": None}, "load: no checkpoint configured"),
+        ({"load": str(tmp_path / "empty")}, "load: no checkpoint in .*empty; train first"),
+        ({"load": str(tmp_path / "absent")}, "load: .*absent does not exist"),
+        ({"eval_ckpt": str(tmp_path / "empty")}, "eval_ckpt: no checkpoint in"),
+        ({"iteration": 8}, "load: .*global_step8 is not a complete checkpoint"),
+    ]:
+        checkpoint = config.checkpoint.model_copy(update=keys)
+        with pytest.raises(UserError, match=message):
+            run_evaluation(config.model_copy(update={"checkpoint": checkpoint}))
+
+
+def test_a_board_that_fails_costs_a_warning(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    (tmp_path / "file").write_text("")
+    boards = config.logging.model_copy(update={"tensorboard_dir": str(tmp_path / "file"), "use_wandb": True})
+    run_evaluation(config.model_copy(update={"logging": boards}))
+    for name in ("tensorboard_dir", "use_wandb"):
+        assert any(line.startswith(f"{name}: the results are not logged there: ") for line in caplog.messages)
+    assert list((tmp_path / "results").glob("tiny_eval_results_*.json"))
 
 
 def test_missing_data_is_reported_with_the_task(
