@@ -45,6 +45,20 @@ FLAG_KEYS: dict[str, str] = {
 }
 """The key that each flag sets."""
 
+_LM_EVAL = "lm-eval's own command, `python -m eval_tasks --model tokenformer --model_args pretrained=FOLDER`, has it"
+OTHER_WORDS: dict[str, str] = {
+    "--batch_size": "--eval_batch_size is the word for evaluation, train_micro_batch_size_per_gpu for training",
+    "--tasks": "--eval_tasks is the word here",
+    "--output_path": "--eval_results_prefix is the word here",
+    "--log_samples": _LM_EVAL,
+    "--gen_kwargs": _LM_EVAL,
+    "--model_args": _LM_EVAL,
+    "--use_cache": _LM_EVAL,
+    "--predict_only": _LM_EVAL,
+    "--apply_chat_template": "the tokenizers have no chat template",
+}
+"""What to use instead of flags of lm-eval's command."""
+
 _NUMBER_KEYS = {
     "iteration", "eval_batch_size", "eval_limit", "num_fewshot", "perplexity_stride", "num_gpus", "master_port",
 }  # fmt: skip
@@ -64,6 +78,12 @@ class _Parser(argparse.ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         for word in message.rpartition(":")[2].split():
             name = word.partition("=")[0]
+            if name in OTHER_WORDS:
+                message += f"; {name}: {OTHER_WORDS[name]}"
+                continue
+            if name.startswith("--") and name[2:] in _key_names():
+                message += f"; {name[2:]} is a key: --set {name[2:]}=VALUE"
+                continue
             near = difflib.get_close_matches(name, known, 1, 0.6)
             if name.startswith("-") and name not in known and near:
                 message += f"; did you mean {near[0]}?"
@@ -72,6 +92,10 @@ class _Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         return f"{super().format_help()}\n{describe_keys()}\n"
+
+
+def _key_names() -> set[str]:
+    return {key.name for key in all_keys()}
 
 
 def build_parser(prog: str, with_script: bool = False) -> argparse.ArgumentParser:

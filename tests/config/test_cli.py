@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron.config import explain, resolve_config
-from megatron.config.cli import parse_run
+from megatron.config.cli import parse_arguments, parse_run
 from megatron.config.load import SECTION_OF
 from megatron.config.reference import render
-from megatron.errors import run_command
+from megatron.errors import UserError, run_command
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs/demo.yml")
@@ -94,3 +94,26 @@ def test_explain_tells_the_source_of_every_value(tmp_path: Path) -> None:
 def test_reference_page_is_up_to_date() -> None:
     text = (ROOT / "docs/configuration.md").read_text()
     assert text == render(), "run `python -m megatron.config.reference`"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batch_size", "4"], ["--eval_batch_size", "train_micro_batch_size_per_gpu"]),
+        (["--output-path", "out"], ["--eval_results_prefix"]),
+        (["--log_samples"], ["python -m eval_tasks --model tokenformer"]),
+        (["--log_samples", "--output_path=out", "--batch_size=auto"], ["eval_tasks", "_results_prefix", "_batch_size"]),
+        (["--tasks", "piqa"], ["--eval_tasks is the word here"]),
+        (["--gen_kwargs", "temperature=1"], ["python -m eval_tasks"]),
+        (["--apply_chat_template"], ["no chat template"]),
+        (["--temperature", "0.5"], ["temperature is a key: --set temperature=VALUE"]),
+        (["--evaltasks", "piqa"], ["did you mean --eval_tasks?"]),
+    ],
+)
+def test_flags_of_other_programs_name_the_word_for_it(flags: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        parse_arguments(["demo.yml", *flags], "eval.py")
+    message = str(error.value)
+    assert message.startswith("eval.py: ") and "\n" not in message
+    assert all(word in message for word in words)
+    assert all(flag.partition("=")[0].replace("-p", "_p") in message for flag in flags if flag.startswith("--"))
