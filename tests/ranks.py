@@ -8,6 +8,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.queues import SimpleQueue
 from typing import Any
@@ -39,8 +40,22 @@ def _worker(
         found, code = (rank, None, traceback.format_exc()), 1
     if results is not None:
         results.put(found)
+    _end_together(rank, world)
     # A gloo thread may outlive the interpreter and abort it: leave without its teardown.
     os._exit(code)
+
+
+def _end_together(rank: int, world: int) -> None:
+    """The store ends with rank 0: it waits until the others are done with it."""
+    import torch.distributed as dist
+
+    if world > 1 and dist.is_initialized():
+        with suppress(RuntimeError):
+            store = dist.distributed_c10d._get_default_store()
+            done, end = store.add("tests/done", 1), time.monotonic() + 3.0
+            while rank == 0 and done < world and time.monotonic() < end:
+                time.sleep(0.01)
+                done = store.add("tests/done", 0)
 
 
 def _context() -> ForkServerContext:

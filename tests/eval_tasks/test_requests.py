@@ -53,9 +53,7 @@ def test_texts_that_share_a_token_are_scored_separately_with_one_warning(
     with package_log.at_level(logging.WARNING):
         found = scores(lm, pairs) and scores(lm, pairs)
     (message,) = package_log.messages
-    assert message.startswith(
-        f"{len(pairs) - 1} of {len(pairs)} requests have a token that spans context"
-    )
+    assert message.startswith(f"{len(pairs) - 1} of {len(pairs)} requests have a token that spans context")
     for (context, continuation), (score, _) in zip(pairs, found, strict=True):
         ids = tokenizer.encode(context), tokenizer.encode(continuation)
         assert score == pytest.approx(log_likelihood(lm, *ids), rel=1e-9) and score < -0.1

@@ -120,7 +120,7 @@ def test_nonsense_under_any_key_of_a_configuration_is_one_line_or_no_matter(fold
 CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a list": (lambda c: [c], "not a JSON object"),
     "layers": (lambda c: {**c, "num_layers": 10**9}, "num_layers: 1000000000 does not fit the weights, which are of 2"),
-    "beyond memory": (lambda c: {**c, "hidden_size": 10**30}, "describes no model"),
+    "beyond memory": (lambda c: {**c, "hidden_size": 10**30}, "hidden_size: expected a number of at most 64 bits"),
     "no vocabulary": (lambda c: {**c, "padded_vocab_size": None}, "the size of the vocabulary is missing"),
     "tying": (lambda c: {**c, "tie_word_embeddings": "yes"}, "tie_word_embeddings: 'yes' is neither true nor false"),
     "another head": (lambda c: {**c, "tie_word_embeddings": True}, "lm_head.weight is another matrix than the embed"),
