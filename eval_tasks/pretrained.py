@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ def _path_of(pretrained: Any) -> Path:
     if pretrained in (None, ""):
         raise UserError("model_args: pretrained is missing; give pretrained=FOLDER of a run's checkpoints or an export")
     path = Path(str(pretrained))
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"pretrained: {path} does not exist; name a folder or file here, nothing is downloaded")
     return path
 

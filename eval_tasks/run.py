@@ -101,7 +101,7 @@ def _check_options(options: EvaluationConfig) -> None:
         ) from error
     if not options.eval_tasks:
         raise UserError("eval_tasks: missing; name lm-eval tasks, for example --eval_tasks lambada_openai piqa")
-    if options.include_path is not None and not Path(options.include_path).is_dir():
+    if options.include_path is not None and not os.path.isdir(options.include_path):
         raise UserError(f"include_path: {options.include_path} is not a folder; name the one with the task YAMLs")
 
 

@@ -69,6 +69,16 @@ def write_errors(where: str, advice: str = "name another file") -> Iterator[None
         raise UserError(f"{where} cannot be written: {error.strerror or error}; {advice}") from error
 
 
+@contextmanager
+def read_errors(where: str) -> Iterator[None]:
+    """Turns what looking for a file raises (a name that is too long, no permission) into a UserError about `where`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{where} cannot be read: {reason}; check its name and permissions") from error
+
+
 @dataclass(frozen=True)
 class Output:
     """A file that a user named for output; find_output() has checked it.

@@ -34,5 +34,5 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 def require_new(folder: Path) -> None:
     """Raise a UserError when there is anything at `folder` but an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already; give a new or an empty folder")

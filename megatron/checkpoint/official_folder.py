@@ -13,6 +13,7 @@ Only the tensors are used. All files are read with weights_only=True.
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from megatron.checkpoint.published import check_flat, load_file, read_flat_file
 from megatron.errors import UserError
+from megatron.files import read_errors
 
 _LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -33,19 +35,20 @@ _INDEX = f"{_FLAT}.index.json"
 def find_official_folder(path: str | Path, iteration: int | None = None) -> Path | None:
     """The official folder meant by `path`: itself, or the `iteration` or latest one under it; None if there is none."""
     path = Path(path)
-    names = [".", *_latest_tag(path)] if iteration is None else [f"global_step{iteration}"]
-    return next((path / name for name in names if _is_official(path / name)), None)
+    with read_errors(str(path)):
+        names = [".", *_latest_tag(path)] if iteration is None else [f"global_step{iteration}"]
+        return next((path / name for name in names if _is_official(path / name)), None)
 
 
 def _latest_tag(path: Path) -> list[str]:
     """The folder that DeepSpeed's `latest` names beside it; none where it names anything else."""
     latest = path / "latest"
-    text = latest.read_bytes()[:256].decode("utf-8", errors="replace").strip() if latest.is_file() else ""
+    text = latest.read_bytes()[:256].decode("utf-8", errors="replace").strip() if os.path.isfile(latest) else ""
     return [text] if _TAG.fullmatch(text) else []
 
 
 def _is_official(folder: Path) -> bool:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return False
     patterns = (_LAYER, _MODEL, _ZERO3, re.compile(rf"{_FLAT}|{_INDEX}"))
     return any(pattern.fullmatch(file.name) for file in folder.iterdir() for pattern in patterns if file.is_file())

@@ -12,6 +12,7 @@ Official name, sequential or pipeline spelling                            canoni
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,18 +84,33 @@ def load_file(path: str | Path, key: str = "eval_ckpt") -> Any:
     """What torch.save wrote: tensors, plain values and numpy's random state, and no other object. Raises UserError."""
     try:
         with safe_globals(_RANDOM_STATE):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # Files of torch before 1.6 are not archives, and cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise UserError(f"{key}: {path} does not exist; check the path") from None
     except Exception as error:  # a damaged pickle can make the library raise almost anything
-        forbidden = _FORBIDDEN.search(str(error))
-        lines = str(error).splitlines() or [type(error).__name__]
-        sentence = lines[0].split(". ")[0].rstrip(".")  # what follows is advice for programmers
-        reason = f"it holds a {forbidden[1]} object, which could run code" if forbidden else sentence
         raise UserError(
-            f"{key}: {path} is not a readable PyTorch file of tensors ({reason}); give one that is whole and holds "
-            "tensors only"
+            f"{key}: {path} is not a readable PyTorch file of tensors ({_reason(path, error)}); give one that is "
+            "whole and holds tensors only"
         ) from error
+
+
+def _reason(path: str | Path, error: Exception) -> str:
+    """Why a file could not be loaded, in words for who has it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if forbidden := _FORBIDDEN.search(str(error)):
+        return f"it holds a {forbidden[1]} object, which could run code"
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the file itself"
+    if not start.startswith(b"PK"):  # of a zip archive
+        return "it is damaged, or of another kind"
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0].split(". ")[0].rstrip(".")  # what follows is advice for programmers
 
 
 def check_flat(content: Any, path: str | Path, key: str = "eval_ckpt") -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from megatron.checkpoint.state import (
 )
 from megatron.checkpoint.writer import BadValues, write_tensors, write_text
 from megatron.errors import UserError
-from megatron.files import replaced_file
+from megatron.files import read_errors, replaced_file
 
 __all__ = [
     "CheckpointReader", "DamagedCheckpoint", "FolderLock", "checkpoint_folder", "file_sha256", "find_checkpoint",
@@ -204,9 +204,13 @@ def find_checkpoint(path: str | Path, iteration: int | None = None, key: str = "
 
     `key` is what names the path, for messages.
 
-    Raises UserError when `latest` or `iteration` names a checkpoint that is not there.
+    Raises UserError when `latest` or `iteration` names a checkpoint that is not there, or the path cannot be read.
     """
-    path = Path(path)
+    with read_errors(f"{key}: {path}"):
+        return _found_checkpoint(Path(path), iteration, key)
+
+
+def _found_checkpoint(path: Path, iteration: int | None, key: str) -> Path | None:
     if (path / MANIFEST).is_file() and iteration is None:
         return path
     name = folder_name(iteration) if iteration is not None else latest_name(path, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def describe_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any
 
     Raises: UserError when there is no checkpoint or it is damaged.
     """
-    folder = find_checkpoint(path) if Path(path).is_dir() else None
+    folder = find_checkpoint(path) if os.path.isdir(path) else None
     if folder is None:
         raise UserError(f"{path}: no checkpoint; give a run's folder or one of its global_step folders")
     reader = CheckpointReader(folder, verify)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def open_base(
     Raises: UserError when there is no model or it does not fit.
     """
     path = Path(path)
-    official = path if path.is_file() else find_official_folder(path)
+    official = path if os.path.isfile(path) else find_official_folder(path)
     if official is not None:
         if config is None:
             raise UserError(f"--config: {official} holds tensors only; give the YAML files of its model")
@@ -80,7 +81,7 @@ def open_base(
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         check_fit(LanguageModel(counted, device="meta"), shapes, f"{key}: {path}")
         return Base(official, counted, FlatTensors(tensors, counted), None)
-    folder = find_checkpoint(path, key=key) if path.is_dir() else None
+    folder = find_checkpoint(path, key=key) if os.path.isdir(path) else None
     if folder is None:
         raise UserError(f"{key}: no checkpoint in {path}; name a run's folder or an official pytorch_model.bin")
     reader = CheckpointReader(folder, verify, key)

@@ -5,6 +5,7 @@ Every conversion goes through the model, so that what does not fit its configura
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def to_huggingface(
 
 def from_huggingface(source: str | Path, root: str | Path) -> Path:
     """A folder in Hugging Face's form to a canonical checkpoint of iteration 0 under `root`, in fp32."""
-    if not (Path(source) / "config.json").is_file():
+    if not os.path.isfile(Path(source) / "config.json"):
         raise UserError(f"{source}: has no config.json; give a folder in Hugging Face's form")
     require_new(Path(root))
     model = load_model(source)
@@ -63,7 +64,7 @@ def from_huggingface(source: str | Path, root: str | Path) -> Path:
 
 def from_official(source: str | Path, root: str | Path, config: RunConfig) -> Path:
     """An official flat file or training folder and its configuration to a canonical checkpoint of iteration 0."""
-    if not Path(source).is_file() and find_official_folder(source) is None:
+    if not os.path.isfile(source) and find_official_folder(source) is None:
         raise UserError(f"{source}: no such file; give an official {FLAT_FILE} or global_step folder")
     require_new(Path(root))
     model = load_model(source, config)
@@ -113,14 +114,14 @@ def _tokenizer_of(source: Path, config: RunConfig | None, iteration: int | None)
     """The tokenizer of a checkpoint; None, with a line in the log, when its files are not there."""
     if config is not None:
         found = config.tokenizer
-    elif source.is_dir() and (folder := find_checkpoint(source, iteration)) is not None:
+    elif os.path.isdir(source) and (folder := find_checkpoint(source, iteration)) is not None:
         found = CheckpointReader(folder, verify=False).section(TokenizerConfig)
-    elif (source / "tokenizer.json").is_file():
+    elif os.path.isfile(source / "tokenizer.json"):
         found = TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(source / "tokenizer.json"))
     else:
         return None
     files = [file for file in (found.vocab_file, found.merge_file) if file]
-    missing = [file for file in files if not Path(file).is_file()]
+    missing = [file for file in files if not os.path.isfile(file)]
     if missing or not (files or found.tokenizer_type == "CharLevelTokenizer"):
         get_logger().warning(
             "no tokenizer is written: %s", f"{missing[0]} is not there" if missing else "none is named"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
@@ -35,9 +35,9 @@ def corpus_documents(path: str, tokenizer: Tokenizer, limit: int | None = None) 
     Raises: UserError when there is no such corpus, it is damaged, or the tokenizer is not the one it was made with.
     """
     prefix = path.removesuffix(".bin").removesuffix(".idx")
-    if Path(f"{prefix}.idx").is_file():
+    if os.path.isfile(f"{prefix}.idx"):
         return islice(_indexed_documents(IndexedDataset(prefix), tokenizer), limit)
-    if not path.endswith(SUFFIXES) or not Path(path).is_file():
+    if not path.endswith(SUFFIXES) or not os.path.isfile(path):
         raise UserError(
             f"perplexity_data: {path} is neither the prefix of a .bin/.idx pair nor a text file ({', '.join(SUFFIXES)})"
         )

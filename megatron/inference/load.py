@@ -4,6 +4,7 @@ folder, or a folder in Hugging Face's form.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
@@ -59,9 +60,9 @@ def load_model(
     """
     path = Path(path)
     model_config = config.model if isinstance(config, RunConfig) else config
-    if path.is_file():
+    if os.path.isfile(path):
         names, shape_of, tensor_of, model_config = _open_flat(path, model_config)
-    elif (path / CONFIG).is_file():
+    elif os.path.isfile(path / CONFIG):
         names, shape_of, tensor_of, model_config = _open_huggingface(path, model_config)
     elif (folder := find_official_folder(path, iteration)) is not None:
         names, shape_of, tensor_of, model_config = _open_flat(folder, model_config)
@@ -137,7 +138,8 @@ def _usable(name: str, tensor: Tensor, dtype: torch.dtype, path: Path) -> Tensor
     if fault := fault or value_fault("model", name, tensor):
         raise UserError(f"{path}: {name} {fault}; give a model that is whole")
     # Looked at before it is shared, so that all tensor ranks stop alike.
-    if tensor.is_floating_point() and tensor.numel() and tensor.abs().max() > torch.finfo(dtype).max:
+    is_narrowed = tensor.is_floating_point() and torch.finfo(tensor.dtype).max > torch.finfo(dtype).max
+    if is_narrowed and tensor.numel() and max(-tensor.min(), tensor.max()) > torch.finfo(dtype).max:
         raise UserError(
             f"precision: {name} of {path} has values that {str(dtype).removeprefix('torch.')} cannot hold; "
             "choose bf16 or fp32"

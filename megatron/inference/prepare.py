@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +48,7 @@ def checkpoint_source(config: CheckpointConfig) -> Path:
             "pytorch_model.bin"
         )
     path = Path(named)
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists() raises where a name is too long
         raise UserError(f"{key}: {path} does not exist; train first, or name an existing checkpoint")
     if path.is_file():
         return path

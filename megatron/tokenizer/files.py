@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
+import os
 from typing import Any
 
 from megatron.errors import UserError
@@ -13,7 +13,7 @@ def existing(key: str, value: str | None, name: str, content: str) -> str:
     """`value` if it is a file; else a UserError naming the config key, the tokenizer and the content it needs."""
     if not value:
         raise UserError(f"{key}: missing; {name} needs the path of {content}")
-    if not Path(value).is_file():
+    if not os.path.isfile(value):
         raise UserError(f"{key}: no such file: {value}; give the path of {content} for {name}")
     return value
 

@@ -215,7 +215,7 @@ OFFICIAL = Path(__file__).parents[1] / "fixtures" / "golden" / "model_A" / "pyto
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ("text", "is not a readable PyTorch file of tensors (mmap can only be used with files saved with `torch.save("),
+        ("text", "is not a readable PyTorch file of tensors (it is damaged, or of another kind)"),
         ("cut", "(PytorchStreamReader failed reading zip archive: failed finding central directory)"),
         ("no tensors", "is not a flat dictionary of tensors"),
         ("other depth", "has a tensor 'sequential.9.x' that a model with num_layers 2 lacks"),

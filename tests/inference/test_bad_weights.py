@@ -14,18 +14,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eval_tasks.adapter import TokenFormerLM
+from eval_tasks.pretrained import load_adapter
 from eval_tasks.results import write_results
 from eval_tasks.run import run_evaluation
 from megatron.config import RunConfig
 from megatron.errors import EXIT_USER_ERROR, UserError, run_command
 from megatron.growth.source import open_base
 from megatron.inference.convert import from_official, official_tensors, to_huggingface
+from megatron.inference.corpus import corpus_documents
 from megatron.inference.generate import generate
 from megatron.inference.huggingface import export_huggingface
 from megatron.inference.load import load_model
 from megatron.inference.modes import run_generation
 from megatron.inference.perplexity import perplexity
-from megatron.tokenizer import CharLevelTokenizer
+from megatron.tokenizer import CharLevelTokenizer, HFTokenizer
 from tests.checkpoint.test_official_folder import pipeline_names, write_layers, write_model_file, write_shards
 from tests.inference.helpers import make_config, make_model, save_random_models
 from tests.training.test_damaged_checkpoints import forge, tensors
@@ -258,3 +261,51 @@ def test_results_are_json_where_a_number_is_not_finite(tmp_path: Path) -> None:
 
     found = json.loads((tmp_path / "r.json").read_text(), parse_constant=refuse)
     assert found["results"] == {"a": None, "b": [None, 1.5], "c": None, "d": {"e": None}}
+
+
+def test_a_file_of_an_older_torch_is_read(tmp_path: Path) -> None:
+    torch.save(flat(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    found = load_model(tmp_path / "pytorch_model.bin", make_config())
+    expected = make_model(dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a Git LFS pointer; fetch the file itself"),
+        (b"<html>", "it is damaged, or of another kind"),
+        (b"PK\x03\x04abc", "PytorchStreamReader failed"),
+        (b"\x80\x02eeee", "it is damaged, or of another kind"),
+    ],
+)
+def test_a_file_that_is_none_of_torch_is_one_line(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    for read in (load_model, open_base):
+        with pytest.raises(UserError, match=f"not a readable PyTorch file of tensors .{reason}") as error:
+            read(tmp_path / "pytorch_model.bin", make_config().model)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000, "a\0b"])
+def test_names_that_no_file_can_have_are_one_line(name: str, tmp_path: Path) -> None:
+    unconditional = {"text_gen_type": "unconditional", "sample_output_file": str(tmp_path / "out")}
+    text = {**unconditional, "text_gen_type": "input-file", "sample_input_file": name, "load": str(tmp_path)}
+    calls: list[Callable[[], object]] = [
+        lambda: run_generation(make_config(**unconditional, load=name)),
+        lambda: run_generation(make_config(**unconditional, eval_ckpt=name)),
+        lambda: run_generation(make_config(**text)),
+        lambda: run_evaluation(make_config(load=name, perplexity_data="a.txt")),
+        lambda: run_evaluation(make_config(load=str(tmp_path), perplexity_data="a.txt", eval_results_prefix=name)),
+        lambda: run_evaluation(make_config(load=str(tmp_path), eval_tasks=["a"], include_path=name)),
+        lambda: list(corpus_documents(name, CharLevelTokenizer())),
+        lambda: load_model(name),
+        lambda: open_base(name, None),
+        lambda: to_huggingface(name, tmp_path / "hf"),
+        lambda: HFTokenizer(name),
+        lambda: load_adapter(TokenFormerLM, pretrained=name),
+    ]
+    for call in calls:
+        with pytest.raises(UserError):
+            call()
