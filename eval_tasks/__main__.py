@@ -6,8 +6,8 @@ python -m eval_tasks --model tokenformer --model_args pretrained=FOLDER --tasks 
 from __future__ import annotations
 
 import sys
-from traceback import walk_tb
 
+from eval_tasks.faults import is_of_options
 from megatron.errors import UserError, run_command
 
 
@@ -22,14 +22,9 @@ def main() -> None:
     try:
         cli_evaluate()
     except (ValueError, TypeError, OSError) as error:
-        if isinstance(error, UserError) or not _is_of_command_line(error):
+        if isinstance(error, UserError) or not is_of_options(error):
             raise
         raise UserError(f"lm_eval: {error}") from error
-
-
-def _is_of_command_line(error: Exception) -> bool:
-    """Was it raised where lm-eval checks its options?"""
-    return any("lm_eval.config" in frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval_tasks.faults import explained
 from eval_tasks.results import flat_metrics, log_to_boards, results_path, write_results
 from eval_tasks.tables import format_summary, format_table, paper_summary
 from megatron.config.schema import EvaluationConfig, RunConfig
 from megatron.errors import UserError
 from megatron.files import find_output
 from megatron.inference.batching import Batches
-from megatron.inference.corpus import corpus_documents
-from megatron.inference.perplexity import corpus_perplexity
+from megatron.inference.corpus import corpus_documents, find_corpus
+from megatron.inference.perplexity import check_stride, corpus_perplexity
 from megatron.inference.prepare import checkpoint_source, load_for_inference
 from megatron.inference.ranks import DataRanks
 from megatron.model import LanguageModel
@@ -49,6 +50,9 @@ def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]
     results_file = results_path(options.eval_results_prefix)
     if ranks.reports:
         find_output(results_file, "eval_results_prefix")
+    if options.perplexity_data:
+        find_corpus(options.perplexity_data)
+        check_stride(options.perplexity_stride or 1, config.model.seq_length)
     path = checkpoint_source(config.checkpoint)
     # After all that is quickly said: lm-eval's index of tasks takes seconds.
     evaluate_tasks = partial(_evaluate, *find_tasks(options)) if with_tasks else None
@@ -160,5 +164,7 @@ def _evaluate(
         raise UserError(
             f"eval_tasks: the data of {names} cannot be loaded: {error}; check the network or the task's data_files"
         ) from error
+    except Exception as error:  # tasks are programs: anything may come out of one
+        raise explained(error, ", ".join(tasks)) from error
     # lm-eval has results for the first process of a node only.
     return dict(results or {"results": {}})

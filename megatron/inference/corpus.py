@@ -34,15 +34,22 @@ def corpus_documents(path: str, tokenizer: Tokenizer, limit: int | None = None) 
 
     Raises: UserError when there is no such corpus, it is damaged, or the tokenizer is not the one it was made with.
     """
+    if prefix := find_corpus(path):
+        return islice(_indexed_documents(IndexedDataset(prefix), tokenizer), limit)
+    found = (text for document in read_documents([path]) for text in texts(document, ["text"]))
+    return islice((_document(tokenizer.encode(text), text) for text in found), limit)
+
+
+def find_corpus(path: str) -> str | None:
+    """The prefix of the .bin/.idx pair that `path` names; None for a text file. Raises UserError for neither."""
     prefix = path.removesuffix(".bin").removesuffix(".idx")
     if os.path.isfile(f"{prefix}.idx"):
-        return islice(_indexed_documents(IndexedDataset(prefix), tokenizer), limit)
+        return prefix
     if not path.endswith(SUFFIXES) or not os.path.isfile(path):
         raise UserError(
             f"perplexity_data: {path} is neither the prefix of a .bin/.idx pair nor a text file ({', '.join(SUFFIXES)})"
         )
-    found = (text for document in read_documents([path]) for text in texts(document, ["text"]))
-    return islice((_document(tokenizer.encode(text), text) for text in found), limit)
+    return None
 
 
 def _document(ids: list[int], text: str) -> Document:

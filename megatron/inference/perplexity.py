@@ -110,8 +110,7 @@ def corpus_perplexity(
     Raises: UserError for a stride above seq_length and for a corpus without a token.
     """
     stride = stride or max(1, seq_length // 2)
-    if stride > seq_length:
-        raise UserError(f"perplexity_stride: {stride} skips tokens, a window has {seq_length}; choose a smaller one")
+    check_stride(stride, seq_length)
     ranks, batches = ranks or DataRanks(), batches or Batches(8)
     counts = {"num_documents": 0, "num_words": 0, "num_bytes": 0}
     windows = _corpus_windows(documents, counts, prefix_id, seq_length, stride)
@@ -120,6 +119,12 @@ def corpus_perplexity(
     if not num_tokens:
         raise UserError("perplexity_data: there is no text in it; give a file with documents")
     return {**_perplexities(loss, num_tokens, counts["num_words"], counts["num_bytes"]), **counts}
+
+
+def check_stride(stride: int, seq_length: int) -> None:
+    """Raise a UserError for a stride that would leave tokens out."""
+    if stride > seq_length:
+        raise UserError(f"perplexity_stride: {stride} skips tokens, a window has {seq_length}; choose a smaller one")
 
 
 def _corpus_windows(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from eval_tasks.adapter import TokenFormerLM
 from eval_tasks.results import results_path
@@ -120,8 +121,12 @@ def test_results_go_to_tensorboard_and_wandb(
     assert written[0]["eval/harbor_choice/acc"] == results["acc,none"]
 
 
-def test_missing_tasks_and_folders_are_named(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tasks_and_folders_are_named_before_the_model_is_loaded(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr("eval_tasks.run.load_for_inference", lambda *_: pytest.fail("a model takes minutes"))
 
     # lm-eval's thousands of own tasks take seconds to read and would add nothing.
     monkeypatch.setattr(
@@ -133,6 +138,8 @@ def test_missing_tasks_and_folders_are_named(config: RunConfig, monkeypatch: pyt
         ({"eval_tasks": ["harbour_choice"]}, "unknown task 'harbour_choice'; did you mean harbor_choice"),
         ({"eval_tasks": ["zzz"]}, "unknown task 'zzz'; `lm_eval ls tasks` lists all names"),
         ({"include_path": "/nowhere"}, "include_path: /nowhere is not a folder"),
+        ({"perplexity_data": "absent.txt"}, "perplexity_data: absent.txt is neither the prefix of"),
+        ({"perplexity_data": "harbor_choice.jsonl", "perplexity_stride": 49}, "perplexity_stride: 49 skips tokens"),
     ]:
         with pytest.raises(UserError, match=message):
             run_evaluation(with_evaluation(config, **keys))
@@ -173,6 +180,53 @@ def test_missing_data_is_reported_with_the_task(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="the data of harbor_choice cannot be loaded"):
+        run_evaluation(config)
+
+
+OWN_TASK = """
+task: own
+dataset_path: json
+dataset_kwargs: {data_files: {test: own.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{label}}"
+target_delimiter: ""
+"""
+DOCUMENT = {"question": "The ferry", "choices": [" leaves", " stays"], "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "document", "message"),
+    [
+        ({}, {"choices": ["", "b"]}, r"IndexError.*\(document .*'choices': \['', 'b'\]"),
+        ({}, {"choices": []}, r"IndexError.*\(document .*'choices': \[\]"),
+        ({}, {"label": 7}, r"IndexError.*\(document .*'label': 7"),
+        ({"doc_to_text": "{{missing}}"}, {}, "UndefinedError: 'missing' is undefined"),
+        ({"doc_to_text": "{{question"}, {}, "TemplateSyntaxError"),
+        ({"test_split": "train"}, {}, "KeyError: 'train'"),
+        ({"output_type": "none"}, {}, "invalid output_type 'none'"),
+        ({"no_such_key": 1}, {}, "unexpected keyword argument 'no_such_key'"),
+        ({}, "{", "JSON parse error"),
+        ({}, "", "StopIteration"),
+    ],
+)
+def test_mistakes_in_a_task_are_one_line_with_its_name(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, document: Any, message: str
+) -> None:
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**yaml.safe_load(OWN_TASK), **change}))
+    text = document if isinstance(document, str) else json.dumps({**DOCUMENT, **document}) + "\n"
+    (tmp_path / "own.jsonl").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"eval_tasks: own cannot be evaluated: .*{message}") as error:
+        run_evaluation(with_evaluation(config, eval_tasks=["own"], include_path=str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_fault_of_our_own_is_not_taken_for_one_of_a_task(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.inference.scoring.token_losses", lambda logits, labels: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         run_evaluation(config)
 
 

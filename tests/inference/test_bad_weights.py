@@ -290,13 +290,15 @@ def test_a_file_that_is_none_of_torch_is_one_line(content: bytes, reason: str, t
 
 @pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000, "a\0b"])
 def test_names_that_no_file_can_have_are_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
     unconditional = {"text_gen_type": "unconditional", "sample_output_file": str(tmp_path / "out")}
     text = {**unconditional, "text_gen_type": "input-file", "sample_input_file": name, "load": str(tmp_path)}
     calls: list[Callable[[], object]] = [
         lambda: run_generation(make_config(**unconditional, load=name)),
         lambda: run_generation(make_config(**unconditional, eval_ckpt=name)),
         lambda: run_generation(make_config(**text)),
-        lambda: run_evaluation(make_config(load=name, perplexity_data="a.txt")),
+        lambda: run_evaluation(make_config(load=name, perplexity_data=str(tmp_path / "a.txt"))),
+        lambda: run_evaluation(make_config(load=str(tmp_path), perplexity_data=name)),
         lambda: run_evaluation(make_config(load=str(tmp_path), perplexity_data="a.txt", eval_results_prefix=name)),
         lambda: run_evaluation(make_config(load=str(tmp_path), eval_tasks=["a"], include_path=name)),
         lambda: list(corpus_documents(name, CharLevelTokenizer())),
