@@ -93,11 +93,11 @@ class TokenFormerLM(TemplateLM):
         return f"{self.text_tokenizer.name}-{self.text_tokenizer.vocab_size}"
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """No template; UserError when one is asked for, since these models are trained on plain text."""
+        """No template; UserError when one is asked for."""
         if chat_template:
             raise UserError(
-                "apply_chat_template: a TokenFormer's tokenizer has no chat template; leave the option off, or export "
-                "the model and use lm-eval's `hf` with a template of yours"
+                "apply_chat_template: prompts are plain text here, as in training; leave the option off, or evaluate "
+                "an export with lm-eval's `hf` model, which applies the template of its folder"
             )
         return ""
 

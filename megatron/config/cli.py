@@ -55,7 +55,7 @@ OTHER_WORDS: dict[str, str] = {
     "--model_args": _LM_EVAL,
     "--use_cache": _LM_EVAL,
     "--predict_only": _LM_EVAL,
-    "--apply_chat_template": "the tokenizers have no chat template",
+    "--apply_chat_template": "prompts are plain text here, as in training",
 }
 """What to use instead of flags of lm-eval's command."""
 

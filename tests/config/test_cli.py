@@ -105,7 +105,7 @@ def test_reference_page_is_up_to_date() -> None:
         (["--log_samples", "--output_path=out", "--batch_size=auto"], ["eval_tasks", "_results_prefix", "_batch_size"]),
         (["--tasks", "piqa"], ["--eval_tasks is the word here"]),
         (["--gen_kwargs", "temperature=1"], ["python -m eval_tasks"]),
-        (["--apply_chat_template"], ["no chat template"]),
+        (["--apply_chat_template"], ["prompts are plain text"]),
         (["--temperature", "0.5"], ["temperature is a key: --set temperature=VALUE"]),
         (["--evaltasks", "piqa"], ["did you mean --eval_tasks?"]),
     ],

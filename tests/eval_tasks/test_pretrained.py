@@ -118,7 +118,7 @@ def test_a_chat_template_is_refused_before_the_first_request(run_folder: Path, m
     from lm_eval.tasks import TaskManager
 
     monkeypatch.chdir(FIXTURES)
-    with pytest.raises(UserError, match="apply_chat_template: a TokenFormer's tokenizer has no chat template"):
+    with pytest.raises(UserError, match="apply_chat_template: prompts are plain text here"):
         simple_evaluate(
             "tokenformer",
             model_args=f"pretrained={run_folder}",

@@ -67,17 +67,25 @@ def assert_same_scores(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert abs(a - b) <= 1e-5 * n
 
 
+@pytest.fixture(scope="module")
+def alone(tokenizer_file: Path) -> dict[str, Any]:
+    """What one process finds, one request at a time."""
+    return scores(str(tokenizer_file), 1)
+
+
 @pytest.mark.parametrize("batch_size", [8, "auto"])
-def test_batch_size_does_not_change_scores(tokenizer_file: Path, batch_size: Any) -> None:
-    assert_same_scores(scores(str(tokenizer_file), batch_size), scores(str(tokenizer_file), 1))
+def test_batch_size_does_not_change_scores(tokenizer_file: Path, batch_size: Any, alone: dict[str, Any]) -> None:
+    assert_same_scores(scores(str(tokenizer_file), batch_size), alone)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, "auto"])
 @pytest.mark.parametrize(("ranks", "tensor_size"), [(2, 1), (2, 2), (4, 2)])
-def test_all_ranks_see_the_scores_of_one(tokenizer_file: Path, ranks: int, tensor_size: int, batch_size: Any) -> None:
+def test_all_ranks_see_the_scores_of_one(
+    tokenizer_file: Path, ranks: int, tensor_size: int, batch_size: Any, alone: dict[str, Any]
+) -> None:
     first, *others = run_ranks(ranks, scores, str(tokenizer_file), batch_size, tensor_size)
     assert all(other == first for other in others)
-    assert_same_scores(first, scores(str(tokenizer_file), 1))
+    assert_same_scores(first, alone)
 
 
 def evaluate(file: str, *flags: str) -> int:
