@@ -113,7 +113,7 @@ class ModelConfig(Section):
     seq_length: int = Field(gt=0, le=MAX_SIZE)
     """Tokens a training sample holds; also the context length at evaluation and generation."""
     max_position_embeddings: int | None = Field(default=None, gt=0, le=MAX_SIZE)
-    """Longest position the rotary tables are made for at first; they grow on demand. Default: seq_length."""
+    """Positions the rotary tables are made for at first (65,536 at most); they grow on demand. Default: seq_length."""
     pos_emb: Literal["rotary", "none"] = "rotary"
     """Position information: rotary embeddings or none."""
     rotary_pct: float = Field(default=1.0, gt=0, le=1)

@@ -34,14 +34,17 @@ class LayerCache(Protocol):
         """Append [b, h, s, head_dim] keys and values; all of them back, [b, h, s_kv, head_dim]."""
 
 
+_LONGEST_AT_FIRST = 2**16
+
+
 class RotaryEmbedding:
-    """Rotary tables, made on first use and longer on demand.
+    """Rotary tables, made on first use for `length` positions, and longer on demand.
 
     Not a module: as buffers the tables would be rounded by model.bfloat16(), and no checkpoint needs them.
     """
 
     def __init__(self, dim: int, base: float, length: int) -> None:
-        self.dim, self.base, self.length = dim, base, length
+        self.dim, self.base, self.length = dim, base, min(length, _LONGEST_AT_FIRST)
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -141,6 +141,16 @@ def test_a_configuration_that_describes_no_such_model_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("kind", ["tokenformer", "gpt_neox"])
+def test_a_number_of_positions_beyond_memory_takes_none(kind: str, tmp_path: Path) -> None:
+    path = export(tmp_path / "hf", kind) / "config.json"
+    ids = torch.arange(20)[None]
+    expected = load_model(path.parent)(ids)
+    for positions in (10**12, 10**30):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": positions}))
+        assert torch.equal(load_model(path.parent)(ids), expected)
+
+
 @pytest.mark.parametrize("text", ["", "{", "{" * 100_000, '{"a":' * 5000, "\0", "1" * 5000, "NaN"])
 def test_what_is_no_json_is_one_line(text: str, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors.index.json"):
