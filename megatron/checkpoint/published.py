@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,9 @@ def load_file(path: str | Path, key: str = "eval_ckpt") -> Any:
     try:
         with safe_globals(_RANDOM_STATE):
             # Files of torch before 1.6 are not archives, and cannot be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        _check_records(path)
+        return content
     except FileNotFoundError:
         raise UserError(f"{key}: {path} does not exist; check the path") from None
     except Exception as error:  # a damaged pickle can make the library raise almost anything
@@ -111,6 +114,29 @@ def _reason(path: str | Path, error: Exception) -> str:
         return "it is damaged, or of another kind"
     lines = str(error).splitlines() or [type(error).__name__]
     return lines[0].split(". ")[0].rstrip(".")  # what follows is advice for programmers
+
+
+def _check_records(path: str | Path) -> None:
+    """Raise ValueError where a record of the file, if it is a zip archive, has other bytes than when it was saved.
+
+    torch.load does not look at their CRC-32. torch.save can be told to write none: then not one is right.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        wrong = [record.filename for record in archive.infolist() if not _is_whole(archive, record)]
+        if wrong and len(wrong) < len(archive.infolist()):
+            raise ValueError(f"its part {wrong[0][:100]} is damaged: the checksum differs")
+
+
+def _is_whole(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
+    try:
+        with archive.open(record) as file:
+            while file.read(1 << 20):
+                pass
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error):
+        return False
+    return True
 
 
 def check_flat(content: Any, path: str | Path, key: str = "eval_ckpt") -> dict[str, Tensor]:

@@ -213,6 +213,20 @@ def test_a_damaged_flat_file_never_ends_in_a_traceback(tmp_path: Path) -> None:
                 load_model(path, make_config())
 
 
+def test_changed_bytes_of_a_flat_file_are_found_by_its_checksums(tmp_path: Path) -> None:
+    found = flat()
+    path = write_flat(tmp_path / "pytorch_model.bin", found)
+    whole, place = path.read_bytes(), path.read_bytes().index(found[PROJ].numpy().tobytes())
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(UserError, match=r"its part pytorch_model/data/\d+ is damaged: the checksum differs"):
+        load_model(path, make_config())
+    torch.serialization.set_crc32_options(False)
+    try:
+        load_model(write_flat(path, found), make_config())  # it was saved without any
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
 TAU = "model.layers.0.mlp.tau_tokens"
 BAD_EXPORTS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "integers": (lambda t: t.update({f"model.{CANONICAL}": torch.ones(20, 32, dtype=torch.int32)}), "is int32; weigh"),

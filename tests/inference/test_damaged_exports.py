@@ -83,6 +83,18 @@ def test_damaged_files_are_refused_or_change_no_weight(folder: Path) -> None:
     assert load_model(folder).state_dict().keys() == expected.keys()
 
 
+def test_damaged_weights_with_checksums_are_refused_or_whole(tmp_path: Path) -> None:
+    """pytorch_model.bin is an archive of parts that have checksums."""
+    folder = export(tmp_path / "hf", "tokenformer", shard_bytes=10**9)
+    expected, path = load_model(folder).state_dict(), folder / "pytorch_model.bin"
+    torch.save(load_file(folder / "model.safetensors"), path)
+    (folder / "model.safetensors").unlink()
+    for content in damages(path, 12):
+        path.write_bytes(content)
+        found = outcome(folder)
+        assert found is None or all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+
+
 NONSENSE: list[Any] = [
     None,
     True,
