@@ -28,9 +28,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(PY) -m pytest
 
-# Runs killed and stopped at random instants, another set of them every time; minutes.
+# Runs killed and stopped at random instants, and configurations mutated at random, others every time; minutes.
 soak: $(INSTALLED)
-	SOAK_STRIKES=20 SOAK_SEED=$${SOAK_SEED:-$$(date +%s)} $(PY) -m pytest --numprocesses=0 tests/faults
+	SOAK_STRIKES=20 SOAK_EXAMPLES=3000 SOAK_SEED=$${SOAK_SEED:-$$(date +%s)} $(PY) -m pytest --numprocesses=0 tests/faults tests/config/test_fuzz.py
 
 check: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -6,6 +6,8 @@ import os
 import re
 from typing import Any
 
+from megatron.config.yaml_loader import shortened
+
 PATH_KEYS = frozenset({
     "data_path", "train_data_paths", "valid_data_paths", "test_data_paths", "data_cache_dir", "vocab_file",
     "merge_file", "save", "load", "eval_ckpt", "pretrain_partial_init", "log_dir", "tensorboard_dir", "hostfile",
@@ -41,7 +43,9 @@ def _home(path: str) -> str:
     found = os.path.expanduser(path)
     if found == path:
         user = path.partition("/")[0]
-        raise ValueError(f"{user} in '{shown(path)}' is no user's home folder here; write the whole path, or ./{user}")
+        raise ValueError(
+            f"{user} in '{shortened(path)}' is no user's home folder here; write the whole path, or ./{user}"
+        )
     return found
 
 
@@ -49,9 +53,8 @@ def _variable(match: re.Match[str]) -> str:
     name = match[1] or match[2]
     value = os.environ.get(name, "") if "\0" not in name else ""
     if not value:
-        raise ValueError(
-            f"{shown(match[0])} in '{shown(match.string)}' is not set in the environment; export it, or write the path"
-        )
+        where = f"{shortened(match[0])} in '{shortened(match.string)}'"
+        raise ValueError(f"{where} is not set in the environment; export it, or write the path")
     return value
 
 
@@ -61,12 +64,6 @@ def _check(path: str) -> None:
     encoded = path.encode("utf-8", errors="replace")
     longest = max(map(len, encoded.split(b"/")))
     if longest > _NAME_MAX:
-        raise ValueError(f"'{shown(path)}' has a name of {longest} bytes; file systems take at most {_NAME_MAX}")
+        raise ValueError(f"'{shortened(path)}' has a name of {longest} bytes; file systems take at most {_NAME_MAX}")
     if len(encoded) > _PATH_MAX:
-        raise ValueError(f"'{shown(path)}' has {len(encoded)} bytes; paths have at most {_PATH_MAX}")
-
-
-def shown(path: str) -> str:
-    """A path for a message: cut where it is long, without control characters."""
-    text = path if len(path) <= 80 else f"{path[:80]}..."
-    return "".join(character if character.isprintable() else "?" for character in text)
+        raise ValueError(f"'{shortened(path)}' has {len(encoded)} bytes; paths have at most {_PATH_MAX}")

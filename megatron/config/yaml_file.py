@@ -17,7 +17,7 @@ import yaml
 
 from megatron.config.findings import Findings
 from megatron.config.neox_keys import ALIASES, VALUE_SPELLINGS
-from megatron.config.paths import expand, shown
+from megatron.config.paths import expand
 from megatron.config.yaml_loader import MAX_BYTES, Loader, ambiguities, compose, line_of, problem_of, shortened
 from megatron.errors import UserError
 from megatron.files import read_text
@@ -99,7 +99,7 @@ def _is_file(path: Path) -> bool:
 
 def missing_file(name: str | Path, folders: Sequence[Path], where: str = "") -> UserError:
     """The error for a file that find_file does not find, with the nearest existing name."""
-    text = f"{where}config file '{shown(str(name))}' not found"
+    text = f"{where}config file '{shortened(str(name))}' not found"
     if len(folders) > 1 or str(folders[0]) != ".":
         text += f" in {', '.join(str(folder) for folder in folders)}"
     near = [match for folder in folders for match in _near_files(name, folder)]
@@ -241,7 +241,7 @@ def _config_includes(loader: Loader, node: yaml.Node, place: _Place, line: int) 
     near = _near_files(names[0], place.path.parent, 0.75)
     if near:
         advice = f"did you mean {near[0]}? (nodes of that name: give them with --set include={value})"
-        return _refused(place, line, f"'{shown(value)}' is no file in {place.path.parent}; {advice}")
+        return _refused(place, line, f"'{shortened(value)}' is no file in {place.path.parent}; {advice}")
     return None
 
 

@@ -175,9 +175,10 @@ def _as_seconds(text: str) -> str:
 
 
 def shortened(value: Any, length: int = 60) -> str:
-    """The value as text for a message, cut where it is long."""
+    """The value as text for a message, cut where it is long, with escapes for what has no picture."""
     text = str(value)
-    return text if len(text) <= length else f"{text[:length]}..."
+    text = text if len(text) <= length else f"{text[:length]}..."
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def line_of(error: yaml.YAMLError) -> int:
