@@ -9,6 +9,15 @@ from collections.abc import Callable, Sequence
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells give a process that SIGINT has ended
 
+_LESS_MEMORY = "`deepy.py ... --dry-run --gpus N` names layouts that fit; a smaller micro-batch takes less"
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "size calculation overflowed",
+)
+
 
 class UserError(ValueError):
     """A mistake in a file, key, value or command line.
@@ -44,9 +53,20 @@ def run_command(function: Callable[[], int | None]) -> int:
             sys.stderr.write("".join(f"error: {line}\n" for line in lines))
             sys.stderr.flush()
         return EXIT_USER_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        sys.stderr.write(f"error: out of memory: {_one_line(str(error).split(chr(10))[0])[:200]}; {_LESS_MEMORY}\n")
+        sys.stderr.flush()
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("SIGINT: stopped\n")
         return EXIT_INTERRUPTED
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is Python's, torch's or a driver's word for that; torch raises RuntimeErrors of several classes."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
 def _one_line(text: str) -> str:
