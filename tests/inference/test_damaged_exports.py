@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron.config.schema import MAX_SIZE
 from megatron.errors import EXIT_USER_ERROR, UserError, run_command
 from megatron.inference import load_model
 from megatron.inference.huggingface import export_huggingface
@@ -154,13 +155,17 @@ def test_a_configuration_that_describes_no_such_model_is_one_line(
 
 
 @pytest.mark.parametrize("kind", ["tokenformer", "gpt_neox"])
-def test_a_number_of_positions_beyond_memory_takes_none(kind: str, tmp_path: Path) -> None:
+def test_a_large_number_of_positions_takes_no_memory(kind: str, tmp_path: Path) -> None:
     path = export(tmp_path / "hf", kind) / "config.json"
     ids = torch.arange(20)[None]
     expected = load_model(path.parent)(ids)
-    for positions in (10**12, 10**30):
+    for positions in (MAX_SIZE, 10**12, 10**30):
         path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": positions}))
-        assert torch.equal(load_model(path.parent)(ids), expected)
+        if positions == MAX_SIZE:
+            assert torch.equal(load_model(path.parent)(ids), expected)
+        else:
+            with pytest.raises(UserError, match="config.json"):
+                load_model(path.parent)
 
 
 @pytest.mark.parametrize("text", ["", "{", "{" * 100_000, '{"a":' * 5000, "\0", "1" * 5000, "NaN"])
