@@ -168,7 +168,7 @@ class TokenFormerLM(TemplateLM):
         texts = [[self.prefix_token_id, *self.tok_encode(request.args[0])] for request in requests]
         windows = [list(sliding_windows(ids, self.max_length, self.max_length)) for ids in texts]
         scores = iter(self._scores([window for text in windows for window in text], disable_tqdm))
-        return [sum(next(scores).log_likelihood for _ in text) for text in windows]
+        return [sum((next(scores).log_likelihood for _ in text), 0.0) for text in windows]
 
     # ---- generation ----
 

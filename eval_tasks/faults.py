@@ -19,7 +19,7 @@ def explained(error: Exception, tasks: str) -> Exception:
         tasks: names of all tasks, for errors that do not tell which one it was.
     """
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-    if isinstance(error, UserError) or any(_module(frame).startswith("megatron.") for frame in frames):
+    if isinstance(error, UserError) or any(map(_is_ours, frames)):
         return error
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:_LONGEST]}".removesuffix(": ")
@@ -36,6 +36,11 @@ def explained(error: Exception, tasks: str) -> Exception:
 def is_of_options(error: Exception) -> bool:
     """Was it raised where lm-eval checks the options of its command?"""
     return any(_module(frame).startswith("lm_eval.config") for frame, _ in walk_tb(error.__traceback__))
+
+
+def _is_ours(frame: FrameType) -> bool:
+    """Is it of the code that computes, rather than of that which called lm-eval?"""
+    return _module(frame).startswith(("megatron.", "eval_tasks.")) and _module(frame) != "eval_tasks.run"
 
 
 def _module(frame: FrameType) -> str:

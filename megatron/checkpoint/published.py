@@ -171,7 +171,7 @@ def to_canonical(
             raise UserError(f"{key}: {path} has a tensor '{official}' that a model with num_layers {num_layers} lacks")
         if fault := weight_fault(tensor):
             raise UserError(f"{key}: {path}: the tensor '{official}' {fault}")
-        if name in renamed and not torch.equal(renamed[name], tensor):
+        if name in renamed and not (renamed[name].dtype == tensor.dtype and torch.equal(renamed[name], tensor)):
             raise UserError(f"{key}: {path} has two different tensors for {name}, one of them '{official}'")
         if not tensor.ndim:
             raise UserError(f"{key}: {path}: the tensor '{official}' is a single number; weights have dimensions")
