@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from megatron.config.schema import TokenizerConfig
+from megatron.inference import load_model
 from megatron.inference.huggingface import export_huggingface
 from tests.inference.helpers import make_model
 from tests.inference.huggingface_helpers import IDS, PROMPTS, loaded, private_modules
@@ -105,7 +106,10 @@ def test_lora_by_target_parameters_trains_saves_and_merges(folder: Path, tmp_pat
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(loaded(folder), tmp_path / "adapter")
     assert torch.allclose(again(IDS).logits, logits, atol=1e-4)
-    assert torch.allclose(model.merge_and_unload()(IDS).logits, logits, atol=1e-4)
+    merged = model.merge_and_unload()
+    assert torch.allclose(merged(IDS).logits, logits, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.allclose(load_model(tmp_path / "merged")(IDS), logits, atol=1e-4)
 
 
 def test_lora_trains_with_gradient_checkpointing(folder: Path) -> None:
@@ -249,5 +253,6 @@ def test_models_go_round_through_transformers(folder: Path, tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "saved")
     again = loaded(tmp_path / "saved", dtype="auto")
     assert torch.equal(again(IDS).logits, model(IDS).logits) and again.config.vocab_size == 700
+    assert torch.allclose(load_model(tmp_path / "saved")(IDS), model(IDS).logits, atol=1e-4)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "halved")
     assert loaded(tmp_path / "halved", dtype="auto").dtype == torch.bfloat16
