@@ -224,7 +224,10 @@ class TokenFormerModel(TokenFormerPreTrainedModel):
         """ids [b, s] (or inputs_embeds [b, s, d]) -> last_hidden_state [b, s, d], after the final norm."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None:
+            x = self.embedding(input_ids)
+        else:
+            x = dropout(inputs_embeds, self.config.hidden_dropout, self.training, SINGLE)
         past = self._cache(past_key_values, use_cache)
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep_weights = self.config.output_attentions if output_attentions is None else output_attentions

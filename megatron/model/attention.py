@@ -34,6 +34,7 @@ class LayerCache(Protocol):
         """Append [b, h, s, head_dim] keys and values; all of them back, [b, h, s_kv, head_dim]."""
 
 
+# So that a nonsense length in a configuration takes no memory.
 _LONGEST_AT_FIRST = 2**16
 
 

@@ -194,6 +194,15 @@ def test_every_way_to_generate_gives_the_greedy_texts(folder: Path) -> None:
     assert torch.equal(model.generate(IDS[1:], **GREEDY, assistant_model=loaded(folder)), alone)
 
 
+def test_given_embeddings_are_dropped_as_looked_up_ones_are(folder: Path) -> None:
+    model = loaded(folder, hidden_dropout=0.5).train()
+    torch.manual_seed(0)
+    looked_up = model(IDS).logits
+    torch.manual_seed(0)
+    assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(IDS)).logits, looked_up)
+    assert not torch.allclose(looked_up, model.eval()(IDS).logits)
+
+
 @torch.no_grad()
 def test_sampling_and_beams_return_as_many_texts_as_asked_for(folder: Path) -> None:
     model = loaded(folder)
