@@ -121,9 +121,9 @@ def _placed(text: str, settings: Mapping[str, Setting]) -> str:
         return f"{text} ({setting.source})"
     for key in sorted(PATH_KEYS & set(settings)):
         value = settings[key].value
-        paths = value if isinstance(value, list) else [value]
-        if any(isinstance(path, str) and path and text.startswith(path) for path in paths):
-            return f"{key}: {text} ({settings[key].source})"
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, str) and len(path) > 1 and re.match(re.escape(path) + r"[:. ]", text):
+                return f"{key}: {text} ({settings[key].source})"
     return text
 
 

@@ -71,6 +71,7 @@ def find_target(args: Namespace, prog: str) -> Target:
     """The machines that a configuration's run would use; raises UserError for a mistake that would stop it, too."""
     try:
         from megatron.config.cli import resolve_arguments
+        from megatron.config.hostfile import given_hostfile, missing_hostfile
         from megatron.launch import count_processes, find_hosts
     except ModuleNotFoundError as error:
         raise UserError(
@@ -81,6 +82,11 @@ def find_target(args: Namespace, prog: str) -> Target:
         raise UserError(f"{prog}: --explain is for train.py, eval.py and generate.py; leave it off")
     resolved = resolve_arguments(args, prog)
     config, launch = resolved.config, resolved.config.launch
+    if missing_hostfile(launch, os.environ):
+        raise UserError(
+            f"hostfile '{given_hostfile(launch, os.environ)}' does not exist, a run would be on this machine alone; "
+            "give an existing file, or --set hostfile=null to check this machine"
+        )
     hosts = find_hosts(launch, os.environ)
     processes = count_processes(launch, hosts, os.environ)
     nodes = hosts or {socket.gethostname(): processes or 0}

@@ -138,16 +138,17 @@ def test_a_run_tells_what_training_needs_beside_the_rest(
 
 def test_a_mistake_that_is_found_later_names_the_file_too(refusals: Refusals) -> None:
     refusals("load: somewhere # nothing\ntrain-micro-batch-size-per-gpu: 3\ntrain_batch_size: 4\n")
-    resolved = resolve_config(["base.yml", "a.yml"], ["vocab_file=x", "data_path=/data/a"])
+    overrides = ["vocab_file=x", "data_path=/data/a", "eval_results_prefix=''", "tensorboard_dir=.", "log_dir=/"]
+    resolved = resolve_config(["base.yml", "a.yml"], overrides)
     for text, place in (
         ("load: somewhere is damaged", " (a.yml:1)"), ("train_batch_size: 4 is not 3 x 1", " (a.yml:3)"),
         ("vocab_file, merge_file: no pair", " (--set)"), ("seed: its default", ""), ("no key at all", ""),
-        ("/data/a.idx: cut", " (--set)"),
+        ("/data/a.idx: cut", " (--set)"), ("/data2: none of these", ""),
         ("8 do not fit train_batch_size 4", " (a.yml:3)"), ("in /x/train_batch_size/y", ""),
     ):  # fmt: skip
         with pytest.raises(UserError) as error, places_named(resolved.settings):
             raise UserError(text)
-        assert str(error.value) == ("data_path: " if text.startswith("/data") else "") + text + place
+        assert str(error.value) == ("data_path: " if text.startswith("/data/") else "") + text + place
 
 
 # ---- values that make no sense ----
