@@ -212,3 +212,10 @@ def test_growth_that_goes_on_needs_a_smaller_model(command: Command, tmp_path: P
     assert code == 2 and error.startswith("error: pretrain_partial_init: ")
     assert error.endswith(f"run.yml:{line_of(tmp_path, 'pretrain_partial_init')})\n")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("keys", [{"train_iters": 2**62}, {"eval_iters": 2**62, "train_iters": 10**9}])
+def test_a_length_beyond_any_run_starts(command: Command, tmp_path: Path, keys: dict[str, Any]) -> None:
+    code, error = command("train", **{"exit_interval": 1, **keys})
+    assert code == 0, error
+    assert (tmp_path / "out" / "latest").read_text().strip() == "global_step1"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import types
 import typing
 from typing import Annotated, Any, Literal
@@ -743,6 +744,10 @@ class LaunchConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> LaunchConfig:
+        try:
+            shlex.split(self.launcher_args)
+        except ValueError as error:
+            raise ValueError(f"launcher_args: {shortened(self.launcher_args)}: {error}; close what is quoted") from None
         if self.num_nodes == 0:
             raise ValueError("num_nodes: 0 nodes run nothing; give a number of nodes, or -1 for all")
         if self.ranks_per_gpu > 1 and self.distributed_backend != "gloo":

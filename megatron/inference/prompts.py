@@ -17,7 +17,7 @@ from megatron.inference.sampling import Sampling
 
 
 class _OwnSeed(Section):
-    seed: int | None = Field(default=None, ge=0)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
 
 
 _SETTINGS = (

@@ -53,6 +53,10 @@ _PROOF_SEQUENCES = 4
 _BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 
 
+_MOST_SAMPLES = 2**60
+"""Samples of a data set: more than any run reads, and not too many for the length of a sequence in Python."""
+
+
 @dataclass
 class Run:
     """Everything the loop works with."""
@@ -318,7 +322,8 @@ def _build_data(config: RunConfig, state: TrainState, global_batch: int) -> Any:
     is_known = any(name.startswith("valid/") for name in state.epoch_blocks)
     evaluations = 1 if is_known else (training.train_iters or 0) // training.eval_interval + 1
     counts = state.consumed_samples + remaining * global_batch, evaluations * one_evaluation, one_evaluation
-    datasets = build_datasets(config, *counts, epoch_blocks=state.epoch_blocks)
+    train, valid, test = (min(count, _MOST_SAMPLES) for count in counts)
+    datasets = build_datasets(config, train, valid, test, epoch_blocks=state.epoch_blocks)
     state.epoch_blocks = datasets.epoch_blocks
     return datasets
 

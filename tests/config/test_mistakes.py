@@ -173,6 +173,7 @@ def test_a_mistake_that_is_found_later_names_the_file_too(refusals: Refusals) ->
         ("extra_save_iters: [4, -1]", "extra_save_iters: must be at least 0, got -1"),
         ("num_nodes: -7", "num_nodes: must be at least -1, got -7"),
         ("train_data_paths: [a, b]\ntrain_data_weights: [1, -1]", "train_data_weights: [1.0, -1.0]: each must be at"),
+        ('launcher_args: "--comment=\'a"', "launcher_args: --comment='a: No closing quotation; close what is quoted"),
         ("num_nodes: 0", "num_nodes: 0 nodes run nothing"),
         ("num_workers: 1000000", "num_workers: must be at most"),
         ("num_layers: 1000000000", "num_layers: must be at most"),
