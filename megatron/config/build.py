@@ -28,8 +28,11 @@ SECTION_OF: dict[str, str] = {
 }
 """The section of each top-level key."""
 
-_PLACEHOLDERS = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 1, "seq_length": 64}
-"""Values of required keys that are missing or wrong, while other keys are looked at."""
+_PLACEHOLDERS = {
+    "num_layers": 1, "hidden_size": 64, "num_attention_heads": 1, "seq_length": 64, "train_iters": 1,
+    "train_micro_batch_size_per_gpu": 1, "train_batch_size": 1, "data_path": "data", "train_data_paths": ["data"],
+}  # fmt: skip
+"""Values of needed keys that are missing or wrong, while other keys are looked at."""
 
 
 class Builder:
@@ -48,6 +51,8 @@ class Builder:
     def build(self, checks: Iterable[Check] = ()) -> RunConfig:
         """The configuration; one with other values in place of those that are wrong, when there are findings."""
         values = self._by_section()
+        for key in self._findings.bad & set(_PLACEHOLDERS):
+            values[SECTION_OF[key]].setdefault(key, _PLACEHOLDERS[key])
         sections = {name: self._section(name, values[name]) for name in schema.SECTIONS}
         if self._missing and not self._findings.unread:
             names = ", ".join(self._missing)
@@ -86,7 +91,8 @@ class Builder:
             changed = [_replace(values, mistake.key) for mistake in found]
             if not any(changed):  # what is wrong is a default beside the other values
                 self._findings.bad.update(values)
-                return model(**{key: _PLACEHOLDERS[key] for key in _PLACEHOLDERS if key in model.model_fields})
+                required = [key for key, field in model.model_fields.items() if field.is_required()]
+                return model(**{key: _PLACEHOLDERS[key] for key in required})
 
     def _take(self, mistake: Mistake) -> None:
         if mistake.is_missing:

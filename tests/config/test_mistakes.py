@@ -101,6 +101,28 @@ def test_missing_keys_and_others_are_told_together_once(tmp_path: Path, monkeypa
     ]
 
 
+@pytest.mark.parametrize("mistake", ["train_iters: many", "train_iters: 010", "train_itres: 3", "train_iters: 0"])
+def test_what_training_lacks_is_told_beside_a_key_that_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mistake: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yml").write_text(f"{mistake}\n" + "".join(f"{key}: {value}\n" for key, value in MINIMUM.items()))
+    assert run_command(lambda: parse_run(["a.yml"], "train.py") and 0) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: a.yml:1: ") and "train_it" in first
+    assert second.startswith("error: training needs train_micro_batch_size_per_gpu, data_path: add")
+
+
+def test_a_wrong_batch_and_wrong_paths_are_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = {**MINIMUM, "train_iters": 1, "train_batch_size": 0, "train_data_paths": "a"}
+    (tmp_path / "a.yml").write_text(json.dumps(keys))
+    with pytest.raises(UserError) as error:
+        parse_run(["a.yml"], "train.py")
+    starts = ["a.yml:1: train_batch_size: must be", "a.yml:1: train_data_paths: expected a list"]
+    assert [line[: len(start)] for line, start in zip(str(error.value).split("\n"), starts, strict=True)] == starts
+
+
 def test_a_file_that_is_not_there_hides_no_mistake_and_makes_none(tmp_path: Path) -> None:
     (tmp_path / "a.yml").write_text("warmup: 2\ninclude: [absent.yml, broken.yml]\n")
     (tmp_path / "broken.yml").write_text("a: [\n")
