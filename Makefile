@@ -5,6 +5,8 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet
 REQ := requirements/requirements
 INSTALLED := $(VENV)/.installed
 DEMO := demo_output
+SOAK := tests/faults tests/config/test_fuzz.py tests/data/test_damaged_files.py tests/training/test_damaged_checkpoints.py \
+	tests/inference/test_damaged_exports.py
 
 .PHONY: demo test soak check format clean
 
@@ -28,9 +30,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(PY) -m pytest
 
-# Runs killed and stopped at random instants, and configurations mutated at random, others every time; minutes.
+# Runs killed at random instants, mutated configurations, damaged files: another set of them every time, for minutes.
 soak: $(INSTALLED)
-	SOAK_STRIKES=20 SOAK_EXAMPLES=3000 SOAK_SEED=$${SOAK_SEED:-$$(date +%s)} $(PY) -m pytest --numprocesses=0 tests/faults tests/config/test_fuzz.py
+	SOAK_STRIKES=20 SOAK_EXAMPLES=3000 SOAK_ROUNDS=10 SOAK_SEED=$${SOAK_SEED:-$$(date +%s)} $(PY) -m pytest --numprocesses=0 --timeout=900 $(SOAK)
 
 check: $(INSTALLED)
 	$(PY) -m ruff check .

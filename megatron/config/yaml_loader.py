@@ -77,7 +77,10 @@ Loader.add_constructor(f"{_TAG}str", Loader.construct_text)
 def compose(text: str) -> tuple[Loader, yaml.Node | None]:
     """The nodes of a YAML text and the loader that constructs them; raises yaml.YAMLError, for too large ones, too."""
     loader = Loader(text)
-    node = loader.get_single_node()
+    try:
+        node = loader.get_single_node()
+    except (ValueError, OverflowError):  # "\\U99999999"
+        raise _fault("no character has the number of this escape", loader.get_mark()) from None
     if node is not None:
         _measure(node, {})
     return loader, node

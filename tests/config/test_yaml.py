@@ -88,6 +88,8 @@ def test_words_of_yes_and_no_are_shown_as_written(tmp_path: Path) -> None:
         (b"save: a\x00b", "not valid YAML: "),
         (b"save: \xff", "a.yml cannot be read: it is not UTF-8 text (line 5)"),
         ("x" * 2**22, "a.yml cannot be read: it has more than"),
+        ('vocab_file: "\\U99999999"\n', "no character has the number of this escape"),
+        ('vocab_file: "\\Uffffffff"\n', "no character has the number of this escape"),
     ],
     ids=lambda value: str(value)[:24],
 )  # fmt: skip

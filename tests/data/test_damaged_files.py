@@ -26,8 +26,8 @@ from megatron.log import get_logger
 from megatron.tokenizer import build_tokenizer
 from tests.damage import damaged
 
-SEED = int(os.environ.get("FUZZ_SEED", "1"))
-ROUNDS = int(os.environ.get("FUZZ_ROUNDS", "1"))
+SEED = int(os.environ.get("SOAK_SEED", "1"))
+ROUNDS = int(os.environ.get("SOAK_ROUNDS", "1"))
 SIZES = [5, 9, 0, 30, 17, 260, 3]
 SECONDS_A_FILE = 20.0
 

@@ -23,8 +23,8 @@ from tests.damage import damaged
 from tests.inference.helpers import make_model
 from tools.ckpts.convert import main
 
-SEED = os.environ.get("FUZZ_SEED", "1")
-ROUNDS = int(os.environ.get("FUZZ_ROUNDS", "1"))
+SEED = os.environ.get("SOAK_SEED", "1")
+ROUNDS = int(os.environ.get("SOAK_ROUNDS", "1"))
 SECONDS_A_FILE = 20.0
 KINDS: dict[str, dict[str, Any]] = {
     "tokenformer": {},

@@ -31,8 +31,8 @@ from tests.damage import damaged
 
 pytestmark = pytest.mark.usefixtures("single_process")
 MakeConfig = Callable[..., RunConfig]
-SEED = int(os.environ.get("FUZZ_SEED", "1"))
-ROUNDS = int(os.environ.get("FUZZ_ROUNDS", "1"))
+SEED = int(os.environ.get("SOAK_SEED", "1"))
+ROUNDS = int(os.environ.get("SOAK_ROUNDS", "1"))
 SECONDS_A_FILE = 20.0
 FILES = ("manifest.json", "train_state.json", "config.yml", "environment.json", "model-00000.safetensors",
          "optimizer-00000.safetensors", "rng-00000.safetensors")  # fmt: skip
