@@ -27,7 +27,7 @@ from pathlib import Path
 
 from megatron.config.cli import check_outputs, checks_of, parse_arguments, resolve_arguments, without_plan_flags
 from megatron.config.explain import explain
-from megatron.config.hostfile import given_hostfile, missing_hostfile, refuse_missing_hostfile
+from megatron.config.hostfile import given_hostfile, missing_hostfile, not_a_host, refuse_missing_hostfile
 from megatron.config.load import Resolved
 from megatron.config.messages import places_named
 from megatron.config.schema import LaunchConfig, RunConfig
@@ -297,10 +297,7 @@ def _check_local_filters(config: LaunchConfig) -> None:
     key, filters = _filters(config)
     for name in filters:
         if name != "localhost":
-            raise UserError(
-                f"{key}: '{name}' is neither a YAML file nor a host, for there is no hostfile; correct it, or give "
-                "--hostfile FILE"
-            )
+            raise UserError(not_a_host(key, name))
 
 
 def _filters(config: LaunchConfig) -> tuple[str, dict[str, set[int]]]:

@@ -60,7 +60,7 @@ class Builder:
                 f"{self._files}: missing {names}: add to a YAML file, or give --set {self._missing[0]}=VALUE"
             )
         config = RunConfig(**sections)
-        for check in checks:
+        for check in checks if not self._findings.unread else ():
             for text in check(config):
                 self._note(text)
         return config

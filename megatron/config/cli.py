@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from megatron.config.build import Check
 from megatron.config.checks import find_setting_mistakes, find_training_mistakes
 from megatron.config.explain import explain
+from megatron.config.hostfile import find_host_mistakes
 from megatron.config.load import Resolved, resolve_config
 from megatron.config.reference import all_keys, section_title
 from megatron.config.schema import SECTIONS, RunConfig
@@ -230,8 +231,8 @@ def _flag_value(text: Any, key: str) -> Any:
 def checks_of(script: str, to_run: bool = True) -> tuple[Check, ...]:
     """What only a certain command needs: train.py a config that can be trained, a plan of it no data and no length."""
     if not script.rpartition("/")[2].startswith("train"):
-        return ()
-    return (find_training_mistakes,) if to_run else (find_setting_mistakes,)
+        return (find_host_mistakes,)
+    return (find_host_mistakes, find_training_mistakes if to_run else find_setting_mistakes)
 
 
 def check_outputs(resolved: Resolved, script: str) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from megatron.config.schema import LaunchConfig
+from megatron.config.schema import LaunchConfig, RunConfig
+from megatron.config.yaml_loader import shortened
 from megatron.errors import UserError
+
+CLUSTER_HOSTFILE = "/job/hostfile"
+"""Where DeepSpeed looks for one that nobody names."""
 
 
 def given_hostfile(config: LaunchConfig, env: Mapping[str, str]) -> str | None:
@@ -23,6 +27,26 @@ def missing_hostfile(config: LaunchConfig, env: Mapping[str, str]) -> str | None
     if path is None or os.path.lexists(path):
         return None
     return f"hostfile: {path} does not exist: the run is on this machine alone"
+
+
+def find_host_mistakes(config: RunConfig) -> Iterator[str]:
+    """Hosts that are named where there are none to choose from: a mistyped `include: FILE`, most often."""
+    launch, env = config.launch, os.environ
+    is_alone = int(env.get("WORLD_SIZE", "1")) == 1
+    if launch.deepspeed_slurm or given_hostfile(launch, env) or os.path.isfile(CLUSTER_HOSTFILE) or not is_alone:
+        return
+    for key in ("include", "exclude"):
+        names = (item.partition(":")[0] for item in (getattr(launch, key) or "").split("@"))
+        if wrong := next((name for name in names if name not in ("", "localhost")), None):
+            yield not_a_host(key, wrong)
+
+
+def not_a_host(key: str, name: str) -> str:
+    """The line about a name that is none."""
+    return (
+        f"{key}: '{shortened(name)}' is neither a YAML file nor a host, for there is no hostfile; correct it, or give "
+        "--hostfile FILE"
+    )
 
 
 def refuse_missing_hostfile(config: LaunchConfig, env: Mapping[str, str]) -> None:

@@ -110,11 +110,11 @@ def _near_files(name: str | Path, folder: Path, likeness: float = 0.5) -> list[s
     """YAML files of a folder that are called much like `name`, the nearest one at most."""
     target = folder / name
     try:
-        found = [path.name for path in target.parent.iterdir() if path.suffix in _CONFIG_SUFFIXES]
+        found = {path.stem: path for path in target.parent.iterdir() if path.suffix in _CONFIG_SUFFIXES}
     except (OSError, ValueError):
         return []
-    spelled = target.name if target.suffix in _CONFIG_SUFFIXES else f"{target.name}.yml"
-    return [str(target.parent / match) for match in difflib.get_close_matches(spelled, found, 1, likeness)]
+    spelled = target.stem if target.suffix in _CONFIG_SUFFIXES else target.name
+    return [str(found[match]) for match in difflib.get_close_matches(spelled, found, 1, likeness)]
 
 
 def read_with_includes(

@@ -22,6 +22,7 @@ from megatron.checkpoint.store import (
     set_aside,
     set_latest,
 )
+from megatron.config.checks import broken_promises
 from megatron.config.schema import CheckpointConfig, RunConfig
 from megatron.errors import UserError
 from megatron.log import get_logger
@@ -52,6 +53,7 @@ def open_for_resume(config: RunConfig, layout: Layout) -> Resumption | None:
     """
     options = config.checkpoint
     if options.load is None:
+        _refuse_broken_promise(config, "load is not given")
         return None
     chosen = first_rank_does(lambda: _choose(options, Path(options.load or "")), layout)
     told = [None if chosen is None else (chosen.reader.folder, chosen.rollbacks)]
@@ -59,10 +61,16 @@ def open_for_resume(config: RunConfig, layout: Layout) -> Resumption | None:
         dist.broadcast_object_list(told, src=0)
     found = told[0]
     if found is None:
+        _refuse_broken_promise(config, f"load: {options.load} has none")
         base = options.pretrain_partial_init
         get_logger().info("no checkpoint in %s: starting from %s", options.load, base or "scratch")
         return None
     return Resumption(CheckpointReader(found[0], verify=False), found[1])
+
+
+def _refuse_broken_promise(config: RunConfig, missing: str) -> None:
+    for mistake in broken_promises(config, missing):
+        raise UserError(mistake)
 
 
 def _choose(options: CheckpointConfig, root: Path) -> Resumption | None:
@@ -177,17 +185,14 @@ def _rollbacks(root: Path, iteration: int) -> list[int] | None:
         return None
 
 
-def _rolled_back(options: CheckpointConfig, root: Path, iteration: int) -> Resumption:
-    """The checkpoint of `iteration`; but once a run that started from it has saved, the newest one of that run.
+def _rolled_back(options: CheckpointConfig, root: Path, iteration: int) -> Resumption | None:
+    """The checkpoint of `iteration`, None where there are none; once a run from it has saved, the newest of that run.
 
     A command that is run again and again, as a requeued job is, then does not start at `iteration` for ever.
     """
     known = list_iterations(root)
     if not known and not (root / MANIFEST).is_file():
-        raise UserError(
-            f"iteration: {iteration} is for a start from a checkpoint, and load: {root} has none; name another folder, "
-            "or remove it"
-        )
+        return None  # the caller says that there is nothing to start from
     log = _log_of_rollbacks(root, known)
     own = [i for i in reversed(known) if log[-1:] == [iteration] and _rollbacks(root, i) == log]
     if own and not options.finetune:

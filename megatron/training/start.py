@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.checkpoint.store import CheckpointReader
-from megatron.config.checks import broken_promises
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.errors import UserError
 from megatron.growth.grow import GrownTensors, TensorSource
@@ -115,9 +114,6 @@ def find_start(config: RunConfig, layout: Layout) -> Start:
     Raises: UserError for a checkpoint that is damaged or does not fit, and for an impossible growth.
     """
     resumption = open_for_resume(config, layout)
-    if resumption is None:
-        for mistake in broken_promises(config, f"load: {config.checkpoint.load} has none"):
-            raise UserError(mistake)
     check_save_folder(config, resumption is not None)
     if resumption is not None:
         start = _from_checkpoint(config, resumption)

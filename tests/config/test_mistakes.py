@@ -158,6 +158,21 @@ def test_a_run_tells_what_training_needs_beside_the_rest(
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+@pytest.mark.parametrize("name", ["bsae", "worker-0:0@worker-1"])
+def test_an_include_that_names_neither_a_file_nor_a_host_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str, name: str
+) -> None:
+    for variable in ("DLTS_HOSTFILE", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    keys = {**MINIMUM, "train_iters": 1, "batch_size": 1, "data_path": "a", "include": name}
+    (tmp_path / "a.yml").write_text(json.dumps(keys))
+    assert run_command(lambda: parse_run([str(tmp_path / "a.yml")], script) and 0) == 2
+    host = name.partition(":")[0]
+    assert f"a.yml:1: include: '{host}' is neither a YAML file nor a host" in capsys.readouterr().err
+    assert run_command(lambda: parse_run([str(tmp_path / "a.yml"), "-H", "hosts"], script) and 0) == 0
+
+
 def test_a_mistake_that_is_found_later_names_the_file_too(refusals: Refusals) -> None:
     refusals("load: somewhere # nothing\ntrain-micro-batch-size-per-gpu: 3\ntrain_batch_size: 4\n")
     overrides = ["vocab_file=x", "data_path=/data/a", "eval_results_prefix=''", "tensorboard_dir=.", "log_dir=/"]
