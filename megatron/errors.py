@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells give a process that SIGINT has ended
+EXIT_NO_READER = 141  # the same for SIGPIPE: `--help | head` has read enough
 
 _LESS_MEMORY = "`deepy.py ... --dry-run --gpus N` names layouts that fit; a smaller micro-batch takes less"
 _OUT_OF_MEMORY = (
@@ -41,10 +44,13 @@ class RankError(UserError):
 def run_command(function: Callable[[], int | None]) -> int:
     """Call `function`; report a UserError as one line a mistake on stderr instead of a traceback.
 
-    Returns the exit code: what `function` returned (None counts as 0), 2 after a UserError, 130 after a Ctrl-C.
+    Returns the exit code: what `function` returned (None counts as 0), 2 after a UserError, 130 after a Ctrl-C, 141
+    when nobody reads what it prints any more.
     """
     try:
-        return function() or 0
+        code = function() or 0
+        _flush()
+        return code
     except UserError as error:
         # Ranks share a console: the first of each node speaks for all, in one write.
         local = os.environ.get("LOCAL_PROCESS") or os.environ.get("LOCAL_RANK", "0")
@@ -59,9 +65,29 @@ def run_command(function: Callable[[], int | None]) -> int:
         sys.stderr.write(f"error: out of memory: {_one_line(str(error).split(chr(10))[0])[:200]}; {_LESS_MEMORY}\n")
         sys.stderr.flush()
         return EXIT_USER_ERROR
+    except BrokenPipeError:
+        if not _has_no_reader(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        return EXIT_NO_READER
     except KeyboardInterrupt:
         sys.stderr.write("SIGINT: stopped\n")
         return EXIT_INTERRUPTED
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError):  # a full disk, or closed: logging has said so
+        return
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,3 +41,18 @@ def test_other_errors_keep_their_traceback() -> None:
 
     with pytest.raises(RuntimeError):
         run_command(fail)
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    code = (
+        "import sys; from megatron.errors import run_command; sys.exit(run_command(lambda: print('line\\n' * 10**6)))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert process.stdout and process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(20)) == (b"", 141)
+    process.stderr.close()

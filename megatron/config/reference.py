@@ -39,6 +39,7 @@ underscores are equal (`vocab-file`, `vocab_file`), `.yml` may be left off on th
 - `--explain` prints every value with the file and line it came from, what is ignored and why.
 - Paths of data, checkpoints and tokenizers are relative to the working directory. `~`, `$NAME` and `${NAME}` in them,
   and in `include`, are replaced by the home folder and the environment's value; a variable that is not set is an error.
+  (`~` by itself is YAML's null.)
 - A value that YAML 1.1 and 1.2 read differently (`010`, `1:30`) is an error that names both readings; quotes make text
   of it, and dates are text. Files are UTF-8, with or without a byte order mark.
 - All mistakes of a configuration are told at once, each in a line with file, line, key and what to do.
