@@ -7,42 +7,32 @@ deepspeed_slurm inside a Slurm allocation): DeepSpeed's pdsh, openmpi, mvapich o
 from __future__ import annotations
 
 import glob
-import ipaddress
 import os
-import random
 import re
 import shlex
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import zlib
 from argparse import Namespace
 from collections.abc import Mapping, MutableMapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from megatron.config.cli import check_outputs, checks_of, parse_arguments, resolve_arguments, without_plan_flags
 from megatron.config.explain import explain
 from megatron.config.hostfile import given_hostfile, missing_hostfile, not_a_host, refuse_missing_hostfile
+from megatron.config.hosts import free_port, job_port, read_hostfile, slurm_hosts, write_hostfile
 from megatron.config.load import Resolved
 from megatron.config.messages import places_named
 from megatron.config.schema import LaunchConfig, RunConfig
 from megatron.errors import UserError
-from megatron.files import read_text
 from megatron.log import get_logger
 from megatron.mpu.layout import Layout
 from megatron.supervise import WORKER, LaunchPlan, run_plan
 
-DEFAULT_PORT = 29500
-_UNUSED_PORTS = range(20000, 32768)  # below those that Linux gives to outgoing connections
 _DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg", "/dev/davinci[0-9]*", "/dev/accel/*")
 _CLUSTER_HOSTFILE = "/job/hostfile"
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # what DeepSpeed sends to other nodes
-_HOST_NAME = re.compile(r"(?:[\w.-]+@)?[A-Za-z0-9_](?:[\w.-]*\w)?")
 _LAUNCHER_PROGRAMS = {"pdsh": "pdsh", "openmpi": "ompi_info", "mvapich": "mpiname", "slurm": "sinfo"}
 _RANK_SOURCES = (
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
@@ -152,7 +142,7 @@ def make_plan(
     if to_run and shutil.which(program) is None:
         raise UserError(f"launcher: {launcher} needs the program `{program}`, which is not on PATH; install it")
     given = _hostfile(config, env)
-    file = given or _write_hostfile(hosts)
+    file = given or write_hostfile(hosts)
     options = ["--hostfile", file, "--launcher", launcher, *_multi_node_options(resolved, launcher, hosts, env)]
     written = None if given else file
     if launcher == "pdsh":
@@ -346,59 +336,6 @@ def _hostfile(config: LaunchConfig, env: Mapping[str, str]) -> str | None:
     return _CLUSTER_HOSTFILE if Path(_CLUSTER_HOSTFILE).is_file() else None
 
 
-def read_hostfile(path: str) -> dict[str, int]:
-    """{node: slots} of a DeepSpeed hostfile; raises UserError with the line of a mistake."""
-    lines = read_text(path, "hostfile", "give an existing file").splitlines()
-    hosts: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
-        text = line.partition("#")[0].strip()
-        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
-        if text and match is None:
-            raise UserError(f"{path}:{number}: expected `name slots=8`, got '{text}'")
-        if match is not None:
-            _check_host(match[1], f"{path}:{number}")
-            if match[1] in hosts:
-                raise UserError(f"{path}:{number}: host '{match[1]}' is given twice; keep one line")
-            hosts[match[1]] = int(match[2])
-    if not hosts:
-        raise UserError(f"{path}: no hosts in it; add lines `name slots=8`")
-    return hosts
-
-
-def _check_host(name: str, where: str) -> None:
-    """Raise UserError unless `name` can only be a host's: pdsh reads `^file`, `-name` and `[1-3]`, shells read more."""
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        if not _HOST_NAME.fullmatch(name):
-            raise UserError(f"{where}: '{name}' is no host name; give letters, digits, '.', '-' and '_'") from None
-
-
-def slurm_hosts(config: LaunchConfig, env: Mapping[str, str]) -> dict[str, int]:
-    """{node: processes} of the Slurm allocation this process is in; raises UserError outside of one."""
-    nodes = env.get("SLURM_JOB_NODELIST")
-    if not nodes:
-        raise UserError(
-            "deepspeed_slurm: true, but this is not inside a Slurm allocation (SLURM_JOB_NODELIST is not set); "
-            "start deepy.py with sbatch or salloc, or set deepspeed_slurm: false"
-        )
-    tasks = re.match(r"\d+", env.get("SLURM_NTASKS_PER_NODE") or env.get("SLURM_GPUS_ON_NODE") or "1")
-    slots = config.num_gpus or int(tasks[0] if tasks else 1)
-    try:
-        names = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True
-        ).stdout.split()
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"deepspeed_slurm: `scontrol show hostnames {nodes}` failed: {error}") from None
-    return dict.fromkeys(names, slots)
-
-
-def _write_hostfile(hosts: Mapping[str, int]) -> str:
-    with tempfile.NamedTemporaryFile("w", prefix="hostfile_", delete=False) as file:
-        file.writelines(f"{name} slots={slots}\n" for name, slots in hosts.items())
-    return file.name
-
-
 def has_accelerator(env: Mapping[str, str]) -> bool:
     """Whether this machine shows a device file of an accelerator; asks no library, so it takes no time."""
     if env.get("CUDA_VISIBLE_DEVICES") == "" or env.get("DS_ACCELERATOR") == "cpu":
@@ -413,21 +350,6 @@ def count_devices(env: Mapping[str, str]) -> int | None:
     if not files or visible is None:
         return len(files) or None
     return len([device for device in visible.split(",") if device.strip()]) or None
-
-
-def job_port(env: Mapping[str, str]) -> int:
-    """A port that all processes of a Slurm job step or of one mpirun agree on, other for another job."""
-    job = env.get("SLURM_JOB_ID") or env.get("PMIX_NAMESPACE")
-    return 10000 + zlib.crc32(job.encode()) % 20000 if job else DEFAULT_PORT
-
-
-def free_port() -> int:
-    """A TCP port that is free on this machine now, and that no outgoing connection will be given meanwhile."""
-    for port in random.SystemRandom().sample(_UNUSED_PORTS, 100):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise UserError("master_port: 100 ports were tried and none is free; give one")
 
 
 def _pdsh_stop(config: LaunchConfig, hosts: Mapping[str, int], work: Sequence[str]) -> list[str]:
