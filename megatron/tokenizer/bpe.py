@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import tokenizers
@@ -63,7 +64,9 @@ class GPT2BPETokenizer(_LibraryTokenizer):
         vocab = existing("vocab_file", vocab_file, self.name, "GPT-2's vocab.json")
         merges = existing("merge_file", merge_file, self.name, "GPT-2's merges.txt")
         try:
-            model = models.BPE.from_file(vocab, merges)
+            model = models.BPE(vocab=_vocabulary(vocab), merges=_merges(merges))
+        except UserError:
+            raise
         except Exception as error:  # the library raises plain Exception
             raise UserError(
                 f"vocab_file, merge_file: {vocab} and {merges} are no valid GPT-2 pair ({error})"
@@ -72,3 +75,16 @@ class GPT2BPETokenizer(_LibraryTokenizer):
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         super().__init__(backend, vocab)
+
+
+def _vocabulary(path: str) -> dict[str, int]:
+    """{token: id} of a vocab.json."""
+    found: dict[str, int] = json.loads(read_text(path, "vocab_file", "give GPT-2's vocab.json"))
+    return found
+
+
+def _merges(path: str) -> list[tuple[str, str]]:
+    """The pairs of a merges.txt, whose first line may be its version."""
+    lines = read_text(path, "merge_file", "give GPT-2's merges.txt").split("\n")
+    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    return [(left, right) for left, right in pairs]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import UserError
+from megatron.files import read_text
 from megatron.tokenizer.base import END_OF_TEXT, Tokenizer, well_formed
 from megatron.tokenizer.files import existing, optional_package
 
@@ -110,8 +111,9 @@ def _from_file(package: Any, path: str) -> Any:
 
 
 def _read_ranks(path: str) -> dict[bytes, int]:
+    lines = read_text(path, "vocab_file", "give a ranks file of lines 'base64 rank'").split("\n")
     try:
-        pairs = [line.split() for line in Path(path).read_bytes().splitlines() if line]
+        pairs = [line.split() for line in lines if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError as error:
         raise UserError(f"vocab_file: {path} is not a ranks file of lines 'base64 rank' ({error})") from error

@@ -55,6 +55,15 @@ def test_both_bpe_kinds_agree(files: Path) -> None:
     assert (by_json.vocab_size, by_json.eod_id) == (by_pair.vocab_size, by_pair.eod_id)
 
 
+@pytest.mark.parametrize("kind", ["HFTokenizer", "GPT2BPETokenizer"])
+def test_files_saved_by_an_editor_are_the_same_tokenizer(kind: str, files: Path, tmp_path: Path) -> None:
+    for file in files.iterdir():
+        text = file.read_text(encoding="utf-8").replace("\n", "\r\n")
+        (tmp_path / file.name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    plain, edited = build_tokenizer(config(kind, files)), build_tokenizer(config(kind, tmp_path))
+    assert edited.encode(TEXT) == plain.encode(TEXT)
+
+
 def test_bytes_are_ids_in_a_vocabulary_of_512() -> None:
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="CharLevelTokenizer"))
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (512, 0)
