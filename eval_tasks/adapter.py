@@ -67,7 +67,7 @@ class TokenFormerLM(TemplateLM):
         self.progress = progress and self.ranks.reports
         self.max_length = max_length or model.config.seq_length
         self._device = next(model.parameters()).device
-        self.batches = Batches(batch_size, self._device.type, recover=model.layout.tensor_size == 1)
+        self.batches = Batches(batch_size, self._device.type, recover=model.layout.tensor.size == 1)
 
     @classmethod
     def create_from_arg_obj(

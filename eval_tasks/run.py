@@ -86,7 +86,7 @@ def _perplexity(model: LanguageModel, tokenizer: Tokenizer, config: RunConfig, r
         tokenizer.eod_id,
         seq_length,
         options.perplexity_stride,
-        Batches(options.eval_batch_size, next(model.parameters()).device.type, model.layout.tensor_size == 1),
+        Batches(options.eval_batch_size, next(model.parameters()).device.type, model.layout.tensor.size == 1),
         ranks,
         progress=True,
     )

@@ -111,7 +111,7 @@ def test_variants_are_counted_too(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", ["tokenformer", "global"])
 def test_the_first_ranks_share_is_counted_exactly(kind: str) -> None:
     config = small(kind).model
-    shard = LanguageModel(config, device="meta", layout=Layout(0, tensor_size=4))
+    shard = LanguageModel(config, device="meta", layout=Layout.for_world(0, 4, tensor_size=4))
     (stage,) = stages(config, 1)
     assert stage.parameters(config, 4) == sum(parameter.numel() for parameter in shard.parameters())
 
@@ -119,7 +119,10 @@ def test_the_first_ranks_share_is_counted_exactly(kind: str) -> None:
 def test_uneven_shares_count_the_largest() -> None:
     config = small(qkv_slot_num=65, num_attention_heads=4).model
     largest = max(
-        sum(p.numel() for p in LanguageModel(config, device="meta", layout=Layout(r, tensor_size=4)).parameters())
+        sum(
+            p.numel()
+            for p in LanguageModel(config, device="meta", layout=Layout.for_world(r, 4, tensor_size=4)).parameters()
+        )
         for r in range(4)
     )
     assert stages(config, 1)[0].parameters(config, 4) == largest

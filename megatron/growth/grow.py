@@ -166,7 +166,7 @@ def grow(
 def _check_shares(layers: dict[str, Pattention], sizes: dict[str, int]) -> None:
     """Can each rank make its new keys from its old ones alone?"""
     for name, module in layers.items():
-        ranks, size = module.layout.tensor_size, sizes[name]
+        ranks, size = module.axis.size, sizes[name]
         is_uneven = any(count % ranks for count in (*module.segment_sizes, size))
         is_small = 0 < size // ranks < min(module.num_tokens // ranks, module.in_features)
         if ranks > 1 and (is_uneven or (is_small and module.activation != "softmax")):
@@ -184,5 +184,5 @@ def _append_with_scores(module: Pattention, size: int, name: str, seed: int) -> 
     if module.activation == "softmax":
         new.copy_(keys.repeat(len(new) // len(keys), 1))
     else:
-        new.copy_(rotated_keys(keys, len(new), ratio, f"{name}/{module.layout.tensor_rank}", seed))
+        new.copy_(rotated_keys(keys, len(new), ratio, f"{name}/{module.axis.rank}", seed))
     module.tau_tokens += size

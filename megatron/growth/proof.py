@@ -62,14 +62,14 @@ def compare_logits(
     old = new = ids
     with ieee_products():
         rounds = torch.tensor(not products_are_exact(ids.device), dtype=torch.int32, device=ids.device)
-        if dtype == torch.float32 and max_over_ranks(rounds, plain):
+        if dtype == torch.float32 and max_over_ranks(rounds, plain.tensor):
             dtype = torch.float64
         for old_spec, new_spec in zip(layer_specs(before[0], options), layer_specs(after[0], options), strict=True):
             old = _run(old_spec, before[1], old, plain, dtype)
             new = _run(new_spec, after[1], new, plain, dtype)
     # Not a number becomes infinite: a maximum over ranks may lose the former.
     extremes = torch.stack([(old - new).abs().max(), old.abs().max()]).nan_to_num(nan=math.inf, posinf=math.inf)
-    largest, scale = max_over_ranks(extremes, plain).tolist()
+    largest, scale = max_over_ranks(extremes, plain.tensor).tolist()
     return Difference(largest, scale)
 
 
@@ -84,4 +84,4 @@ def _run(spec: LayerSpec, source: TensorSource, x: Tensor, layout: Layout, dtype
 
 def _fill(module: nn.Module, prefix: str, source: TensorSource, layout: Layout) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        tensor.copy_(take_share(source.tensor("model", f"{prefix}.{name}"), tensor, layout))
+        tensor.copy_(take_share(source.tensor("model", f"{prefix}.{name}"), tensor, layout.tensor))

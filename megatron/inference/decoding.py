@@ -101,7 +101,7 @@ class Decoder:
         settings = [text.sampling for text in texts]
         seen = [text.prompt + text.tokens for text in texts]
         tokens = sample_rows(wide[:, : self.tokenizer.vocab_size], settings, seen, generators)
-        tokens = from_first_rank(tokens, self.model.layout)
+        tokens = from_first_rank(tokens, self.model.layout.tensor)
         logprobs: list[float | None] = [None] * len(texts)
         if self.logprobs:
             logprobs = wide.log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0].tolist()

@@ -35,64 +35,73 @@ from megatron.ops.pattention import PattentionFunction, joint_reference
 from megatron.ops.rotary import rotary_at
 
 
-class Layout:
+class Axis:
     """One process."""
 
-    tensor_size, tensor_rank, sequence_parallel = 1, 0, False
+    size, rank = 1, 0
 
     def share(self, size: int) -> tuple[int, int]:
         """[start, stop): everything."""
         return 0, size
 
 
+ALONE = Axis()
+
+
+class Layout:
+    """One process."""
+
+    tensor, sequence_parallel = ALONE, False
+
+
 SINGLE = Layout()
 
 
-def enter(x: Tensor, form: str, layout: Layout) -> Tensor:
+def enter(x: Tensor, form: str, axis: Axis) -> Tensor:
     """Inputs are whole."""
     return x
 
 
-def leave(x: Tensor, form: str, layout: Layout) -> Tensor:
+def leave(x: Tensor, form: str, axis: Axis) -> Tensor:
     """Outputs are whole."""
     return x
 
 
-def sum_scatter(parts: Sequence[Tensor], dim: int, layout: Layout) -> list[Tensor]:
+def sum_scatter(parts: Sequence[Tensor], dim: int, axis: Axis) -> list[Tensor]:
     """Outputs are whole."""
     return list(parts)
 
 
-def copy_to_ranks(x: Tensor, layout: Layout) -> Tensor:
+def copy_to_ranks(x: Tensor, axis: Axis) -> Tensor:
     """Nothing is shared."""
     return x
 
 
-def sum_statistics(x: Tensor, layout: Layout) -> Tensor:
+def sum_statistics(x: Tensor, axis: Axis) -> Tensor:
     """Statistics are whole."""
     return x
 
 
-def norm_over_ranks(norms: Tensor, layout: Layout) -> Tensor:
+def norm_over_ranks(norms: Tensor, axis: Axis) -> Tensor:
     """Norms are whole."""
     return norms
 
 
-def max_over_ranks(x: Tensor, layout: Layout) -> Tensor:
+def max_over_ranks(x: Tensor, axis: Axis) -> Tensor:
     """Maxima are whole."""
     return x.detach()
 
 
-def gather_shares(x: Tensor, size: int, layout: Layout) -> Tensor:
+def gather_shares(x: Tensor, size: int, axis: Axis) -> Tensor:
     """Logits are whole."""
     return x
 
 
-def mark_sharded(parameter: nn.Parameter, dim: int, shape: tuple[int, ...], layout: Layout) -> None:
+def mark_sharded(parameter: nn.Parameter, dim: int, shape: tuple[int, ...], axis: Axis) -> None:
     """Parameters are whole."""
 
 
-def take_share(whole: Tensor, parameter: Tensor, layout: Layout) -> Tensor:
+def take_share(whole: Tensor, parameter: Tensor, axis: Axis) -> Tensor:
     """Parameters are whole."""
     return whole
 
@@ -107,7 +116,7 @@ def dropout(x: Tensor, probability: float, training: bool, layout: Layout) -> Te
     return F.dropout(x, probability, training) if probability else x
 
 
-def own_stream(layout: Layout, device: torch.device) -> AbstractContextManager[None]:
+def own_stream(axis: Axis, device: torch.device) -> AbstractContextManager[None]:
     """The default generator."""
     return nullcontext()
 

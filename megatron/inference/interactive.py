@@ -84,15 +84,15 @@ def converse(
     reads and prints; with them, Ctrl-C in an answer ends the session.
     """
     session, layout = Session(decoder, sampling, seed), decoder.model.layout
-    typed = _typed_prompts(prompt_end) if layout.tensor_rank == 0 else iter(())
-    output = sys.stdout if layout.tensor_rank == 0 else io.StringIO()
+    typed = _typed_prompts(prompt_end) if layout.tensor.rank == 0 else iter(())
+    output = sys.stdout if layout.tensor.rank == 0 else io.StringIO()
     with evaluating(decoder.model):
         while (prompt := agree(next(typed, None), layout)) is not None:
             if prompt.strip() in ("", _RESET):
                 session.reset()
                 print("[context cleared]", flush=True, file=output)
             else:
-                _print_answer(session.answer(prompt), output, ends_on_interrupt=layout.tensor_size == 1)
+                _print_answer(session.answer(prompt), output, ends_on_interrupt=layout.tensor.size == 1)
                 if not with_history:
                     session.reset()
 

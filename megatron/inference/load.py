@@ -152,4 +152,4 @@ def _fill(model: LanguageModel, names: list[str], tensor_of: Callable[[str], Ten
     model.reset_tau()
     targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name in names:
-        targets[name].copy_(take_share(tensor_of(name), targets[name], model.layout))
+        targets[name].copy_(take_share(tensor_of(name), targets[name], model.layout.tensor))

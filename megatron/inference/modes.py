@@ -49,7 +49,7 @@ def run_generation(config: RunConfig, layout: Layout = SINGLE) -> None:
     texts = start_texts(decoder, prompts, settings, config.training.seed)
     size = config.evaluation.eval_batch_size
     batch_size = size if isinstance(size, int) else _BATCH_SIZE
-    if layout.tensor_rank == 0:
+    if layout.tensor.rank == 0:
         _write_answers(decoder, texts, options.sample_output_file, batch_size, inputs)
     else:
         complete_missing(decoder, texts, None, batch_size)

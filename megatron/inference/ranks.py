@@ -38,7 +38,7 @@ class DataRanks:
     @classmethod
     def of_layout(cls, layout: Layout) -> DataRanks:
         """The data axis of a connected layout; tensor ranks do the same work together."""
-        return cls(layout.data_rank, layout.data_size, layout.data_group, layout.rank == 0)
+        return cls(layout.data.rank, layout.data.size, layout.data.group, layout.rank == 0)
 
     def compute(
         self,
@@ -72,8 +72,8 @@ class DataRanks:
 
 def agree(value: Item, layout: Layout) -> Item:
     """The first tensor rank's value, on all of them: they compute together what was typed, drawn or read there."""
-    if layout.tensor_size == 1:
+    if layout.tensor.size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, group=layout.tensor_group, group_src=0)
+    dist.broadcast_object_list(box, group=layout.tensor.group, group_src=0)
     return box[0]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
 from megatron.model.joint import project
-from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.layout import ALONE, Axis
 from megatron.mpu.random import own_stream
 from megatron.ops.attention import select_attention
 from megatron.ops.rotary import apply_rotary, rotary_tables
@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
         projection: makes the projection called `query`, `key`, `value` or `proj` (d -> d). The first three give, the
             last takes this tensor rank's share of the channels: its heads.
         attention_backend: sdpa or flash_attn.
-        layout: the grid.
+        axis: the tensor ranks, each of which computes a share of the heads.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class SelfAttention(nn.Module):
         config: ModelConfig,
         projection: Callable[[str], Any],
         attention_backend: str = "sdpa",
-        layout: Layout = SINGLE,
+        axis: Axis = ALONE,
     ) -> None:
         super().__init__()
-        self.layout, self.dropout = layout, config.attention_dropout
-        first, last = layout.share(config.num_attention_heads)
+        self.axis, self.dropout = axis, config.attention_dropout
+        first, last = axis.share(config.num_attention_heads)
         self.num_heads = last - first
         self.query, self.key, self.value, self.proj = (projection(name) for name in ("query", "key", "value", "proj"))
         self.rotary = None
@@ -102,7 +102,7 @@ class SelfAttention(nn.Module):
             mask = cache.mask
         if not self.dropout or not self.training:
             return self._attend(q, k, v, mask, 0.0)
-        with own_stream(self.layout, q.device):  # the heads of different ranks drop different weights
+        with own_stream(self.axis, q.device):  # the heads of different ranks drop different weights
             return self._attend(q, k, v, mask, self.dropout)
 
     def _split_heads(self, x: Tensor) -> Tensor:

@@ -46,9 +46,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
-        layout, stream, device = options.layout, options.stream, options.device
-        self.fc_in = ColumnParallelLinear(width, inner, True, layout, stream, device)
-        self.fc_out = RowParallelLinear(inner, width, True, layout, stream, device)
+        axis, stream, device = options.layout.tensor, options.stream, options.device
+        self.fc_in = ColumnParallelLinear(width, inner, True, axis, stream, device)
+        self.fc_out = RowParallelLinear(inner, width, True, axis, stream, device)
         activations: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
         self.activation = activations[config.activation]
 
@@ -81,7 +81,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int, options: BuildOptions) -> None:
         super().__init__()
         self.parallel_residual, self.dropout, self.layout = config.gpt_j_residual, config.hidden_dropout, options.layout
-        width, device, layout, stream = config.hidden_size, options.device, options.layout, options.stream
+        width, device, stream = config.hidden_size, options.device, options.stream
+        axis = self.layout.tensor
 
         def pattention(name: str) -> nn.Module:
             return Pattention(
@@ -90,7 +91,7 @@ class Block(nn.Module):
                 token_segments(config, index, name),
                 config.norm_activation_type,
                 backend=options.pattention_backend,
-                layout=layout,
+                axis=axis,
                 inputs="channels" if name == "proj" else stream,
                 outputs=stream if name in ("proj", "mlp") else "channels",
                 device=device,
@@ -99,14 +100,14 @@ class Block(nn.Module):
         def linear(name: str) -> nn.Module:
             bias = config.use_bias_in_attn_linear
             if name == "proj":
-                return RowParallelLinear(width, width, bias, layout, stream, device)
-            return ColumnParallelLinear(width, width, bias, layout, stream, device)
+                return RowParallelLinear(width, width, bias, axis, stream, device)
+            return ColumnParallelLinear(width, width, bias, axis, stream, device)
 
         is_tokenformer = config.layer_kinds[index] == TOKENFORMER
         projection = pattention if is_tokenformer else linear
-        self.input_layernorm = build_norm(config.norm, config, device, layout)
-        self.attention = self.attention_class(config, projection, options.attention_backend, layout)
-        self.post_attention_layernorm = build_norm(config.norm, config, device, layout)
+        self.input_layernorm = build_norm(config.norm, config, device, self.layout)
+        self.attention = self.attention_class(config, projection, options.attention_backend, axis)
+        self.post_attention_layernorm = build_norm(config.norm, config, device, self.layout)
         self.mlp = pattention("mlp") if is_tokenformer else MLP(config, options)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:

@@ -26,12 +26,12 @@ class _Vocabulary(nn.Module):
         super().__init__()
         assert config.padded_vocab_size is not None, "LanguageModel checks the vocabulary"
         self.size, self.options = config.padded_vocab_size, options
-        self.start, self.stop = options.layout.share(self.size)
+        self.start, self.stop = options.layout.tensor.share(self.size)
 
     def _logits(self, x: Tensor, matrix: Callable[[Tensor], Tensor]) -> Tensor:
-        layout = self.options.layout
-        logits = matrix(enter(x, self.options.stream, layout))
-        return gather_shares(logits, self.size, layout) if self.options.gather_logits else logits
+        axis = self.options.layout.tensor
+        logits = matrix(enter(x, self.options.stream, axis))
+        return gather_shares(logits, self.size, axis) if self.options.gather_logits else logits
 
 
 class TokenTable(nn.Embedding):
@@ -49,15 +49,15 @@ class Embedding(_Vocabulary):
         super().__init__(config, options)
         self.dropout = config.hidden_dropout
         self.word_embeddings = TokenTable(self.stop - self.start, config.hidden_size, device=options.device)
-        mark_sharded(self.word_embeddings.weight, 0, (self.size, config.hidden_size), options.layout)
+        mark_sharded(self.word_embeddings.weight, 0, (self.size, config.hidden_size), options.layout.tensor)
 
     def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
         """ids [b, s] -> [b, s, d]; as_head: [b, s, d] -> logits [b, s, V_pad] (or this rank's share of V_pad)."""
         if as_head:
             return self._logits(x, partial(self.word_embeddings, as_head=True))
         layout = self.options.layout
-        embedded = self.word_embeddings(x) if layout.tensor_size == 1 else self._look_up_share(x)
-        return dropout(leave(embedded, self.options.stream, layout), self.dropout, self.training, layout)
+        embedded = self.word_embeddings(x) if layout.tensor.size == 1 else self._look_up_share(x)
+        return dropout(leave(embedded, self.options.stream, layout.tensor), self.dropout, self.training, layout)
 
     def _look_up_share(self, ids: Tensor) -> Tensor:
         """The rows of this rank's ids, and zeros for those of other ranks."""
@@ -73,7 +73,7 @@ class Head(_Vocabulary):
         super().__init__(config, options)
         rows = self.stop - self.start
         self.final_linear = nn.Linear(config.hidden_size, rows, bias=False, device=options.device)
-        mark_sharded(self.final_linear.weight, 0, (self.size, config.hidden_size), options.layout)
+        mark_sharded(self.final_linear.weight, 0, (self.size, config.hidden_size), options.layout.tensor)
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, s, d] -> logits [b, s, V_pad] (or this rank's share of V_pad)."""

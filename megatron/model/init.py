@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
-from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.layout import ALONE, Axis
 from megatron.mpu.shard import take_share, whole_shape
 
 _OUTPUT_PARTS = ("value_tokens_", "proj.weight", "fc_out.weight")
@@ -62,8 +62,8 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, seed: int, layout: Layout = SINGLE) -> None:
+def initialize(model: nn.Module, config: ModelConfig, seed: int, axis: Axis = ALONE) -> None:
     """Fill every parameter of `model`, or this tensor rank's share of it, by the table above."""
     for name, parameter in model.named_parameters():
         whole = initial_value(name, whole_shape(parameter), config, seed)
-        parameter.copy_(take_share(whole, parameter, layout))
+        parameter.copy_(take_share(whole, parameter, axis))

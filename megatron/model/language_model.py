@@ -100,7 +100,7 @@ class LanguageModel(nn.Module):
             allocate(self, device or "cpu")
             self.reset_tau()
         if seed is not None:
-            initialize(self, config, seed, layout)
+            initialize(self, config, seed, layout.tensor)
 
     def forward(self, input_ids: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
         """ids [b, s] -> logits [b, s, V_pad]; with a cache (one entry a block), ids are the new tokens only.

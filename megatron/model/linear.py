@@ -1,6 +1,6 @@
 """Linear layers split over the tensor ranks (Shoeybi et al., Megatron-LM, 2019, section 3), for Transformer blocks.
 
-With a layout of one they are nn.Linear, parameter names included.
+On an axis of one they are nn.Linear, parameter names included.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron.model.joint import JointLayer
 from megatron.mpu.collectives import Form, copy_to_ranks, enter, leave
-from megatron.mpu.layout import Layout
+from megatron.mpu.layout import Axis
 from megatron.mpu.shard import mark_sharded
 
 
@@ -23,7 +23,7 @@ class ColumnParallelLinear(JointLayer, nn.Linear):
     Args:
         in_features, out_features: widths of the whole layer.
         bias: has a bias.
-        layout: the grid.
+        axis: the tensor ranks.
         inputs: form of the input, `whole` or `tokens`.
         device: as in nn.Linear.
     """
@@ -33,16 +33,16 @@ class ColumnParallelLinear(JointLayer, nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool,
-        layout: Layout,
+        axis: Axis,
         inputs: Form,
         device: torch.device | str | None = None,
     ) -> None:
-        start, stop = layout.share(out_features)
+        start, stop = axis.share(out_features)
         super().__init__(in_features, stop - start, bias=bias, device=device)
-        self.layout, self.inputs = layout, inputs
-        mark_sharded(self.weight, 0, (out_features, in_features), layout)
+        self.axis, self.inputs = axis, inputs
+        mark_sharded(self.weight, 0, (out_features, in_features), axis)
         if bias:
-            mark_sharded(self.bias, 0, (out_features,), layout)
+            mark_sharded(self.bias, 0, (out_features,), axis)
 
     def read_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias; this rank's share."""
@@ -53,7 +53,7 @@ class ColumnParallelLinear(JointLayer, nn.Linear):
         layers: Sequence[ColumnParallelLinear], parameters: Sequence[tuple[Tensor, Tensor | None]], x: Tensor
     ) -> list[Tensor]:
         """[b, s, in] in the form `inputs` -> [b, s, out share] of each; x is gathered, its gradient reduced, once."""
-        x = enter(x, layers[0].inputs, layers[0].layout)
+        x = enter(x, layers[0].inputs, layers[0].axis)
         return [F.linear(x, weight, bias) for weight, bias in parameters]
 
 
@@ -63,7 +63,7 @@ class RowParallelLinear(nn.Linear):
     Args:
         in_features, out_features: widths of the whole layer.
         bias: has a bias, the same on all ranks.
-        layout: the grid.
+        axis: the tensor ranks.
         outputs: form of the output, `whole` or `tokens`.
         device: as in nn.Linear.
     """
@@ -73,21 +73,21 @@ class RowParallelLinear(nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool,
-        layout: Layout,
+        axis: Axis,
         outputs: Form,
         device: torch.device | str | None = None,
     ) -> None:
-        start, stop = layout.share(in_features)
+        start, stop = axis.share(in_features)
         super().__init__(stop - start, out_features, bias=bias, device=device)
-        self.layout, self.outputs = layout, outputs
-        mark_sharded(self.weight, 1, (out_features, in_features), layout)
+        self.axis, self.outputs = axis, outputs
+        mark_sharded(self.weight, 1, (out_features, in_features), axis)
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, s, in share] -> [b, s, out] in the form `outputs`."""
-        if self.layout.tensor_size == 1:
+        if self.axis.size == 1:
             return super().forward(x)  # one fused call
-        out = leave(F.linear(x, self.weight), self.outputs, self.layout)
+        out = leave(F.linear(x, self.weight), self.outputs, self.axis)
         if self.bias is None:
             return out
         # Added to a share of the tokens, the bias gets a share of its gradient.
-        return out + (copy_to_ranks(self.bias, self.layout) if self.outputs == "tokens" else self.bias)
+        return out + (copy_to_ranks(self.bias, self.axis) if self.outputs == "tokens" else self.bias)

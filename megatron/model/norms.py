@@ -17,7 +17,7 @@ from megatron.mpu.layout import SINGLE, Layout
 
 def _shared(parameter: Tensor, layout: Layout) -> Tensor:
     """A parameter that all tensor ranks apply, each to tokens of its own if they are sharded."""
-    return copy_to_ranks(parameter, layout) if layout.sequence_parallel else parameter
+    return copy_to_ranks(parameter, layout.tensor) if layout.sequence_parallel else parameter
 
 
 class LayerNorm(nn.LayerNorm):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron.model.joint import JointLayer
 from megatron.mpu.collectives import Form, enter, leave, sum_scatter
-from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.layout import ALONE, Axis
 from megatron.mpu.shard import mark_sharded, take_share, whole_shape
 from megatron.ops.pattention import ParameterTokens, select_backend
 
@@ -36,7 +36,7 @@ class Pattention(JointLayer):
         activation: l2_norm_gelu, gelu_l2_norm or softmax (see `megatron.ops.pattention.theta`).
         backend: auto, reference or fused.
         tau_tokens: tau^2; n when not given. It stays what it was when tokens are appended.
-        layout: the grid. Row statistics and outputs are summed over its tensor ranks.
+        axis: the tensor ranks, which share the tokens; row statistics and outputs are summed over them.
         inputs, outputs: form of x and of the result between tensor ranks: `whole` on each; `channels`, a share of the
             last dimension each; `tokens`, a share of the sequence each (sequence parallelism).
         device, dtype: as in nn.Linear; the meta device works.
@@ -53,7 +53,7 @@ class Pattention(JointLayer):
         *,
         backend: str = "auto",
         tau_tokens: int | None = None,
-        layout: Layout = SINGLE,
+        axis: Axis = ALONE,
         inputs: Form = "whole",
         outputs: Form = "whole",
         device: torch.device | str | None = None,
@@ -68,7 +68,7 @@ class Pattention(JointLayer):
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
         self.segment_sizes, self.backend = segments, backend
         """Number of tokens of each segment, those of all tensor ranks, oldest first."""
-        self.layout, self.inputs, self.outputs = layout, inputs, outputs
+        self.axis, self.inputs, self.outputs = axis, inputs, outputs
         for i in self.segments:
             self._register_segment(i, device, dtype)
         initial_tau = tau_tokens if tau_tokens is not None else sum(segments)
@@ -85,7 +85,7 @@ class Pattention(JointLayer):
             for kind, std in (("key", 0.02), ("value", self.num_tokens**-0.5)):
                 tokens = getattr(self, f"{kind}_tokens_{i}")
                 whole = torch.empty(whole_shape(tokens), device=tokens.device, dtype=tokens.dtype).normal_(std=std)
-                tokens.data.copy_(take_share(whole, tokens, self.layout))
+                tokens.data.copy_(take_share(whole, tokens, self.axis))
         self.reset_tau()
 
     def reset_tau(self) -> None:
@@ -94,10 +94,10 @@ class Pattention(JointLayer):
 
     def _register_segment(self, i: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         size = self.segment_sizes[i]
-        start, stop = self.layout.share(size)
+        start, stop = self.axis.share(size)
         for kind, width in (("key", self.in_features), ("value", self.out_features)):
             tokens = nn.Parameter(torch.empty(stop - start, width, device=device, dtype=dtype))
-            mark_sharded(tokens, 0, (size, width), self.layout)
+            mark_sharded(tokens, 0, (size, width), self.axis)
             self.register_parameter(f"{kind}_tokens_{i}", tokens)
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class Pattention(JointLayer):
         if values is None:
             values = torch.empty(size, self.out_features).normal_(std=self.num_tokens**-0.5)
         key.zero_()
-        value.copy_(take_share(values, value, self.layout))
+        value.copy_(take_share(values, value, self.axis))
 
     @property
     def segments(self) -> list[int]:
@@ -153,10 +153,10 @@ class Pattention(JointLayer):
         """x [.., in_features] -> [.., out_features] of each layer, in the forms `inputs` and `outputs`."""
         first = layers[0]
         _, function = select_backend(first.backend, x.device.type)
-        outputs = function(enter(x, first.inputs, first.layout), parameters, first.activation, first.layout)
+        outputs = function(enter(x, first.inputs, first.axis), parameters, first.activation, first.axis)
         if first.outputs == "channels":
-            return sum_scatter(outputs, -1, first.layout)
-        return [leave(output, first.outputs, first.layout) for output in outputs]
+            return sum_scatter(outputs, -1, first.axis)
+        return [leave(output, first.outputs, first.axis) for output in outputs]
 
     def extra_repr(self) -> str:
         return (

@@ -98,19 +98,19 @@ class PipelineModel(DeepSpeedPipelineModule):
         checkpoint_layers: int = 0,
     ) -> None:
         specs = layer_specs(config, replace(options, device="meta", layout=layout))
-        self._bounds = partition(layer_weights(config), layout.pipeline_size)
-        mine = range(self._bounds[layout.pipeline_rank], self._bounds[layout.pipeline_rank + 1])
+        self._bounds = partition(layer_weights(config), layout.pipeline.size)
+        mine = range(self._bounds[layout.pipeline.rank], self._bounds[layout.pipeline.rank + 1])
         self._is_block = [specs[i].name.startswith(_BLOCK_PREFIX) for i in mine]
         self._prefixes = {str(i): specs[i].name for i in mine}
         topology = PipeModelDataParallelTopology(
-            num_pp=layout.pipeline_size, num_mp=layout.tensor_size, num_dp=layout.data_size
+            num_pp=layout.pipeline.size, num_mp=layout.tensor.size, num_dp=layout.data.size
         )
         layers = [(_Layer if spec.tie is None else _TiedLayer)(spec, device) for spec in specs]
         # DeepSpeed prints its topology and every layer, and broadcasts the tied parameter (not its data).
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             super().__init__(layers, topology=topology)
         self.config, self.checkpoint_layers = config, checkpoint_layers
-        assert (self.stage_id, self._grid.data_parallel_id) == (layout.pipeline_rank, layout.data_rank)
+        assert (self.stage_id, self._grid.data_parallel_id) == (layout.pipeline.rank, layout.data.rank)
 
     def _partition_layers(self, method: str = "") -> None:
         """Take the bounds computed here: DeepSpeed balances parameters, in which the look-up table would count."""

@@ -1,5 +1,5 @@
 """The process grid, collectives and random streams that parallel layers are built on."""
 
-from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.layout import ALONE, SINGLE, Axis, Layout
 
-__all__ = ["SINGLE", "Layout"]
+__all__ = ["ALONE", "SINGLE", "Axis", "Layout"]

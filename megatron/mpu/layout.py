@@ -6,13 +6,45 @@ no axis of its own: it shards activations over the tensor axis.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from math import prod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Processes that share something, and this one's place among them. `Axis()` is this process alone.
+
+    Attributes:
+        size: number of processes.
+        rank: this process, 0 <= rank < size.
+        group: through which they communicate; None until `Layout.connect`, and for an axis of one.
+    """
+
+    size: int = 1
+    rank: int = 0
+    group: ProcessGroup | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def is_last(self) -> bool:
+        """Is this process the last one of the axis?"""
+        return self.rank == self.size - 1
+
+    def share(self, size: int) -> tuple[int, int]:
+        """[start, stop) of `size` items that belong to this rank; shares differ by one item at most."""
+        return size * self.rank // self.size, size * (self.rank + 1) // self.size
+
+
+ALONE = Axis()
+"""The axis of one process, on which collectives give back what they are given."""
+
+_AXES = ("tensor", "data", "pipeline")  # innermost first
+_MODEL_AXES = ("tensor", "pipeline")  # along which one copy of the model is divided
 
 
 @dataclass(frozen=True)
@@ -21,26 +53,17 @@ class Layout:
 
     Attributes:
         rank: this process, 0 <= rank < world_size.
-        data_size, pipeline_size, tensor_size: length of each axis.
+        tensor, data, pipeline: the processes that differ from this one on one axis only.
+        replica: those that hold one copy of the model, on the tensor and the pipeline axis.
         sequence_parallel: between the projections, activations are sharded by tokens over the tensor axis.
-        tensor_group, data_group, pipeline_group: the processes that differ from this one on one axis only.
-        replica_group: those that hold one copy of the model (pipeline x tensor). All are None until `connect`, and for
-            an axis of one.
     """
 
     rank: int = 0
-    data_size: int = 1
-    pipeline_size: int = 1
-    tensor_size: int = 1
+    tensor: Axis = ALONE
+    data: Axis = ALONE
+    pipeline: Axis = ALONE
+    replica: Axis = ALONE
     sequence_parallel: bool = False
-    tensor_group: ProcessGroup | None = field(default=None, compare=False, repr=False)
-    data_group: ProcessGroup | None = field(default=None, compare=False, repr=False)
-    pipeline_group: ProcessGroup | None = field(default=None, compare=False, repr=False)
-    replica_group: ProcessGroup | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} is outside a grid of {self.world_size} processes")
 
     @classmethod
     def for_world(
@@ -51,7 +74,7 @@ class Layout:
         tensor_size: int = 1,
         sequence_parallel: bool = False,
     ) -> Layout:
-        """The grid of `world_size` processes; ValueError when the model axes do not divide it."""
+        """The grid of `world_size` processes; ValueError where the model axes do not divide it."""
         model_size = pipeline_size * tensor_size
         if world_size % model_size:
             count = "1 process" if world_size == 1 else f"{world_size} processes"
@@ -59,7 +82,12 @@ class Layout:
                 f"{count} cannot hold pipe_parallel_size {pipeline_size} x "
                 f"model_parallel_size {tensor_size}; start a multiple of {model_size}"
             )
-        return cls(rank, world_size // model_size, pipeline_size, tensor_size, sequence_parallel and tensor_size > 1)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is outside a grid of {world_size} processes")
+        sizes = {"tensor": tensor_size, "data": world_size // model_size, "pipeline": pipeline_size}
+        axes = {name: Axis(sizes[name], place) for name, place in _places(rank, sizes).items()}
+        replica = Axis(model_size, axes["tensor"].rank + tensor_size * axes["pipeline"].rank)
+        return cls(rank, **axes, replica=replica, sequence_parallel=sequence_parallel and tensor_size > 1)
 
     def connect(self, timeout: timedelta | None = None) -> Layout:
         """This layout with its process groups, which are those of an earlier call where there was one. Collective.
@@ -67,60 +95,45 @@ class Layout:
         Args:
             timeout: how long a collective waits for a rank; default that of the backend.
         """
-        grid = replace(
-            self,
-            tensor_group=self._group("tensor", lambda place: (place.pipeline_rank, place.data_rank), timeout),
-            data_group=self._group("data", lambda place: (place.pipeline_rank, place.tensor_rank), timeout),
-            pipeline_group=self._group("pipeline", lambda place: (place.data_rank, place.tensor_rank), timeout),
-        )
-        if 1 in (self.pipeline_size, self.tensor_size):
-            return replace(grid, replica_group=grid.tensor_group or grid.pipeline_group)
-        return replace(grid, replica_group=self._group("replica", lambda place: place.data_rank, timeout))
+        axes = {name: self._connected(name, [name], timeout) for name in _AXES}
+        longer = [name for name in _MODEL_AXES if axes[name].size > 1]
+        group = axes[longer[0]].group if len(longer) == 1 else self._connected("replica", _MODEL_AXES, timeout).group
+        return replace(self, replica=replace(self.replica, group=group), **axes)  # type: ignore[arg-type]
 
-    def _group(self, role: str, key: Callable[[Layout], object], timeout: timedelta | None) -> ProcessGroup | None:
-        """The group of the ranks whose key is this rank's. All groups are made on all ranks, as torch demands."""
+    def _connected(self, role: str, along: Iterable[str], timeout: timedelta | None) -> Axis:
+        """The axis `role` with the group of the processes that differ on the axes `along` only.
+
+        All groups are made on all ranks, as torch demands.
+        """
         import torch.distributed as dist
 
         from megatron.mpu.groups import process_group
 
-        members: dict[object, list[int]] = {}
+        axis: Axis = getattr(self, role)
+        if axis.size == 1:
+            return axis
+        if axis.size == self.world_size:
+            return replace(axis, group=dist.group.WORLD)
+        sizes = {name: getattr(self, name).size for name in _AXES}
+        members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
-            members.setdefault(key(replace(self, rank=rank)), []).append(rank)
-        if len(members) == self.world_size:
-            return None
-        if len(members) == 1:
-            return dist.group.WORLD
-        groups = {place: process_group(role, ranks, timeout) for place, ranks in members.items()}
-        return groups[key(self)]
+            places = _places(rank, sizes)
+            members.setdefault(tuple(places[name] for name in _AXES if name not in along), []).append(rank)
+        groups = [(ranks, process_group(role, ranks, timeout)) for ranks in members.values()]
+        return replace(axis, group=next(group for ranks, group in groups if self.rank in ranks))
 
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return self.data_size * self.pipeline_size * self.tensor_size
+        return prod(getattr(self, name).size for name in _AXES)
 
-    @property
-    def tensor_rank(self) -> int:
-        """Place on the tensor axis."""
-        return self.rank % self.tensor_size
 
-    @property
-    def data_rank(self) -> int:
-        """Place on the data axis."""
-        return self.rank // self.tensor_size % self.data_size
-
-    @property
-    def pipeline_rank(self) -> int:
-        """Place on the pipeline axis: the stage."""
-        return self.rank // (self.tensor_size * self.data_size)
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Does this process hold the end of the model?"""
-        return self.pipeline_rank == self.pipeline_size - 1
-
-    def share(self, size: int) -> tuple[int, int]:
-        """[start, stop) of `size` items that belong to this tensor rank; shares differ by one item at most."""
-        return size * self.tensor_rank // self.tensor_size, size * (self.tensor_rank + 1) // self.tensor_size
+def _places(rank: int, sizes: dict[str, int]) -> dict[str, int]:
+    """Where a rank stands on each axis."""
+    places = {}
+    for name in _AXES:
+        rank, places[name] = divmod(rank, sizes[name])
+    return places
 
 
 SINGLE = Layout()

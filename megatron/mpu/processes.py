@@ -121,7 +121,11 @@ def join_one_copy(tensor_size: int, backend: str | None, ranks_per_gpu: int = 1)
             f"model_parallel_size: {world} processes for {tensor_size} tensor ranks; start {tensor_size}, or load the "
             "model with `--set model_parallel_size=1`"
         )
-    return _connect(Layout(rank, 1, 1, tensor_size), backend, ranks_per_gpu) if rank < tensor_size else None
+    return (
+        _connect(Layout.for_world(rank, tensor_size, tensor_size=tensor_size), backend, ranks_per_gpu)
+        if rank < tensor_size
+        else None
+    )
 
 
 def _connect(layout: Layout, backend: str | None, ranks_per_gpu: int) -> Layout:

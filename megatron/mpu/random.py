@@ -15,22 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.mpu.layout import Layout
+from megatron.mpu.layout import Axis, Layout
 
 
 @contextmanager
-def own_stream(layout: Layout, device: torch.device) -> Iterator[None]:
-    """Inside, torch's default generators of the CPU and of `device` differ from tensor rank to tensor rank.
+def own_stream(axis: Axis, device: torch.device) -> Iterator[None]:
+    """Inside, torch's default generators of the CPU and of `device` differ from rank to rank of an axis.
 
     Afterwards they continue where the ranks agree, one draw further. On an axis of one nothing changes.
     """
-    if layout.tensor_size == 1:
+    if axis.size == 1:
         yield
         return
     seed = int(torch.randint(2**62, ()))
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        seed += layout.tensor_rank
+        seed += axis.rank
         torch.default_generator.manual_seed(seed)
         if on_gpu:
             torch.cuda.manual_seed(seed)
@@ -43,5 +43,5 @@ def dropout(x: Tensor, probability: float, training: bool, layout: Layout) -> Te
         return x
     if not layout.sequence_parallel:
         return F.dropout(x, probability)
-    with own_stream(layout, x.device):
+    with own_stream(layout.tensor, x.device):
         return F.dropout(x, probability)

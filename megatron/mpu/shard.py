@@ -1,7 +1,7 @@
 """How a parameter's tensor on one tensor rank relates to the whole, canonical tensor.
 
 A parameter that is sharded over the tensor axis carries a `ShardSpec` as its attribute `shard`; one without is the
-same on every tensor rank. Shares follow `Layout.share`: when the size is no multiple of the number of ranks, some
+same on every tensor rank. Shares follow `Axis.share`: when the size is no multiple of the number of ranks, some
 ranks hold one row more. No layer here needs equal shares (only row statistics and full-width outputs are exchanged),
 so nothing is padded and no inert row takes memory, is updated or has to be left out of a checkpoint.
 """
@@ -13,25 +13,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron.mpu.layout import Layout
+from megatron.mpu.layout import Axis
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """A parameter is rows `Layout.share(shape[dim])` of dimension `dim` of a whole tensor of `shape`."""
+    """A parameter is rows `Axis.share(shape[dim])` of dimension `dim` of a whole tensor of `shape`."""
 
     dim: int
     shape: torch.Size
 
-    def take(self, whole: Tensor, layout: Layout) -> Tensor:
+    def take(self, whole: Tensor, axis: Axis) -> Tensor:
         """This rank's part of the whole tensor (a view)."""
-        start, stop = layout.share(self.shape[self.dim])
+        start, stop = axis.share(self.shape[self.dim])
         return whole.narrow(self.dim, start, stop - start)
 
 
-def mark_sharded(parameter: Tensor, dim: int, shape: torch.Size | tuple[int, ...], layout: Layout) -> None:
+def mark_sharded(parameter: Tensor, dim: int, shape: torch.Size | tuple[int, ...], axis: Axis) -> None:
     """Declare that `parameter` is this rank's share of a tensor of `shape`; nothing to declare on an axis of one."""
-    if layout.tensor_size > 1:
+    if axis.size > 1:
         parameter.shard = ShardSpec(dim, torch.Size(shape))  # type: ignore[attr-defined]
         # DeepSpeed's gradient norm counts a parameter on every tensor rank only when it carries this name.
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
@@ -49,10 +49,10 @@ def whole_shape(parameter: Tensor) -> torch.Size:
     return spec.shape if spec is not None else getattr(parameter, "ds_shape", parameter.shape)
 
 
-def take_share(whole: Tensor, parameter: Tensor, layout: Layout) -> Tensor:
+def take_share(whole: Tensor, parameter: Tensor, axis: Axis) -> Tensor:
     """What this rank's `parameter` holds of its whole tensor."""
     spec = shard_spec(parameter)
-    return whole if spec is None else spec.take(whole, layout)
+    return whole if spec is None else spec.take(whole, axis)
 
 
 def allocate(module: nn.Module, device: torch.device | str) -> None:

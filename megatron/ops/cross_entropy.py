@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron.mpu.collectives import max_over_ranks, sum_over_ranks
-from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.layout import ALONE, Axis
 
 # Rows of logits taken through fp32 at a time: 2048 x 50304 x 4 bytes = 412 MB at most.
 CHUNK_ROWS = 2048
@@ -22,16 +22,16 @@ class _ShareOfTokenLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, start: int, layout: Layout) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, start: int, axis: Axis) -> Tensor:
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         share_sum = torch.cat([torch.logsumexp(rows.to(wide), dim=-1) for rows in logits.split(CHUNK_ROWS)])
         columns = labels - start
         mine = (columns >= 0) & (columns < logits.shape[1])
         columns = torch.where(mine, columns, 0)
         label_logits = torch.where(mine, logits.gather(-1, columns[:, None]).squeeze(-1).to(wide), 0.0)
-        highest = max_over_ranks(share_sum, layout)
+        highest = max_over_ranks(share_sum, axis)
         sums = torch.stack([torch.exp(share_sum - highest), label_logits])
-        total, label_logits = sum_over_ranks(sums, layout)
+        total, label_logits = sum_over_ranks(sums, axis)
         log_sum = highest + torch.log(total)
         ctx.save_for_backward(logits, columns, mine, log_sum)
         return log_sum - label_logits
@@ -49,22 +49,22 @@ class _ShareOfTokenLosses(torch.autograd.Function):
         return grad_logits, None, None, None
 
 
-def token_losses(logits: Tensor, labels: Tensor, layout: Layout = SINGLE, vocabulary_size: int | None = None) -> Tensor:
+def token_losses(logits: Tensor, labels: Tensor, axis: Axis = ALONE, vocabulary_size: int | None = None) -> Tensor:
     """Cross entropy of every token, in nats.
 
     Args:
         logits: [.., V_pad], or this tensor rank's share of the vocabulary; padded vocabulary rows take part in the
             softmax, as in the published models.
         labels: int64 [..].
-        layout: the grid; its tensor ranks share the vocabulary by `Layout.share`.
+        axis: the ranks that share the vocabulary, by `Axis.share`.
         vocabulary_size: V_pad, needed where it is shared.
 
     Returns: [..] in fp32 (fp64 for fp64 logits), the same on every tensor rank.
     """
-    if layout.tensor_size > 1 and vocabulary_size is None:
+    if axis.size > 1 and vocabulary_size is None:
         raise ValueError("vocabulary_size: needed to know which share of the vocabulary the logits are")
-    start, _ = layout.share(vocabulary_size or logits.shape[-1])
-    losses = _ShareOfTokenLosses.apply(logits.flatten(0, -2), labels.flatten(), start, layout)
+    start, _ = axis.share(vocabulary_size or logits.shape[-1])
+    losses = _ShareOfTokenLosses.apply(logits.flatten(0, -2), labels.flatten(), start, axis)
     return losses.view(labels.shape)
 
 
@@ -72,11 +72,11 @@ def cross_entropy(
     logits: Tensor,
     labels: Tensor,
     loss_mask: Tensor | None = None,
-    layout: Layout = SINGLE,
+    axis: Axis = ALONE,
     vocabulary_size: int | None = None,
 ) -> Tensor:
     """Mean of `token_losses` over the loss mask ([..], ones count); over all tokens without one."""
-    losses = token_losses(logits, labels, layout, vocabulary_size)
+    losses = token_losses(logits, labels, axis, vocabulary_size)
     if loss_mask is None:
         return losses.mean()
     mask = loss_mask.to(losses.dtype)

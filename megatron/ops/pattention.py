@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.mpu.collectives import PendingSum, max_over_ranks, norm_over_ranks, sum_statistics
-from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.layout import ALONE, Axis
 
 
 class ParameterTokens(NamedTuple):
@@ -31,7 +31,7 @@ class ParameterTokens(NamedTuple):
     tau_tokens: Tensor
 
 
-PattentionFunction = Callable[[Tensor, Sequence[ParameterTokens], str, Layout], list[Tensor]]
+PattentionFunction = Callable[[Tensor, Sequence[ParameterTokens], str, Axis], list[Tensor]]
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -44,13 +44,13 @@ def _tau(tau_tokens: Tensor, scores: Tensor) -> Tensor:
     return tau_tokens.to(statistics_dtype(scores)).sqrt()
 
 
-def _row_scales(rows: Sequence[Tensor], tau_tokens: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+def _row_scales(rows: Sequence[Tensor], tau_tokens: Sequence[Tensor], axis: Axis) -> list[Tensor]:
     """tau / ||row||_2 over the rows of all ranks, and 0 where the row is all zero; [.., 1] in the statistics dtype.
 
     The inner `where` keeps the quotient finite on the branch that is not taken, so its gradient is 0, not NaN.
     """
     norms = [torch.linalg.vector_norm(r, dim=-1, keepdim=True, dtype=statistics_dtype(r)) for r in rows]
-    norms = list(norm_over_ranks(torch.stack(norms), layout).unbind())
+    norms = list(norm_over_ranks(torch.stack(norms), axis).unbind())
     scales = []
     for norm, count in zip(norms, tau_tokens, strict=True):
         tau, nonzero = _tau(count, norm), norm > 0
@@ -58,11 +58,11 @@ def _row_scales(rows: Sequence[Tensor], tau_tokens: Sequence[Tensor], layout: La
     return scales
 
 
-def _softmax_numerators(rows: Sequence[Tensor], layout: Layout) -> list[tuple[Tensor, Tensor]]:
+def _softmax_numerators(rows: Sequence[Tensor], axis: Axis) -> list[tuple[Tensor, Tensor]]:
     """exp(A - max) and its row sum [.., 1], maximum and sum over the columns of all ranks."""
-    highest = max_over_ranks(torch.stack([row.amax(-1, keepdim=True) for row in rows]), layout)
+    highest = max_over_ranks(torch.stack([row.amax(-1, keepdim=True) for row in rows]), axis)
     numerators = [torch.exp(row - peak) for row, peak in zip(rows, highest, strict=True)]
-    sums = sum_statistics(torch.stack([numerator.sum(-1, keepdim=True) for numerator in numerators]), layout)
+    sums = sum_statistics(torch.stack([numerator.sum(-1, keepdim=True) for numerator in numerators]), axis)
     return list(zip(numerators, sums, strict=True))
 
 
@@ -77,42 +77,38 @@ def theta(scores: Tensor, tau_tokens: Tensor, activation: str) -> Tensor:
 
     Returns: [.., n] in the dtype of `scores`; computed in fp32 for 16-bit scores.
     """
-    return joint_theta([scores], [tau_tokens], activation, SINGLE)[0]
+    return joint_theta([scores], [tau_tokens], activation, ALONE)[0]
 
 
-def joint_theta(
-    scores: Sequence[Tensor], tau_tokens: Sequence[Tensor], activation: str, layout: Layout
-) -> list[Tensor]:
+def joint_theta(scores: Sequence[Tensor], tau_tokens: Sequence[Tensor], activation: str, axis: Axis) -> list[Tensor]:
     """`theta` of several layers with rows of equal number, each rank holding a share of the columns [.., n_rank]."""
     wide = [score.to(statistics_dtype(score)) for score in scores]
     if activation == "l2_norm_gelu":
-        weights = [F.gelu(w * r) for w, r in zip(wide, _row_scales(wide, tau_tokens, layout), strict=True)]
+        weights = [F.gelu(w * r) for w, r in zip(wide, _row_scales(wide, tau_tokens, axis), strict=True)]
     elif activation == "gelu_l2_norm":
         gelus = [F.gelu(w) for w in wide]
-        weights = [gelu * r for gelu, r in zip(gelus, _row_scales(gelus, tau_tokens, layout), strict=True)]
+        weights = [gelu * r for gelu, r in zip(gelus, _row_scales(gelus, tau_tokens, axis), strict=True)]
     elif activation == "softmax":
-        parts = _softmax_numerators(wide, layout)
+        parts = _softmax_numerators(wide, axis)
         weights = [e * (count.to(e.dtype) / total) for (e, total), count in zip(parts, tau_tokens, strict=True)]
     else:
         raise ValueError(f"activation: unknown '{activation}'; choose l2_norm_gelu, gelu_l2_norm or softmax")
     return [weight.to(score.dtype) for weight, score in zip(weights, scores, strict=True)]
 
 
-def joint_reference(
-    x: Tensor, layers: Sequence[ParameterTokens], activation: str, layout: Layout = SINGLE
-) -> list[Tensor]:
+def joint_reference(x: Tensor, layers: Sequence[ParameterTokens], activation: str, axis: Axis = ALONE) -> list[Tensor]:
     """Theta(X K_P^T) V_P of each layer as written in the paper (section 3.2).
 
     Args:
         x: [.., d_in], whole on every tensor rank.
         layers: tokens of the layers, this rank's share of them.
         activation: see `theta`.
-        layout: the grid.
+        axis: the ranks that share the tokens: row statistics are summed over them.
 
     Returns: for each layer [.., d_out]; over the tensor ranks they are partial sums.
     """
     scores = [x @ layer.key.T for layer in layers]
-    weights = joint_theta(scores, [layer.tau_tokens for layer in layers], activation, layout)
+    weights = joint_theta(scores, [layer.tau_tokens for layer in layers], activation, axis)
     return [weight @ layer.value for weight, layer in zip(weights, layers, strict=True)]
 
 
@@ -120,11 +116,11 @@ class _FusedL2NormGelu(torch.autograd.Function):
     """l2_norm_gelu that keeps A and r = tau / ||A|| only (1 u instead of the 3 u of autograd; u = one score matrix)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, *flat: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, axis: Axis, *flat: Tensor) -> tuple[Tensor, ...]:
         layers = [ParameterTokens(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
         scores = [x @ layer.key.T for layer in layers]
-        scales = _row_scales(scores, [layer.tau_tokens for layer in layers], layout)
-        ctx.layout = layout
+        scales = _row_scales(scores, [layer.tau_tokens for layer in layers], axis)
+        ctx.axis = axis
         ctx.save_for_backward(x, *flat, *scores, *scales)
         return tuple(
             F.gelu(score * scale).to(x.dtype) @ layer.value
@@ -143,7 +139,7 @@ class _FusedL2NormGelu(torch.autograd.Function):
             for grad, layer, zi in zip(grads, layers, z, strict=True)
         ]
         row_dots = torch.stack([(dz * zi).sum(-1, keepdim=True) for dz, zi in zip(grad_z, z, strict=True)])
-        pending = PendingSum(row_dots, ctx.layout)
+        pending = PendingSum(row_dots, ctx.axis)
         # The sum over the ranks is on its way while the values' gradients are computed.
         grad_values = [
             F.gelu(zi).to(x.dtype).flatten(0, -2).T @ grad.flatten(0, -2) for zi, grad in zip(z, grads, strict=True)
@@ -159,12 +155,12 @@ class _FusedL2NormGelu(torch.autograd.Function):
         return grad_x, None, *flat_grads
 
 
-def joint_fused(x: Tensor, layers: Sequence[ParameterTokens], activation: str, layout: Layout = SINGLE) -> list[Tensor]:
+def joint_fused(x: Tensor, layers: Sequence[ParameterTokens], activation: str, axis: Axis = ALONE) -> list[Tensor]:
     """`joint_reference` with a hand-written backward for l2_norm_gelu; the other two activations use autograd."""
     if activation != "l2_norm_gelu":
-        return joint_reference(x, layers, activation, layout)
+        return joint_reference(x, layers, activation, axis)
     flat = [tensor for layer in layers for tensor in layer]
-    return list(_FusedL2NormGelu.apply(x, layout, *flat))
+    return list(_FusedL2NormGelu.apply(x, axis, *flat))
 
 
 def pattention_reference(x: Tensor, key: Tensor, value: Tensor, tau_tokens: Tensor, activation: str) -> Tensor:

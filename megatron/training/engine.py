@@ -92,7 +92,7 @@ def _ways_without_gpu(overrides: Sequence[str]) -> str:
 
 def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
     """The JSON configuration DeepSpeed is given."""
-    micro, steps = config.training.resolve_batch(layout.data_size)
+    micro, steps = config.training.resolve_batch(layout.data.size)
     zero = config.parallel.zero_optimization.model_dump(exclude_none=True)
     if zero.pop("cpu_offload", False):
         zero.setdefault("offload_optimizer", {"device": "cpu"})
@@ -111,7 +111,7 @@ def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
         "steps_per_print": 2**62,
         "wall_clock_breakdown": config.logging.wall_clock_breakdown,
     }
-    if layout.pipeline_size > 1:
+    if layout.pipeline.size > 1:
         # Tensor ranks send different activations between stages: DeepSpeed must not cut them up again.
         result["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if config.precision.dtype == "bf16":
@@ -123,7 +123,7 @@ def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
 
 def deepspeed_grid(layout: Layout) -> DeepSpeedGrid | None:
     """The grid that DeepSpeed is told of; None where it knows all (data ranks only) or a PipelineModule tells it."""
-    return DeepSpeedGrid(layout) if layout.tensor_size > 1 and layout.pipeline_size == 1 else None
+    return DeepSpeedGrid(layout) if layout.tensor.size > 1 and layout.pipeline.size == 1 else None
 
 
 def partition_parameters(module: nn.Module, config: RunConfig, layout: Layout, grid: DeepSpeedGrid | None) -> None:
@@ -134,7 +134,7 @@ def partition_parameters(module: nn.Module, config: RunConfig, layout: Layout, g
     import deepspeed
 
     module.to(DTYPES[config.precision.dtype])
-    group = grid.get_data_parallel_group() if grid is not None else layout.data_group
+    group = grid.get_data_parallel_group() if grid is not None else layout.data.group
     settings = deepspeed_config(config, layout)
     deepspeed.zero.Init(module=module, data_parallel_group=group, config_dict_or_path=settings, mpu=grid)
 
@@ -180,7 +180,7 @@ class Engine(ABC):
             freeze_old_parameters(model, config.model)
             # The engine has no fp32 copy of what it does not train, and keeps none.
             frozen = {
-                name: take_share(source(name), parameter, layout).float().cpu().clone()
+                name: take_share(source(name), parameter, layout.tensor).float().cpu().clone()
                 for name, parameter in model.named_parameters()
                 if not parameter.requires_grad
             }
@@ -230,7 +230,7 @@ class Engine(ABC):
     def evaluate(self, batches: Iterable[Tensor]) -> float:
         """Mean loss over micro-batches [micro, seq_length + 1] of all data ranks, in nats per token. Collective."""
         total = self._sum_of_losses(batches)
-        for group in (self.layout.data_group, self.layout.pipeline_group):
+        for group in (self.layout.data.group, self.layout.pipeline.group):
             if group is not None:
                 dist.all_reduce(total, group=group)
         return (total[0] / total[1]).item()
@@ -243,7 +243,7 @@ class Engine(ABC):
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
         """Mean loss from this tensor rank's share of the logits, the same on every tensor rank."""
-        return cross_entropy(logits, labels, mask, self.layout, self.config.model.padded_vocab_size)
+        return cross_entropy(logits, labels, mask, self.layout.tensor, self.config.model.padded_vocab_size)
 
     def _finish_step(self, loss: Tensor, norm: Tensor | float | None, skipped: bool) -> StepResult:
         """Check what DeepSpeed says after an update; `norm` None asks it for the norm."""
@@ -271,9 +271,9 @@ class Engine(ABC):
     def mean_over_ranks(self, value: Tensor) -> float:
         """Average of a scalar over the data ranks. Collective."""
         value = value.detach().clone()
-        if self.layout.data_group is not None:
-            dist.all_reduce(value, group=self.layout.data_group)
-            value /= self.layout.data_size
+        if self.layout.data.group is not None:
+            dist.all_reduce(value, group=self.layout.data.group)
+            value /= self.layout.data.size
         return value.item()
 
     def any_rank(self, flag: bool) -> bool:
@@ -372,7 +372,7 @@ class SingleStageEngine(Engine):
                 self._engine.step()
         mean = torch.stack(losses).mean()
         norm = clip_gradients(self.model.parameters(), self.clip, self.layout) if self.zero_stage == 0 else None
-        if self.layout.data_size == 1:  # else this rank alone may see it; the gradient norm tells all of them
+        if self.layout.data.size == 1:  # else this rank alone may see it; the gradient norm tells all of them
             self._require_finite("lm_loss", mean)
         if norm is not None:
             self._require_finite("grad_norm", norm)

@@ -73,7 +73,7 @@ class EngineState:
             return _Slice(parameter, 0, 0, parameter.numel())
         if self.zero_stage == 3:
             group, offset, padded = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-            start = min(padded * self.layout.data_rank, parameter.ds_numel)
+            start = min(padded * self.layout.data.rank, parameter.ds_numel)
             size = min(padded, parameter.ds_numel - start)
             return _Slice(self.optimizer.fp32_partitioned_groups_flat[group], offset, start, size)
         group = next(i for i, g in enumerate(self.optimizer.bit16_groups) if any(p is parameter for p in g))
@@ -99,9 +99,9 @@ class EngineState:
     def _of_all_stages(self, mine: Mapping[str, Entry]) -> dict[str, tuple[int, Entry]]:
         """name -> (first pipeline stage that has it, its entry there), in the same order on every stage. Collective."""
         stages: list[Mapping[str, Entry]] = [mine]
-        if self.layout.pipeline_group is not None:
-            stages = [{}] * self.layout.pipeline_size
-            dist.all_gather_object(stages, mine, group=self.layout.pipeline_group)
+        if self.layout.pipeline.group is not None:
+            stages = [{}] * self.layout.pipeline.size
+            dist.all_gather_object(stages, mine, group=self.layout.pipeline.group)
         merged: dict[str, tuple[int, Entry]] = {}
         for stage, entries in enumerate(stages):
             for name, entry in entries.items():
@@ -112,12 +112,12 @@ class EngineState:
         """The whole fp32 master (moment None) or moment of a parameter, on every process. Collective."""
         stage, shape = self._shapes[name]
         layout = self.layout
-        if stage == layout.pipeline_rank:
+        if stage == layout.pipeline.rank:
             whole = self._join_shares(name, self._join_slices(name, moment))
         else:
             whole = torch.empty(shape, dtype=torch.float32, device=next(iter(self._of_model.values())).device)
-        if layout.pipeline_group is not None:
-            dist.broadcast(whole, group=layout.pipeline_group, group_src=stage)
+        if layout.pipeline.group is not None:
+            dist.broadcast(whole, group=layout.pipeline.group, group_src=stage)
         return whole
 
     def _join_slices(self, name: str, moment: str | None) -> Tensor:
@@ -129,18 +129,18 @@ class EngineState:
         share = torch.zeros(shape.numel(), dtype=torch.float32, device=parameter.device)
         source = place.flat if moment is None else self.inner.state[place.flat][moment]
         share.narrow(0, place.start, place.size).copy_(place.of(source))
-        if self.zero_stage > 0 and self.layout.data_group is not None:
-            dist.all_reduce(share, group=self.layout.data_group)
+        if self.zero_stage > 0 and self.layout.data.group is not None:
+            dist.all_reduce(share, group=self.layout.data.group)
         return share.view(shape)
 
     def _join_shares(self, name: str, share: Tensor) -> Tensor:
         """The whole tensor from the shares of the tensor ranks, which may be of different sizes."""
         spec = shard_spec(self._of_model[name])
-        if spec is None or self.layout.tensor_group is None:
+        if spec is None or self.layout.tensor.group is None:
             return share
         whole = torch.zeros(spec.shape, dtype=share.dtype, device=share.device)
-        spec.take(whole, self.layout).copy_(share)
-        dist.all_reduce(whole, group=self.layout.tensor_group)
+        spec.take(whole, self.layout.tensor).copy_(share)
+        dist.all_reduce(whole, group=self.layout.tensor.group)
         return whole
 
     def masters(self) -> Iterator[tuple[str, Tensor]]:
@@ -184,7 +184,7 @@ class EngineState:
     def _write(self, name: str, flat: Tensor, whole: Tensor) -> None:
         """Copy this process's part of a whole tensor into a tensor shaped like the parameter's `flat`."""
         place = self._slices[name]
-        share = take_share(whole, self.parameters[name], self.layout)
+        share = take_share(whole, self.parameters[name], self.layout.tensor)
         place.of(flat).copy_(share.reshape(-1).narrow(0, place.start, place.size))
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ def seed_generators(seed: int, layout: Layout, iteration: int = 0) -> None:
 
     Dropout that has to differ between tensor ranks derives its own streams (megatron.mpu.random).
     """
-    place = layout.rank // layout.tensor_size
+    place = layout.rank // layout.tensor.size
     if iteration:
         digest = hashlib.blake2b(f"{seed}/{iteration}/{place}".encode(), digest_size=4).digest()
         seed, place = int.from_bytes(digest, "little"), 0

@@ -20,7 +20,7 @@ from megatron.mpu.shard import shard_spec
 def counts_here(parameter: Tensor, layout: Layout) -> bool:
     """Does this process add the parameter's gradient to the norm of its copy of the model?"""
     is_later_copy = getattr(parameter, "ds_pipe_replicated", False)  # set by DeepSpeed's PipelineModule
-    return not is_later_copy and (layout.tensor_rank == 0 or shard_spec(parameter) is not None)
+    return not is_later_copy and (layout.tensor.rank == 0 or shard_spec(parameter) is not None)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, layout: Layout) -> Tensor:
@@ -39,13 +39,13 @@ def gradient_norm(parameters: Sequence[nn.Parameter], layout: Layout) -> Tensor:
     """Norm of the gradients of one copy of the model, the same scalar on each of its processes. Collective."""
     counted = [p.grad for p in parameters if counts_here(p, layout) and p.grad is not None]
     norm = torch.nn.utils.get_total_norm(counted)
-    return norm if layout.replica_group is None else _combined(norm.to(parameters[0].device), layout)
+    return norm if layout.replica.group is None else _combined(norm.to(parameters[0].device), layout)
 
 
 def _combined(norm: Tensor, layout: Layout) -> Tensor:
     """Norm over the pipeline and the tensor axis from each process's own."""
     squared = norm.square()
-    dist.all_reduce(squared, group=layout.replica_group)
+    dist.all_reduce(squared, group=layout.replica.group)
     return squared.sqrt()
 
 

@@ -48,8 +48,8 @@ class DeepSpeedGrid:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._data_group = layout.data_group or self._alone()
-        self._tensor_group = layout.tensor_group or self._alone()
+        self._data_group = layout.data.group or self._alone()
+        self._tensor_group = layout.tensor.group or self._alone()
 
     def _alone(self) -> ProcessGroup:
         # DeepSpeed takes None for the world.
@@ -57,11 +57,11 @@ class DeepSpeedGrid:
 
     def get_model_parallel_rank(self) -> int:
         """Place on the tensor axis."""
-        return self._layout.tensor_rank
+        return self._layout.tensor.rank
 
     def get_model_parallel_world_size(self) -> int:
         """Length of the tensor axis."""
-        return self._layout.tensor_size
+        return self._layout.tensor.size
 
     def get_model_parallel_group(self) -> ProcessGroup:
         """The processes that share this one's copy of the model."""
@@ -69,11 +69,11 @@ class DeepSpeedGrid:
 
     def get_data_parallel_rank(self) -> int:
         """Place on the data axis."""
-        return self._layout.data_rank
+        return self._layout.data.rank
 
     def get_data_parallel_world_size(self) -> int:
         """Length of the data axis."""
-        return self._layout.data_size
+        return self._layout.data.size
 
     def get_data_parallel_group(self) -> ProcessGroup:
         """The processes that hold the same share of the model."""

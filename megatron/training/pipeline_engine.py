@@ -59,11 +59,11 @@ class PipelineEngine(Engine):
     def _sum_of_losses(self, batches: Iterable[Tensor]) -> Tensor:
         total, source = torch.zeros(2, dtype=torch.float64, device=self.device), iter(batches)
         # A schedule needs the number of its batches. A few at a time: `batches` may end early, when the run is stopped.
-        while items := list(self._items(itertools.islice(source, _BATCHES_A_STAGE * self.layout.pipeline_size))):
+        while items := list(self._items(itertools.islice(source, _BATCHES_A_STAGE * self.layout.pipeline.size))):
             losses = self._engine.eval_batch(
                 iter(items), reduce_output=None, bcast_loss=False, num_micro_batches=len(items)
             )  # None but on the last stage
-            if self.layout.is_last_stage:
+            if self.layout.pipeline.is_last:
                 total += torch.stack([torch.stack(losses).double().sum(), total.new_tensor(len(losses))])
         self.model.train()
         return total

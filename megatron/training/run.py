@@ -86,14 +86,14 @@ class Run:
 
     def training_batches(self) -> Iterator[list[Tensor]]:
         """For each update its micro-batches, from the first sample that was not consumed yet."""
-        _, steps = self.config.training.resolve_batch(self.layout.data_size)
+        _, steps = self.config.training.resolve_batch(self.layout.data.size)
         stream = self._batches(self.datasets.train, self.state.consumed_samples, self.config.data.num_workers)
         while True:
             yield [next(stream) for _ in range(steps)]
 
     def evaluation_batches(self, dataset: Any) -> Iterator[Tensor]:
         """The same eval_iters global batches every time, this rank's share of them."""
-        _, steps = self.config.training.resolve_batch(self.layout.data_size)
+        _, steps = self.config.training.resolve_batch(self.layout.data.size)
         stream = self._batches(dataset, 0, 0)
         for _ in range(self.config.training.eval_iters * steps):
             batch = next(stream, None)
@@ -102,9 +102,9 @@ class Run:
             yield batch
 
     def _batches(self, dataset: Any, start: int, workers: int) -> Iterator[Tensor]:
-        micro, steps = self.config.training.resolve_batch(self.layout.data_size)
+        micro, steps = self.config.training.resolve_batch(self.layout.data.size)
         layout = self.layout
-        for batch in batches(dataset, micro, steps, layout.data_rank, layout.data_size, start, workers):
+        for batch in batches(dataset, micro, steps, layout.data.rank, layout.data.size, start, workers):
             _check_ids(batch["tokens"], self.config, RankError)
             yield batch["tokens"]
 
@@ -159,10 +159,10 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
     seed_generators(config.training.seed, layout)
     tokenizer = build_tokenizer(config.tokenizer)
     config = config.with_vocabulary(tokenizer.vocab_size)
-    micro, steps = config.training.resolve_batch(layout.data_size)
+    micro, steps = config.training.resolve_batch(layout.data.size)
     start = find_start(config, layout)
     config, state = start.config, start.state
-    global_batch = micro * steps * layout.data_size
+    global_batch = micro * steps * layout.data.size
     datasets = _build_data(config, state, global_batch)
     start.prove(_held_out_ids(datasets, config), layout)
     with reused_groups(timedelta(minutes=config.launch.distributed_timeout_minutes)):
@@ -247,7 +247,7 @@ def _build_engine(start: Start, layout: Layout, eod_id: int) -> Engine:
     """The engine around this process's part of the model, with its first or loaded values."""
     config, source = start.config, _parameter_source(start)
     model: nn.Module
-    if layout.pipeline_size == 1:
+    if layout.pipeline.size == 1:
         grid = deepspeed_grid(layout)
         if config.parallel.zero_optimization.stage == 3:
             model = _single_stage_model(config, layout, "meta")
@@ -303,7 +303,7 @@ def _fill(
     `prefix` is where in the model this part of it is.
     """
     for name, parameter in model.named_parameters():
-        parameter.copy_(take_share(source(prefix + name), parameter, layout))
+        parameter.copy_(take_share(source(prefix + name), parameter, layout.tensor))
     for part in model.modules():
         if isinstance(part, Pattention):
             part.reset_tau()
@@ -343,5 +343,5 @@ def _grid(layout: Layout) -> str:
     """` (2 data x 1 pipeline x 4 tensor, sequence parallel)`; nothing for one process."""
     if layout.world_size == 1:
         return ""
-    axes = f"{layout.data_size} data x {layout.pipeline_size} pipeline x {layout.tensor_size} tensor"
+    axes = f"{layout.data.size} data x {layout.pipeline.size} pipeline x {layout.tensor.size} tensor"
     return f" ({axes}{', sequence parallel' if layout.sequence_parallel else ''})"

@@ -90,7 +90,7 @@ class Start:
         for number, (before, old, after, new) in enumerate(self._growths):
             numbers = torch.zeros(2, device=device)
             compare = partial(compare_logits, (before, old), (after, new), ids.to(device), layout)
-            found = compare() if layout.rank and layout.data_rank == layout.pipeline_rank == 0 else None
+            found = compare() if layout.rank and layout.data.rank == layout.pipeline.rank == 0 else None
             # The whole model is read twice: ranks that take no part wait where there is no limit of time.
             found = first_rank_does(compare, layout) or found
             if found is not None:
@@ -131,8 +131,8 @@ def find_start(config: RunConfig, layout: Layout) -> Start:
 
 def tokens_an_update(config: RunConfig, layout: Layout) -> int:
     """Tokens that all ranks together read for an update."""
-    micro, steps = config.training.resolve_batch(layout.data_size)
-    return micro * steps * layout.data_size * config.model.seq_length
+    micro, steps = config.training.resolve_batch(layout.data.size)
+    return micro * steps * layout.data.size * config.model.seq_length
 
 
 def _from_checkpoint(config: RunConfig, resumption: Resumption) -> Start:

@@ -24,15 +24,15 @@ def groups_of_a_process() -> list[int]:
     counts.append(len(world.pg_map))
     again = Layout.for_world(dist.get_rank(), 4, pipeline_size=2, tensor_size=2).connect()
     counts.append(len(world.pg_map))
-    assert again.tensor_group is layout.tensor_group and again.pipeline_group is layout.pipeline_group
+    assert again.tensor.group is layout.tensor.group and again.pipeline.group is layout.pipeline.group
     # The same ranks for another purpose, and with another limit.
     process_group("other", range(4))
-    assert process_group("other", [3, 2, 1, 0]) is process_group("other", range(4)) is not layout.replica_group
+    assert process_group("other", [3, 2, 1, 0]) is process_group("other", range(4)) is not layout.replica.group
     counts.append(len(world.pg_map))
     layout.connect(timedelta(days=1))
     counts.append(len(world.pg_map))
     total = torch.ones(1)
-    dist.all_reduce(total, group=again.tensor_group)
+    dist.all_reduce(total, group=again.tensor.group)
     assert total.item() == 2
     dist.barrier()
     dist.destroy_process_group()

@@ -16,7 +16,7 @@ from megatron.model import LanguageModel, Pattention
 from megatron.model.blocks import Block, BuildOptions
 from megatron.model.pattention import ACTIVATIONS
 from megatron.mpu.collectives import gather, gather_shares, sum_scatter
-from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.layout import ALONE, Axis, Layout
 from megatron.mpu.random import dropout, own_stream
 from megatron.mpu.shard import take_share
 from megatron.ops.cross_entropy import cross_entropy
@@ -41,7 +41,7 @@ def take_parameters(sharded: nn.Module, whole: nn.Module, layout: Layout) -> Non
     source = dict(whole.named_parameters())
     with torch.no_grad():
         for name, parameter in sharded.named_parameters():
-            parameter.copy_(take_share(source[name], parameter, layout))
+            parameter.copy_(take_share(source[name], parameter, layout.tensor))
 
 
 def gradient_distances(sharded: nn.Module, whole: nn.Module, layout: Layout) -> Iterator[tuple[str, float]]:
@@ -49,7 +49,7 @@ def gradient_distances(sharded: nn.Module, whole: nn.Module, layout: Layout) -> 
     for name, parameter in sharded.named_parameters():
         expected = source[name].grad
         assert expected is not None and parameter.grad is not None, name
-        yield name, worst(parameter.grad, take_share(expected, parameter, layout))
+        yield name, worst(parameter.grad, take_share(expected, parameter, layout.tensor))
 
 
 # ---- one layer ----
@@ -76,7 +76,7 @@ def compare_layer(layout: Layout, activation: str, backend: str, tokens: list[in
         if zero_keys:
             whole.key_tokens_0[3:].zero_()
         x[0, 0].zero_()  # a row of scores that is all zero
-    sharded = Pattention(WIDTH, WIDTH, tokens, layout=layout, **build)  # type: ignore[arg-type]
+    sharded = Pattention(WIDTH, WIDTH, tokens, axis=layout.tensor, **build)  # type: ignore[arg-type]
     take_parameters(sharded, whole, layout)
     grad_out = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64)
     results = []
@@ -144,7 +144,7 @@ def compare_model(config: ModelConfig, layout: Layout, checkpoint_layers: int) -
     mask = torch.rand(BATCH, LENGTH) > 0.3
     expected = cross_entropy(whole(ids), labels, mask)
     expected.backward()
-    found = cross_entropy(sharded(ids), labels, mask, layout, config.padded_vocab_size)
+    found = cross_entropy(sharded(ids), labels, mask, layout.tensor, config.padded_vocab_size)
     found.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in whole.parameters() if p.grad is not None])
     assert norm > 0.05
@@ -235,7 +235,7 @@ def random_streams() -> dict[str, Any]:
     x, result = torch.ones(64), {}
     result["agreed"] = dropout(x, 0.5, True, layout)
     result["own"] = dropout(x, 0.5, True, sequence)
-    with own_stream(layout, x.device):
+    with own_stream(layout.tensor, x.device):
         result["own again"] = torch.rand(64)
     result["agreed after"] = torch.rand(64)
     config = ModelConfig(**{**BASE, **TOKENS, "attention_dropout": 0.5, "hidden_dropout": 0.3})
@@ -244,7 +244,7 @@ def random_streams() -> dict[str, Any]:
             model = LanguageModel(config, seed=1, layout=grid, gather_logits=False, checkpoint_layers=recomputed)
             torch.manual_seed(9)
             ids = torch.arange(LENGTH).repeat(2, 1)
-            loss = cross_entropy(model(ids), ids, None, grid, 50)
+            loss = cross_entropy(model(ids), ids, None, grid.tensor, 50)
             loss.backward()
             gradient = model.get_parameter("layers.0.attention.proj.value_tokens_0").grad
             assert gradient is not None
@@ -270,23 +270,23 @@ def test_dropout_differs_between_tensor_ranks_where_it_must_and_agrees_where_it_
 def uneven_shares() -> None:
     layout = connected(2)
     whole = torch.arange(14.0, dtype=torch.float64).view(2, 7)
-    start, stop = layout.share(7)
+    start, stop = layout.tensor.share(7)
     leaf = whole[:, start:stop].clone().requires_grad_()
-    gathered = gather_shares(leaf, 7, layout)
+    gathered = gather_shares(leaf, 7, layout.tensor)
     assert torch.equal(gathered, whole)
     gathered.backward(whole)
     assert leaf.grad is not None and torch.equal(leaf.grad, whole[:, start:stop])
-    for call in (lambda: gather(torch.ones(3, 2), 0, SINGLE), lambda: sum_scatter([torch.ones(3, 2)], 0, SINGLE)[0]):
+    for call in (lambda: gather(torch.ones(3, 2), 0, ALONE), lambda: sum_scatter([torch.ones(3, 2)], 0, ALONE)[0]):
         assert torch.equal(call(), torch.ones(3, 2))
     with pytest.raises(ValueError, match="cannot be sharded evenly over 2 ranks"):
-        sum_scatter([torch.ones(3, 2)], 0, layout)
+        sum_scatter([torch.ones(3, 2)], 0, layout.tensor)
 
 
 def test_shares_may_differ_by_one() -> None:
     run_ranks(2, uneven_shares)
     for size in range(40):
         for ranks in (1, 2, 3, 8):
-            shares = [Layout(rank, 1, 1, ranks).share(size) for rank in range(ranks)]
+            shares = [Axis(ranks, rank).share(size) for rank in range(ranks)]
             assert [start for start, _ in shares] == [0, *(stop for _, stop in shares[:-1])]
             assert shares[-1][1] == size
             assert max(b - a for a, b in shares) - min(b - a for a, b in shares) <= 1

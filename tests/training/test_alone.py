@@ -114,7 +114,7 @@ def test_fp32_values_in_an_unknown_order_are_refused_before_training(tiny_config
 
 def timeouts() -> list[float]:
     layout = processes.join(2, "gloo")
-    groups = (layout.tensor_group, layout.data_group)
+    groups = (layout.tensor.group, layout.data.group)
     dist.barrier()  # the first rank keeps the store: it must not be gone while others still connect
     return [g._get_backend(torch.device("cpu")).options._timeout.total_seconds() for g in groups if g is not None] + [
         dist.get_world_size()
