@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,9 +35,17 @@ def install() -> torch.device:
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=module)
     # Module.to replaces parameters, in whose place it would else put other numbers that Python does not see.
     torch.__future__.set_swap_module_params_on_conversion(True)
+    torch.utils.swap_tensors = partial(_swap_but_for_marks, torch.utils.swap_tensors)
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor([..], device=..) makes its tensor on the CPU and copies it
     _Watch().__enter__()
     return torch.device(NAME, 0)
+
+
+def _swap_but_for_marks(swap: Callable[[Tensor, Tensor], None], parameter: Tensor, other: Tensor) -> None:
+    """As on a device that torch knows, a parameter keeps its attributes when it is moved."""
+    marks = dict(parameter.__dict__)
+    swap(parameter, other)
+    parameter.__dict__.update({name: mark for name, mark in marks.items() if name not in parameter.__dict__})
 
 
 class OnDevice(Tensor):

@@ -28,6 +28,7 @@ from megatron.growth.plan import TokenCounts, grown_config
 from megatron.model import LanguageModel
 from megatron.model.init import initial_value, parameter_generator
 from megatron.model.pattention import Pattention
+from megatron.mpu.roles import role_of
 
 
 class TensorSource(Protocol):
@@ -70,27 +71,28 @@ class GrownTensors:
 
     def shape(self, kind: str, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return tuple(self._new[name]) if kind == "model" and name in self._new else self.source.shape(kind, name)
+        return tuple(self._new[name].shape) if kind == "model" and name in self._new else self.source.shape(kind, name)
 
     def tensor(self, kind: str, name: str) -> Tensor:
         """A tensor, on the CPU."""
         if kind != "model" or name not in self._new:
             found = self.source.tensor(kind, name)
             return found + self._taus[name] if kind == "model" and name in self._taus else found
-        shape = self._new[name]
-        if "key_tokens_" not in name:
-            return torch.zeros(shape) if self._has_scores else initial_value(name, shape, self.after, self.seed)
+        new = self._new[name]
+        shape, role = new.shape, role_of(new)
+        if role.what != "key_tokens":
+            return torch.zeros(shape) if self._has_scores else initial_value(name, new, self.after, self.seed)
         if not self._has_scores:
             return torch.zeros(shape)
-        keys = self._old_keys(name)
+        keys = self._old_keys(name, role.segment)
         if self._is_softmax:
             return keys.repeat(shape[0] // len(keys), 1)
         tau_tokens = self.source.tensor("model", f"{name.rpartition('.')[0]}.tau_tokens")
         return rotated_keys(keys, shape[0], shape[0] / tau_tokens.item(), name, self.seed)
 
-    def _old_keys(self, name: str) -> Tensor:
-        prefix, _, stage = name.rpartition("_")
-        parts = [f"{prefix}_{i}" for i in range(int(stage))]
+    def _old_keys(self, name: str, segment: int) -> Tensor:
+        prefix = name.rpartition("_")[0]
+        parts = [f"{prefix}_{i}" for i in range(segment)]
         known = set(self.source.names("model"))
         return torch.cat([self.source.tensor("model", part) for part in parts if part in known])
 
@@ -108,9 +110,10 @@ def rotated_keys(old: Tensor, size: int, ratio: float, name: str, seed: int) -> 
     return (math.sqrt(ratio) * torch.linalg.qr(random).Q @ triangle).to(old)
 
 
-def _new_parameters(before: ModelConfig, after: ModelConfig) -> dict[str, torch.Size]:
+def _new_parameters(before: ModelConfig, after: ModelConfig) -> dict[str, Tensor]:
+    """Parameters that a growth adds, without storage."""
     old = {name for name, _ in LanguageModel(before, device="meta").named_parameters()}
-    return {n: p.shape for n, p in LanguageModel(after, device="meta").named_parameters() if n not in old}
+    return {n: p for n, p in LanguageModel(after, device="meta").named_parameters() if n not in old}
 
 
 def _new_taus(before: ModelConfig, after: ModelConfig) -> dict[str, int]:
@@ -150,7 +153,7 @@ def grow(
     new = _new_parameters(before, after)
     layers_by_name = {name: module for name, module in model.named_modules() if isinstance(module, Pattention)}
     value_names = {name: f"{name}.value_tokens_{len(module.segment_sizes)}" for name, module in layers_by_name.items()}
-    sizes = {name: new[value][0] if value in new else 0 for name, value in value_names.items()}
+    sizes = {name: len(new[value]) if value in new else 0 for name, value in value_names.items()}
     has_scores = after.norm_activation_type == "softmax" or new_keys == "rotated"
     if has_scores:
         _check_shares(layers_by_name, sizes)

@@ -30,6 +30,7 @@ from megatron.model.blocks import Block, BuildOptions
 from megatron.model.embedding import Embedding
 from megatron.model.norms import RMSNorm, build_norm
 from megatron.model.pattention import Pattention
+from megatron.mpu.roles import Role
 from megatron.ops.attention import AttentionFunction, sdpa_attention
 from megatron.ops.pattention import PattentionFunction, joint_reference
 from megatron.ops.rotary import rotary_at
@@ -99,6 +100,10 @@ def gather_shares(x: Tensor, size: int, axis: Axis) -> Tensor:
 
 def mark_sharded(parameter: nn.Parameter, dim: int, shape: tuple[int, ...], axis: Axis) -> None:
     """Parameters are whole."""
+
+
+def mark_role(parameter: Tensor | None, role: Role) -> None:
+    """Rules that go by roles are for training."""
 
 
 def take_share(whole: Tensor, parameter: Tensor, axis: Axis) -> Tensor:

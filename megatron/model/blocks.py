@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,9 @@ from megatron.model.pattention import Pattention
 from megatron.mpu.collectives import Form
 from megatron.mpu.layout import SINGLE, Layout
 from megatron.mpu.random import dropout
+from megatron.mpu.roles import Projection
+
+_PROJECTIONS: dict[str, Projection] = {"query": "qkv", "key": "qkv", "value": "qkv", "proj": "proj", "mlp": "ffn"}
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class MLP(nn.Module):
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
         axis, stream, device = options.layout.tensor, options.stream, options.device
-        self.fc_in = ColumnParallelLinear(width, inner, True, axis, stream, device)
-        self.fc_out = RowParallelLinear(inner, width, True, axis, stream, device)
+        self.fc_in = ColumnParallelLinear(width, inner, True, axis, stream, "ffn", device)
+        self.fc_out = RowParallelLinear(inner, width, True, axis, stream, "ffn", device)
         activations: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
         self.activation = activations[config.activation]
 
@@ -60,9 +62,8 @@ class MLP(nn.Module):
 def token_segments(config: ModelConfig, block: int, name: str) -> list[int]:
     """Tokens of each stage of growth in the Pattention `query`, `key`, `value`, `proj` or `mlp` of a block."""
     if config.token_segments:
-        kind: Any = {"proj": "proj", "mlp": "ffn"}.get(name, "qkv")
-        return list(config.token_segments[kind][block])
-    count = {"proj": config.proj_slot_num, "mlp": config.ffn_slot_num}.get(name, config.qkv_slot_num)
+        return list(config.token_segments[_PROJECTIONS[name]][block])
+    count: int | None = getattr(config, f"{_PROJECTIONS[name]}_slot_num")
     assert count is not None, "ModelConfig checks the token counts"
     return [count]
 
@@ -91,6 +92,7 @@ class Block(nn.Module):
                 token_segments(config, index, name),
                 config.norm_activation_type,
                 backend=options.pattention_backend,
+                projection=_PROJECTIONS[name],
                 axis=axis,
                 inputs="channels" if name == "proj" else stream,
                 outputs=stream if name in ("proj", "mlp") else "channels",
@@ -100,8 +102,8 @@ class Block(nn.Module):
         def linear(name: str) -> nn.Module:
             bias = config.use_bias_in_attn_linear
             if name == "proj":
-                return RowParallelLinear(width, width, bias, axis, stream, device)
-            return ColumnParallelLinear(width, width, bias, axis, stream, device)
+                return RowParallelLinear(width, width, bias, axis, stream, "proj", device)
+            return ColumnParallelLinear(width, width, bias, axis, stream, "qkv", device)
 
         is_tokenformer = config.layer_kinds[index] == TOKENFORMER
         projection = pattention if is_tokenformer else linear

@@ -16,6 +16,7 @@ from megatron.config.schema import ModelConfig
 from megatron.model.blocks import BuildOptions
 from megatron.mpu.collectives import enter, gather_shares, leave
 from megatron.mpu.random import dropout
+from megatron.mpu.roles import Role, mark_role
 from megatron.mpu.shard import mark_sharded
 
 
@@ -50,6 +51,7 @@ class Embedding(_Vocabulary):
         self.dropout = config.hidden_dropout
         self.word_embeddings = TokenTable(self.stop - self.start, config.hidden_size, device=options.device)
         mark_sharded(self.word_embeddings.weight, 0, (self.size, config.hidden_size), options.layout.tensor)
+        mark_role(self.word_embeddings.weight, Role("embedding"))
 
     def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
         """ids [b, s] -> [b, s, d]; as_head: [b, s, d] -> logits [b, s, V_pad] (or this rank's share of V_pad)."""
@@ -74,6 +76,7 @@ class Head(_Vocabulary):
         rows = self.stop - self.start
         self.final_linear = nn.Linear(config.hidden_size, rows, bias=False, device=options.device)
         mark_sharded(self.final_linear.weight, 0, (self.size, config.hidden_size), options.layout.tensor)
+        mark_role(self.final_linear.weight, Role("head"))
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, s, d] -> logits [b, s, V_pad] (or this rank's share of V_pad)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from megatron.config.schema import ModelConfig
+from megatron.mpu.roles import role_of
 from megatron.mpu.shard import whole_shape
 
 
@@ -13,9 +14,12 @@ def matmul_parameters(model: nn.Module, config: ModelConfig) -> int:
 
     The embedding look-up is free; a tied embedding counts once, as the head.
     """
-    matrices = sum(whole_shape(p).numel() for p in model.parameters() if p.dim() == 2)
-    embedding = (config.padded_vocab_size or 0) * config.hidden_size
-    return matrices - embedding if config.no_weight_tying else matrices
+    is_looked_up_only = config.no_weight_tying
+    return sum(
+        whole_shape(parameter).numel()
+        for parameter in model.parameters()
+        if not role_of(parameter).is_vector and not (role_of(parameter).what == "embedding" and is_looked_up_only)
+    )
 
 
 def flops_per_token(model: nn.Module, config: ModelConfig, seq_length: int) -> float:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
 from megatron.mpu.layout import ALONE, Axis
+from megatron.mpu.roles import role_of
 from megatron.mpu.shard import take_share, whole_shape
 
-_OUTPUT_PARTS = ("value_tokens_", "proj.weight", "fc_out.weight")
+_OUTPUTS = ("value_tokens", "output_matrix")
 
 
 def parameter_generator(seed: int, name: str) -> torch.Generator:
@@ -48,12 +49,12 @@ def init_std(method: str, shape: torch.Size, config: ModelConfig) -> float:
     }[method]
 
 
-def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """The fp32 value that the parameter `name` starts with, on the CPU."""
-    if len(shape) == 1:
-        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    is_output = any(part in name for part in _OUTPUT_PARTS)
-    method = config.output_layer_init_method if is_output else config.init_method
+def initial_value(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> Tensor:
+    """The whole fp32 value that `parameter`, whose canonical name is `name`, starts with, on the CPU."""
+    shape, role = whole_shape(parameter), role_of(parameter)
+    if role.is_vector:
+        return torch.zeros(shape) if role.what == "bias" else torch.ones(shape)
+    method = config.output_layer_init_method if role.what in _OUTPUTS else config.init_method
     std, generator = init_std(method, shape, config), parameter_generator(seed, name)
     if method == "xavier_uniform":
         bound = std * math.sqrt(3.0)
@@ -65,5 +66,5 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
 def initialize(model: nn.Module, config: ModelConfig, seed: int, axis: Axis = ALONE) -> None:
     """Fill every parameter of `model`, or this tensor rank's share of it, by the table above."""
     for name, parameter in model.named_parameters():
-        whole = initial_value(name, whole_shape(parameter), config, seed)
+        whole = initial_value(name, parameter, config, seed)
         parameter.copy_(take_share(whole, parameter, axis))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megatron.model.joint import JointLayer
 from megatron.mpu.collectives import Form, copy_to_ranks, enter, leave
 from megatron.mpu.layout import Axis
+from megatron.mpu.roles import Projection, Role, mark_role
 from megatron.mpu.shard import mark_sharded
 
 
@@ -25,6 +26,7 @@ class ColumnParallelLinear(JointLayer, nn.Linear):
         bias: has a bias.
         axis: the tensor ranks.
         inputs: form of the input, `whole` or `tokens`.
+        projection: which of a block's projections this is.
         device: as in nn.Linear.
     """
 
@@ -35,12 +37,15 @@ class ColumnParallelLinear(JointLayer, nn.Linear):
         bias: bool,
         axis: Axis,
         inputs: Form,
+        projection: Projection,
         device: torch.device | str | None = None,
     ) -> None:
         start, stop = axis.share(out_features)
         super().__init__(in_features, stop - start, bias=bias, device=device)
         self.axis, self.inputs = axis, inputs
         mark_sharded(self.weight, 0, (out_features, in_features), axis)
+        mark_role(self.weight, Role("matrix", projection))
+        mark_role(self.bias, Role("bias", projection))
         if bias:
             mark_sharded(self.bias, 0, (out_features,), axis)
 
@@ -65,6 +70,7 @@ class RowParallelLinear(nn.Linear):
         bias: has a bias, the same on all ranks.
         axis: the tensor ranks.
         outputs: form of the output, `whole` or `tokens`.
+        projection: which of a block's projections this is.
         device: as in nn.Linear.
     """
 
@@ -75,12 +81,15 @@ class RowParallelLinear(nn.Linear):
         bias: bool,
         axis: Axis,
         outputs: Form,
+        projection: Projection,
         device: torch.device | str | None = None,
     ) -> None:
         start, stop = axis.share(in_features)
         super().__init__(stop - start, out_features, bias=bias, device=device)
         self.axis, self.outputs = axis, outputs
         mark_sharded(self.weight, 1, (out_features, in_features), axis)
+        mark_role(self.weight, Role("output_matrix", projection))
+        mark_role(self.bias, Role("bias", projection))
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, s, in share] -> [b, s, out] in the form `outputs`."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron.config.schema import ModelConfig, Norm
 from megatron.mpu.collectives import copy_to_ranks
 from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.roles import Role, mark_role
 
 
 def _shared(parameter: Tensor, layout: Layout) -> Tensor:
@@ -28,6 +29,8 @@ class LayerNorm(nn.LayerNorm):
     ) -> None:
         super().__init__(dim, eps, elementwise_affine=affine, device=device)
         self.layout = layout
+        mark_role(self.weight, Role("norm"))
+        mark_role(self.bias, Role("bias"))
 
     def forward(self, input: Tensor) -> Tensor:
         """x [.., d] -> [.., d]."""
@@ -44,6 +47,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.layout = eps, layout
         self.scale = nn.Parameter(torch.ones(dim, device=device))
+        mark_role(self.scale, Role("norm"))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., d] -> [.., d]; statistics in fp32 for 16-bit inputs."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron.model.joint import JointLayer
 from megatron.mpu.collectives import Form, enter, leave, sum_scatter
 from megatron.mpu.layout import ALONE, Axis
+from megatron.mpu.roles import Projection, Role, mark_role
 from megatron.mpu.shard import mark_sharded, take_share, whole_shape
 from megatron.ops.pattention import ParameterTokens, select_backend
 
@@ -35,6 +36,7 @@ class Pattention(JointLayer):
             of all layers belongs to the same stage of growth, at which some layers may not have grown.
         activation: l2_norm_gelu, gelu_l2_norm or softmax (see `megatron.ops.pattention.theta`).
         backend: auto, reference or fused.
+        projection: which of a block's projections this is, for the roles of its parameters.
         tau_tokens: tau^2; n when not given. It stays what it was when tokens are appended.
         axis: the tensor ranks, which share the tokens; row statistics and outputs are summed over them.
         inputs, outputs: form of x and of the result between tensor ranks: `whole` on each; `channels`, a share of the
@@ -52,6 +54,7 @@ class Pattention(JointLayer):
         activation: str = "l2_norm_gelu",
         *,
         backend: str = "auto",
+        projection: Projection | None = None,
         tau_tokens: int | None = None,
         axis: Axis = ALONE,
         inputs: Form = "whole",
@@ -68,7 +71,7 @@ class Pattention(JointLayer):
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
         self.segment_sizes, self.backend = segments, backend
         """Number of tokens of each segment, those of all tensor ranks, oldest first."""
-        self.axis, self.inputs, self.outputs = axis, inputs, outputs
+        self.axis, self.inputs, self.outputs, self.projection = axis, inputs, outputs, projection
         for i in self.segments:
             self._register_segment(i, device, dtype)
         initial_tau = tau_tokens if tau_tokens is not None else sum(segments)
@@ -98,6 +101,7 @@ class Pattention(JointLayer):
         for kind, width in (("key", self.in_features), ("value", self.out_features)):
             tokens = nn.Parameter(torch.empty(stop - start, width, device=device, dtype=dtype))
             mark_sharded(tokens, 0, (size, width), self.axis)
+            mark_role(tokens, Role("key_tokens" if kind == "key" else "value_tokens", self.projection, i))
             self.register_parameter(f"{kind}_tokens_{i}", tokens)
 
     @torch.no_grad()

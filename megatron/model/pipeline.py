@@ -25,6 +25,7 @@ from megatron.model.language_model import LayerSpec, layer_specs
 from megatron.model.pattention import Pattention
 from megatron.model.stages import partition
 from megatron.mpu import Layout
+from megatron.mpu.roles import role_of
 from megatron.mpu.shard import allocate
 
 _BLOCK_PREFIX = "layers."
@@ -34,11 +35,11 @@ _TIED_WEIGHT = "word_embeddings.weight"
 def layer_weights(config: ModelConfig) -> list[int]:
     """Matmul parameters of each layer of `layer_specs`; the embedding, the final norm and the head weigh nothing."""
     specs = layer_specs(config, BuildOptions(device="meta"))
-    return [_matrix_entries(spec.build()) if spec.name.startswith(_BLOCK_PREFIX) else 0 for spec in specs]
+    return [_matrix_entries(spec.build()) for spec in specs]
 
 
 def _matrix_entries(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)
+    return sum(parameter.numel() for parameter in module.parameters() if role_of(parameter).is_block_matrix)
 
 
 def _build(spec: LayerSpec, device: torch.device) -> nn.Module:

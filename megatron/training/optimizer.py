@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,16 +13,8 @@ from megatron.config.schema import ModelConfig, OptimizationConfig, RunConfig
 from megatron.errors import UserError
 from megatron.model.embedding import Embedding
 from megatron.mpu.device import process_device, uses_gpu
-from megatron.mpu.shard import whole_shape
+from megatron.mpu.roles import role_of
 from megatron.training.extensions import one_build_at_a_time
-
-_TOKENS = re.compile(r"_tokens_(\d+)$")
-
-
-def stage_of(name: str) -> int:
-    """The growth that a parameter came with; 0 for everything but tokens that were added."""
-    match = _TOKENS.search(name)
-    return int(match[1]) if match else 0
 
 
 def newest_stage(model: ModelConfig) -> int:
@@ -37,8 +28,8 @@ def freeze_old_parameters(module: nn.Module, model: ModelConfig) -> None:
     Collective. Raises: UserError on every process when one of them has none of these tokens.
     """
     newest = newest_stage(model)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(newest > 0 and stage_of(name) == newest)
+    for parameter in module.parameters():
+        parameter.requires_grad_(newest > 0 and role_of(parameter).segment == newest)
     idle = torch.tensor(not any(parameter.requires_grad for parameter in module.parameters()), dtype=torch.int32)
     if dist.is_initialized() and dist.get_world_size() > 1:
         idle = idle.to(process_device())
@@ -68,9 +59,10 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
     """
     newest, scaling = newest_stage(config.model), config.scaling
     members: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            members.setdefault((stage_of(name), len(whole_shape(parameter)) < 2), []).append(parameter)
+            role = role_of(parameter)
+            members.setdefault((role.segment, role.is_vector), []).append(parameter)
     return [
         {
             "params": parameters,
@@ -153,12 +145,13 @@ def _muon(model: nn.Module, config: OptimizationConfig) -> torch.optim.Optimizer
     muon: dict[str, Any] = {"lr": params.lr, "momentum": params.momentum or 0.95, "use_muon": True}
     adam: dict[str, Any] = {"lr": params.lr, "betas": params.betas, "eps": params.eps, "use_muon": False}
     halves: dict[bool, dict[float, list[nn.Parameter]]] = {True: {}, False: {}}
-    for name, parameter in model.named_parameters():
-        parameter.use_muon = parameter.dim() == 2 and name.startswith("layers.")  # type: ignore[attr-defined]
+    for parameter in model.parameters():
+        role = role_of(parameter)
+        parameter.use_muon = role.is_block_matrix  # type: ignore[attr-defined]
         if not parameter.requires_grad:
             continue  # Muon would take the missing gradient for zero, and decay the weights
-        decay = config.weight_decay if parameter.dim() >= 2 else 0.0
-        halves[name.startswith("layers.") and parameter.dim() == 2].setdefault(decay, []).append(parameter)
+        decay = 0.0 if role.is_vector else config.weight_decay
+        halves[role.is_block_matrix].setdefault(decay, []).append(parameter)
     groups = [
         {"params": members, "weight_decay": decay, **(muon if is_muon else adam)}
         for is_muon, by_decay in halves.items()

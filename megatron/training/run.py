@@ -289,9 +289,8 @@ def _parameter_source(start: Start) -> ParameterSource:
     tensors, config = start.tensors, start.config
     if tensors is not None:
         return lambda name: tensors.tensor("model", name)
-    whole = LanguageModel(config.model, device="meta")
-    shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
-    return lambda name: initial_value(name, shapes[name], config.model, config.training.seed)
+    whole = dict(LanguageModel(config.model, device="meta").named_parameters())
+    return lambda name: initial_value(name, whole[name], config.model, config.training.seed)
 
 
 @torch.no_grad()

@@ -105,8 +105,8 @@ def test_initial_values_follow_the_table_and_depend_on_name_and_seed_only() -> N
     key, value = model["layers.1.mlp.key_tokens_0"], model["layers.1.mlp.value_tokens_0"]
     assert key.std().item() == pytest.approx(0.02, rel=0.05)
     assert value.std().item() == pytest.approx(2 / 4 / 64**0.5, rel=0.05)
-    assert torch.equal(key, initial_value("layers.1.mlp.key_tokens_0", key.shape, config, 3))
-    assert not torch.equal(key, initial_value("layers.1.mlp.key_tokens_0", key.shape, config, 4))
+    assert torch.equal(key, initial_value("layers.1.mlp.key_tokens_0", key, config, 3))
+    assert not torch.equal(key, initial_value("layers.1.mlp.key_tokens_0", key, config, 4))
     assert not torch.equal(key, model["layers.2.mlp.key_tokens_0"])
 
 

@@ -222,7 +222,7 @@ def grown_as_official(base: LanguageModel, config: ModelConfig, seed: int) -> La
     grown = LanguageModel(config)
     old = {name: tensor for name, tensor in base.named_parameters()}
     for name, parameter in grown.named_parameters():
-        parameter.copy_(initial_value(f"grown.{name}", parameter.shape, config, seed))
+        parameter.copy_(initial_value(f"grown.{name}", parameter, config, seed))
         parameter[: len(old[name])].copy_(old[name])
     return grown
 

@@ -1,0 +1,58 @@
+"""What a parameter is for. It is said where the parameter is made, and every rule about parameters reads it.
+
+Initialisation, weight decay, Muon, FLOPs, freezing and growth go by roles: none looks at a name, or at the number of
+dimensions, which ZeRO 3 takes from a parameter between its uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Projection = Literal["qkv", "proj", "ffn"]
+"""Which of a block's projections: query, key or value; that of attention's output; the feed-forward."""
+
+What = Literal["key_tokens", "value_tokens", "matrix", "output_matrix", "embedding", "head", "norm", "bias"]
+
+_VECTORS = ("norm", "bias")
+_OF_BLOCKS = ("key_tokens", "value_tokens", "matrix", "output_matrix")
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a parameter is.
+
+    Attributes:
+        what: key or value tokens of Pattention; a linear layer's matrix, or that of one whose output joins the residual
+            stream; token embedding; head; scale of a norm; bias.
+        projection: the projection it belongs to, of a block's matrices and tokens.
+        segment: the growth it came with; 0 for what a model starts with.
+    """
+
+    what: What
+    projection: Projection | None = None
+    segment: int = 0
+
+    @property
+    def is_vector(self) -> bool:
+        """Has it one dimension? Vectors do not decay."""
+        return self.what in _VECTORS
+
+    @property
+    def is_block_matrix(self) -> bool:
+        """Is it one of the matrices between the embedding and the head, tokens of Pattention included?"""
+        return self.what in _OF_BLOCKS
+
+
+def mark_role(parameter: Tensor | None, role: Role) -> None:
+    """Say what a parameter is; nothing for a bias that is not there."""
+    if parameter is not None:
+        parameter.role = role  # type: ignore[attr-defined]
+
+
+def role_of(parameter: Tensor) -> Role:
+    """What a parameter was marked as; AttributeError for one that was not."""
+    role: Role = parameter.role  # type: ignore[attr-defined]
+    return role
