@@ -48,7 +48,7 @@ def measure(plan: dict[str, Any]) -> list[dict[str, Any]]:
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     found = []
     for axis in AXES:
-        group = getattr(layout, f"{axis}_group")
+        group = getattr(layout, axis).group
         if group is not None:  # so it is on all ranks, or on none
             dist.barrier()
             ranks = dist.get_process_group_ranks(group)
