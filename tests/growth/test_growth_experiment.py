@@ -10,9 +10,9 @@ import torch
 
 from megatron.config import load_config
 from megatron.model import LanguageModel
-from tools.bench.growth_net2net import expanded_model, logit_difference
-from tools.bench.growth_plan import PARTS, SIZES, TOKENS, TOKENS_PER_UPDATE, Trial, plan
-from tools.bench.growth_report import Result, read_results
+from tools.growth_experiment.net2net import expanded_model, logit_difference
+from tools.growth_experiment.plan import PARTS, SIZES, TOKENS, TOKENS_PER_UPDATE, Trial, plan
+from tools.growth_experiment.results import Result, read_results
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])

@@ -1,11 +1,11 @@
 """Does a model that grows by parameter tokens need fewer tokens than one trained from scratch? At CPU size.
 
-    python -m tools.bench.growth_experiment --output DIR [--stage prepare run report] [--part r a h b e c d s f]
+    python -m tools.growth_experiment --output DIR [--stage prepare run report] [--part r a h b e c d s f]
         [--seeds 1 2 3] [--tokens 3584000]
 
 | part | trials |
 |---|---|
-| r | short runs on another held-out text, from which the learning rates of growth_plan.py were chosen (one seed) |
+| r | short runs on another held-out text, from which the learning rates of plan.py were chosen (one seed) |
 | a | TokenFormer from scratch, four sizes |
 | b | TokenFormer grown three times with zero keys: nothing changes at a growth, optimizer and data go on |
 | h | the same with rotated keys |
@@ -28,14 +28,16 @@ import sys
 from pathlib import Path
 
 from megatron.errors import run_command
-from tools.bench.growth_plan import PARTS, TOKENS, plan
+from tools.growth_experiment.plan import PARTS, TOKENS, plan
 
 STAGES = ("prepare", "run", "report")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m tools.growth_experiment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for everything that is written")
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--part", nargs="+", choices=sorted(PARTS), default=PARTS)
@@ -50,8 +52,8 @@ def main() -> int:
 
     options = parse_args()
     ensure_process_environment()
-    from tools.bench.growth_report import write_report
-    from tools.bench.growth_runs import prepare, run
+    from tools.growth_experiment.report import write_report
+    from tools.growth_experiment.runs import prepare, run
 
     if "prepare" in options.stage:
         prepare(options.output, options.tokens)

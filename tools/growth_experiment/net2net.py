@@ -9,7 +9,7 @@ norm's weight and bias are divided by it.
 Copies that are read alike would stay alike for ever. So the weights of the copies get noise that sums to zero over the
 copies of each channel: it changes no output and breaks the symmetry.
 
-    python -m tools.bench.growth_net2net        expands a random model and prints the difference of its logits
+    python -m tools.growth_experiment.net2net        expands a random model and prints the difference of its logits
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def logit_difference(before: LanguageModel, after: LanguageModel, ids: Tensor) -
 
 def main() -> int:
     """Expand a random model of part c twice, and print what that changes."""
-    from tools.bench.growth_plan import SIZES, Trial
+    from tools.growth_experiment.plan import SIZES, Trial
 
     sizes = [Trial("c", "", 1, size, 1, kind="transformer").model_config() for size in SIZES]
     model = LanguageModel(sizes[0], seed=1)

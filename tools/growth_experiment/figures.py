@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tools.bench.growth_plan import FRACTIONS, SIZES
-
-if TYPE_CHECKING:
-    from tools.bench.growth_report import Groups, Result
+from tools.growth_experiment.plan import FRACTIONS, SIZES
+from tools.growth_experiment.results import Groups, Result
 
 _COLOURS = {"a": "0.55", "b": "tab:blue", "e": "tab:red", "c": "0.55", "d": "tab:green", "h": "tab:orange"}  # fmt: skip
 _CHAINS = {

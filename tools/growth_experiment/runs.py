@@ -28,8 +28,9 @@ from megatron.log import get_logger
 from megatron.model import LanguageModel
 from megatron.model.init import initial_value
 from megatron.tokenizer.training import train_tokenizer
-from tools.bench.growth_net2net import expanded_model, logit_difference
-from tools.bench.growth_plan import (
+from tools.demo.prepare import HELD_OUT_EVERY, read_addresses
+from tools.growth_experiment.net2net import expanded_model, logit_difference
+from tools.growth_experiment.plan import (
     BATCH,
     FRACTIONS,
     HELD_OUT_SEQUENCES,
@@ -39,7 +40,6 @@ from tools.bench.growth_plan import (
     VOCABULARY,
     Trial,
 )
-from tools.demo.prepare import HELD_OUT_EVERY, read_addresses
 
 # The first updates after a growth are evaluated more often: every 5 until the 41st.
 _RECOVERY, _RECOVERY_INTERVAL = 41, 5
