@@ -16,7 +16,7 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from eval_tasks.generation import generation_options
-from eval_tasks.pretrained import load_adapter
+from eval_tasks.pretrained import load_pretrained
 from eval_tasks.requests import Pair, encode_pair
 from megatron.errors import UserError
 from megatron.inference.batching import Batches, BatchSize
@@ -73,9 +73,10 @@ class TokenFormerLM(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> TokenFormerLM:
-        """The model that `--model_args` describe (see eval_tasks.pretrained.load_adapter)."""
+        """The model that `--model_args` describe (see eval_tasks.pretrained.load_pretrained)."""
         additional = {key: value for key, value in (additional_config or {}).items() if value is not None}
-        return load_adapter(cls, **{**additional, **arg_dict})
+        found = load_pretrained(**{**additional, **arg_dict})
+        return cls(found.model, found.tokenizer, found.batch_size, found.max_length, ranks=DataRanks.of_world())
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> TokenFormerLM:

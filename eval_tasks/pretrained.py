@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,13 +14,11 @@ from megatron.checkpoint.store import CheckpointReader, find_checkpoint
 from megatron.config import load_config
 from megatron.config.schema import TokenizerConfig
 from megatron.errors import UserError
+from megatron.inference.batching import BatchSize
 from megatron.inference.load import load_model
 from megatron.inference.prepare import check_vocabulary
-from megatron.inference.ranks import DataRanks
-from megatron.tokenizer import build_tokenizer
-
-if TYPE_CHECKING:
-    from eval_tasks.adapter import TokenFormerLM
+from megatron.model import LanguageModel
+from megatron.tokenizer import Tokenizer, build_tokenizer
 
 _DTYPES = {
     "auto": None, "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
@@ -30,8 +29,17 @@ _DTYPES = {
 _KNOWN = ("pretrained", "config", "tokenizer", "dtype", "max_length", "batch_size", "max_batch_size", "device")
 
 
-def load_adapter(
-    cls: type[TokenFormerLM],
+@dataclass(frozen=True)
+class Pretrained:
+    """What `--model_args` describe: a model, its tokenizer, and how requests are computed."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    batch_size: BatchSize
+    max_length: int | None
+
+
+def load_pretrained(
     pretrained: str | None = None,
     config: str | None = None,
     tokenizer: str | None = None,
@@ -41,8 +49,8 @@ def load_adapter(
     max_batch_size: int | None = None,
     max_length: int | None = None,
     **others: Any,
-) -> TokenFormerLM:
-    """An adapter around a checkpoint.
+) -> Pretrained:
+    """A checkpoint, as lm-eval's words describe it.
 
     Args:
         pretrained: a run's folder of checkpoints or one of them, a folder in Hugging Face's form, or an official
@@ -62,7 +70,7 @@ def load_adapter(
     path = _path_of(pretrained)
     if dtype not in _DTYPES:
         raise UserError(f"dtype: '{dtype}' is not supported; choose one of {', '.join(_DTYPES)}")
-    size = "auto" if str(batch_size).startswith("auto") else _positive("batch_size", batch_size)
+    size: BatchSize = "auto" if str(batch_size).startswith("auto") else _positive("batch_size", batch_size)
     length = None if max_length is None else _positive("max_length", max_length)
     run = load_config(str(config)) if config else None
     model = load_model(path, run, _DTYPES[dtype], _place(device))
@@ -72,7 +80,7 @@ def load_adapter(
         described = run.tokenizer if run else tokenizer_of(path)
     built = build_tokenizer(described)
     check_vocabulary(built, model)
-    return cls(model, built, size, length, ranks=DataRanks.of_world())  # type: ignore[arg-type]
+    return Pretrained(model, built, size, length)
 
 
 def _path_of(pretrained: Any) -> Path:

@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eval_tasks.adapter import TokenFormerLM
-from eval_tasks.pretrained import load_adapter
+from eval_tasks.pretrained import load_pretrained
 from eval_tasks.results import write_results
 from eval_tasks.run import run_evaluation
 from megatron.config import RunConfig
@@ -320,7 +319,7 @@ def test_names_that_no_file_can_have_are_one_line(name: str, tmp_path: Path) -> 
         lambda: open_base(name, None),
         lambda: to_huggingface(name, tmp_path / "hf"),
         lambda: HFTokenizer(name),
-        lambda: load_adapter(TokenFormerLM, pretrained=name),
+        lambda: load_pretrained(pretrained=name),
     ]
     for call in calls:
         with pytest.raises(UserError):
