@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,29 @@ def imports(path: Path) -> Iterator[str]:
             yield node.module
 
 
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(path: Path, known: Collection[str]) -> Iterator[str]:
+    """Modules of this project that a file imports, wherever in it, those for type checking included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:  # a module of the package, or something that the package has
+                inner = f"{node.module}.{alias.name}"
+                yield from (name for name in (inner if inner in known else node.module,) if name in known)
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    files = {name_of(path): path for path in source_files()}
+    TopologicalSorter({name: set(imported_modules(path, files)) for name, path in files.items()}).prepare()
+
+
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_never_go_upwards(path: Path) -> None:
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    module = name_of(path)
     here = package(module)
     assert here is not None, f"{module} has no floor"
     for name in imports(path):
