@@ -39,8 +39,8 @@ from tests.growth.growth_helpers import (
     worst,
 )
 from tools.ckpts import convert as convert_tool
+from tools.ckpts import describe as describe_tool
 from tools.ckpts import grow as grow_tool
-from tools.ckpts import inspect as inspect_tool
 
 pytestmark = pytest.mark.usefixtures("single_process")
 ROOT = Path(__file__).parents[2]
@@ -186,7 +186,7 @@ def test_a_model_grown_by_rotated_keys_is_an_official_one(
     assert not any(after[name].any() for name in after if "value_tokens_1" in name)
     taus = {int(after[name]) for name in after if name.endswith("mlp.tau_tokens")}
     assert taus == {80} and worst(logits(out, IDS), logits(base, IDS)) < 1e-5
-    inspect_tool.main([str(out)])
+    describe_tool.main([str(out)])
     assert "ffn 40 -> 80 in layers 0 to 1 by rotated keys" in capsys.readouterr().out
     convert_tool.main(["to-official", str(out), str(flat)])
     saved = checkpoint(out).config
@@ -245,7 +245,7 @@ def test_inspect_says_what_is_in_a_checkpoint(
     growth = [stage(2, **CONTINUE), stage(4, layers=[1], ffn_slot_num=100, freeze_old_tokens=True, **CONTINUE)]
     run(tiny_config, tmp_path, train_iters=5, growth=growth)
     capsys.readouterr()
-    inspect_tool.main([str(tmp_path), "--json", "--verify"])
+    describe_tool.main([str(tmp_path), "--json", "--verify"])
     facts = json.loads(capsys.readouterr().out)
     assert (facts["iteration"], facts["consumed_tokens"], facts["checksums"]) == (5, 5 * 64, "hold")
     model = load_model(tmp_path)
@@ -260,7 +260,7 @@ def test_inspect_says_what_is_in_a_checkpoint(
     new = sum(p.numel() for name, p in model.named_parameters() if is_new(name, 2))
     assert facts["optimizer"]["parameters_with_state"] == new and facts["optimizer"]["updates"] == [1]
     assert facts["bytes"][""] == sum(f.stat().st_size for f in (tmp_path / "global_step5").iterdir())
-    inspect_tool.main([str(tmp_path / "global_step5")])
+    describe_tool.main([str(tmp_path / "global_step5")])
     text = capsys.readouterr().out
     for words in (
         "iteration    5; 320 tokens", f"{facts['parameters']:,}", "40 + 32 + 28 (tau^2 40), layer 1",
@@ -277,18 +277,18 @@ def test_inspect_reads_what_other_tools_wrote_and_names_what_is_damaged(
     flat = str(GOLDEN / "pytorch_model.bin")
     convert_tool.main(["from-official", flat, str(tmp_path / "run"), "--config", str(golden_yaml)])
     capsys.readouterr()
-    inspect_tool.main([str(tmp_path / "run")])
+    describe_tool.main([str(tmp_path / "run")])
     assert "never grown" in (text := capsys.readouterr().out) and "Adam without state" in text
-    assert "no checkpoint" in failure(inspect_tool, [str(tmp_path)], capsys)
-    assert "no checkpoint" in failure(inspect_tool, [flat], capsys)
+    assert "no checkpoint" in failure(describe_tool, [str(tmp_path)], capsys)
+    assert "no checkpoint" in failure(describe_tool, [flat], capsys)
     file = tmp_path / "run" / "global_step0" / "model-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     assert "model-00000.safetensors does not have the checksum" in failure(
-        inspect_tool, [str(tmp_path / "run"), "--verify"], capsys
+        describe_tool, [str(tmp_path / "run"), "--verify"], capsys
     )
     file.write_bytes(file.read_bytes()[:1000])
     assert "is damaged: model-00000.safetensors has 1000 bytes" in failure(
-        inspect_tool, [str(tmp_path / "run")], capsys
+        describe_tool, [str(tmp_path / "run")], capsys
     )
 
 
@@ -313,7 +313,7 @@ def test_a_damaged_file_is_named_by_both_tools(
         (folder / file).unlink()
     else:
         (folder / file).write_bytes(content)
-    assert f"global_step8 is damaged: {message}" in failure(inspect_tool, [str(folder)], capsys)
+    assert f"global_step8 is damaged: {message}" in failure(describe_tool, [str(folder)], capsys)
     error = failure(grow_tool, [str(folder), str(out), *FLAGS], capsys)
     assert error.startswith("error: IN: ") and message in error and not out.exists()
 
@@ -343,9 +343,11 @@ def test_layers_and_counts_of_the_tool_have_to_be_given(
 
 
 @pytest.mark.parametrize(
-    "start", [["tools/ckpts/grow.py"], ["tools/ckpts/inspect.py"], ["-m", "tools.ckpts.grow"]], ids=str
+    "start",
+    [["tools/ckpts/grow.py"], ["tools/ckpts/describe.py"], ["tools/ckpts/inspect.py"], ["-m", "tools.ckpts.grow"]],
+    ids=str,
 )
 def test_the_tools_run_by_path_and_as_modules(start: list[str], tmp_path: Path) -> None:
-    arguments = ["none"] if "inspect" in start[-1] else ["none", str(tmp_path / "out"), "--qkv", "8"]
+    arguments = ["none", str(tmp_path / "out"), "--qkv", "8"] if "grow" in start[-1] else ["none"]
     result = subprocess.run([sys.executable, *start, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result
