@@ -29,6 +29,8 @@ INSISTENT = (signal.SIGTERM, signal.SIGINT)
 # Variables that deepy.py, DeepSpeed's launcher, torchrun and mpirun give their processes.
 _LAUNCHERS = ("DEEPY_LAUNCHER_PID", "CROSS_RANK", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _PR_SET_PDEATHSIG = 1
+# What gloo and NCCL say when the process at the other end has ended.
+_LOST_CONNECTION = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
 
 
 def has_launcher(env: Mapping[str, str] = os.environ) -> bool:
@@ -86,15 +88,21 @@ class StopRequest:
 
     @contextmanager
     def other_ranks_may_be_gone(self) -> Iterator[None]:
-        """After a request to stop, a collective that fails because others have ended is one line, not a traceback."""
+        """A collective that fails because other ranks have ended is one line, not a traceback."""
         try:
             yield
         except UserError:
             raise
         except RuntimeError as error:
-            if not self.requested or os.environ.get("WORLD_SIZE", "1") == "1":
+            first = (str(error).splitlines() or [""])[0].partition(". ")[0]
+            if os.environ.get("WORLD_SIZE", "1") == "1":
                 raise
-            _leave(self.name, f"another process was gone before this one could save ({str(error).splitlines()[0]})")
+            if self.requested:
+                _leave(self.name, f"another process was gone before this one could save ({first})")
+            if not any(words in str(error) for words in _LOST_CONNECTION):
+                raise
+            _say(f"error: another process of this run is gone, its own lines may say why ({first})")
+            os._exit(1)
 
     def _read(self, read: int) -> None:
         while numbers := os.read(read, 64):
@@ -125,10 +133,14 @@ def _to_the_thread(number: int, frame: FrameType | None) -> None:
 
 def _leave(name: str, reason: str) -> NoReturn:
     """End this process with the exit code that shells give a process ended by the signal `name`."""
-    rank = os.environ.get("RANK", "0")
-    sys.stderr.write(f"{name}: {reason}{f' (rank {rank})' if rank != '0' else ''}\n")
-    sys.stderr.flush()
+    _say(f"{name}: {reason}")
     os._exit(128 + signal.Signals[name])
+
+
+def _say(line: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    sys.stderr.write(f"{line}{f' (rank {rank})' if rank != '0' else ''}\n")
+    sys.stderr.flush()
 
 
 @contextmanager

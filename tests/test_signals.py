@@ -105,6 +105,36 @@ def test_nohup_is_heeded() -> None:
     process.wait()
 
 
+LOSING = """
+import sys
+from megatron.signals import StopRequest
+with StopRequest().other_ranks_may_be_gone():
+    raise RuntimeError(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "world", "is_lost"),
+    [
+        ("[pair.cc:537] Connection closed by peer [10.0.0.2]:41\nThis is typically", "2", True),
+        ("[pair.cc:537] Read error [10.0.0.2]:41: Connection reset by peer", "2", True),
+        ("NCCL error: remote process exited or there was a network error", "2", True),
+        ("Connection reset by peer", "1", False),
+        ("shapes (2, 3) and (4, 5) cannot be multiplied", "2", False),
+    ],
+)
+def test_a_lost_rank_is_one_line_on_the_others_and_a_fault_of_ours_stays_a_traceback(
+    text: str, world: str, is_lost: bool
+) -> None:
+    variables = environment(WORLD_SIZE=world, RANK="0")
+    result = subprocess.run(
+        [sys.executable, "-c", LOSING, text], cwd=ROOT, env=variables, capture_output=True, text=True
+    )
+    assert result.returncode == 1 and ("Traceback" in result.stderr) is not is_lost
+    assert not is_lost or result.stderr.startswith("error: another process of this run is gone")
+    assert not is_lost or result.stderr.count("\n") == 1
+
+
 CHILD = """
 import os, signal, sys, time
 from megatron.signals import blocked, follow_parent
