@@ -171,7 +171,7 @@ def check_world(config: RunConfig, script: str, processes: int | None) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     if training:
-        config.training.resolve_batch(layout.data.size)
+        config.update_size(layout.data.size)
 
 
 def _local_options(resolved: Resolved, hosts: Mapping[str, int], env: dict[str, str]) -> list[str]:

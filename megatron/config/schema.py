@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from megatron.config.findings import WrongTypes
+from megatron.config.update_size import UpdateSize
 from megatron.config.yaml_loader import shortened
 from megatron.config.zero_keys import type_mistakes
 from megatron.errors import UserError
@@ -549,31 +550,6 @@ class TrainingConfig(Section):
     allow_nonfinite_loss: bool = False
     """false: a loss that is not finite stops the run before the update."""
 
-    def resolve_batch(self, data_parallel_size: int) -> tuple[int, int]:
-        """(micro-batch per process, accumulation steps) for a data-parallel size.
-
-        Raises UserError when the three batch keys do not fit each other.
-        """
-        micro, steps, total = (
-            self.train_micro_batch_size_per_gpu,
-            self.gradient_accumulation_steps,
-            self.train_batch_size,
-        )
-        if total is None:
-            if micro is None:
-                raise UserError("train_micro_batch_size_per_gpu: missing; give it or train_batch_size")
-            return micro, steps or 1
-        if micro is None:
-            micro = total // (data_parallel_size * (steps or 1))
-        if steps is None:
-            steps = total // max(1, micro * data_parallel_size)
-        if not micro or not steps or micro * steps * data_parallel_size != total:
-            raise UserError(
-                f"train_batch_size: {total} is not micro-batch {micro} x accumulation {steps} x "
-                f"{data_parallel_size} data-parallel processes; change one of them"
-            )
-        return micro, steps
-
 
 class DataConfig(Section):
     """Training, validation and test data."""
@@ -874,6 +850,12 @@ class RunConfig(Section):
             asking = "precision: bf16" if backend is None else "distributed_backend: nccl"
             found.append((asking, "distributed_backend=gloo"))
         return (found[0][0] if found else None), [override for _, override in found]
+
+    def update_size(self, data_ranks: int) -> UpdateSize:
+        """What an update of so many data ranks reads; raises UserError when the batch keys do not fit each other."""
+        keys = self.training
+        batch = keys.train_micro_batch_size_per_gpu, keys.gradient_accumulation_steps, keys.train_batch_size
+        return UpdateSize.of(*batch, data_ranks, self.model.seq_length)
 
     def with_vocabulary(self, size: int) -> RunConfig:
         """A new frozen config whose model fits a tokenizer of `size` ids."""

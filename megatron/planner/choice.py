@@ -62,15 +62,15 @@ def configured_choice(config: RunConfig, gpus: int) -> Choice:
         layout = Layout.for_world(0, gpus, parallel.pipeline_stages, parallel.model_parallel_size)
     except ValueError as error:
         raise UserError(str(error)) from None
-    micro, steps = training.resolve_batch(layout.data.size)
+    update = config.update_size(layout.data.size)
     return Choice(
         layout.tensor.size,
         layout.pipeline.size,
         layout.data.size,
         parallel.sequence_parallel and layout.tensor.size > 1,
         parallel.zero_optimization.stage,
-        micro,
-        steps,
+        update.micro,
+        update.steps,
         training.checkpoint_activations,
     )
 

@@ -78,8 +78,7 @@ def samples_per_update(config: RunConfig, gpus: int) -> int:
     training, parallel = config.training, config.parallel
     if training.train_batch_size is not None:
         return training.train_batch_size
-    micro, steps = training.resolve_batch(1)
-    return micro * steps * max(1, gpus // (parallel.pipeline_stages * parallel.model_parallel_size))
+    return config.update_size(1).samples * max(1, gpus // (parallel.pipeline_stages * parallel.model_parallel_size))
 
 
 def configured(config: RunConfig, machine: Machine, gpus: int) -> Candidate:

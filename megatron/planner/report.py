@@ -101,8 +101,8 @@ def _facts(config: RunConfig, machine: Machine, gpus: int) -> list[str]:
 def _growing(config: RunConfig) -> str:
     if config.training.train_batch_size is not None:
         return ""
-    micro, steps = config.training.resolve_batch(1)
-    return f" ({micro * steps} samples a data rank: it grows with the GPUs; give train_batch_size to keep it)"
+    samples = config.update_size(1).samples
+    return f" ({samples} samples a data rank: it grows with the GPUs; give train_batch_size to keep it)"
 
 
 def _row(name: str, candidate: Candidate, machine: Machine) -> tuple[str, ...]:

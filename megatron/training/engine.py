@@ -92,7 +92,7 @@ def _ways_without_gpu(overrides: Sequence[str]) -> str:
 
 def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
     """The JSON configuration DeepSpeed is given."""
-    micro, steps = config.training.resolve_batch(layout.data.size)
+    update = config.update_size(layout.data.size)
     zero = config.parallel.zero_optimization.model_dump(exclude_none=True)
     if zero.pop("cpu_offload", False):
         zero.setdefault("offload_optimizer", {"device": "cpu"})
@@ -100,8 +100,8 @@ def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
         if isinstance(table, dict) and table.get("device") == "cpu":
             table.setdefault("pin_memory", uses_gpu())  # else every copy to the GPU goes through a second one
     result: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": steps,
+        "train_micro_batch_size_per_gpu": update.micro,
+        "gradient_accumulation_steps": update.steps,
         # Always set: DeepSpeed's own default is 1.0. Without ZeRO in fp32 Engine clips, to know the norm.
         "gradient_clipping": config.optimization.gradient_clipping if zero["stage"] else 0.0,
         "zero_optimization": zero,

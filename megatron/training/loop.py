@@ -98,8 +98,8 @@ def _iterate(run: Run, batches: Iterator[list[Tensor]]) -> StepResult:
     micro_batches = next(batches)
     step = run.engine.train_step(micro_batches, run.schedule(run.state.updates))
     run.add_loss(step.loss)
-    run.state.advance(run.global_batch, run.config.model.seq_length, step.skipped)
-    run.throughput.add(run.global_batch * run.config.model.seq_length)
+    run.state.advance(run.update.samples, run.config.model.seq_length, step.skipped)
+    run.throughput.add(run.update.tokens)
     return step
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron.checkpoint.state import ParameterSource
 from megatron.checkpoint.store import FolderLock
 from megatron.config.schema import RunConfig
+from megatron.config.update_size import UpdateSize
 from megatron.data import batches, build_datasets
 from megatron.errors import RankError, UserError
 from megatron.growth.grow import TensorSource
@@ -45,7 +46,7 @@ from megatron.training.hardware import peak_flops
 from megatron.training.metrics import MetricsLog, Throughput
 from megatron.training.pipeline_engine import PipelineEngine
 from megatron.training.schedule import LRSchedule
-from megatron.training.start import Start, find_start, tokens_an_update
+from megatron.training.start import Start, find_start
 from megatron.training.state import TrainState
 
 # Sequences of a held-out set on which a growth is proven to change nothing.
@@ -69,7 +70,7 @@ class Run:
     datasets: Any
     metrics: MetricsLog
     throughput: Throughput
-    global_batch: int
+    update: UpdateSize
     flops_per_token: float
     peak_flops: float | None
     resumed: bool = False
@@ -86,25 +87,22 @@ class Run:
 
     def training_batches(self) -> Iterator[list[Tensor]]:
         """For each update its micro-batches, from the first sample that was not consumed yet."""
-        _, steps = self.config.training.resolve_batch(self.layout.data.size)
         stream = self._batches(self.datasets.train, self.state.consumed_samples, self.config.data.num_workers)
         while True:
-            yield [next(stream) for _ in range(steps)]
+            yield [next(stream) for _ in range(self.update.steps)]
 
     def evaluation_batches(self, dataset: Any) -> Iterator[Tensor]:
         """The same eval_iters global batches every time, this rank's share of them."""
-        _, steps = self.config.training.resolve_batch(self.layout.data.size)
         stream = self._batches(dataset, 0, 0)
-        for _ in range(self.config.training.eval_iters * steps):
+        for _ in range(self.config.training.eval_iters * self.update.steps):
             batch = next(stream, None)
             if batch is None:
                 return
             yield batch
 
     def _batches(self, dataset: Any, start: int, workers: int) -> Iterator[Tensor]:
-        micro, steps = self.config.training.resolve_batch(self.layout.data.size)
-        layout = self.layout
-        for batch in batches(dataset, micro, steps, layout.data.rank, layout.data.size, start, workers):
+        data, update = self.layout.data, self.update
+        for batch in batches(dataset, update.micro, update.steps, data.rank, data.size, start, workers):
             _check_ids(batch["tokens"], self.config, RankError)
             yield batch["tokens"]
 
@@ -159,11 +157,10 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
     seed_generators(config.training.seed, layout)
     tokenizer = build_tokenizer(config.tokenizer)
     config = config.with_vocabulary(tokenizer.vocab_size)
-    micro, steps = config.training.resolve_batch(layout.data.size)
-    start = find_start(config, layout)
+    update = config.update_size(layout.data.size)
+    start = find_start(config, layout, update)
     config, state = start.config, start.state
-    global_batch = micro * steps * layout.data.size
-    datasets = _build_data(config, state, global_batch)
+    datasets = _build_data(config, state, update.samples)
     start.prove(_held_out_ids(datasets, config), layout)
     with reused_groups(timedelta(minutes=config.launch.distributed_timeout_minutes)):
         engine = _build_engine(start, layout, tokenizer.eod_id)
@@ -178,27 +175,27 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
     flops = counted.flops_per_token(config.model.seq_length)
     peak, origin = peak_flops(device, dtype, config.logging.peak_tflops)
     measure = origin if peak is None else f"MFU against {peak / 1e12:.1f} TFLOP/s a device ({origin})"
-    _report(config, layout, counted.num_parameters(), global_batch, measure)
+    _report(config, layout, counted.num_parameters(), update, measure)
     metrics = MetricsLog(config, layout.rank, state.iteration)
     return Run(
         config,
         layout,
         engine,
         state,
-        _learning_rates(config, state, layout),
+        _learning_rates(config, state, update),
         datasets,
         metrics,
         Throughput(),
-        global_batch,
+        update,
         flops,
         peak,
         start.resumed,
     )
 
 
-def _learning_rates(config: RunConfig, state: TrainState, layout: Layout) -> LRSchedule:
+def _learning_rates(config: RunConfig, state: TrainState, update: UpdateSize) -> LRSchedule:
     now = Progress(state.iteration, state.consumed_tokens)
-    return LRSchedule(*learning_rate_schedule(config, state.lineage, now, tokens_an_update(config, layout)))
+    return LRSchedule(*learning_rate_schedule(config, state.lineage, now, update.tokens))
 
 
 def _claim_folders(config: RunConfig) -> FolderLock | None:
@@ -327,7 +324,7 @@ def _build_data(config: RunConfig, state: TrainState, global_batch: int) -> Any:
     return datasets
 
 
-def _report(config: RunConfig, layout: Layout, parameters: int, global_batch: int, measure: str) -> None:
+def _report(config: RunConfig, layout: Layout, parameters: int, update: UpdateSize, measure: str) -> None:
     log, device = get_logger(), process_device()
     backend, _ = select_backend(config.training.pattention_backend, device.type)
     log.info(
@@ -335,7 +332,7 @@ def _report(config: RunConfig, layout: Layout, parameters: int, global_batch: in
         f"{parameters:,}", config.precision.dtype, layout.world_size, device.type, _grid(layout),
         config.parallel.zero_optimization.stage, backend, config.training.attention_backend,
     )  # fmt: skip
-    log.info("%d samples x %d tokens an update; %s", global_batch, config.model.seq_length, measure)
+    log.info("%d samples x %d tokens an update; %s", update.samples, config.model.seq_length, measure)
 
 
 def _grid(layout: Layout) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron.checkpoint.store import CheckpointReader
 from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.update_size import UpdateSize
 from megatron.errors import UserError
 from megatron.growth.grow import GrownTensors, TensorSource
 from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config
@@ -108,7 +109,7 @@ class Start:
         self._growths.clear()  # the models before need not be kept
 
 
-def find_start(config: RunConfig, layout: Layout) -> Start:
+def find_start(config: RunConfig, layout: Layout, update: UpdateSize) -> Start:
     """What the run of `config` starts with; growths that are due are made, but not proven yet.
 
     Raises: UserError for a checkpoint that is damaged or does not fit, and for an impossible growth.
@@ -124,15 +125,9 @@ def find_start(config: RunConfig, layout: Layout) -> Start:
     done = stages_done(start.state.lineage)
     check_schedule(config.model_copy(update={"model": start.config.model}), already=done)
     now = Progress(start.state.iteration, start.state.consumed_tokens)
-    check_times(config, start.state.lineage, now, tokens_an_update(config, layout))
+    check_times(config, start.state.lineage, now, update.tokens)
     _grow_as_scheduled(config, start)
     return start
-
-
-def tokens_an_update(config: RunConfig, layout: Layout) -> int:
-    """Tokens that all ranks together read for an update."""
-    micro, steps = config.training.resolve_batch(layout.data.size)
-    return micro * steps * layout.data.size * config.model.seq_length
 
 
 def _from_checkpoint(config: RunConfig, resumption: Resumption) -> Start:

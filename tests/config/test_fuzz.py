@@ -135,7 +135,7 @@ def use(config: RunConfig) -> None:
     assert load_config([], yaml.safe_load(written)).flat() == config.flat()
     for step in (
         lambda: config.with_vocabulary(50257),
-        lambda: config.training.resolve_batch(8),
+        lambda: config.update_size(8),
         lambda: check_world(config, "train.py", len(find_hosts(config.launch, {})) or 1),
     ):
         try:

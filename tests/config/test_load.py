@@ -204,7 +204,7 @@ def test_errors_after_loading_are_user_errors_too(folder: Path) -> None:
     with pytest.raises(UserError, match="train_iters: missing"):
         _ = config.lr_decay_iters
     with pytest.raises(UserError, match="train_micro_batch_size_per_gpu: missing"):
-        config.training.resolve_batch(1)
+        config.update_size(1)
 
 
 def test_longer_include_cycles_are_shown(folder: Path) -> None:
