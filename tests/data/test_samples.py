@@ -16,17 +16,13 @@ from megatron.data import GPTDataset, IndexedDataset
 from megatron.data import index_cache as cache
 from megatron.data.samples import count_samples, extend_epoch_blocks, split_documents
 from megatron.errors import UserError
-from megatron.log import get_logger
 
 GOLDEN = np.load(FIXTURES / "data_golden.npz", allow_pickle=False)
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    logger = get_logger()
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
+def log(package_log: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    return package_log
 
 
 @pytest.mark.parametrize(("num_samples", "epochs"), [(500, 1), (2500, 5)])

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,15 @@ MakeConfig = Callable[..., RunConfig]
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[str], list[str]]]:
+def log(package_log: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
     """What was logged at a level since the last call."""
 
     def take(level: str = "WARNING") -> list[str]:
-        lines = [record.getMessage() for record in caplog.records if record.levelname == level]
-        caplog.clear()
+        lines = [record.getMessage() for record in package_log.records if record.levelname == level]
+        package_log.clear()
         return lines
 
-    get_logger().addHandler(caplog.handler)
-    yield take
-    get_logger().removeHandler(caplog.handler)
+    return take
 
 
 def run(config: MakeConfig, folder: Path, **keys: Any) -> int:
