@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sysconfig
 import tempfile
 import venv
@@ -116,4 +117,6 @@ def test_the_axes_are_measured_over_both_nodes(answer: Answer) -> None:
 
 def test_the_job_fails_and_its_log_is_the_table(answer: Answer) -> None:
     assert "ExitCode=1:0" in answer.state
-    assert "packages          PROBLEM node2" in answer.log and answer.log.strip().endswith("on node2"), answer.log
+    assert "packages          PROBLEM node2" in answer.log, answer.log
+    # Both nodes are this machine: under load one of them may be found slow as well.
+    assert re.fullmatch(r"verdict: \d+ problems on .*\bnode2\b.*", answer.log.strip().splitlines()[-1]), answer.log
