@@ -17,7 +17,7 @@ FLOORS = {
     "megatron.mpu": 1, "megatron.config": 1,
     "megatron.ops": 2, "megatron.checkpoint": 2, "megatron.tokenizer": 2,
     "megatron.model": 3, "megatron.data": 3,
-    "megatron.growth": 4,
+    "megatron.growth": 4, "megatron.engine": 4.5,
     "megatron.training": 5, "megatron.inference": 5, "megatron.planner": 5,
     "megatron.supervise": 5, "megatron.worker": 5,
     "megatron.launch": 6, "megatron.doctor": 6.2, "eval_tasks": 6,
@@ -81,9 +81,16 @@ def test_imports_never_go_upwards(path: Path) -> None:
         assert FLOORS[there] < FLOORS[here], f"{module} (floor {FLOORS[here]}) imports {name} (floor {FLOORS[there]})"
 
 
+def test_deepspeed_is_imported_by_the_engine_only() -> None:
+    """Elsewhere it may be missing, or not be looked at before the environment it reads is set."""
+    engine = ROOT / "megatron" / "engine"
+    importers = {p for p in source_files() if any(name.partition(".")[0] == "deepspeed" for name in imports(p))}
+    assert importers and all(engine in path.parents for path in importers), importers
+
+
 def test_one_file_calls_deepspeed_initialize() -> None:
     callers = [p.relative_to(ROOT) for p in source_files() if "deepspeed.initialize(" in p.read_text(encoding="utf-8")]
-    assert callers == [Path("megatron/training/engine.py")]
+    assert callers == [Path("megatron/engine/base.py")]
 
 
 def test_the_configuration_floor_needs_no_torch() -> None:

@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_ends_training_with_one_line(command: Command, tmp_
 def test_a_loss_that_is_not_finite_stops_before_the_update(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron.training import engine
+    from megatron.engine import base as engine
 
     real, calls = engine.cross_entropy, []
 
@@ -135,7 +135,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
 def test_a_gradient_that_is_not_finite_stops_the_run(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron.training import engine
+    from megatron.engine import base as engine
 
     real, calls = engine.cross_entropy, []
 

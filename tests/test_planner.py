@@ -130,7 +130,7 @@ def test_uneven_shares_count_the_largest() -> None:
 
 @pytest.mark.parametrize(("layers", "count"), [(12, 5), (7, 7), (40, 6)])
 def test_stages_are_cut_as_the_pipeline_cuts_them(layers: int, count: int) -> None:
-    from megatron.model.pipeline import partition
+    from megatron.engine.pipeline_model import partition
 
     config = small(num_layers=layers).model
     bounds = partition([0, *[1] * layers, 0, 0], count)

@@ -68,7 +68,7 @@ class LanguageModel(nn.Module):
         dtype: parameter dtype, fp32 by default.
         pattention_backend, attention_backend: as in the configuration.
         checkpoint_layers: blocks recomputed together in the backward pass; 0 keeps all activations.
-        layout: the grid; each tensor rank builds its share. Its pipeline axis belongs to megatron.model.pipeline.
+        layout: the grid; each tensor rank builds its share. Its pipeline axis is megatron.engine.
         gather_logits: false leaves each tensor rank the logits of its share of the vocabulary, for the loss.
     """
 

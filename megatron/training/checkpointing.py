@@ -10,10 +10,10 @@ from pathlib import Path
 from megatron.checkpoint.state import CanonicalState, folder_name
 from megatron.checkpoint.store import CheckpointReader, list_iterations, remove_old, save_checkpoint
 from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.engine.base import Engine
 from megatron.errors import UserError
 from megatron.log import get_logger
 from megatron.mpu.processes import first_rank_does
-from megatron.training.engine import Engine
 from megatron.training.generators import random_states, restore_random_states
 from megatron.training.state import TrainState
 

@@ -9,11 +9,11 @@ from contextlib import nullcontext
 from torch import Tensor
 
 from megatron.config.schema import RunConfig
+from megatron.engine.base import StepResult
 from megatron.log import get_logger
 from megatron.mpu.processes import leave
 from megatron.signals import StopRequest
 from megatron.training.checkpointing import save, should_save
-from megatron.training.engine import StepResult
 from megatron.training.hardware import memory_gib
 from megatron.training.metrics import Metrics
 from megatron.training.run import Run, start_run

@@ -18,6 +18,12 @@ from megatron.checkpoint.store import FolderLock
 from megatron.config.schema import RunConfig
 from megatron.config.update_size import UpdateSize
 from megatron.data import batches, build_datasets
+from megatron.engine.base import Engine
+from megatron.engine.distributed import initialize_distributed
+from megatron.engine.grid import DeepSpeedGrid, reused_groups
+from megatron.engine.pipeline import PipelineEngine
+from megatron.engine.single_stage import SingleStageEngine
+from megatron.engine.zero3 import partition_parameters
 from megatron.errors import RankError, UserError
 from megatron.growth.grow import TensorSource
 from megatron.growth.schedule import Progress, is_due, learning_rate_schedule, next_stage
@@ -33,18 +39,9 @@ from megatron.mpu.shard import allocate, take_share
 from megatron.ops.pattention import select_backend
 from megatron.tokenizer import build_tokenizer
 from megatron.training.checkpointing import restore, warn_of_other_data
-from megatron.training.engine import (
-    Engine,
-    SingleStageEngine,
-    deepspeed_grid,
-    initialize_distributed,
-    partition_parameters,
-)
 from megatron.training.generators import seed_generators
-from megatron.training.grid import reused_groups
 from megatron.training.hardware import peak_flops
 from megatron.training.metrics import MetricsLog, Throughput
-from megatron.training.pipeline_engine import PipelineEngine
 from megatron.training.schedule import LRSchedule
 from megatron.training.start import Start, find_start
 from megatron.training.state import TrainState
@@ -245,7 +242,7 @@ def _build_engine(start: Start, layout: Layout, eod_id: int) -> Engine:
     config, source = start.config, _parameter_source(start)
     model: nn.Module
     if layout.pipeline.size == 1:
-        grid = deepspeed_grid(layout)
+        grid = DeepSpeedGrid.of(layout)
         if config.parallel.zero_optimization.stage == 3:
             model = _single_stage_model(config, layout, "meta")
             for name, part in model.parts():
@@ -257,7 +254,7 @@ def _build_engine(start: Start, layout: Layout, eod_id: int) -> Engine:
             _fill(model, layout, source, start.tensors)
         return SingleStageEngine(config, layout, model, source, eod_id, grid)
     # Imports DeepSpeed, which looks at the environment that initialize_distributed has set up.
-    from megatron.model.pipeline import PipelineModel
+    from megatron.engine.pipeline_model import PipelineModel
 
     options = BuildOptions(config.training.pattention_backend, config.training.attention_backend, gather_logits=False)
     model = PipelineModel(config.model, layout, options, process_device(), _checkpoint_layers(config))

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils import backend_registration
 
+from megatron.engine.gradients import clip_gradients
+from megatron.engine.state import EngineState
 from megatron.growth.grow import grow
 from megatron.growth.proof import compare_logits
 from megatron.inference.corpus import Document
@@ -27,8 +29,6 @@ from megatron.model import LanguageModel
 from megatron.mpu import SINGLE
 from megatron.ops.cross_entropy import cross_entropy
 from megatron.tokenizer import CharLevelTokenizer
-from megatron.training.engine_state import EngineState
-from megatron.training.gradients import clip_gradients
 from tests.inference.helpers import make_config
 from tests.other_device import NAME, install
 from tests.ranks import run_ranks

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron.config import RunConfig, load_config
+from megatron.engine.pipeline_model import layer_weights, partition
 from megatron.model import LanguageModel
-from megatron.model.pipeline import layer_weights, partition
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = sorted((ROOT / "configs/tokenformer").glob("*.yml"))

@@ -13,9 +13,10 @@ from torch.distributed import distributed_c10d
 
 from megatron.checkpoint import store
 from megatron.config import RunConfig
+from megatron.engine import base as engine_module
+from megatron.engine import zero3
 from megatron.errors import UserError
 from megatron.mpu import processes
-from megatron.training import engine as engine_module
 from megatron.training import train
 from megatron.training.run import start_run
 from tests.ranks import run_ranks
@@ -80,7 +81,7 @@ def test_a_full_disk_and_a_damaged_checkpoint_are_the_same_line_on_every_rank(
 def start_at_stage_3(config: RunConfig) -> tuple[str, list[int]]:
     """What an unknown order of slices says, and the largest number of parameters that were whole at one time."""
     whole: list[int] = []
-    real = engine_module.partition_parameters
+    real = zero3.partition_parameters
 
     def counting(module: torch.nn.Module, *arguments: Any) -> None:
         whole.append(sum(p.numel() for p in module.parameters()))

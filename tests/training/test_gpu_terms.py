@@ -21,8 +21,8 @@ import torch
 import megatron.training.loop as loop_module
 import megatron.training.run as run_module
 from megatron.config import RunConfig
+from megatron.engine.base import StepResult
 from megatron.training import train
-from megatron.training.engine import StepResult
 from megatron.training.run import Run
 from tests.collectives import Traffic, order_faults, strict_collectives
 from tests.growth.growth_helpers import (

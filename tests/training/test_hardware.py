@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from megatron.config import RunConfig, load_config
+from megatron.engine import extensions
+from megatron.engine import settings as engine_settings
+from megatron.engine.distributed import initialize_distributed
+from megatron.engine.settings import deepspeed_config
 from megatron.errors import UserError
 from megatron.growth import proof
 from megatron.mpu import Layout
-from megatron.training import engine as engine_module
-from megatron.training import extensions, train
-from megatron.training.engine import deepspeed_config, initialize_distributed
+from megatron.training import train
 from megatron.training.hardware import peak_flops
 from tests.conftest import TINY
 from tests.ranks import run_ranks
@@ -92,7 +94,7 @@ def test_ranks_that_share_a_gpu_need_gloo() -> None:
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_offloaded_states_are_pinned_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
-    monkeypatch.setattr(engine_module, "uses_gpu", lambda: on_gpu)
+    monkeypatch.setattr(engine_settings, "uses_gpu", lambda: on_gpu)
     for zero in ({"stage": 1, "cpu_offload": True}, {"stage": 3, "offload_param": {"device": "cpu"}}):
         table = deepspeed_config(load_config([], {**TINY, "zero_optimization": zero}), Layout())["zero_optimization"]
         offload = table.get("offload_optimizer") or table["offload_param"]

@@ -16,11 +16,12 @@ import torch
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.store import list_iterations, remove_old, set_aside
 from megatron.config import RunConfig
+from megatron.engine.base import Engine
+from megatron.engine.single_stage import SingleStageEngine
 from megatron.errors import UserError
 from megatron.log import get_logger
 from megatron.mpu import processes
 from megatron.training import checkpointing, loop, train
-from megatron.training.engine import Engine, SingleStageEngine
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("single_process")

@@ -13,9 +13,9 @@ import torch
 from megatron.checkpoint import CheckpointReader, find_checkpoint
 from megatron.checkpoint.store import FolderLock
 from megatron.config import RunConfig
+from megatron.engine.state import EngineState
 from megatron.errors import UserError
 from megatron.training import train
-from megatron.training.engine_state import EngineState
 
 pytestmark = pytest.mark.usefixtures("single_process")
 MakeConfig = Callable[..., RunConfig]

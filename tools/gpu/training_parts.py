@@ -17,10 +17,10 @@ import torch
 import yaml
 
 from megatron.checkpoint import CheckpointReader
+from megatron.engine.optimizer import build_optimizer
 from megatron.model import LanguageModel
 from megatron.mpu.device import process_device
 from megatron.training import train
-from megatron.training.optimizer import build_optimizer
 from tools.gpu.running import Settings, Skip
 from tools.gpu.small_runs import losses, small_config, train_small, worst
 from tools.gpu.small_runs import reference as expected_losses

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig, OptimizationConfig, RunConfig
+from megatron.engine.extensions import one_build_at_a_time
 from megatron.errors import UserError
 from megatron.model.embedding import Embedding
 from megatron.mpu.device import process_device, uses_gpu
 from megatron.mpu.roles import role_of
-from megatron.training.extensions import one_build_at_a_time
 
 
 def newest_stage(model: ModelConfig) -> int:

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.training.engine import Engine, StepResult
-from megatron.training.gradients import clip_gradients, combine_norm_of_stages
+from megatron.engine.base import Engine, StepResult
+from megatron.engine.gradients import clip_gradients, combine_norm_of_stages
 
 # Micro-batches of an evaluation's schedule, for each stage: it waits for the last stage once in so many.
 _BATCHES_A_STAGE = 8
 
 
 class PipelineEngine(Engine):
-    """Trains one stage of a `megatron.model.pipeline.PipelineModel`; ZeRO 0 and 1.
+    """Trains one stage of a `megatron.engine.pipeline_model.PipelineModel`; ZeRO 0 and 1.
 
     Losses are those of the last stage, and every stage reports them.
     """

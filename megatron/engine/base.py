@@ -1,20 +1,14 @@
-"""The DeepSpeed engine: process group, DeepSpeed configuration, one training step, evaluation.
+"""What the engine with a pipeline and the one without have in common; the loop works with this.
 
-The only file that calls `deepspeed.initialize`. `Engine` is what the loop works with, `SingleStageEngine` the one
-without a pipeline; the one with is in megatron.training.pipeline_engine.
+The only file that calls `deepspeed.initialize`.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib.util
-import logging
-import os
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,119 +18,17 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.state import ParameterSource
 from megatron.config.schema import RunConfig
+from megatron.engine.grid import DeepSpeedGrid
+from megatron.engine.optimizer import build_optimizer, freeze_old_parameters
+from megatron.engine.settings import deepspeed_config
+from megatron.engine.state import EngineState
 from megatron.errors import UserError
-from megatron.model.attention import SelfAttention
 from megatron.mpu import Layout
-from megatron.mpu.device import (
-    DTYPES,
-    process_device,
-    require_gpu,
-    set_cuda_environment,
-    set_numerics,
-    uses_gpu,
-)
-from megatron.mpu.processes import connect_world
+from megatron.mpu.device import process_device, uses_gpu
 from megatron.mpu.shard import take_share
 from megatron.ops.cross_entropy import cross_entropy
-from megatron.training.engine_state import EngineState
-from megatron.training.gradients import clip_gradients
-from megatron.training.grid import DeepSpeedGrid
-from megatron.training.optimizer import build_optimizer, freeze_old_parameters
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def initialize_distributed(config: RunConfig) -> Layout:
-    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; returns the grid.
-
-    Raises: UserError where a GPU is asked for and there is none, and for a world the model axes do not divide.
-    """
-    deterministic, parallel, launch = config.training.deterministic, config.parallel, config.launch
-    set_cuda_environment(deterministic, parallel.model_parallel_size)
-    request, overrides = config.gpu_request()
-    require_gpu(request, _ways_without_gpu(overrides))
-    set_numerics(deterministic)
-    if not uses_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for one, and says that it found none
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed's ZeRO 3 calls collectives by their old names.
-    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-    if not uses_gpu():
-        # Without this DeepSpeed compiles a shared-memory collective for a minute before the first step.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    timeout = timedelta(minutes=launch.distributed_timeout_minutes)
-    connect_world(launch.distributed_backend, timeout, launch.ranks_per_gpu)
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-    try:
-        layout = Layout.for_world(
-            dist.get_rank(),
-            dist.get_world_size(),
-            parallel.pipeline_stages,
-            parallel.model_parallel_size,
-            parallel.sequence_parallel,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return layout.connect(timeout)
-
-
-def _ways_without_gpu(overrides: Sequence[str]) -> str:
-    text = f"train on the CPU with {' '.join(f'`--set {override}`' for override in overrides)}"
-    if "attention_backend=sdpa" in overrides and importlib.util.find_spec("flash_attn") is None:
-        text += "; flash_attn is missing too: pip install -r requirements/requirements-flashattention.txt"
-    return text
-
-
-def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
-    """The JSON configuration DeepSpeed is given."""
-    update = config.update_size(layout.data.size)
-    zero = config.parallel.zero_optimization.model_dump(exclude_none=True)
-    if zero.pop("cpu_offload", False):
-        zero.setdefault("offload_optimizer", {"device": "cpu"})
-    for table in (zero.get("offload_optimizer"), zero.get("offload_param")):
-        if isinstance(table, dict) and table.get("device") == "cpu":
-            table.setdefault("pin_memory", uses_gpu())  # else every copy to the GPU goes through a second one
-    result: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": update.micro,
-        "gradient_accumulation_steps": update.steps,
-        # Always set: DeepSpeed's own default is 1.0. Without ZeRO in fp32 Engine clips, to know the norm.
-        "gradient_clipping": config.optimization.gradient_clipping if zero["stage"] else 0.0,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        # With offload_optimizer torch's fused AdamW runs on the CPU too; optimizer.type CPU_Adam asks for DeepSpeed's.
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**62,
-        "wall_clock_breakdown": config.logging.wall_clock_breakdown,
-    }
-    if layout.pipeline.size > 1:
-        # Tensor ranks send different activations between stages: DeepSpeed must not cut them up again.
-        result["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
-    if config.precision.dtype == "bf16":
-        result["bf16"] = {"enabled": True}
-    if config.precision.dtype == "fp16":
-        result["fp16"] = {**config.precision.fp16.model_dump(exclude={"fp16", "type"}), "enabled": True}
-    return result
-
-
-def deepspeed_grid(layout: Layout) -> DeepSpeedGrid | None:
-    """The grid that DeepSpeed is told of; None where it knows all (data ranks only) or a PipelineModule tells it."""
-    return DeepSpeedGrid(layout) if layout.tensor.size > 1 and layout.pipeline.size == 1 else None
-
-
-def partition_parameters(module: nn.Module, config: RunConfig, layout: Layout, grid: DeepSpeedGrid | None) -> None:
-    """ZeRO 3: leave this process its part of each parameter of `module`, in the training dtype; they come filled.
-
-    Called part by part of a model, so that a model that is larger than a device's memory fits it at no time as a whole.
-    """
-    import deepspeed
-
-    module.to(DTYPES[config.precision.dtype])
-    group = grid.get_data_parallel_group() if grid is not None else layout.data.group
-    settings = deepspeed_config(config, layout)
-    deepspeed.zero.Init(module=module, data_parallel_group=group, config_dict_or_path=settings, mpu=grid)
 
 
 @dataclass(frozen=True)
@@ -156,7 +48,7 @@ class Engine(ABC):
         model: on the training device, fp32, holding the values of `source`.
         source: the whole fp32 value of each parameter, for 16-bit training's master weights.
         eod_id: end-of-document token, for eod_mask_loss.
-        grid: `deepspeed_grid(layout)`.
+        grid: `DeepSpeedGrid.of(layout)`.
     """
 
     def __init__(
@@ -346,49 +238,3 @@ def _forget_modules(model: nn.Module) -> None:
         for cell in getattr(method, "__closure__", None) or ():
             if hasattr(cell.cell_contents, "cache_clear"):
                 cell.cell_contents.cache_clear()
-
-
-class SingleStageEngine(Engine):
-    """Every process runs the whole depth of the model: data and tensor parallelism, ZeRO 0 to 3."""
-
-    def _initialize(self) -> Any:
-        from deepspeed.utils import set_z3_leaf_modules
-
-        if self.zero_stage == 3:
-            # Gathered around the whole of attention: query, key and value are computed together.
-            set_z3_leaf_modules(self.model, [SelfAttention])
-        return super()._initialize()
-
-    def train_step(self, batches: Sequence[Tensor], learning_rate: float) -> StepResult:
-        """One update; see Engine."""
-        self._engine.train()
-        self._set_learning_rate(learning_rate)
-        losses = []
-        for position, tokens in enumerate(batches):
-            loss = self._loss(tokens)
-            losses.append(loss.detach())
-            self._engine.backward(loss)
-            if position + 1 < len(batches):
-                self._engine.step()
-        mean = torch.stack(losses).mean()
-        norm = clip_gradients(self.model.parameters(), self.clip, self.layout) if self.zero_stage == 0 else None
-        if self.layout.data.size == 1:  # else this rank alone may see it; the gradient norm tells all of them
-            self._require_finite("lm_loss", mean)
-        if norm is not None:
-            self._require_finite("grad_norm", norm)
-        skipped_before = self._engine.skipped_steps
-        self._engine.step()
-        return self._finish_step(mean, norm, self._engine.skipped_steps > skipped_before)
-
-    def _loss(self, tokens: Tensor) -> Tensor:
-        inputs, labels, mask = self._split(tokens)
-        return self._cross_entropy(self._engine(inputs), labels, mask)
-
-    def _sum_of_losses(self, batches: Iterable[Tensor]) -> Tensor:
-        self._engine.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for tokens in batches:
-            total[0] += self._loss(tokens)
-            total[1] += 1
-        self._engine.train()
-        return total

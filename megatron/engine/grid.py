@@ -51,6 +51,11 @@ class DeepSpeedGrid:
         self._data_group = layout.data.group or self._alone()
         self._tensor_group = layout.tensor.group or self._alone()
 
+    @classmethod
+    def of(cls, layout: Layout) -> DeepSpeedGrid | None:
+        """The grid that DeepSpeed is told of; None where a PipelineModule tells it, or it is data ranks only."""
+        return cls(layout) if layout.tensor.size > 1 and layout.pipeline.size == 1 else None
+
     def _alone(self) -> ProcessGroup:
         # DeepSpeed takes None for the world.
         return [process_group("alone", [rank]) for rank in range(self._layout.world_size)][self._layout.rank]
