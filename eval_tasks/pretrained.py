@@ -12,7 +12,7 @@ import torch
 
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
 from megatron.config import load_config
-from megatron.config.schema import TokenizerConfig
+from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
 from megatron.inference.batching import BatchSize
 from megatron.inference.load import load_model

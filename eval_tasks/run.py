@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from eval_tasks.faults import explained
 from eval_tasks.results import flat_metrics, log_to_boards, results_path, write_results
 from eval_tasks.tables import format_summary, format_table, paper_summary
-from megatron.config.schema import EvaluationConfig, RunConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.errors import UserError
 from megatron.files import find_output
 from megatron.inference.batching import Batches

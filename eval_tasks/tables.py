@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron.config.schema import TOKENFORMER, ModelConfig
+from megatron.config.sections.model import TOKENFORMER, ModelConfig
 
 Results = Mapping[str, Mapping[str, Any]]
 

@@ -24,7 +24,8 @@ from megatron.config.hostfile import given_hostfile, missing_hostfile, not_a_hos
 from megatron.config.hosts import free_port, job_port, read_hostfile, slurm_hosts, write_hostfile
 from megatron.config.load import Resolved
 from megatron.config.messages import places_named
-from megatron.config.schema import LaunchConfig, RunConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.launch import LaunchConfig
 from megatron.errors import UserError
 from megatron.log import get_logger
 from megatron.mpu.layout import Layout

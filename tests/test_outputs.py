@@ -17,7 +17,7 @@ from eval_tasks.run import run_evaluation
 from megatron.checkpoint.new_folder import new_folder
 from megatron.config.cli import parse_run
 from megatron.config.reference import main as write_reference
-from megatron.config.schema import TokenizerConfig
+from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.data import IndexedDataset, IndexedDatasetBuilder
 from megatron.data.preprocess import preprocess
 from megatron.errors import UserError

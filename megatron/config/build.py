@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron.config import schema
 from megatron.config.findings import Findings
 from megatron.config.messages import Mistake, located, mistakes, with_source
-from megatron.config.schema import RunConfig, Section
+from megatron.config.schema import SECTIONS, RunConfig
+from megatron.config.sections.base import Section
 from megatron.config.yaml_file import Setting
 
 Check = Callable[[RunConfig], Iterable[str]]
@@ -23,7 +23,7 @@ Check = Callable[[RunConfig], Iterable[str]]
 
 SECTION_OF: dict[str, str] = {
     key: name
-    for name in schema.SECTIONS
+    for name in SECTIONS
     for key in RunConfig.model_fields[name].annotation.model_fields  # type: ignore[union-attr]
 }
 """The section of each top-level key."""
@@ -53,7 +53,7 @@ class Builder:
         values = self._by_section()
         for key in self._findings.bad & set(_PLACEHOLDERS):
             values[SECTION_OF[key]].setdefault(key, _PLACEHOLDERS[key])
-        sections = {name: self._section(name, values[name]) for name in schema.SECTIONS}
+        sections = {name: self._section(name, values[name]) for name in SECTIONS}
         if self._missing and not self._findings.unread:
             names = ", ".join(self._missing)
             self._findings.add(
@@ -66,7 +66,7 @@ class Builder:
         return config
 
     def _by_section(self) -> dict[str, dict[str, Any]]:
-        values: dict[str, dict[str, Any]] = {name: {} for name in schema.SECTIONS}
+        values: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
         for key, setting in self._settings.items():
             *tables, name = key.split(".")
             target = values[SECTION_OF[(tables or [name])[0]]]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron.config.schema import GrowthStage, RunConfig, ScalingConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.scaling import GrowthStage, ScalingConfig
 from megatron.errors import UserError, UserErrors
 
 

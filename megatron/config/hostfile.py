@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 
-from megatron.config.schema import LaunchConfig, RunConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.launch import LaunchConfig
 from megatron.config.yaml_loader import shortened
 from megatron.errors import UserError
 

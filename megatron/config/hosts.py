@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 
-from megatron.config.schema import LaunchConfig
+from megatron.config.sections.launch import LaunchConfig
 from megatron.errors import UserError
 from megatron.files import read_text
 

@@ -14,13 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.config import schema
 from megatron.config.build import SECTION_OF, Builder, Check
 from megatron.config.checks import find_parallel_mistakes
 from megatron.config.findings import Findings
 from megatron.config.neox_keys import ALIASES, RULES
 from megatron.config.paths import MAY_BE_EMPTY, PATH_KEYS, expand
 from megatron.config.schema import RunConfig
+from megatron.config.sections.base import Section
+from megatron.config.sections.optimization import OptimizerParams, OptimizerSpec
+from megatron.config.sections.precision import Bf16, Fp16
 from megatron.config.yaml_file import (
     TABLES,
     Setting,
@@ -41,11 +43,11 @@ Overrides = Mapping[str, Any] | Sequence["str | Setting"]
 
 _LONGEST_KEY, _MOST_SUGGESTIONS = 80, 50  # difflib takes milliseconds for each key
 
-_TABLE_MODELS: dict[str, type[schema.Section]] = {
-    "optimizer": schema.OptimizerSpec,
-    "optimizer.params": schema.OptimizerParams,
-    "fp16": schema.Fp16,
-    "bf16": schema.Bf16,
+_TABLE_MODELS: dict[str, type[Section]] = {
+    "optimizer": OptimizerSpec,
+    "optimizer.params": OptimizerParams,
+    "fp16": Fp16,
+    "bf16": Bf16,
 }
 
 

@@ -1,4 +1,4 @@
-"""What becomes of every GPT-NeoX key that is not in the schema: another name of one, ignored, or refused.
+"""What becomes of every GPT-NeoX key that no section has: another name of one, ignored, or refused.
 
 The official TokenFormer code accepts 276 keys. None of them is unknown here; a test compares this file with the
 list. A key is *ignored* when leaving it out changes neither the model nor its training, and *refused* when it
@@ -32,7 +32,7 @@ ALIASES: dict[str, str] = {
     "hysteresis": "fp16.hysteresis",
     "min_scale": "fp16.min_loss_scale",
 }
-"""Other names of schema keys."""
+"""Other names of the keys of sections."""
 
 VALUE_SPELLINGS: dict[str, dict[str, str]] = {"activation": {"swish": "silu"}}
 """Other names of values."""

@@ -59,7 +59,7 @@ class Key:
 
 
 def all_keys() -> Iterator[Key]:
-    """Every key of the schema in order, those of tables with dotted names."""
+    """Every key of the sections in order, those of tables with dotted names."""
     for section in SECTIONS:
         yield from _keys_of(section, typing.cast(type[BaseModel], RunConfig.model_fields[section].annotation), "")
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron.config.schema import TokenizerConfig
+from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.data.corpora import CORPORA, DEFAULT_CORPUS, Sources, fetch_corpus
 from megatron.data.indexed import IndexedDatasetBuilder, best_dtype, output_files
 from megatron.data.text import SUFFIXES, RawDocument, TxtDocuments, check_inputs, read_documents, texts

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.config.schema import ModelConfig, OptimizationConfig, RunConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.optimization import OptimizationConfig
 from megatron.engine.extensions import one_build_at_a_time
 from megatron.errors import UserError
 from megatron.model.embedding import Embedding

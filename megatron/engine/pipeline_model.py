@@ -19,7 +19,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.model.blocks import BuildOptions
 from megatron.model.language_model import LayerSpec, layer_specs
 from megatron.model.pattention import Pattention

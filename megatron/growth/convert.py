@@ -13,7 +13,9 @@ from torch import Tensor
 from megatron.checkpoint.new_folder import new_folder, require_new
 from megatron.checkpoint.state import CanonicalState, TensorStream
 from megatron.checkpoint.store import save_checkpoint
-from megatron.config.schema import ModelConfig, RunConfig, ScalingConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.scaling import ScalingConfig
 from megatron.data.indexed import IndexedDataset
 from megatron.errors import UserError
 from megatron.growth.grow import GrownTensors, TensorSource

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
-from megatron.config.schema import TOKENFORMER, ModelConfig
+from megatron.config.sections.model import TOKENFORMER, ModelConfig
 from megatron.errors import UserError
 from megatron.growth.plan import KINDS, segments_of
 from megatron.model import LanguageModel, Pattention

@@ -22,7 +22,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron.config.schema import ModelConfig, NewKeys
+from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.scaling import NewKeys
 from megatron.errors import UserError
 from megatron.growth.plan import TokenCounts, grown_config
 from megatron.model import LanguageModel

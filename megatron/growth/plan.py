@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron.config.schema import TOKENFORMER, ModelConfig, NewKeys
+from megatron.config.sections.model import TOKENFORMER, ModelConfig
+from megatron.config.sections.scaling import NewKeys
 from megatron.errors import UserError
 
 Kind = Literal["qkv", "proj", "ffn"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.errors import UserError
 from megatron.growth.grow import TensorSource
 from megatron.model.blocks import BuildOptions

@@ -10,7 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from megatron.config.schema import GrowthStage, ModelConfig, NewKeys, RunConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.scaling import GrowthStage, NewKeys
 from megatron.errors import UserError
 from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config, segments_of
 from megatron.log import get_logger

@@ -13,7 +13,7 @@ from megatron.checkpoint.form import value_fault
 from megatron.checkpoint.official_folder import find_official_folder, read_official_folder
 from megatron.checkpoint.published import embedding_rows, read_flat_file, to_canonical
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.errors import UserError
 from megatron.growth.grow import TensorSource
 from megatron.model import LanguageModel

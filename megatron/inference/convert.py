@@ -16,7 +16,8 @@ from megatron.checkpoint.new_folder import new_folder, require_new
 from megatron.checkpoint.official_folder import find_official_folder
 from megatron.checkpoint.state import CanonicalState
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint, save_checkpoint
-from megatron.config.schema import RunConfig, TokenizerConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
 from megatron.inference.huggingface import (
     copy_tokenizer,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.config.schema import TOKENFORMER, ModelConfig
+from megatron.config.sections.model import TOKENFORMER, ModelConfig
 from megatron.errors import UserError
 
 ARCHITECTURE = "GPTNeoXForCausalLM"

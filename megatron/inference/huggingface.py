@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron.checkpoint.new_folder import new_folder
-from megatron.config.schema import ModelConfig, TokenizerConfig
+from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
 from megatron.inference import gpt_neox
 from megatron.inference.huggingface_import import ARCHITECTURE, CONFIG, WEIGHTS

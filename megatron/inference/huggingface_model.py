@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.inference.huggingface_attention import AttentionCall, TokenFormerAttention, token_positions
 from megatron.model.blocks import Block, BuildOptions
 from megatron.model.embedding import Embedding

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 
 _PACKAGE = "megatron"
-_MODEL, _SCHEMA = "megatron.inference.huggingface_model", "megatron.config.schema"
+_MODEL, _CONFIG = "megatron.inference.huggingface_model", ModelConfig.__module__
 _CONFIG_CLASS = "TokenFormerConfig"
 CONFIGURATION, MODELING = "configuration_tokenformer", "modeling_tokenformer"
 
@@ -175,15 +175,15 @@ def modeling_source() -> str:
 
 def configuration_source() -> str:
     """Text of configuration_tokenformer.py: the fields and the derived properties of ModelConfig."""
-    bundle, schema = _Bundle(_SCHEMA), _parse(_SCHEMA)
+    bundle, section = _Bundle(_CONFIG), _parse(_CONFIG)
     bundle.imports |= {"from typing import Any", "from transformers import PreTrainedConfig"}
-    definition = schema.definitions[ModelConfig.__name__]
+    definition = section.definitions[ModelConfig.__name__]
     assert isinstance(definition, ast.ClassDef)
     parts = [_CONFIG_HEAD + "\n".join(_field_lines())]
     for node in definition.body:
         if isinstance(node, ast.FunctionDef) and "property" in map(ast.unparse, node.decorator_list):
-            bundle.add_used(_SCHEMA, node)
-            parts.append(schema.text(node))
+            bundle.add_used(_CONFIG, node)
+            parts.append(section.text(node))
     bundle.texts.append("\n\n".join(parts))
     return bundle.text("Configuration of TokenFormer for transformers.")
 

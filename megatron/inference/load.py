@@ -16,7 +16,8 @@ from megatron.checkpoint.form import dtype_name, value_fault
 from megatron.checkpoint.official_folder import find_official_folder, read_official_folder
 from megatron.checkpoint.published import EMBEDDING, embedding_rows, read_flat_file, to_canonical, weight_fault
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.errors import UserError
 from megatron.growth.schedule import resumed_config
 from megatron.inference.huggingface_import import CONFIG, HuggingFaceCheckpoint

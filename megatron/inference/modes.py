@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from megatron.config.schema import GenerationConfig, RunConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.generation import GenerationConfig
 from megatron.errors import UserError
 from megatron.files import find_output, refuse_inputs
 from megatron.inference.answers import Answers, fingerprint

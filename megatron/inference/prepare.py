@@ -10,7 +10,8 @@ import torch
 
 from megatron.checkpoint.official_folder import find_official_folder
 from megatron.checkpoint.store import find_checkpoint
-from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.errors import UserError
 from megatron.inference.huggingface_import import CONFIG
 from megatron.inference.load import load_model

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from megatron.config.messages import describe_validation_error
-from megatron.config.schema import GenerationConfig, Section
+from megatron.config.sections.base import Section
+from megatron.config.sections.generation import GenerationConfig
 from megatron.errors import UserError
 from megatron.files import read_text
 from megatron.inference.sampling import Sampling

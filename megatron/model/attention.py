@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.model.joint import project
 from megatron.mpu.layout import ALONE, Axis
 from megatron.mpu.random import own_stream

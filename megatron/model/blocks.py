@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.config.schema import TOKENFORMER, ModelConfig
+from megatron.config.sections.model import TOKENFORMER, ModelConfig
 from megatron.model.attention import LayerCache, SelfAttention
 from megatron.model.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.model.norms import build_norm

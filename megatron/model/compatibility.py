@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from megatron.checkpoint.store import CheckpointReader
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.errors import UserError
 from megatron.model.language_model import LanguageModel
 from megatron.model.pattention import Pattention

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.model.blocks import BuildOptions
 from megatron.mpu.collectives import enter, gather_shares, leave
 from megatron.mpu.random import dropout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.mpu.roles import role_of
 from megatron.mpu.shard import whole_shape
 

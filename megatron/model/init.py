@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.mpu.layout import ALONE, Axis
 from megatron.mpu.roles import role_of
 from megatron.mpu.shard import take_share, whole_shape

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.model.attention import LayerCache
 from megatron.model.blocks import Block, BuildOptions
 from megatron.model.embedding import Embedding, Head, tied_logits

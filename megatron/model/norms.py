@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.config.schema import ModelConfig, Norm
+from megatron.config.sections.model import ModelConfig, Norm
 from megatron.mpu.collectives import copy_to_ranks
 from megatron.mpu.layout import SINGLE, Layout
 from megatron.mpu.roles import Role, mark_role

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from megatron.config.schema import TOKENFORMER, ModelConfig
+from megatron.config.sections.model import TOKENFORMER, ModelConfig
 from megatron.model.stages import partition
 
 _NORM_VECTORS = {"layernorm_nonparam": 0, "layernorm": 2, "rmsnorm": 1}

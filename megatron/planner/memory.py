@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.config.schema import TOKENFORMER, ModelConfig, RunConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.model import TOKENFORMER, ModelConfig
 from megatron.ops.cross_entropy import CHUNK_ROWS
 from megatron.planner.choice import Choice, element_bytes, gpu_backend
 from megatron.planner.counts import Stage, block_tokens, inner_size, share, stages, token_counts

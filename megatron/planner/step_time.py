@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron.config.schema import TOKENFORMER, RunConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.model import TOKENFORMER
 from megatron.planner.choice import Choice, element_bytes, gpu_backend
 from megatron.planner.counts import (
     Stage,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from megatron.config.schema import TokenizerConfig, TokenizerType
+from megatron.config.sections.tokenizer import TokenizerConfig, TokenizerType
 from megatron.errors import UserError
 from megatron.tokenizer.base import Tokenizer
 from megatron.tokenizer.bpe import GPT2BPETokenizer, HFTokenizer

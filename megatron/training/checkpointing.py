@@ -9,7 +9,8 @@ from pathlib import Path
 
 from megatron.checkpoint.state import CanonicalState, folder_name
 from megatron.checkpoint.store import CheckpointReader, list_iterations, remove_old, save_checkpoint
-from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.engine.base import Engine
 from megatron.errors import UserError
 from megatron.log import get_logger

@@ -23,7 +23,8 @@ from megatron.checkpoint.store import (
     set_latest,
 )
 from megatron.config.checks import broken_promises
-from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.errors import UserError
 from megatron.log import get_logger
 from megatron.mpu import Layout

@@ -6,7 +6,9 @@ The reader knows the form; what is checked here takes the model, the optimizer a
 from __future__ import annotations
 
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.config.schema import CheckpointConfig, OptimizationConfig, OptimizerSpec, ParallelConfig
+from megatron.config.sections.checkpoint import CheckpointConfig
+from megatron.config.sections.optimization import OptimizationConfig, OptimizerSpec
+from megatron.config.sections.parallel import ParallelConfig
 from megatron.model.compatibility import saved_model_config
 from megatron.training.generators import check_saved_states
 

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.checkpoint.store import CheckpointReader
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.config.update_size import UpdateSize
 from megatron.errors import UserError
 from megatron.growth.grow import GrownTensors, TensorSource

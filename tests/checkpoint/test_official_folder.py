@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron.checkpoint.official_folder import find_official_folder
-from megatron.config.schema import CheckpointConfig, ModelConfig, RunConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.checkpoint import CheckpointConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.errors import UserError
 from megatron.inference import load_model
 from megatron.inference.convert import from_official

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from megatron.checkpoint.published import canonical_name
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.errors import run_command
 from megatron.inference import load_model
 from megatron.inference.convert import official_name

@@ -122,7 +122,7 @@ def test_many_unknown_keys_take_no_time_and_not_all_lines(tmp_path: Path) -> Non
 
 def test_every_reader_of_text_leaves_out_a_byte_order_mark(tmp_path: Path, tokenizer_file: Path) -> None:
     from eval_tasks.local import read_texts
-    from megatron.config.schema import GenerationConfig
+    from megatron.config.sections.generation import GenerationConfig
     from megatron.data.text import read_documents
     from megatron.inference.prompts import read_requests
     from megatron.launch import read_hostfile

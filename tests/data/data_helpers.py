@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from megatron.config.schema import RunConfig
+from megatron.config.sections.data import DataConfig
+from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.training import TrainingConfig
 from megatron.data import IndexedDataset, IndexedDatasetBuilder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "data"

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 from http_server import Served, serve
 
-from megatron.config.schema import TokenizerConfig
+from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.data import IndexedDataset
 from megatron.data.corpora import CORPORA, Source, fetch_corpus
 from megatron.data.preprocess import prepare_dataset, preprocess

@@ -17,7 +17,7 @@ import pytest
 import zstandard
 from data_helpers import write_corpus
 
-from megatron.config.schema import TokenizerConfig
+from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.data import GPTDataset, IndexedDataset
 from megatron.data.check import check_pair
 from megatron.data.preprocess import preprocess

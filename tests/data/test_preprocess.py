@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron.config.schema import TokenizerConfig
+from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.data import IndexedDataset
 from megatron.data.preprocess import encode_all, prepare_dataset, preprocess
 from megatron.errors import UserError

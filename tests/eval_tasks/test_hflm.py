@@ -11,7 +11,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from eval_tasks.adapter import TokenFormerLM
-from megatron.config.schema import TokenizerConfig
+from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.inference.huggingface import export_huggingface
 from tests.inference.helpers import make_model
 

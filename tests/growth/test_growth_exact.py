@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from megatron.config.schema import ModelConfig, NewKeys
+from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.scaling import NewKeys
 from megatron.errors import UserError
 from megatron.growth import grow
 from megatron.inference import load_model

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from megatron.checkpoint.store import save_checkpoint
 from megatron.config import load_config
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.errors import run_command
 from megatron.growth import convert
 from megatron.growth import proof as growth_proof

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron.config.schema import MAX_SIZE
+from megatron.config.sections.base import MAX_SIZE
 from megatron.errors import EXIT_USER_ERROR, UserError, run_command
 from megatron.inference import load_model
 from megatron.inference.huggingface import export_huggingface

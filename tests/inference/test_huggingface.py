@@ -17,7 +17,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megatron.config.schema import ModelConfig, TokenizerConfig
+from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
 from megatron.inference import generate, load_model
 from megatron.inference.convert import official_tensors

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from megatron.config.schema import TokenizerConfig
+from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.inference import load_model
 from megatron.inference.huggingface import export_huggingface
 from tests.inference.helpers import make_model

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron.config import load_config
-from megatron.config.schema import GenerationConfig
+from megatron.config.sections.generation import GenerationConfig
 from megatron.errors import UserError
 from megatron.inference.prompts import read_requests
 from megatron.inference.sampling import Sampling

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron.checkpoint.published import canonical_name
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.errors import UserError
 from megatron.inference import load_model
 from megatron.model import LanguageModel, Pattention

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.model import LanguageModel, Pattention
 from megatron.model.blocks import Block, BuildOptions
 from megatron.model.pattention import ACTIVATIONS

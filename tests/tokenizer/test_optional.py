@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron.config.schema import TokenizerConfig
+from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
 from megatron.tokenizer import HFTokenizer, SPMTokenizer, TiktokenTokenizer, build_tokenizer
 from megatron.tokenizer.tiktoken import DEFINITIONS

@@ -19,7 +19,7 @@ import sys
 import torch
 from torch import Tensor
 
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.errors import UserError, run_command
 from megatron.model import LanguageModel
 

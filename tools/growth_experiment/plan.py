@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron.config.schema import ModelConfig, NewKeys
+from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.scaling import NewKeys
 
 LAYERS, WIDTH, HEAD_DIM, SEQUENCE, BATCH, VOCABULARY = 2, 64, 32, 128, 4, 258
 """The vocabulary is the bytes, the end of a document, and one merge."""

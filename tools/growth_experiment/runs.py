@@ -18,7 +18,7 @@ import yaml
 from megatron.checkpoint.state import CanonicalState
 from megatron.checkpoint.store import find_checkpoint, list_iterations, save_checkpoint
 from megatron.config import load_config
-from megatron.config.schema import ModelConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.data import IndexedDataset, IndexedDatasetBuilder
 from megatron.errors import UserError
 from megatron.growth import grow

@@ -1,0 +1,44 @@
+"""Section `checkpoint`: saving and loading."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron.config.sections.base import Section
+
+
+class CheckpointConfig(Section):
+    """Saving and loading."""
+
+    save: str | None = None
+    """Folder for checkpoints; none are saved without it."""
+    load: str | None = None
+    """Folder of checkpoints to resume from; an empty or missing one means: start from scratch."""
+    iteration: int | None = Field(default=None, ge=0)
+    """Iteration to load instead of the latest one: the run is rolled back to it. Once that has saved, the same
+    configuration goes on from what it saved."""
+    strict_load: bool = False
+    """true: stop where the latest checkpoint is missing or damaged, instead of going on from the newest whole one."""
+    checkpoint_factor: int | None = Field(default=None, gt=0)
+    """Iterations between checkpoints (checkpoint_scale linear), or the factor between them (log)."""
+    checkpoint_scale: Literal["linear", "log"] = "linear"
+    """Checkpoints at multiples of checkpoint_factor, or at its powers."""
+    extra_save_iters: list[Annotated[int, Field(ge=0)]] | None = None
+    """Further iterations to save at; these checkpoints are never removed."""
+    keep_last_n_checkpoints: int | None = Field(default=None, gt=0)
+    """Remove older checkpoints than this many; extra_save_iters stay."""
+    finetune: bool = False
+    """Take only the weights of the loaded checkpoint: iteration, optimizer and data start anew."""
+    no_load_optim: bool = False
+    """Do not load optimizer states."""
+    no_load_rng: bool = False
+    """Do not load random-number states."""
+    no_save_optim: bool = False
+    """Do not save optimizer states; such a checkpoint cannot resume exactly."""
+    eval_ckpt: str | None = None
+    """Checkpoint for eval.py and generate.py: an official pytorch_model.bin or a checkpoint folder; wins over load."""
+    pretrain_partial_init: Annotated[str, Field(min_length=1)] | None = None
+    """Checkpoint of a smaller model that training starts from, with parameter tokens added up to the token counts given
+    here; a run's folder, or an official pytorch_model.bin or training folder. Ignored once `load` has a checkpoint."""

@@ -1,0 +1,60 @@
+"""Section `data`: training, validation and test data."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron.config.sections.base import Section
+from megatron.config.yaml_loader import shortened
+
+
+class DataConfig(Section):
+    """Training, validation and test data."""
+
+    data_path: str | None = None
+    """Prefix of one .bin/.idx pair, divided by `split`."""
+    train_data_paths: list[str] | None = None
+    """Prefixes of training sets to blend (with train_data_weights)."""
+    valid_data_paths: list[str] | None = None
+    """Prefixes of validation sets."""
+    test_data_paths: list[str] | None = None
+    """Prefixes of test sets."""
+    train_data_weights: list[float] | None = None
+    """Blending weights of train_data_paths; default equal."""
+    valid_data_weights: list[float] | None = None
+    """Blending weights of valid_data_paths; default equal."""
+    test_data_weights: list[float] | None = None
+    """Blending weights of test_data_paths; default equal."""
+    weight_by_num_documents: bool = False
+    """Derive the blending weights from the number of documents."""
+    weighted_sampler_alpha: float = Field(default=1.0, ge=0, le=1)
+    """With weight_by_num_documents: weights follow p^alpha (1 - p), p a set's share of documents; below 1 lifts small
+    sets."""
+    split: str = "969, 30, 1"
+    """Shares of data_path's documents for training, validation and test."""
+    data_impl: Literal["mmap", "infer"] = "mmap"
+    """Format of the data files; only memory-mapped .bin/.idx exist here."""
+    num_workers: int = Field(default=2, ge=0, le=1024)
+    """Loader processes per training process; 0 loads in the training process."""
+    data_cache_dir: str | None = None
+    """Folder for the sample-order files. Default: beside the data."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        for name in ("train", "valid", "test"):
+            paths, weights = getattr(self, f"{name}_data_paths"), getattr(self, f"{name}_data_weights")
+            if weights is not None and len(weights) != len(paths or []):
+                raise ValueError(
+                    f"{name}_data_weights: {len(weights)} weights for {len(paths or [])} {name}_data_paths; "
+                    "give one weight for each path"
+                )
+            if weights is not None and (min(weights, default=0) < 0 or not 0 < sum(weights) < math.inf):
+                raise ValueError(
+                    f"{name}_data_weights: {shortened(weights)}: each must be at least 0, and one of them above 0"
+                )
+        if self.data_path and self.train_data_paths:
+            raise ValueError("train_data_paths: data_path is given too; keep one of them")
+        return self

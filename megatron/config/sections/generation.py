@@ -1,0 +1,51 @@
+"""Section `generation`: how texts are generated."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from megatron.config.sections.base import MAX_FACTOR, Section
+
+
+class GenerationConfig(Section):
+    """Text generation."""
+
+    text_gen_type: Literal["unconditional", "input-file", "interactive"] | None = None
+    """What generate.py does."""
+    maximum_tokens: int = Field(default=64, gt=0)
+    """Most tokens generated for a prompt."""
+    prompt_end: str = Field(default="\n", min_length=1)
+    """End of each prompt, in a file of prompts and in interactive mode."""
+    temperature: float = Field(default=0.0, ge=0, le=MAX_FACTOR)
+    """Softmax temperature; 0 means greedy, whatever the filters say."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample among this many most probable tokens; 0 is off."""
+    top_p: float = Field(default=0.0, ge=0, le=1)
+    """Sample among the most probable tokens of this total probability; 0 is off."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Sample among tokens at least this times as probable as the most probable one; 0 is off."""
+    repetition_penalty: float = Field(default=1.0, gt=0, le=MAX_FACTOR)
+    """Positive logits of tokens seen before are divided by it, negative ones multiplied; 1 is off."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Strings that end a text, one or a list; the text is cut before the first of them."""
+    logprobs: bool = False
+    """Write the log-probability of each generated token too."""
+    recompute: bool = False
+    """Generate without a key-value cache (slow; for checks)."""
+    num_samples: int = Field(default=1, gt=0)
+    """Texts of unconditional generation."""
+    samples_per_prompt: int = Field(default=1, gt=0)
+    """Texts of each prompt of a file."""
+    interactive_history: bool = True
+    """Answer a typed prompt in the context of the earlier ones; false answers each on its own, as GPT-NeoX does."""
+    sample_input_file: str | None = None
+    """File of prompts that end with prompt_end; a .jsonl file has objects with a prompt and settings of its own."""
+    sample_output_file: str = "samples.txt"
+    """File the texts are written to, one JSON object a line."""
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value

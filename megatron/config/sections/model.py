@@ -1,0 +1,196 @@
+"""Section `model`: what a checkpoint's tensors mean."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from megatron.config.sections.base import MAX_SIZE, Section
+from megatron.config.yaml_loader import shortened
+from megatron.errors import UserError
+
+TOKENFORMER = "tokenformer"
+TRANSFORMER_KINDS = ("global", "flash")
+PATTENTION_ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
+
+PattentionActivation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
+Norm = Literal["layernorm", "layernorm_nonparam", "rmsnorm"]
+InitMethod = Literal[
+    "normal", "scaled_normal", "single_residual_scaled_normal", "wang_init", "small_init", "xavier_uniform",
+    "xavier_normal", "zero",
+]  # fmt: skip
+
+
+class ModelConfig(Section):
+    """The network: what a checkpoint's tensors mean."""
+
+    num_layers: int = Field(gt=0, le=10_000)
+    """Number of blocks L."""
+    hidden_size: int = Field(gt=0, le=MAX_SIZE)
+    """Width d of the residual stream."""
+    num_attention_heads: int = Field(gt=0, le=MAX_SIZE)
+    """Number of attention heads; must divide hidden_size."""
+    attention_config: list[Any] | None = None
+    """Kind of each block in GPT-NeoX form, for example [[["tokenformer"], 12]]; kinds are tokenformer and
+    global (a Transformer block; flash means the same). The number may be "all". Default: tokenformer where
+    the token counts are given, else global."""
+    qkv_slot_num: int | None = Field(default=None, gt=0, le=MAX_SIZE)
+    """Parameter tokens of each of the query, key and value projections (TokenFormer blocks)."""
+    proj_slot_num: int | None = Field(default=None, gt=0, le=MAX_SIZE)
+    """Parameter tokens of the attention output projection (TokenFormer blocks)."""
+    ffn_slot_num: int | None = Field(default=None, gt=0, le=MAX_SIZE)
+    """Parameter tokens of the feed-forward Pattention (TokenFormer blocks)."""
+    token_segments: dict[Literal["qkv", "proj", "ffn"], list[list[Annotated[int, Field(ge=0)]]]] | None = None
+    """Written by growth, not by hand: for each block the tokens it was made with and those that each growth added. The
+    slot numbers are then the largest sums."""
+    norm_activation_type: PattentionActivation = "l2_norm_gelu"
+    """How Pattention turns scores into weights (theta of the paper). l2_norm_gelu is the published form."""
+    seq_length: int = Field(gt=0, le=MAX_SIZE)
+    """Tokens a training sample holds; also the context length at evaluation and generation."""
+    max_position_embeddings: int | None = Field(default=None, gt=0, le=MAX_SIZE)
+    """Positions the rotary tables are made for at first (65,536 at most); they grow on demand. Default: seq_length."""
+    pos_emb: Literal["rotary", "none"] = "rotary"
+    """Position information: rotary embeddings or none."""
+    rotary_pct: float = Field(default=1.0, gt=0, le=1)
+    """Part of each head's dimensions that is rotated; published TokenFormer and Pythia use 0.25."""
+    rotary_emb_base: float = Field(default=10000, gt=0, le=1e12)
+    """Base of the rotary frequencies."""
+    norm: Norm = "layernorm"
+    """Norm of the blocks; layernorm_nonparam (published TokenFormer) has no weight and no bias."""
+    final_norm: Norm | None = None
+    """Norm before the logits. Default: the block norm."""
+    layernorm_epsilon: float = Field(default=1e-5, gt=0, le=1)
+    """Epsilon of layernorm, inside the root."""
+    rms_norm_epsilon: float = Field(default=1e-8, ge=0, le=1)
+    """Epsilon of rmsnorm, added to the root mean square outside the root."""
+    no_weight_tying: bool = False
+    """true: logits come from a matrix of their own; false: from the transposed embedding."""
+    gpt_j_residual: bool = False
+    """true: attention and feed-forward read the same input in parallel (Pythia, GPT-J); false: one after the other."""
+    use_bias_in_attn_linear: bool = True
+    """Biases in the attention projections of Transformer blocks; Pattention never has a bias."""
+    intermediate_size: int | None = Field(default=None, gt=0, le=MAX_SIZE)
+    """Inner width of the Transformer blocks' feed-forward. Default: 4 * hidden_size."""
+    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    """Activation of the Transformer blocks' feed-forward; gelu is the exact (erf) form."""
+    hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the embedding and on both residual branches."""
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the attention weights."""
+    init_method: InitMethod = "normal"
+    """Initialisation of keys, embedding and Transformer input matrices."""
+    output_layer_init_method: InitMethod = "scaled_normal"
+    """Initialisation of Pattention values and Transformer output matrices; the published one is wang_init.
+    scaled_normal is normal with its deviation over sqrt(2 * num_layers), single_residual_scaled_normal over
+    sqrt(num_layers)."""
+    init_method_std: float = Field(default=0.02, gt=0, le=1000)
+    """Standard deviation of normal and scaled_normal."""
+    make_vocab_size_divisible_by: int = Field(default=128, gt=0, le=MAX_SIZE)
+    """The vocabulary is padded to a multiple of this, whatever the layout of the run."""
+    vocab_size: int | None = Field(default=None, gt=0, le=MAX_SIZE)
+    """Number of token ids of the tokenizer; filled in from it, rarely given by hand: a larger one makes more rows."""
+    padded_vocab_size: int | None = Field(default=None, gt=0, le=MAX_SIZE)
+    """Rows of the embedding. Default: vocab_size padded to make_vocab_size_divisible_by."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads} heads do not divide hidden_size "
+                f"{self.hidden_size}; choose a divisor of it"
+            )
+        if self.rotary_dim % 2:
+            raise ValueError(
+                f"rotary_pct: {self.rotary_pct} of a head of {self.head_dim} dimensions (hidden_size over "
+                f"num_attention_heads) rotates {self.rotary_dim} of them, which must be an even number"
+            )
+        if TOKENFORMER in self.layer_kinds:
+            for key in ("qkv_slot_num", "proj_slot_num", "ffn_slot_num"):
+                if getattr(self, key) is None:
+                    raise ValueError(f"{key}: a tokenformer block needs it; give the number of parameter tokens")
+        for kind, blocks in (self.token_segments or {}).items():
+            self._check_segments(kind, blocks)
+        if self.padded_vocab_size and self.vocab_size and self.vocab_size > self.padded_vocab_size:
+            raise ValueError(_too_many_ids(self.padded_vocab_size, self.vocab_size))
+        return self
+
+    def _check_segments(self, kind: str, blocks: list[list[int]]) -> None:
+        slots, sums = getattr(self, f"{kind}_slot_num"), [sum(block) for block in blocks]
+        if len(blocks) != self.num_layers or len({len(block) for block in blocks}) != 1 or max(sums) != slots:
+            raise ValueError(
+                f"token_segments: {kind} of {len(blocks)} blocks with up to {max(sums, default=0)} tokens does not "
+                f"belong to num_layers {self.num_layers} and {kind}_slot_num {slots}; leave it to growth"
+            )
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of every block, `tokenformer` or `global`, in order; length num_layers."""
+        if self.attention_config is None:
+            has_tokens = any((self.qkv_slot_num, self.proj_slot_num, self.ffn_slot_num))
+            return (TOKENFORMER if has_tokens else "global",) * self.num_layers
+        kinds: list[str] = []
+        for entry in self.attention_config:
+            kinds.extend(_expand_attention_entry(entry, self.num_layers - len(kinds)))
+        if len(kinds) != self.num_layers:
+            raise ValueError(
+                f"attention_config: describes {len(kinds)} layers, num_layers is {self.num_layers}; make them equal"
+            )
+        return tuple(kinds)
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated dimensions of one head; 0 without rotary embeddings."""
+        return int(self.head_dim * self.rotary_pct) if self.pos_emb == "rotary" else 0
+
+    @property
+    def final_norm_kind(self) -> Norm:
+        """The norm before the logits."""
+        return self.final_norm or self.norm
+
+    def with_vocabulary(self, size: int) -> ModelConfig:
+        """A new config for a tokenizer of `size` ids, padded; raises UserError when they do not fit."""
+        padded = self.padded_vocab_size
+        if padded is not None and size > padded:
+            raise UserError(_too_many_ids(padded, size))
+        if self.vocab_size is not None and size > self.vocab_size:
+            raise UserError(
+                f"vocab_size: {self.vocab_size} is below the {size} token ids of the tokenizer; remove it, or choose "
+                "another tokenizer"
+            )
+        if padded is None:
+            multiple = self.make_vocab_size_divisible_by
+            padded = math.ceil(max(size, self.vocab_size or 0) / multiple) * multiple
+        return ModelConfig(**{**self.model_dump(), "vocab_size": size, "padded_vocab_size": padded})
+
+
+def _too_many_ids(rows: int, size: int) -> str:
+    return (
+        f"padded_vocab_size: {rows} rows cannot hold the vocabulary of {size} token ids; "
+        "raise it or choose another tokenizer"
+    )
+
+
+def _expand_attention_entry(entry: Any, remaining: int) -> list[str]:
+    well_formed = (
+        isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], (list, tuple)) and entry[0]
+    )
+    if not well_formed or not (entry[1] == "all" or isinstance(entry[1], int)):
+        raise ValueError(f'attention_config: {shortened(entry)} is not of the form [["tokenformer"], 12]')
+    kinds, count = entry
+    for kind in kinds:
+        if kind != TOKENFORMER and kind not in TRANSFORMER_KINDS:
+            raise ValueError(
+                f"attention_config: unknown kind '{shortened(kind)}'; known are tokenformer, global and flash"
+            )
+    if count == "all":
+        count = remaining // len(kinds)
+    if not 0 <= count <= MAX_SIZE // len(kinds) or isinstance(count, bool):
+        raise ValueError(f"attention_config: {shortened(entry)} has no sensible number of layers; make it num_layers")
+    return [TOKENFORMER if kind == TOKENFORMER else "global" for kind in kinds] * count

@@ -1,0 +1,76 @@
+"""Section `optimization`: optimizer, weight decay, clipping and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from megatron.config.sections.base import Section
+from megatron.config.yaml_loader import shortened
+
+
+class OptimizerParams(Section):
+    """Arguments of the optimizer."""
+
+    lr: float = Field(default=6e-4, ge=0, le=1000)
+    """Peak learning rate (alias at top level: learning_rate, lr)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's and Lion's moments."""
+    eps: float = Field(default=1e-8, ge=0, le=1)
+    """Term added to Adam's denominator."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Momentum of SGD and Muon (Muon: 0 means its usual 0.95)."""
+
+    @field_validator("betas")
+    @classmethod
+    def _decays(cls, values: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= value < 1 for value in values):
+            raise ValueError(f"betas: each must be at least 0 and below 1, got [{values[0]:g}, {values[1]:g}]")
+        return values
+
+
+OptimizerType = Literal["Adam", "AdamW", "CPU_Adam", "FusedAdam", "ApexAdam", "Lion", "Muon", "SGD"]
+OPTIMIZER_SPELLINGS: dict[str, OptimizerType] = {
+    "adam": "Adam", "adamw": "AdamW", "cpu_adam": "CPU_Adam", "cpuadam": "CPU_Adam",
+    "deepspeedcpuadam": "CPU_Adam", "fusedadam": "FusedAdam", "apexadam": "ApexAdam", "apex_adam": "ApexAdam",
+    "lion": "Lion", "muon": "Muon", "sgd": "SGD",
+}  # fmt: skip
+
+
+class OptimizerSpec(Section):
+    """Which optimizer and its arguments."""
+
+    type: OptimizerType = "Adam"
+    """Adam and AdamW: AdamW of torch, fused where the device has it. FusedAdam: DeepSpeed's. ApexAdam: NVIDIA
+    apex's. CPU_Adam: DeepSpeed's for offloaded states. Lion, Muon, SGD."""
+    params: OptimizerParams = OptimizerParams()
+    """Its arguments."""
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _spelling(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.lower() in OPTIMIZER_SPELLINGS:
+            return OPTIMIZER_SPELLINGS[value.lower()]
+        names = ", ".join(typing.get_args(OptimizerType))
+        raise ValueError(f"optimizer.type: '{shortened(value)}' is not supported; choose one of {names}")
+
+
+class OptimizationConfig(Section):
+    """Optimizer, weight decay, clipping and learning-rate schedule."""
+
+    optimizer: OptimizerSpec = OptimizerSpec()
+    """The optimizer, for example {type: Adam, params: {lr: 6.0e-4, betas: [0.9, 0.95], eps: 1.0e-8}}."""
+    weight_decay: float = Field(default=0.1, ge=0, le=1000)
+    """Decoupled decay of every matrix; vectors (norms, biases) have none."""
+    gradient_clipping: float = Field(default=1.0, ge=0, le=1e12)
+    """Largest global gradient norm; 0 switches clipping off."""
+    min_lr: float = Field(default=0.0, ge=0, le=1000)
+    """Learning rate at the end of the decay and afterwards."""
+    lr_decay_style: Literal["linear", "cosine", "exponential", "constant"] = "linear"
+    """Shape of the decay after the warm-up."""
+    lr_decay_iters: int | None = Field(default=None, gt=0)
+    """Iterations until min_lr is reached. Default: train_iters."""
+    warmup: float = Field(default=0.01, ge=0, le=1)
+    """Part of lr_decay_iters with a linear warm-up from 0."""
