@@ -234,10 +234,9 @@ def _derive(config: RunConfig) -> tuple[RunConfig, dict[str, str]]:
             notes[f"{name}.{name}"] = f"true changes nothing by itself, training is in {dtype}; set {name}.enabled"
     if dtype == "fp32" or config.parallel.zero_optimization.stage != 0:
         return config, notes
-    zero = config.parallel.zero_optimization.model_copy(update={"stage": 1})
-    parallel = config.parallel.model_copy(update={"zero_optimization": zero})
     reason = (
         f"stage 1 instead of 0: DeepSpeed's {config.precision.dtype} optimizer of stage 0 follows a different "
         "trajectory; set zero_optimization.stage to 1 to silence this line"
     )
-    return config.model_copy(update={"parallel": parallel}), notes | {"zero_optimization.stage": reason}
+    config = config.replaced(**{"parallel.zero_optimization.stage": 1})
+    return config, notes | {"zero_optimization.stage": reason}

@@ -81,7 +81,7 @@ class RunConfig(Section):
 
     def with_vocabulary(self, size: int) -> RunConfig:
         """A new frozen config whose model fits a tokenizer of `size` ids."""
-        return self.model_copy(update={"model": self.model.with_vocabulary(size)})
+        return self.replaced(model=self.model.with_vocabulary(size))
 
     def flat(self) -> dict[str, Any]:
         """All keys in the flat form of the YAML files, ready to be dumped and loaded again."""

@@ -45,9 +45,9 @@ def _train_and_close(run: Run, stop: StopRequest) -> bool:
 
 def _from_own_checkpoint(config: RunConfig) -> RunConfig:
     """The same run, continued from what it has just saved."""
-    keys = {"load": config.checkpoint.save, "iteration": None, "finetune": False}
-    keys |= {"no_load_optim": False, "no_load_rng": False}
-    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=keys)})
+    own = {"load": config.checkpoint.save, "iteration": None, "finetune": False}
+    own |= {"no_load_optim": False, "no_load_rng": False}
+    return config.replaced(checkpoint=config.checkpoint.replaced(**own))
 
 
 def _train_until_done(run: Run, stop: StopRequest) -> bool:

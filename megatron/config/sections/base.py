@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -36,6 +36,22 @@ class Section(BaseModel):
         if lines:
             raise WrongTypes(lines)
         return values
+
+    def replaced(self, **values: Any) -> Self:
+        """The same with these values, checked like any others; a dotted key is one of a section or table in this one.
+
+        `config.replaced(model=grown, **{"checkpoint.load": folder})` changes the model and one key of another section.
+        """
+        own, inner = dict[str, Any](), dict[str, dict[str, Any]]()
+        for key, value in values.items():
+            table, dot, name = key.partition(".")
+            if dot:
+                inner.setdefault(table, {})[name] = value
+            else:
+                own[key] = value
+        own |= {table: getattr(self, table).replaced(**entries) for table, entries in inner.items()}
+        # Defaults are left out, so that they stay what they are: checking would make 10000.0 of 10000 in a saved file.
+        return type(self)(**{key: value for key, value in self if key in self.model_fields_set} | own)
 
 
 def _type_mistake(annotation: Any, value: Any) -> str | None:
