@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -19,14 +20,16 @@ from eval_tasks.generation import generation_options
 from eval_tasks.pretrained import load_pretrained
 from eval_tasks.requests import Pair, encode_pair
 from megatron.errors import UserError
-from megatron.inference.batching import Batches, BatchSize
+from megatron.evaluation.batching import Batches, BatchSize
+from megatron.evaluation.perplexity import sliding_windows
+from megatron.evaluation.scoring import Score, Window, score_windows
+from megatron.evaluation.sharing import shared
 from megatron.inference.decoding import cut_message
-from megatron.inference.generate import evaluating, generate
-from megatron.inference.perplexity import sliding_windows
-from megatron.inference.ranks import DataRanks
-from megatron.inference.scoring import Score, Window, score_windows
+from megatron.inference.generate import generate
 from megatron.log import get_logger
 from megatron.model import LanguageModel
+from megatron.model.forward_only import evaluating
+from megatron.mpu import ALONE, Axis
 from megatron.tokenizer import Tokenizer
 
 # (context, continuation), context ids, continuation ids
@@ -46,7 +49,7 @@ class TokenFormerLM(TemplateLM):
         batch_size: requests computed together, or `auto`; results do not depend on it.
         max_length: context length in tokens; longer inputs lose their first tokens. Default: the model's seq_length.
         progress: show progress bars.
-        ranks: processes that share the requests; each of them gets all results.
+        axis: processes that share the requests; each of them gets all results.
     """
 
     max_gen_toks = 256
@@ -58,13 +61,12 @@ class TokenFormerLM(TemplateLM):
         batch_size: BatchSize = 8,
         max_length: int | None = None,
         progress: bool = True,
-        ranks: DataRanks | None = None,
+        axis: Axis = ALONE,
     ) -> None:
         super().__init__()
         self.model, self.text_tokenizer = model, tokenizer
         self._has_warned = False
-        self.ranks = ranks or DataRanks()
-        self.progress = progress and self.ranks.reports
+        self.axis, self.progress = axis, progress
         self.max_length = max_length or model.config.seq_length
         self._device = next(model.parameters()).device
         self.batches = Batches(batch_size, self._device.type, recover=model.layout.tensor.size == 1)
@@ -76,7 +78,8 @@ class TokenFormerLM(TemplateLM):
         """The model that `--model_args` describe (see eval_tasks.pretrained.load_pretrained)."""
         additional = {key: value for key, value in (additional_config or {}).items() if value is not None}
         found = load_pretrained(**{**additional, **arg_dict})
-        return cls(found.model, found.tokenizer, found.batch_size, found.max_length, ranks=DataRanks.of_world())
+        axis = Axis(dist.get_world_size(), dist.get_rank(), dist.group.WORLD) if dist.is_initialized() else ALONE
+        return cls(found.model, found.tokenizer, found.batch_size, found.max_length, axis.rank == 0, axis)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> TokenFormerLM:
@@ -144,7 +147,7 @@ class TokenFormerLM(TemplateLM):
         return [(score.log_likelihood, score.greedy) for score in self._scores(windows, disable_tqdm)]
 
     def _scores(self, windows: list[Window], disable_tqdm: bool) -> list[Score]:
-        return self.ranks.compute(windows, lambda window: len(window.ids), partial(self._share, disable_tqdm))
+        return shared(windows, lambda window: len(window.ids), partial(self._share, disable_tqdm), self.axis)
 
     def _share(self, disable_tqdm: bool, windows: list[Window]) -> list[Score]:
         hidden = disable_tqdm or not self.progress
@@ -211,7 +214,7 @@ class TokenFormerLM(TemplateLM):
             # What is drawn for a text depends on its place among all texts: every rank computes all of them.
             found = completed(contexts, self.batches.size or _SAMPLED_TOGETHER)
         else:
-            found = self.ranks.compute(contexts, len, share)
+            found = shared(contexts, len, share, self.axis)
         return [
             (text, cut_message(len(kept), len(ids), self.max_length) if len(kept) < len(ids) else message)
             for (text, message), ids, kept in zip(found, prompts, contexts, strict=True)

@@ -14,7 +14,7 @@ from megatron.checkpoint.store import CheckpointReader, find_checkpoint
 from megatron.config import load_config
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
-from megatron.inference.batching import BatchSize
+from megatron.evaluation.batching import BatchSize
 from megatron.inference.load import load_model
 from megatron.inference.prepare import check_vocabulary
 from megatron.model import LanguageModel

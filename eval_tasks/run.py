@@ -15,12 +15,11 @@ from eval_tasks.tables import format_summary, format_table, paper_summary
 from megatron.config.schema import RunConfig
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.errors import UserError
+from megatron.evaluation.batching import Batches
+from megatron.evaluation.corpus import corpus_documents, find_corpus
+from megatron.evaluation.perplexity import check_stride, corpus_perplexity
 from megatron.files import find_output
-from megatron.inference.batching import Batches
-from megatron.inference.corpus import corpus_documents, find_corpus
-from megatron.inference.perplexity import check_stride, corpus_perplexity
 from megatron.inference.prepare import checkpoint_source, load_for_inference
-from megatron.inference.ranks import DataRanks
 from megatron.model import LanguageModel
 from megatron.mpu import SINGLE, Layout
 from megatron.tokenizer import Tokenizer
@@ -44,27 +43,29 @@ def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]
 
     Raises: UserError when tasks, checkpoint, tokenizer, data or the lm_eval package are missing.
     """
-    ranks, options = DataRanks.of_layout(layout), config.evaluation
+    reports, options, seq_length = layout.rank == 0, config.evaluation, config.model.seq_length
     with_tasks = bool(options.eval_tasks or not options.perplexity_data)
     if with_tasks:
         _check_options(options)
     results_file = results_path(options.eval_results_prefix)
-    if ranks.reports:
+    if reports:
         find_output(results_file, "eval_results_prefix")
     if options.perplexity_data:
         find_corpus(options.perplexity_data)
-        check_stride(options.perplexity_stride or 1, config.model.seq_length)
+        check_stride(options.perplexity_stride or 1, seq_length)
     path = checkpoint_source(config.checkpoint)
     # After all that is quickly said: lm-eval's index of tasks takes seconds.
     evaluate_tasks = partial(_evaluate, *find_tasks(options)) if with_tasks else None
     model, tokenizer = load_for_inference(config, layout)
-    results: dict[str, Any] = evaluate_tasks(model, tokenizer, config, ranks) if evaluate_tasks else {"results": {}}
+    results: dict[str, Any] = {"results": {}}
+    if evaluate_tasks:
+        results = evaluate_tasks(model, tokenizer, options, seq_length)
     if options.perplexity_data:
-        results["results"]["perplexity"] = _perplexity(model, tokenizer, config, ranks)
+        results["results"]["perplexity"] = _perplexity(model, tokenizer, options, seq_length)
     results.update(checkpoint=str(path), tokenizer=f"{tokenizer.name}-{tokenizer.vocab_size}")
     summary = paper_summary(results["results"], model.config)
     results.update({"summary": summary} if summary else {})
-    if ranks.reports:
+    if reports:
         _report(results, results_file, config)
     return results
 
@@ -77,9 +78,10 @@ def _report(results: dict[str, Any], file: Path, config: RunConfig) -> None:
     log_to_boards(config, flat_metrics(results))
 
 
-def _perplexity(model: LanguageModel, tokenizer: Tokenizer, config: RunConfig, ranks: DataRanks) -> dict[str, Any]:
+def _perplexity(
+    model: LanguageModel, tokenizer: Tokenizer, options: EvaluationConfig, seq_length: int
+) -> dict[str, Any]:
     """Perplexity of perplexity_data, in the form of a task's results."""
-    options, seq_length = config.evaluation, config.model.seq_length
     assert options.perplexity_data is not None, "asked for"
     found = corpus_perplexity(
         model,
@@ -88,8 +90,8 @@ def _perplexity(model: LanguageModel, tokenizer: Tokenizer, config: RunConfig, r
         seq_length,
         options.perplexity_stride,
         Batches(options.eval_batch_size, next(model.parameters()).device.type, model.layout.tensor.size == 1),
-        ranks,
-        progress=True,
+        model.layout.data,
+        progress=model.layout.rank == 0,
     )
     stride = options.perplexity_stride or max(1, seq_length // 2)
     values = {name if name.startswith("num_") else f"{name},none": value for name, value in found.items()}
@@ -138,15 +140,15 @@ def _evaluate(
     manager: TaskManager,
     model: LanguageModel,
     tokenizer: Tokenizer,
-    config: RunConfig,
-    ranks: DataRanks,
+    options: EvaluationConfig,
+    seq_length: int,
 ) -> dict[str, Any]:
     from lm_eval import simple_evaluate
 
     from eval_tasks.adapter import TokenFormerLM
 
-    options = config.evaluation
-    lm = TokenFormerLM(model, tokenizer, options.eval_batch_size, config.model.seq_length, ranks=ranks)
+    layout = model.layout
+    lm = TokenFormerLM(model, tokenizer, options.eval_batch_size, seq_length, layout.rank == 0, layout.data)
     # Resampling is a short loop; worker processes forked beside a CUDA context or torch's threads are a risk.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     try:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron.inference.cache import KVCache
 from megatron.inference.sampling import Sampling, sample_rows
-from megatron.inference.scoring import overflow
 from megatron.model import LanguageModel
+from megatron.model.forward_only import overflow
 from megatron.mpu.collectives import from_first_rank
 from megatron.tokenizer import Tokenizer
 

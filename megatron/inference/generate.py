@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from megatron.inference.decoding import Decoder, Text
-from megatron.inference.ranks import agree
 from megatron.inference.sampling import Sampling
 from megatron.model import LanguageModel
+from megatron.model.forward_only import evaluating
+from megatron.mpu.collectives import object_from_first_rank
 from megatron.tokenizer import Tokenizer
 
 _SEED_STRIDE = 1_000_003
@@ -96,19 +96,6 @@ def generate(
     return [completion_of(text, logprobs) for text in texts]
 
 
-@contextmanager
-def evaluating(model: LanguageModel) -> Iterator[None]:
-    """Evaluation mode without gradients; the model is in its former mode afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        # Not inference_mode: rotary tables made in it could not be used in training afterwards.
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
-
-
 def start_texts(
     decoder: Decoder, prompts: Sequence[Prompt], settings: Sequence[Sampling], seed: int | None
 ) -> list[Text]:
@@ -116,7 +103,10 @@ def start_texts(
 
     A prompt with its own seed gives what it would give alone with that seed.
     """
-    base = agree(torch.Generator().seed(), decoder.model.layout) if seed is None else seed * _SEED_STRIDE
+    if seed is None:
+        base = object_from_first_rank(torch.Generator().seed(), decoder.model.layout.tensor)
+    else:
+        base = seed * _SEED_STRIDE
     texts: list[Text] = []
     for prompt, sampling in zip(prompts, settings, strict=True):
         own = len(texts) + base if sampling.seed is None else sampling.seed * _SEED_STRIDE

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import TextIO
 
 from megatron.inference.decoding import Decoder, Text
-from megatron.inference.generate import evaluating, start_texts
-from megatron.inference.ranks import agree
+from megatron.inference.generate import start_texts
 from megatron.inference.sampling import Sampling
+from megatron.model.forward_only import evaluating
+from megatron.mpu.collectives import object_from_first_rank
 
 _PROMPT = "Context prompt >>> "
 _RESET = "/reset"
@@ -83,16 +84,16 @@ def converse(
     An empty prompt or /reset clears the context; without history every answer does. Of several tensor ranks the first
     reads and prints; with them, Ctrl-C in an answer ends the session.
     """
-    session, layout = Session(decoder, sampling, seed), decoder.model.layout
-    typed = _typed_prompts(prompt_end) if layout.tensor.rank == 0 else iter(())
-    output = sys.stdout if layout.tensor.rank == 0 else io.StringIO()
+    session, axis = Session(decoder, sampling, seed), decoder.model.layout.tensor
+    typed = _typed_prompts(prompt_end) if axis.rank == 0 else iter(())
+    output = sys.stdout if axis.rank == 0 else io.StringIO()
     with evaluating(decoder.model):
-        while (prompt := agree(next(typed, None), layout)) is not None:
+        while (prompt := object_from_first_rank(next(typed, None), axis)) is not None:
             if prompt.strip() in ("", _RESET):
                 session.reset()
                 print("[context cleared]", flush=True, file=output)
             else:
-                _print_answer(session.answer(prompt), output, ends_on_interrupt=layout.tensor.size == 1)
+                _print_answer(session.answer(prompt), output, ends_on_interrupt=axis.size == 1)
                 if not with_history:
                     session.reset()
 

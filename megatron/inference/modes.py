@@ -12,13 +12,14 @@ from megatron.errors import UserError
 from megatron.files import find_output, refuse_inputs
 from megatron.inference.answers import Answers, fingerprint
 from megatron.inference.decoding import Decoder, Text
-from megatron.inference.generate import completion_of, evaluating, length_batches, start_texts
+from megatron.inference.generate import completion_of, length_batches, start_texts
 from megatron.inference.interactive import converse
 from megatron.inference.prepare import checkpoint_source, load_for_inference
 from megatron.inference.prompts import Request, read_requests, sampling_of
-from megatron.inference.ranks import agree
 from megatron.log import get_logger
+from megatron.model.forward_only import evaluating
 from megatron.mpu import SINGLE, Layout
+from megatron.mpu.collectives import object_from_first_rank
 
 _BATCH_SIZE = 8
 """Where eval_batch_size is auto."""
@@ -85,7 +86,8 @@ def complete_missing(decoder: Decoder, texts: Sequence[Text], answers: Answers |
     Batches are the same however often the run was interrupted, and one that was cut off is computed anew as a whole:
     the texts are to the last bit those of a run that was not.
     """
-    found = agree(set(answers.found) if answers is not None else set[int](), decoder.model.layout)
+    here = set(answers.found) if answers is not None else set[int]()
+    found = object_from_first_rank(here, decoder.model.layout.tensor)
     missing = [batch for batch in length_batches(texts, batch_size) if not all(index in found for index in batch)]
     done = len(texts) - sum(map(len, missing))
     if done:

@@ -11,7 +11,7 @@ dimension. What a layer takes and gives between the ranks is named by a `Form`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from megatron.mpu.layout import Axis
 
 Form = Literal["whole", "channels", "tokens"]
 """Activations [b, s, d]: whole; sharded by channels, [b, s, d/t]; sharded by tokens, [b, s/t, d]."""
+
+Item = TypeVar("Item")
 
 _TOKENS, _CHANNELS = 1, -1  # dimensions of [b, s, d]
 
@@ -115,6 +117,22 @@ def from_first_rank(x: Tensor, axis: Axis) -> Tensor:
         x = x.contiguous()
         dist.broadcast(x, group=axis.group, group_src=0)
     return x
+
+
+def object_from_first_rank(value: Item, axis: Axis) -> Item:
+    """The first rank's value, pickled, on every rank: what was typed, drawn or read there."""
+    box = [value]
+    if axis.size > 1:
+        dist.broadcast_object_list(box, group=axis.group, group_src=0)
+    return box[0]
+
+
+def gather_objects(value: Item, axis: Axis) -> list[Item]:
+    """The value of every rank, pickled, by rank."""
+    values = [value] * axis.size
+    if axis.size > 1:
+        dist.all_gather_object(values, value, group=axis.group)
+    return values
 
 
 class PendingSum:

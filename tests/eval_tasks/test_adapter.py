@@ -10,7 +10,7 @@ from lm_eval.api.instance import Instance
 
 from eval_tasks.adapter import TokenFormerLM
 from megatron.errors import UserError
-from megatron.inference.batching import Batches
+from megatron.evaluation.batching import Batches
 from megatron.inference.generate import generate
 
 PAIRS = [

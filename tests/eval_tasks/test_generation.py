@@ -12,7 +12,6 @@ from eval_tasks.adapter import TokenFormerLM
 from eval_tasks.generation import generation_options
 from megatron.errors import UserError
 from megatron.inference.generate import generate
-from megatron.inference.ranks import DataRanks
 from megatron.log import get_logger
 
 PLAIN: dict[str, Any] = {
@@ -138,12 +137,11 @@ def test_a_prompt_makes_room_for_what_is_asked_for_and_a_word_says_so(
 def test_messages_come_from_every_rank(
     lm: TokenFormerLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Dealt(DataRanks):
-        def compute(self, items: Any, length: Any, function: Any) -> list[Any]:
-            return [function([item])[0] for item in items]
+    def dealt(items: Any, length: Any, compute: Any, axis: Any) -> list[Any]:
+        return [compute([item])[0] for item in items]
 
     monkeypatch.setattr(get_logger(), "propagate", True)
-    lm.ranks = Dealt()
+    monkeypatch.setattr("eval_tasks.adapter.shared", dealt)
     texts(lm, ["the " * 80] * 3, max_gen_toks=100)
     assert caplog.messages[0].startswith("3 of 3 texts: prompt cut to its last 24 of")
 

@@ -31,7 +31,6 @@ def scores(tokenizer_file: str, batch_size: Any, tensor_size: int = 1) -> dict[s
     from lm_eval.api.instance import Instance
 
     from eval_tasks.adapter import TokenFormerLM
-    from megatron.inference.ranks import DataRanks
     from megatron.launch import ensure_process_environment
     from megatron.mpu.processes import join
     from megatron.tokenizer import HFTokenizer
@@ -41,8 +40,7 @@ def scores(tokenizer_file: str, batch_size: Any, tensor_size: int = 1) -> dict[s
     layout = join(tensor_size, "gloo")
     torch.set_num_threads(1)
     model = make_model(dtype=torch.float32, padded_vocab_size=384, layout=layout)
-    ranks = DataRanks.of_layout(layout)
-    lm = TokenFormerLM(model, HFTokenizer(tokenizer_file), batch_size, progress=False, ranks=ranks)
+    lm = TokenFormerLM(model, HFTokenizer(tokenizer_file), batch_size, progress=False, axis=layout.data)
 
     def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
         return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]  # type: ignore[arg-type]

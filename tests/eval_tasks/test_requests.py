@@ -13,8 +13,8 @@ from lm_eval.api.instance import Instance
 from eval_tasks.adapter import TokenFormerLM
 from eval_tasks.requests import encode_pair
 from megatron.errors import UserError
-from megatron.inference.batching import Batches
-from megatron.inference.scoring import Window, score_windows
+from megatron.evaluation.batching import Batches
+from megatron.evaluation.scoring import Window, score_windows
 from megatron.tokenizer import CharLevelTokenizer, HFTokenizer
 
 EOD = "<|endoftext|>"

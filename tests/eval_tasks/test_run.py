@@ -225,7 +225,7 @@ def test_mistakes_in_a_task_are_one_line_with_its_name(
 
 
 def test_a_fault_of_our_own_is_not_taken_for_one_of_a_task(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron.inference.scoring.token_losses", lambda logits, labels: 1 / 0)
+    monkeypatch.setattr("megatron.evaluation.scoring.token_losses", lambda logits, labels: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_evaluation(config)
 

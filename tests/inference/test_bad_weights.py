@@ -19,14 +19,14 @@ from eval_tasks.results import write_results
 from eval_tasks.run import run_evaluation
 from megatron.config import RunConfig
 from megatron.errors import EXIT_USER_ERROR, UserError, run_command
+from megatron.evaluation.corpus import corpus_documents
+from megatron.evaluation.perplexity import perplexity
 from megatron.growth.source import open_base
 from megatron.inference.convert import from_official, official_tensors, to_huggingface
-from megatron.inference.corpus import corpus_documents
 from megatron.inference.generate import generate
 from megatron.inference.huggingface import export_huggingface
 from megatron.inference.load import load_model
 from megatron.inference.modes import run_generation
-from megatron.inference.perplexity import perplexity
 from megatron.tokenizer import CharLevelTokenizer, HFTokenizer
 from tests.checkpoint.test_official_folder import pipeline_names, write_layers, write_model_file, write_shards
 from tests.inference.helpers import make_config, make_model, save_random_models

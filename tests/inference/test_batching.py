@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from megatron.inference.batching import Batches, is_out_of_memory
+from megatron.evaluation.batching import Batches, is_out_of_memory
 
 WORDS = ["a" * n for n in (3, 50, 7, 1, 20, 20, 4, 9, 2)]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron.inference.decoding import Decoder, Text
-from megatron.inference.generate import evaluating
 from megatron.inference.sampling import Sampling
 from megatron.model import LanguageModel
+from megatron.model.forward_only import evaluating
 from megatron.tokenizer import CharLevelTokenizer
 from tests.inference.helpers import make_model
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from megatron.inference.decoding import Decoder
-from megatron.inference.generate import evaluating, generate, start_texts
+from megatron.inference.generate import generate, start_texts
 from megatron.inference.interactive import Session, stream
 from megatron.inference.sampling import Sampling
+from megatron.model.forward_only import evaluating
 from megatron.tokenizer import CharLevelTokenizer
 from tests.inference.helpers import make_model
 

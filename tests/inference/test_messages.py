@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.inference.batching import Batches
-from megatron.inference.corpus import Document
+from megatron.evaluation.batching import Batches
+from megatron.evaluation.corpus import Document
+from megatron.evaluation.perplexity import corpus_perplexity
+from megatron.evaluation.sharing import shared
 from megatron.inference.generate import generate
 from megatron.inference.load import load_model
-from megatron.inference.perplexity import corpus_perplexity
-from megatron.inference.ranks import DataRanks
 from megatron.launch import ensure_process_environment
 from megatron.mpu.processes import join
 from megatron.tokenizer import CharLevelTokenizer
@@ -40,14 +40,13 @@ def evaluated(tensor_size: int, root: str) -> tuple[Traffic, list[str], list[flo
     texts, numbers = [], []
     with strict_collectives() as traffic:
         layout = join(tensor_size, "gloo")
-        ranks = DataRanks.of_layout(layout)
         for kind in KINDS:
             model = load_model(f"{root}/{kind}", dtype=torch.float64, layout=layout)
             for options in OPTIONS:
                 found = generate(model, CharLevelTokenizer(), PROMPTS, batch_size=2, **options)
                 texts += [completion.text for completion in found]
-            numbers += corpus_perplexity(model, DOCUMENTS, 0, 16, batches=Batches(2), ranks=ranks).values()
-            numbers += ranks.compute(list(range(7)), lambda n: n, lambda items: [float(n) for n in items])
+            numbers += corpus_perplexity(model, DOCUMENTS, 0, 16, batches=Batches(2), axis=layout.data).values()
+            numbers += shared(list(range(7)), lambda n: n, lambda items: [float(n) for n in items], layout.data)
     return traffic, texts, numbers
 
 

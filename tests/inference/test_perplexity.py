@@ -12,9 +12,9 @@ import torch
 
 from megatron.data.indexed import IndexedDatasetBuilder
 from megatron.errors import UserError
-from megatron.inference.batching import Batches
-from megatron.inference.corpus import corpus_documents
-from megatron.inference.perplexity import corpus_perplexity, perplexity, sliding_windows
+from megatron.evaluation.batching import Batches
+from megatron.evaluation.corpus import corpus_documents
+from megatron.evaluation.perplexity import corpus_perplexity, perplexity, sliding_windows
 from megatron.tokenizer import CharLevelTokenizer
 from tests.inference.helpers import make_model
 from tests.inference.test_stops import train as train_tokenizer

@@ -19,12 +19,12 @@ from torch.utils import backend_registration
 
 from megatron.engine.gradients import clip_gradients
 from megatron.engine.state import EngineState
+from megatron.evaluation.corpus import Document
+from megatron.evaluation.perplexity import corpus_perplexity
 from megatron.growth.grow import grow
 from megatron.growth.proof import compare_logits
-from megatron.inference.corpus import Document
 from megatron.inference.generate import generate
 from megatron.inference.huggingface import export_huggingface
-from megatron.inference.perplexity import corpus_perplexity
 from megatron.model import LanguageModel
 from megatron.mpu import SINGLE
 from megatron.ops.cross_entropy import cross_entropy

@@ -20,9 +20,9 @@ import torch
 from megatron.config import load_config
 from megatron.errors import run_command
 from megatron.inference.decoding import Decoder
-from megatron.inference.generate import evaluating
 from megatron.inference.sampling import Sampling
 from megatron.model import LanguageModel
+from megatron.model.forward_only import evaluating
 from megatron.tokenizer import CharLevelTokenizer
 
 VOCABULARY = 50304

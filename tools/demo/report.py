@@ -16,8 +16,8 @@ from megatron.checkpoint import CheckpointReader, find_checkpoint
 from megatron.config import load_config
 from megatron.data import IndexedDataset
 from megatron.errors import UserError, run_command
+from megatron.evaluation.perplexity import perplexity
 from megatron.inference import load_model
-from megatron.inference.perplexity import perplexity
 from megatron.tokenizer import build_tokenizer
 from tools.demo.ngrams import bigram_loss, unigram_loss
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from megatron.evaluation.perplexity import perplexity
 from megatron.inference import generate
 from megatron.inference.cache import KVCache
-from megatron.inference.perplexity import perplexity
 from megatron.model import LanguageModel
 from megatron.mpu.device import DTYPES, process_device, why_no_gpu
 from megatron.mpu.gpus import peak_tflops

@@ -21,9 +21,9 @@ from megatron.config import load_config
 from megatron.config.sections.model import ModelConfig
 from megatron.data import IndexedDataset, IndexedDatasetBuilder
 from megatron.errors import UserError
+from megatron.evaluation.perplexity import perplexity
 from megatron.growth import grow
 from megatron.inference import load_model
-from megatron.inference.perplexity import perplexity
 from megatron.log import get_logger
 from megatron.model import LanguageModel
 from megatron.model.init import initial_value

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron.errors import RankError, UserError
 from megatron.model import LanguageModel
+from megatron.model.forward_only import overflow
 from megatron.ops.cross_entropy import token_losses
 
 # Positions that are taken through the head at a time: 1024 x 50304 x 4 bytes = 206 MB of logits.
@@ -57,15 +57,6 @@ def score_windows(model: LanguageModel, windows: list[Window]) -> list[Score]:
         Score(-part.sum().item(), bool(hits.all()))
         for part, hits in zip(losses.split(counts), greedy.split(counts), strict=True)
     ]
-
-
-def overflow(dtype: torch.dtype) -> UserError:
-    """The error that says that a model's logits in `dtype` are not finite."""
-    name = str(dtype).removeprefix("torch.")
-    return RankError(
-        f"precision: the model's logits are not finite in {name}: its weights are too large for it or of no use; "
-        "choose bf16 or fp32, or another checkpoint"
-    )
 
 
 def _through_head(model: LanguageModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron.errors import UserError
-from megatron.inference.batching import Batches
-from megatron.inference.corpus import Document
-from megatron.inference.generate import evaluating
-from megatron.inference.ranks import DataRanks
-from megatron.inference.scoring import Window, overflow, score_windows
+from megatron.evaluation.batching import Batches
+from megatron.evaluation.corpus import Document
+from megatron.evaluation.scoring import Window, score_windows
 from megatron.model import LanguageModel
+from megatron.model.forward_only import evaluating, overflow
+from megatron.mpu import ALONE, Axis
+from megatron.mpu.collectives import gather_objects
 from megatron.ops.cross_entropy import token_losses
 
 # Windows that are sorted by length and batched together.
@@ -92,7 +93,7 @@ def corpus_perplexity(
     seq_length: int,
     stride: int | None = None,
     batches: Batches | None = None,
-    ranks: DataRanks | None = None,
+    axis: Axis = ALONE,
     progress: bool = False,
 ) -> dict[str, float | None]:
     """Token, word and byte perplexity of documents, each on its own, with a sliding window.
@@ -102,7 +103,8 @@ def corpus_perplexity(
         seq_length: input tokens of a window.
         stride: ids by which the window moves on; default half of seq_length. At seq_length the windows do not overlap
             but for the last of a document, which is moved back.
-        ranks: processes that share the windows; all read the documents, and all get the result.
+        axis: processes that share the windows; all read the documents, and all get the result.
+        progress: show a progress bar.
 
     Returns: loss (nats per token), token_perplexity, word_perplexity (None without words), byte_perplexity,
         bits_per_byte, num_documents, num_tokens, num_words, num_bytes.
@@ -111,11 +113,11 @@ def corpus_perplexity(
     """
     stride = stride or max(1, seq_length // 2)
     check_stride(stride, seq_length)
-    ranks, batches = ranks or DataRanks(), batches or Batches(8)
     counts = {"num_documents": 0, "num_words": 0, "num_bytes": 0}
     windows = _corpus_windows(documents, counts, prefix_id, seq_length, stride)
-    mine = islice(windows, ranks.rank, None, ranks.size)
-    loss, num_tokens = ranks.sums(_summed_loss(model, mine, batches, progress and ranks.reports))
+    mine = islice(windows, axis.rank, None, axis.size)
+    parts = gather_objects(_summed_loss(model, mine, batches or Batches(8), progress), axis)
+    loss, num_tokens = (sum(column) for column in zip(*parts, strict=True))
     if not num_tokens:
         raise UserError("perplexity_data: there is no text in it; give a file with documents")
     return {**_perplexities(loss, num_tokens, counts["num_words"], counts["num_bytes"]), **counts}
