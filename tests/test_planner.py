@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import megatron.launch as launch_module
 from megatron.config import RunConfig, load_config
-from megatron.config.checks import check_parallel
+from megatron.config.checks import find_parallel_mistakes
 from megatron.errors import UserError, run_command
 from megatron.launch import launch
 from megatron.model import LanguageModel
@@ -266,7 +266,8 @@ def test_every_layout_is_one_the_configuration_accepts() -> None:
         assert choice.pipeline == 1 or choice.zero_stage <= 1
         zero = config.parallel.zero_optimization.model_copy(update={"stage": choice.zero_stage})
         axes = {"model_parallel_size": choice.tensor, "pipe_parallel_size": choice.pipeline, "zero_optimization": zero}
-        check_parallel(config.model_copy(update={"parallel": config.parallel.model_copy(update=axes)}))
+        asked = config.model_copy(update={"parallel": config.parallel.model_copy(update=axes)})
+        assert not [*find_parallel_mistakes(asked)]
 
 
 def test_best_comes_first_and_everything_fits() -> None:

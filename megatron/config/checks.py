@@ -6,31 +6,33 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron.config.schema import RunConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.scaling import GrowthStage, ScalingConfig
 from megatron.errors import UserError, UserErrors
 
 
-def check_parallel(config: RunConfig) -> None:
-    """Raise ValueError("key: reason") when the model cannot be cut along the axes, whatever the number of processes."""
-    for mistake in find_parallel_mistakes(config):
-        raise ValueError(mistake)
-
-
 def find_parallel_mistakes(config: RunConfig) -> Iterator[str]:
     """Axes that the model cannot be cut along, whatever the number of processes."""
-    yield from _tensor_axis(config)
-    stages, zero = config.parallel.pipeline_stages, config.parallel.zero_optimization
-    if stages > config.model.num_layers:
-        yield f"pipe_parallel_size: {stages} stages for num_layers {config.model.num_layers}; each needs a block"
-    if stages > 1 and zero.stage > 1:
+    parallel = config.parallel
+    tensor, zero_stage = parallel.model_parallel_size, parallel.zero_optimization.stage
+    return axis_mistakes(config.model, tensor, parallel.pipeline_stages, parallel.sequence_parallel, zero_stage)
+
+
+def axis_mistakes(
+    model: ModelConfig, tensor: int, pipeline: int, sequence_parallel: bool, zero_stage: int
+) -> Iterator[str]:
+    """Why a model cannot be cut into `pipeline` stages of `tensor` ranks; the same whatever the number of processes."""
+    yield from _tensor_axis(model, tensor, sequence_parallel)
+    if pipeline > model.num_layers:
+        yield f"pipe_parallel_size: {pipeline} stages for num_layers {model.num_layers}; each needs a block"
+    if pipeline > 1 and zero_stage > 1:
         yield (
-            f"zero_optimization.stage: DeepSpeed has no stage {zero.stage} beside pipe_parallel_size {stages}; "
+            f"zero_optimization.stage: DeepSpeed has no stage {zero_stage} beside pipe_parallel_size {pipeline}; "
             "use stage 0 or 1, or no pipeline"
         )
 
 
-def _tensor_axis(config: RunConfig) -> Iterator[str]:
-    model, ranks = config.model, config.parallel.model_parallel_size
+def _tensor_axis(model: ModelConfig, ranks: int, sequence_parallel: bool) -> Iterator[str]:
     if ranks == 1:
         return
     if model.num_attention_heads % ranks:
@@ -42,7 +44,7 @@ def _tensor_axis(config: RunConfig) -> Iterator[str]:
         tokens = getattr(model, key)
         if tokens is not None and tokens < ranks:
             yield f"{key}: {tokens} parameter tokens for model_parallel_size {ranks}; each rank needs one"
-    if config.parallel.sequence_parallel and model.seq_length % ranks:
+    if sequence_parallel and model.seq_length % ranks:
         yield (
             f"sequence_parallel: seq_length {model.seq_length} is no multiple of model_parallel_size {ranks}; "
             "change one of them or set sequence_parallel: false"

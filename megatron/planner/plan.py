@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron.config.checks import check_parallel
+from megatron.config.checks import axis_mistakes
 from megatron.config.schema import RunConfig
 from megatron.planner.choice import Choice, configured_choice
 from megatron.planner.counts import flops_per_token
@@ -110,23 +110,8 @@ def _variants(config: RunConfig, tensor: int, pipeline: int, data: int) -> Itera
         zero_stages = (asked,)
     for zero_stage in zero_stages:
         for sequence_parallel in (False, True) if tensor > 1 else (False,):
-            if _allowed(config, tensor, pipeline, zero_stage, sequence_parallel):
+            if not any(axis_mistakes(config.model, tensor, pipeline, sequence_parallel, zero_stage)):
                 yield zero_stage, sequence_parallel
-
-
-def _allowed(config: RunConfig, tensor: int, pipeline: int, zero_stage: int, sequence_parallel: bool) -> bool:
-    zero = config.parallel.zero_optimization.model_copy(update={"stage": zero_stage})
-    axes = {
-        "model_parallel_size": tensor,
-        "pipe_parallel_size": pipeline,
-        "sequence_parallel": sequence_parallel,
-        "zero_optimization": zero,
-    }
-    try:
-        check_parallel(config.model_copy(update={"parallel": config.parallel.model_copy(update=axes)}))
-    except ValueError:
-        return False
-    return True
 
 
 def _micro_batches(config: RunConfig, samples: int) -> list[int]:
