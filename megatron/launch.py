@@ -102,11 +102,11 @@ def _print_command(
     resolved: Resolved, script: str, arguments: list[str], gpus: int | None, hosts: Mapping[str, int]
 ) -> int:
     """Print the launcher command and the processes it starts here; returns the number of GPUs to plan for."""
-    from megatron.planner import world
+    from megatron.planner import Workload, world
 
     processes = count_processes(resolved.config.launch, hosts, os.environ) or 1
     try:
-        grid = world(resolved.config, max(1, len(hosts)), processes)
+        grid = world(Workload.of(resolved.config).configured(processes), max(1, len(hosts)))
         plan = make_plan(resolved, script, arguments, os.environ, to_run=False)
     except UserError as error:
         if gpus is None:  # else this machine is not the one that is planned for

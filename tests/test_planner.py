@@ -21,8 +21,7 @@ from megatron.model.blocks import Block, BuildOptions
 from megatron.mpu import Layout
 from megatron.mpu.gpus import peak_tflops
 from megatron.ops.cross_entropy import cross_entropy
-from megatron.planner import MACHINES, Choice, candidates, find_machine, plan, predict, read_machine, report
-from megatron.planner.choice import configured_choice
+from megatron.planner import MACHINES, Choice, Workload, candidates, find_machine, plan, predict, read_machine, report
 from megatron.planner.counts import Stage, flops_per_token, num_parameters, stages
 from megatron.planner.memory import block_bytes, head_bytes, kept_bytes, state_bytes
 from megatron.planner.step_time import data_volumes, step_time, tensor_elements
@@ -38,8 +37,8 @@ H200 = MACHINES["H200-141GB"]
 PUBLISHED = ("tokenformer/150M", "tokenformer/1-5B", "transformer/450M")
 
 
-def small(kind: str = "tokenformer", **overrides: Any) -> RunConfig:
-    return load_config([], {**SMALL, **(TOKENS if kind == "tokenformer" else {}), **overrides})
+def small(kind: str = "tokenformer", **overrides: Any) -> Workload:
+    return Workload.of(load_config([], {**SMALL, **(TOKENS if kind == "tokenformer" else {}), **overrides}))
 
 
 def published(name: str, **overrides: Any) -> RunConfig:
@@ -157,36 +156,36 @@ def test_stages_are_cut_as_the_pipeline_cuts_them(layers: int, count: int) -> No
     ids=lambda options: " ".join(map(str, options.values())),
 )
 def test_block_keeps_the_predicted_bytes_within_3_percent(options: dict[str, Any], dtype: str) -> None:
-    config = small(**options, precision=dtype)
-    kind = config.model.layer_kinds[0]
+    work = small(**options, precision=dtype)
+    kind = work.model.layer_kinds[0]
     entry = torch.float32 if dtype == "fp32" else torch.bfloat16
-    block = Block(config.model, 0, BuildOptions(config.training.pattention_backend)).to(entry)
+    block = Block(work.model, 0, BuildOptions(work.training.pattention_backend)).to(entry)
     x = torch.randn(2, 256, 64, dtype=entry, requires_grad=True)
     with Kept(block) as kept:
         _output = block(x)  # holds the graph
-    assert block_bytes(config, configured_choice(config, 1), kind) == pytest.approx(kept.bytes, rel=0.03)
+    assert block_bytes(work, work.configured(1), kind) == pytest.approx(kept.bytes, rel=0.03)
 
 
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 def test_model_keeps_the_predicted_bytes_within_3_percent(recompute: int) -> None:
     keys = {"checkpoint_activations": recompute > 0, "checkpoint_num_layers": recompute or 1}
-    config = small(pattention_backend="fused", **keys)
-    model = LanguageModel(config.model, seed=0, pattention_backend="fused", checkpoint_layers=recompute)
+    work = small(pattention_backend="fused", **keys)
+    model = LanguageModel(work.model, seed=0, pattention_backend="fused", checkpoint_layers=recompute)
     ids = torch.randint(512, (2, 256))
     with Kept(model) as kept:
         _loss = cross_entropy(model(ids), ids)  # holds the graph
-    choice, vocabulary = configured_choice(config, 1), 512
+    choice, vocabulary = work.configured(1), 512
     # Half of the logits' bytes, and the chunks, are needed only in the backward pass.
     later = (4 + 12) * ids.numel() * vocabulary
-    predicted = kept_bytes(config, choice, stages(config.model, 1)[0]) + head_bytes(config, choice) - later
+    predicted = kept_bytes(work, choice, stages(work.model, 1)[0]) + head_bytes(work, choice) - later
     assert predicted == pytest.approx(kept.bytes, rel=0.03)
 
 
 def test_states_of_adam_in_16_bits_are_the_known_numbers() -> None:
-    config = small(precision="bf16", zero_optimization={"stage": 1, "reduce_bucket_size": 1000})
+    work = small(precision="bf16", zero_optimization={"stage": 1, "reduce_bucket_size": 1000})
 
     def states(stage: int) -> dict[str, float]:
-        return state_bytes(config, Choice(1, 1, 4, False, stage, 2, 1, False), 400)
+        return state_bytes(work, Choice(1, 1, 4, False, stage, 2, 1, False), 400)
 
     parts = ("weights", "master", "moments", "gradients")
     assert [states(1)[part] for part in parts] == [800, 400, 800, 800 + 200]
@@ -196,17 +195,17 @@ def test_states_of_adam_in_16_bits_are_the_known_numbers() -> None:
 
 
 def test_the_first_stage_of_a_pipeline_holds_the_most_micro_batches() -> None:
-    config = small(num_layers=4)
-    memory = predict(config, H200, Choice(1, 4, 1, False, 0, 2, 16, False)).memory
-    one_block = block_bytes(config, Choice(1, 4, 1, False, 0, 2, 16, False), "tokenformer")
+    work = small(num_layers=4)
+    memory = predict(work, H200, Choice(1, 4, 1, False, 0, 2, 16, False)).memory
+    one_block = block_bytes(work, Choice(1, 4, 1, False, 0, 2, 16, False), "tokenformer")
     assert memory.kept >= 4 * one_block
 
 
 def test_sequence_parallelism_saves_activations_and_moves_as_much() -> None:
-    config = published("tokenformer/1-5B")
+    work = Workload.of(published("tokenformer/1-5B"))
     plain, sharded = (Choice(4, 1, 2, flag, 1, 8, 64, False) for flag in (False, True))
-    assert block_bytes(config, sharded, "tokenformer") < block_bytes(config, plain, "tokenformer")
-    assert tensor_elements(config, sharded, "tokenformer") == tensor_elements(config, plain, "tokenformer")
+    assert block_bytes(work, sharded, "tokenformer") < block_bytes(work, plain, "tokenformer")
+    assert tensor_elements(work, sharded, "tokenformer") == tensor_elements(work, plain, "tokenformer")
 
 
 # ---- time ----
@@ -214,17 +213,17 @@ def test_sequence_parallelism_saves_activations_and_moves_as_much() -> None:
 
 @pytest.mark.parametrize(("kind", "units", "statistics"), [("tokenformer", 16, 20), ("global", 8, 0)])
 def test_tensor_volumes_of_a_layer(kind: str, units: int, statistics: int) -> None:
-    config = small(kind)
+    work = small(kind)
     count = 2 * 256
-    entries, rows = tensor_elements(config, Choice(4, 1, 1, False, 0, 2, 1, False), kind)
+    entries, rows = tensor_elements(work, Choice(4, 1, 1, False, 0, 2, 1, False), kind)
     assert entries == units * count * 64 * 3 / 4
     assert rows == statistics * count * 3 / 4
 
 
 def test_data_volumes_of_each_zero_stage() -> None:
     def volume(stage: int, **zero: Any) -> tuple[float, float]:
-        config = small(precision="bf16", zero_optimization={"stage": max(1, stage), **zero})
-        return data_volumes(config, Choice(1, 1, 4, False, stage, 2, 5, False), 1000)
+        work = small(precision="bf16", zero_optimization={"stage": max(1, stage), **zero})
+        return data_volumes(work, Choice(1, 1, 4, False, stage, 2, 5, False), 1000)
 
     unit = 2 * 1000 * 3 / 4
     assert volume(0) == (2 * unit, 0)
@@ -234,8 +233,8 @@ def test_data_volumes_of_each_zero_stage() -> None:
 
 
 def test_bubble_is_the_known_fraction() -> None:
-    config = small(num_layers=4)
-    time = step_time(config, Choice(1, 4, 1, False, 0, 2, 16, False), H200)
+    work = small(num_layers=4)
+    time = step_time(work, Choice(1, 4, 1, False, 0, 2, 16, False), H200)
     assert time.bubble == pytest.approx((time.compute + time.pipeline) * 3 / 16)
 
 
@@ -257,7 +256,7 @@ def test_peaks_are_those_of_the_metrics() -> None:
 
 def test_every_layout_is_one_the_configuration_accepts() -> None:
     config = published("tokenformer/150M")
-    found = candidates(config, H200, 24)
+    found = candidates(Workload.of(config), H200, 24)
     assert {c.choice.tensor for c in found} <= {1, 2, 3, 4, 6, 12}
     for candidate in found:
         choice = candidate.choice
@@ -271,7 +270,7 @@ def test_every_layout_is_one_the_configuration_accepts() -> None:
 
 
 def test_best_comes_first_and_everything_fits() -> None:
-    best = plan(published("tokenformer/1-5B"), MACHINES["A100-40GB"], 8)
+    best = plan(Workload.of(published("tokenformer/1-5B")), MACHINES["A100-40GB"], 8)
     assert all(candidate.memory.total <= MACHINES["A100-40GB"].usable_bytes for candidate in best)
     assert all(a.time.total < 1.011 * b.time.total for a, b in zip(best, best[1:], strict=False))
     assert 0 < best[0].mfu < 1
@@ -279,9 +278,9 @@ def test_best_comes_first_and_everything_fits() -> None:
 
 def test_advice_can_be_given_back_as_keys() -> None:
     config = published("tokenformer/450M")
-    choice = plan(config, H200, 16)[0].choice
+    choice = plan(Workload.of(config), H200, 16)[0].choice
     again = published("tokenformer/450M", **choice.overrides())
-    assert configured_choice(again, 16) == choice
+    assert Workload.of(again).configured(16) == choice
 
 
 def test_report_says_by_how_much_nothing_fits(tmp_path: Path) -> None:
@@ -290,7 +289,7 @@ def test_report_says_by_how_much_nothing_fits(tmp_path: Path) -> None:
     text = report(published("tokenformer/1-5B"), read_machine(str(machine)), 8)
     assert "does not fit" in next(line for line in text.splitlines() if line.startswith("configured"))
     assert text.splitlines()[-1].startswith("nothing fits 8 x toy: the smallest layout")
-    assert plan(published("tokenformer/1-5B"), read_machine(str(machine)), 8) == []
+    assert plan(Workload.of(published("tokenformer/1-5B")), read_machine(str(machine)), 8) == []
 
 
 def test_a_run_that_grows_is_planned_at_its_largest() -> None:

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.config.schema import RunConfig
-from megatron.errors import UserError
-from megatron.mpu import Layout
-from megatron.ops.pattention import select_backend
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -53,35 +48,3 @@ class Choice:
             "gradient_accumulation_steps": self.accumulation,
             "checkpoint_activations": self.recompute,
         }
-
-
-def configured_choice(config: RunConfig, gpus: int) -> Choice:
-    """What the configuration asks for on `gpus` processes; UserError when it does not fit that number."""
-    parallel, training = config.parallel, config.training
-    try:
-        layout = Layout.for_world(0, gpus, parallel.pipeline_stages, parallel.model_parallel_size)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    update = config.update_size(layout.data.size)
-    return Choice(
-        layout.tensor.size,
-        layout.pipeline.size,
-        layout.data.size,
-        parallel.sequence_parallel and layout.tensor.size > 1,
-        parallel.zero_optimization.stage,
-        update.micro,
-        update.steps,
-        training.checkpoint_activations,
-    )
-
-
-def gpu_backend(config: RunConfig) -> str:
-    """The Pattention backend on a GPU; activations without a hand-written backward run as `reference`."""
-    if config.model.norm_activation_type != "l2_norm_gelu":
-        return "reference"
-    return select_backend(config.training.pattention_backend, "cuda")[0]
-
-
-def element_bytes(config: RunConfig) -> int:
-    """Bytes of a parameter or activation entry (e in formulas)."""
-    return 4 if config.precision.dtype == "fp32" else 2

@@ -7,13 +7,14 @@ parameters of a stage on one tensor rank, D data ranks, e bytes of an entry (2, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from megatron.config.schema import RunConfig
 from megatron.config.sections.model import TOKENFORMER, ModelConfig
+from megatron.config.sections.optimization import OptimizerSpec
+from megatron.config.sections.parallel import ZeroConfig
 from megatron.ops.cross_entropy import CHUNK_ROWS
-from megatron.planner.choice import Choice, element_bytes, gpu_backend
+from megatron.planner.choice import Choice
 from megatron.planner.counts import Stage, block_tokens, inner_size, share, stages, token_counts
+from megatron.planner.workload import Workload
 
 # Bytes that autograd keeps for one score, by (backend, activation, e). reference: the scores in fp32, the weights
 # before they are rounded in fp32, the weights; fused: the scores.
@@ -69,109 +70,98 @@ class Memory:
         return self.states + max(self.kept + max(self.head, self.block), self.update)
 
 
-def memory_of(config: RunConfig, choice: Choice) -> Memory:
+def memory_of(work: Workload, choice: Choice) -> Memory:
     """The memory of the fullest stage."""
-    parts = stages(config.model, choice.pipeline)
-    return max((_stage_memory(config, choice, i, stage) for i, stage in enumerate(parts)), key=lambda m: m.total)
+    parts = stages(work.model, choice.pipeline)
+    return max((_stage_memory(work, choice, i, stage) for i, stage in enumerate(parts)), key=lambda m: m.total)
 
 
-def _stage_memory(config: RunConfig, choice: Choice, index: int, stage: Stage) -> Memory:
-    states = state_bytes(config, choice, stage.parameters(config.model, choice.tensor))
+def _stage_memory(work: Workload, choice: Choice, index: int, stage: Stage) -> Memory:
+    states = state_bytes(work, choice, stage.parameters(work.model, choice.tensor))
     in_flight = min(choice.accumulation, choice.pipeline - index)  # 1F1B
     return Memory(
         **states,
-        kept=in_flight * kept_bytes(config, choice, stage),
-        head=head_bytes(config, choice) if stage.last else 0.0,
-        block=_backward_bytes(config, choice, stage),
+        kept=in_flight * kept_bytes(work, choice, stage),
+        head=head_bytes(work, choice) if stage.last else 0.0,
+        block=_backward_bytes(work, choice, stage),
     )
 
 
-def state_bytes(config: RunConfig, choice: Choice, w: int) -> dict[str, float]:
+def state_bytes(work: Workload, choice: Choice, w: int) -> dict[str, float]:
     """weights, master, moments, gradients, buckets and update of `w` parameters (W), as DeepSpeed 0.19 holds them."""
-    e, stage = element_bytes(config), choice.zero_stage
+    e, stage = work.element_bytes, choice.zero_stage
     partition = w / choice.data if stage else float(w)
-    offloaded = stage > 0 and _offloads(config)
+    offloaded = stage > 0 and _offloads(work.parallel.zero_optimization)
     return {
         "weights": e * (partition if stage == 3 else w),
         "master": 0.0 if stage == 0 or offloaded else 4 * partition,
-        "moments": 0.0 if offloaded else 4 * _moments(config) * partition,
+        "moments": 0.0 if offloaded else 4 * _moments(work.optimizer) * partition,
         # Stage 1 holds all gradients and a copy of the rank's partition; stage 2 the sum so far and the newest one.
         "gradients": e * {0: w, 1: w + partition, 2: 2 * partition, 3: partition}[stage],
-        "buckets": _bucket_bytes(config, choice, w),
+        "buckets": _bucket_bytes(work, choice, w),
         "update": 0.0 if stage == 0 or offloaded else 4 * min(partition, _SUB_GROUP if stage == 3 else partition),
     }
 
 
-def _moments(config: RunConfig) -> int:
+def _moments(optimizer: OptimizerSpec) -> int:
     """fp32 numbers a parameter that the optimizer keeps."""
-    kind = config.optimization.optimizer.type
-    if kind == "SGD":
-        return 1 if config.optimization.optimizer.params.momentum else 0
-    return 1 if kind == "Lion" else 2
+    if optimizer.type == "SGD":
+        return 1 if optimizer.params.momentum else 0
+    return 1 if optimizer.type == "Lion" else 2
 
 
-def _offloads(config: RunConfig) -> bool:
-    zero = config.parallel.zero_optimization
-    table = zero_key(config, "offload_optimizer", None)
+def _offloads(zero: ZeroConfig) -> bool:
+    table = (zero.model_extra or {}).get("offload_optimizer")
     return bool(zero.cpu_offload) or (isinstance(table, dict) and table.get("device", "cpu") != "none")
 
 
-def zero_key(config: RunConfig, key: str, default: Any) -> Any:
-    """A key of zero_optimization that is handed to DeepSpeed as it is."""
-    return (config.parallel.zero_optimization.model_extra or {}).get(key, default)
-
-
-def overlaps(config: RunConfig, choice: Choice) -> bool:
+def overlaps(work: Workload, choice: Choice) -> bool:
     """Does the reduction of gradients run beside the backward pass? DeepSpeed's pipeline does not allow it."""
-    asked = zero_key(config, "overlap_comm", None)
+    asked = work.zero_keys.get("overlap_comm")
     return choice.pipeline == 1 and choice.zero_stage > 0 and (choice.zero_stage == 3 if asked is None else bool(asked))
 
 
-def _bucket_bytes(config: RunConfig, choice: Choice, w: int) -> float:
-    e, bucket = element_bytes(config), int(float(zero_key(config, "reduce_bucket_size", _BUCKET)))
+def _bucket_bytes(work: Workload, choice: Choice, w: int) -> float:
+    e, keys = work.element_bytes, work.zero_keys
     if choice.zero_stage == 0:
         return e * min(w, _BUCKET) if choice.data > 1 else 0.0
-    contiguous = choice.zero_stage == 3 or zero_key(config, "contiguous_gradients", True)
-    reduction = e * bucket * (1 + overlaps(config, choice)) if contiguous else 0.0
+    bucket = int(float(keys.get("reduce_bucket_size", _BUCKET)))
+    contiguous = choice.zero_stage == 3 or keys.get("contiguous_gradients", True)
+    reduction = e * bucket * (1 + overlaps(work, choice)) if contiguous else 0.0
     if choice.zero_stage < 3:
         return reduction
-    live = zero_key(config, "stage3_max_live_parameters", zero_key(config, "max_live_parameters", _LIVE))
+    live = keys.get("stage3_max_live_parameters", keys.get("max_live_parameters", _LIVE))
     return reduction + e * min(w, int(float(live)))
 
 
 # ---- activations ----
 
 
-def tokens(config: RunConfig, choice: Choice) -> int:
-    """T: tokens of a micro-batch on one data rank."""
-    return choice.micro_batch * config.model.seq_length
-
-
-def stream_bytes(config: RunConfig, choice: Choice) -> float:
+def stream_bytes(work: Workload, choice: Choice) -> float:
     """The residual stream of a micro-batch: T d e, a t-th of it with sequence parallelism."""
     ranks = choice.tensor if choice.sequence_parallel else 1
-    return tokens(config, choice) * config.model.hidden_size * element_bytes(config) / ranks
+    return work.tokens(choice) * work.model.hidden_size * work.element_bytes / ranks
 
 
-def kept_bytes(config: RunConfig, choice: Choice, stage: Stage) -> float:
+def kept_bytes(work: Workload, choice: Choice, stage: Stage) -> float:
     """What a stage keeps of one micro-batch until its backward pass (the head apart)."""
-    stream = stream_bytes(config, choice)
+    stream = stream_bytes(work, choice)
     sent = 0.0 if stage.last else stream
     if choice.recompute:
-        return sent + share(len(stage.kinds), config.training.checkpoint_num_layers) * stream
-    return sent + sum(block_bytes(config, choice, kind) for kind in stage.kinds)
+        return sent + share(len(stage.kinds), work.training.checkpoint_num_layers) * stream
+    return sent + sum(block_bytes(work, choice, kind) for kind in stage.kinds)
 
 
-def block_bytes(config: RunConfig, choice: Choice, kind: str) -> float:
+def block_bytes(work: Workload, choice: Choice, kind: str) -> float:
     """What autograd keeps of one block and micro-batch when nothing is recomputed."""
-    model, e = config.model, element_bytes(config)
-    t, count = choice.tensor, tokens(config, choice)
-    whole, stream = count * model.hidden_size * e, stream_bytes(config, choice)
+    model, e = work.model, work.element_bytes
+    t, count = choice.tensor, work.tokens(choice)
+    whole, stream = count * model.hidden_size * e, stream_bytes(work, choice)
     heads = 4 * whole / t + 4 * count * model.num_attention_heads / t  # q, k, v, context; log-sum-exp of each row
     inputs = 2 * whole  # of q, k, v and of the feed-forward: whole on each rank
     dropout = 2 * stream / e if model.hidden_dropout else 0.0
     if kind == TOKENFORMER:
-        backend = gpu_backend(config)
+        backend = work.backend
         scores = count * block_tokens(model, t) * _SCORE_BYTES[backend, model.norm_activation_type, e]
         rows = 5 * count * _ROW_BYTES[backend]
         inner = float(whole + scores + rows)  # whole: the gathered input of proj
@@ -190,27 +180,27 @@ def _norm_bytes(model: ModelConfig, e: int, stream: float) -> float:
     return (inputs if e == 4 else 2 * 4 / e) * stream + 2 * stream + statistics
 
 
-def head_bytes(config: RunConfig, choice: Choice) -> float:
+def head_bytes(work: Workload, choice: Choice) -> float:
     """Final norm, the head's input, logits and their gradients, and the loss's fp32 chunks."""
-    model, e, count = config.model, element_bytes(config), tokens(config, choice)
+    model, e, count = work.model, work.element_bytes, work.tokens(choice)
     assert model.padded_vocab_size is not None, "the vocabulary is known before a plan is made"
     columns = share(model.padded_vocab_size, choice.tensor)
     logits = 2 * e * count * columns + _LOSS_WORKSPACE * min(count, CHUNK_ROWS) * columns
-    return stream_bytes(config, choice) + count * model.hidden_size * e + logits
+    return stream_bytes(work, choice) + count * model.hidden_size * e + logits
 
 
-def _backward_bytes(config: RunConfig, choice: Choice, stage: Stage) -> float:
+def _backward_bytes(work: Workload, choice: Choice, stage: Stage) -> float:
     """The recomputed group of blocks, and what the backward pass of the widest projection has in flight."""
-    workspace = max(_workspace_bytes(config, choice, kind) for kind in set(stage.kinds))
+    workspace = max(_workspace_bytes(work, choice, kind) for kind in set(stage.kinds))
     if not choice.recompute:
         return workspace
-    group = min(config.training.checkpoint_num_layers, len(stage.kinds))
-    return group * max(block_bytes(config, choice, kind) for kind in set(stage.kinds)) + workspace
+    group = min(work.training.checkpoint_num_layers, len(stage.kinds))
+    return group * max(block_bytes(work, choice, kind) for kind in set(stage.kinds)) + workspace
 
 
-def _workspace_bytes(config: RunConfig, choice: Choice, kind: str) -> float:
-    count, t = tokens(config, choice), choice.tensor
+def _workspace_bytes(work: Workload, choice: Choice, kind: str) -> float:
+    count, t = work.tokens(choice), choice.tensor
     if kind != TOKENFORMER:
-        return 2 * element_bytes(config) * count * share(inner_size(config.model), t)
-    qkv, proj, ffn = (share(n, t) for n in token_counts(config.model))
+        return 2 * work.element_bytes * count * share(inner_size(work.model), t)
+    qkv, proj, ffn = (share(n, t) for n in token_counts(work.model))
     return _SCORE_WORKSPACE * count * max(3 * qkv, proj, ffn)  # query, key and value run together

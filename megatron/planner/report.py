@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron.config.schema import RunConfig
+from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
 from megatron.growth.schedule import stage_config
-from megatron.planner.choice import configured_choice
+from megatron.planner.choice import Choice
 from megatron.planner.counts import num_parameters
 from megatron.planner.machine import GIB, Machine
-from megatron.planner.plan import Candidate, candidates, configured, samples_per_update
+from megatron.planner.plan import Candidate, candidates, predict
+from megatron.planner.workload import Workload
 from megatron.tokenizer import build_tokenizer
 
 ASSUMED_VOCABULARY = 50304
@@ -24,38 +28,52 @@ _HEADINGS = (
 
 
 def report(config: RunConfig, machine: Machine, gpus: int, rows: int = 10) -> str:
-    """The configured layout and the `rows` best ones, as a table with the assumptions above it."""
-    config, note = _after_growth(*with_vocabulary(config))
-    found = candidates(config, machine, gpus)
-    lines = [*_facts(config, machine, gpus), *note]
+    """The configured layout and the `rows` best ones, as a table with the assumptions above it.
+
+    A run with a growth schedule is planned for the largest model it comes to.
+    """
+    model, notes = with_vocabulary(config.model, config.tokenizer)
+    grown, growths = model, len(config.scaling.growth)
+    if growths:
+        grown = stage_config(config.model_copy(update={"model": model}), growths).model
+        line = f"growth: planned for the model after the last growth ({growths} in all); at first it has "
+        notes += [f"{line}{num_parameters(model):,} parameters"]
+    work = replace(Workload.of(config), model=grown)
+    return "\n".join(_lines(work, machine, gpus, rows, notes))
+
+
+def _lines(work: Workload, machine: Machine, gpus: int, rows: int, notes: Sequence[str]) -> list[str]:
+    lines = [*_facts(work, machine, gpus), *notes]
     table: list[tuple[str, ...]] = [_HEADINGS]
     try:
-        table.append(_row("configured", configured(config, machine, gpus), machine))
+        configured = predict(work, machine, work.configured(gpus))
+        table.append(_row("configured", configured, machine))
     except UserError as error:
         lines.append(f"configured: cannot run on {gpus} GPUs: {error}")
+    found = candidates(work, machine, gpus)
     best = distinct([candidate for candidate in found if candidate.fits])[:rows]
     table += [_row(str(number), candidate, machine) for number, candidate in enumerate(best, 1)]
     shown = ["", *align(table)] if len(table) > 1 else []
-    return "\n".join([*lines, *shown, "", _advice(best, found, machine, gpus)])
+    return [*lines, *shown, "", _advice(best, found, machine, gpus)]
 
 
-def world(config: RunConfig, nodes: int, processes: int) -> str:
-    """The processes that a launch starts, and their grid; UserError when the layout does not fit their number."""
-    choice = configured_choice(config, processes)
+def world(choice: Choice, nodes: int) -> str:
+    """The processes that a launch starts on so many nodes, and how they are laid out."""
+    processes = choice.gpus
     per_node = f"{nodes} x {processes // nodes}" if processes % nodes == 0 else f"{nodes}, {processes} in all"
     return f"nodes x processes {per_node} -> data {choice.data} x pipeline {choice.pipeline} x tensor {choice.tensor}"
 
 
-def with_vocabulary(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """A configuration whose vocabulary is known, and a line that says so if it had to be assumed."""
-    if config.model.padded_vocab_size is not None:
-        return config, []
-    if config.model.vocab_size is not None:
-        return config.with_vocabulary(config.model.vocab_size), []
-    if Path(config.tokenizer.vocab_file or "").is_file():
-        return config.with_vocabulary(build_tokenizer(config.tokenizer).vocab_size), []
+def with_vocabulary(model: ModelConfig, tokenizer: TokenizerConfig) -> tuple[ModelConfig, list[str]]:
+    """The model with its vocabulary known, and a line that says so if it had to be assumed."""
+    if model.padded_vocab_size is not None:
+        return model, []
+    if model.vocab_size is not None:
+        return model.with_vocabulary(model.vocab_size), []
+    if Path(tokenizer.vocab_file or "").is_file():
+        return model.with_vocabulary(build_tokenizer(tokenizer).vocab_size), []
     note = f"vocabulary: unknown without the tokenizer, {ASSUMED_VOCABULARY} rows assumed (set padded_vocab_size)"
-    return config.with_vocabulary(ASSUMED_VOCABULARY), [note]
+    return model.with_vocabulary(ASSUMED_VOCABULARY), [note]
 
 
 def assumed_batch(config: RunConfig) -> tuple[RunConfig, str]:
@@ -68,16 +86,6 @@ def assumed_batch(config: RunConfig) -> tuple[RunConfig, str]:
     return config.model_copy(update={"training": training}), note
 
 
-def _after_growth(config: RunConfig, note: list[str]) -> tuple[RunConfig, list[str]]:
-    """The configuration of the largest model that a run with a growth schedule comes to, and a line that says so."""
-    growths = len(config.scaling.growth)
-    if not growths:
-        return config, note
-    grown = stage_config(config, growths)
-    line = f"growth: planned for the model after the last growth ({growths} in all); at first it has "
-    return grown, [*note, f"{line}{num_parameters(config.model):,} parameters"]
-
-
 def distinct(found: Sequence[Candidate]) -> list[Candidate]:
     """The best candidate of each layout and ZeRO stage, whatever its micro-batches."""
     best: dict[object, Candidate] = {}
@@ -87,22 +95,18 @@ def distinct(found: Sequence[Candidate]) -> list[Candidate]:
     return list(best.values())
 
 
-def _facts(config: RunConfig, machine: Machine, gpus: int) -> list[str]:
-    samples = samples_per_update(config, gpus)
+def _facts(work: Workload, machine: Machine, gpus: int) -> list[str]:
+    growing = ""
+    if work.training.train_batch_size is None:
+        each = work.update_size(1).samples
+        growing = f" ({each} samples a data rank: it grows with the GPUs; give train_batch_size to keep it)"
     return [
         f"machine: {machine.name}, {machine.gpus_per_node} GPUs a node, {machine.usable_bytes / GIB:.1f} GiB a GPU for "
         "tensors (choose another with --machine NAME or FILE)",
-        f"model: {num_parameters(config.model):,} parameters, {config.precision.dtype}",
-        f"update: {samples} samples x {config.model.seq_length} tokens, number of GPUs: {gpus}{_growing(config)}",
+        f"model: {num_parameters(work.model):,} parameters, {work.dtype}",
+        f"update: {work.samples(gpus)} samples x {work.model.seq_length} tokens, number of GPUs: {gpus}{growing}",
         "memory and times are predictions, not measurements",
     ]
-
-
-def _growing(config: RunConfig) -> str:
-    if config.training.train_batch_size is not None:
-        return ""
-    samples = config.update_size(1).samples
-    return f" ({samples} samples a data rank: it grows with the GPUs; give train_batch_size to keep it)"
 
 
 def _row(name: str, candidate: Candidate, machine: Machine) -> tuple[str, ...]:

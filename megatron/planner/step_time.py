@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron.config.schema import RunConfig
 from megatron.config.sections.model import TOKENFORMER
-from megatron.planner.choice import Choice, element_bytes, gpu_backend
+from megatron.planner.choice import Choice
 from megatron.planner.counts import (
     Stage,
     block_matrices,
@@ -21,7 +20,8 @@ from megatron.planner.counts import (
     vocabulary_matrix,
 )
 from megatron.planner.machine import Machine
-from megatron.planner.memory import overlaps, tokens, zero_key
+from megatron.planner.memory import overlaps
+from megatron.planner.workload import Workload
 
 # Bytes that the element-wise operations around the scores move through memory for one score, (forward, backward),
 # counted from the operations of megatron/ops/pattention.py, by (backend, e).
@@ -72,25 +72,25 @@ class StepTime:
         return self.tensor + self.pipeline + self.data
 
 
-def step_time(config: RunConfig, choice: Choice, machine: Machine) -> StepTime:
+def step_time(work: Workload, choice: Choice, machine: Machine) -> StepTime:
     """The time of one update."""
-    parts = stages(config.model, choice.pipeline)
-    compute = [compute_seconds(config, choice, machine, stage) for stage in parts]
-    tensor = [_tensor_seconds(config, choice, machine, stage) for stage in parts]
+    parts = stages(work.model, choice.pipeline)
+    compute = [compute_seconds(work, choice, machine, stage) for stage in parts]
+    tensor = [_tensor_seconds(work, choice, machine, stage) for stage in parts]
     slowest = max(range(len(parts)), key=lambda i: compute[i] + tensor[i])
-    send = _send_seconds(config, choice, machine)
+    send = _send_seconds(work, choice, machine)
     m, slot = choice.accumulation, compute[slowest] + tensor[slowest] + send
     data = max(
-        _data_seconds(config, choice, machine, stage, seconds) for stage, seconds in zip(parts, compute, strict=True)
+        _data_seconds(work, choice, machine, stage, seconds) for stage, seconds in zip(parts, compute, strict=True)
     )
-    w = max(stage.parameters(config.model, choice.tensor) for stage in parts)
+    w = max(stage.parameters(work.model, choice.tensor) for stage in parts)
     updated = w / choice.data if choice.zero_stage else w
     return StepTime(
         compute=m * compute[slowest],
         tensor=m * tensor[slowest],
         pipeline=m * send,
         bubble=(choice.pipeline - 1) * slot,
-        data=data + _tied_embedding_seconds(config, choice, machine),
+        data=data + _tied_embedding_seconds(work, choice, machine),
         update=_UPDATE_TRAFFIC * updated / (machine.memory_bandwidth * machine.bandwidth_fraction),
     )
 
@@ -98,34 +98,34 @@ def step_time(config: RunConfig, choice: Choice, machine: Machine) -> StepTime:
 # ---- compute ----
 
 
-def compute_seconds(config: RunConfig, choice: Choice, machine: Machine, stage: Stage) -> float:
+def compute_seconds(work: Workload, choice: Choice, machine: Machine, stage: Stage) -> float:
     """One micro-batch forward and backward through a stage: what the GPU needs, or the host where it is slower."""
-    peak = machine.peak_flops / (_FP32_SLOWDOWN if config.precision.dtype == "fp32" else 1)
-    products = stage_flops(config, choice, stage) / (peak * machine.compute_fraction)
-    traffic = stage_traffic(config, choice, stage) / (machine.memory_bandwidth * machine.bandwidth_fraction)
+    peak = machine.peak_flops / (_FP32_SLOWDOWN if work.dtype == "fp32" else 1)
+    products = stage_flops(work, choice, stage) / (peak * machine.compute_fraction)
+    traffic = stage_traffic(work, choice, stage) / (machine.memory_bandwidth * machine.bandwidth_fraction)
     counts = [_OPERATIONS[kind] for kind in stage.kinds]
     operations = sum((2 if choice.recompute else 1) * forward + backward for forward, backward in counts)
     return max(products + traffic + operations * machine.kernel_seconds, operations * machine.launch_seconds)
 
 
-def stage_flops(config: RunConfig, choice: Choice, stage: Stage) -> float:
+def stage_flops(work: Workload, choice: Choice, stage: Stage) -> float:
     """FLOPs of one micro-batch on one GPU: 2 forward and 4 backward per matrix entry, 2 more where recomputed."""
-    model, count, t = config.model, tokens(config, choice), choice.tensor
+    model, count, t = work.model, work.tokens(choice), choice.tensor
     attention = model.seq_length * model.hidden_size / t
     blocks = sum(block_matrices(model, kind, t) + attention for kind in stage.kinds)
     head = vocabulary_matrix(model, t) if stage.last else 0
     return count * ((8 if choice.recompute else 6) * blocks + 6 * head)
 
 
-def stage_traffic(config: RunConfig, choice: Choice, stage: Stage) -> float:
+def stage_traffic(work: Workload, choice: Choice, stage: Stage) -> float:
     """Bytes of one micro-batch that one GPU's element-wise operations move through memory."""
-    model, e, count, t = config.model, element_bytes(config), tokens(config, choice), choice.tensor
+    model, e, count, t = work.model, work.element_bytes, work.tokens(choice), choice.tensor
     passes = 2 if choice.recompute else 1  # forward passes
     stream = count * model.hidden_size * e / (t if choice.sequence_parallel else 1)
     total = len(stage.kinds) * stream * (passes * _STREAM_TRAFFIC[0] + _STREAM_TRAFFIC[1])
     for kind in stage.kinds:
         if kind == TOKENFORMER:
-            forward, backward = _SCORE_TRAFFIC[gpu_backend(config), e]
+            forward, backward = _SCORE_TRAFFIC[work.backend, e]
             total += count * block_tokens(model, t) * (passes * forward + backward)
         else:
             total += count * share(inner_size(model), t) * e * (passes * 2 + 3)  # activation: x, y; x, dy, dx
@@ -137,19 +137,19 @@ def stage_traffic(config: RunConfig, choice: Choice, stage: Stage) -> float:
 # ---- communication ----
 
 
-def tensor_elements(config: RunConfig, choice: Choice, kind: str) -> tuple[float, float]:
+def tensor_elements(work: Workload, choice: Choice, kind: str) -> tuple[float, float]:
     """What a rank sends for one block and micro-batch: (entries of activations, fp32 statistics).
 
     Ring volumes. TokenFormer: 16 T d (t-1)/t forward and backward and 20 statistics a token (softmax: 30);
     Transformer: 8 T d (t-1)/t. Half of it, the forward pass, once more where blocks are recomputed.
     """
-    count, part = tokens(config, choice), (choice.tensor - 1) / choice.tensor
+    count, part = work.tokens(choice), (choice.tensor - 1) / choice.tensor
     if kind != TOKENFORMER:
-        return (8 + 4 * choice.recompute) * count * config.model.hidden_size * part, 0.0
-    softmax = config.model.norm_activation_type == "softmax"
+        return (8 + 4 * choice.recompute) * count * work.model.hidden_size * part, 0.0
+    softmax = work.model.norm_activation_type == "softmax"
     forward, backward = (20, 10) if softmax else (10, 10)  # softmax: the row maximum, forward only, and the row sum
     statistics = forward * (1 + choice.recompute) + backward
-    return (16 + 8 * choice.recompute) * count * config.model.hidden_size * part, statistics * count * part
+    return (16 + 8 * choice.recompute) * count * work.model.hidden_size * part, statistics * count * part
 
 
 def _tensor_messages(choice: Choice, kind: str) -> int:
@@ -158,33 +158,33 @@ def _tensor_messages(choice: Choice, kind: str) -> int:
     return forward * (3 if choice.recompute else 2)
 
 
-def _tensor_seconds(config: RunConfig, choice: Choice, machine: Machine, stage: Stage) -> float:
+def _tensor_seconds(work: Workload, choice: Choice, machine: Machine, stage: Stage) -> float:
     """Collectives of the tensor axis for one micro-batch; embedding and head move 2 T d (t-1)/t each, the loss 6 T."""
     if choice.tensor == 1:
         return 0.0
     bandwidth, latency = machine.link(choice.tensor, 1)
-    e, count, part = element_bytes(config), tokens(config, choice), (choice.tensor - 1) / choice.tensor
+    e, count, part = work.element_bytes, work.tokens(choice), (choice.tensor - 1) / choice.tensor
     ends = stage.first + stage.last
-    sent = ends * 2 * count * config.model.hidden_size * part * e + stage.last * 6 * count * part * 4
+    sent = ends * 2 * count * work.model.hidden_size * part * e + stage.last * 6 * count * part * 4
     messages = 2 * ends + 2 * stage.last
     for kind in stage.kinds:
-        entries, statistics = tensor_elements(config, choice, kind)
+        entries, statistics = tensor_elements(work, choice, kind)
         sent += entries * e + statistics * 4
         messages += _tensor_messages(choice, kind)
     return sent / bandwidth + messages * latency * math.log2(choice.tensor)
 
 
-def _send_seconds(config: RunConfig, choice: Choice, machine: Machine) -> float:
+def _send_seconds(work: Workload, choice: Choice, machine: Machine) -> float:
     """Sending a micro-batch's activations to the next stage and its gradients back: T d each."""
     if choice.pipeline == 1:
         return 0.0
     bandwidth, latency = machine.link(choice.pipeline, choice.tensor * choice.data)
     ranks = choice.tensor if choice.sequence_parallel else 1
-    size = tokens(config, choice) * config.model.hidden_size * element_bytes(config) / ranks
+    size = work.tokens(choice) * work.model.hidden_size * work.element_bytes / ranks
     return 2 * (size / bandwidth + latency)
 
 
-def data_volumes(config: RunConfig, choice: Choice, w: int) -> tuple[float, float]:
+def data_volumes(work: Workload, choice: Choice, w: int) -> tuple[float, float]:
     """(bytes of one reduction, bytes gathered an update) that a rank sends over the data axis for `w` parameters.
 
     Stage 0: one all-reduce an update. Stages 1 and 2: gradients are reduced by all-reduce (by reduce to each owner with
@@ -192,12 +192,11 @@ def data_volumes(config: RunConfig, choice: Choice, w: int) -> tuple[float, floa
     Stage 3: parameters are gathered for the forward and for the backward pass, gradients reduce-scattered, in every
     micro-batch.
     """
-    unit = element_bytes(config) * w * (choice.data - 1) / choice.data
+    unit = work.element_bytes * w * (choice.data - 1) / choice.data
     if choice.zero_stage == 3:
         return unit, 2 * unit * choice.accumulation
-    scatters = zero_key(config, "reduce_scatter", True) and not zero_key(
-        config, "use_multi_rank_bucket_allreduce", True
-    )
+    keys = work.zero_keys
+    scatters = keys.get("reduce_scatter", True) and not keys.get("use_multi_rank_bucket_allreduce", True)
     reduction = unit if choice.zero_stage and scatters else 2 * unit
     return reduction, unit if choice.zero_stage else 0.0
 
@@ -207,25 +206,25 @@ def reductions(choice: Choice) -> int:
     return choice.accumulation if choice.zero_stage >= 2 else 1
 
 
-def _data_seconds(config: RunConfig, choice: Choice, machine: Machine, stage: Stage, compute: float) -> float:
+def _data_seconds(work: Workload, choice: Choice, machine: Machine, stage: Stage, compute: float) -> float:
     """Seconds of the data axis that do not hide behind a backward pass (two thirds of `compute`)."""
     if choice.data == 1:
         return 0.0
     bandwidth, latency = machine.link(choice.data, choice.tensor)
-    reduced, gathered = data_volumes(config, choice, stage.parameters(config.model, choice.tensor))
-    hidden = 2 / 3 * compute if overlaps(config, choice) else 0.0
+    reduced, gathered = data_volumes(work, choice, stage.parameters(work.model, choice.tensor))
+    hidden = 2 / 3 * compute if overlaps(work, choice) else 0.0
     exposed = reductions(choice) * max(0.0, reduced / bandwidth - hidden)
     gather = gathered / bandwidth
-    if choice.zero_stage == 3 and overlaps(config, choice):
+    if choice.zero_stage == 3 and overlaps(work, choice):
         gather = max(0.0, gather - choice.accumulation * compute)  # prefetched beside both passes
     # Stage 3 gathers each block twice and reduces it once, in messages whose latency adds up.
     messages = 3 * len(stage.kinds) * choice.accumulation if choice.zero_stage == 3 else 2 * reductions(choice)
     return exposed + gather + messages * latency * math.log2(choice.data)
 
 
-def _tied_embedding_seconds(config: RunConfig, choice: Choice, machine: Machine) -> float:
+def _tied_embedding_seconds(work: Workload, choice: Choice, machine: Machine) -> float:
     """All-reduce of a tied embedding's gradient between the first and the last stage."""
-    if choice.pipeline == 1 or config.model.no_weight_tying:
+    if choice.pipeline == 1 or work.model.no_weight_tying:
         return 0.0
     bandwidth, latency = machine.link(choice.pipeline, choice.tensor * choice.data)
-    return vocabulary_matrix(config.model, choice.tensor) * element_bytes(config) / bandwidth + latency
+    return vocabulary_matrix(work.model, choice.tensor) * work.element_bytes / bandwidth + latency

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.config import RunConfig, load_config
+from megatron.config import load_config
 from megatron.errors import run_command
-from megatron.planner import DEFAULT_MACHINE, Candidate, find_machine, plan
+from megatron.planner import DEFAULT_MACHINE, Candidate, Workload, find_machine, plan
 from megatron.planner.machine import GIB
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -23,12 +23,14 @@ SIZES = ("150M", "450M", "900M", "1-5B")
 SAMPLES, VOCABULARY = 1024, 50304  # of the published runs
 
 
-def published_config(size: str) -> RunConfig:
+def published_run(size: str) -> Workload:
     """The published training configuration in bf16, with its batch given for the whole run instead of for 8 GPUs."""
     overrides = {
         "train_batch_size": SAMPLES, "gradient_accumulation_steps": None, "padded_vocab_size": VOCABULARY,
     }  # fmt: skip
-    return load_config([CONFIGS / "tokenformer" / f"{size}_train_pile.yml", CONFIGS / "bf16.yml"], overrides)
+    return Workload.of(
+        load_config([CONFIGS / "tokenformer" / f"{size}_train_pile.yml", CONFIGS / "bf16.yml"], overrides)
+    )
 
 
 def row(size: str, gpus: int, best: Candidate | None) -> str:
@@ -63,9 +65,9 @@ def main(argv: Sequence[str]) -> None:
     print("| " + " | ".join((*headings, "MFU", "comm")) + " |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for size in SIZES:
-        config = published_config(size)
+        work = published_run(size)
         for gpus in args.gpus:
-            print(row(size, gpus, next(iter(plan(config, machine, gpus)), None)))
+            print(row(size, gpus, next(iter(plan(work, machine, gpus)), None)))
 
 
 if __name__ == "__main__":

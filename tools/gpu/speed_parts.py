@@ -13,7 +13,7 @@ import torch
 from megatron.config import RunConfig, load_config
 from megatron.errors import UserError
 from megatron.mpu.device import process_device
-from megatron.planner.choice import configured_choice
+from megatron.planner import Workload
 from megatron.planner.memory import memory_of
 from megatron.training import train
 from tools.gpu.running import Settings, Skip
@@ -64,7 +64,8 @@ def memory(settings: Settings) -> Iterator[Check]:
         torch.cuda.reset_peak_memory_stats()
         train(config)
         measured = torch.cuda.max_memory_allocated()
-        predicted = memory_of(config, configured_choice(config, 1)).total
+        work = Workload.of(config)
+        predicted = memory_of(work, work.configured(1)).total
         what = "recomputed" if recompute else "kept"
         ok = abs(measured / predicted - 1) <= MEMORY_BOUND
         figure = f"{measured / 2**30:.2f} GiB, planned {predicted / 2**30:.2f} ({measured / predicted:.2f} times)"
