@@ -43,7 +43,7 @@ def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]
 
     Raises: UserError when tasks, checkpoint, tokenizer, data or the lm_eval package are missing.
     """
-    reports, options, seq_length = layout.rank == 0, config.evaluation, config.model.seq_length
+    reports, options, seq_length = layout.rank == 0, config.evaluation, config.language.seq_length
     with_tasks = bool(options.eval_tasks or not options.perplexity_data)
     if with_tasks:
         _check_options(options)

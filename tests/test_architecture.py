@@ -17,7 +17,7 @@ FLOORS = {
     "megatron.mpu": 1, "megatron.config": 1,
     "megatron.ops": 2, "megatron.checkpoint": 2, "megatron.tokenizer": 2,
     "megatron.model": 3, "megatron.data": 3,
-    "megatron.growth": 4, "megatron.engine": 4.5,
+    "megatron.tasks": 3.5, "megatron.growth": 4, "megatron.engine": 4.5,
     "megatron.training": 5, "megatron.inference": 5, "megatron.evaluation": 5, "megatron.planner": 5,
     "megatron.supervise": 5, "megatron.worker": 5,
     "megatron.launch": 6, "megatron.doctor": 6.2, "eval_tasks": 6,

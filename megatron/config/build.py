@@ -16,17 +16,25 @@ from megatron.config.findings import Findings
 from megatron.config.messages import Mistake, located, mistakes, with_source
 from megatron.config.schema import SECTIONS, RunConfig
 from megatron.config.sections.base import Section
+from megatron.config.sections.model import ModelConfig, ModelSection
 from megatron.config.yaml_file import Setting
 
 Check = Callable[[RunConfig], Iterable[str]]
 """Gives what is wrong with a whole configuration, each as `key: what is wrong`."""
 
-SECTION_OF: dict[str, str] = {
-    key: name
-    for name in SECTIONS
-    for key in RunConfig.model_fields[name].annotation.model_fields  # type: ignore[union-attr]
-}
-"""The section of each top-level key."""
+
+def keys_of(model: type[ModelSection]) -> dict[str, str]:
+    """The section of each top-level key of a run with such a model."""
+    return {key: name for name in SECTIONS for key in section_class(name, model).model_fields}
+
+
+def section_class(name: str, model: type[ModelSection] = ModelConfig) -> type[Section]:
+    """The class of a section; of the model it is the one that belongs to what the run learns."""
+    return model if name == "model" else RunConfig.model_fields[name].annotation  # type: ignore[return-value]
+
+
+SECTION_OF = keys_of(ModelConfig)
+"""The section of each top-level key of a language model's run."""
 
 _PLACEHOLDERS = {
     "num_layers": 1, "hidden_size": 64, "num_attention_heads": 1, "seq_length": 64, "train_iters": 1,
@@ -42,17 +50,21 @@ class Builder:
         settings: by dotted key, only known ones.
         files: where keys can be added, for messages.
         findings: takes the mistakes.
+        model: the class of the model section.
     """
 
-    def __init__(self, settings: Mapping[str, Setting], files: str, findings: Findings) -> None:
-        self._settings, self._files, self._findings = settings, files, findings
+    def __init__(
+        self, settings: Mapping[str, Setting], files: str, findings: Findings, model: type[ModelSection] = ModelConfig
+    ) -> None:
+        self._settings, self._files, self._findings, self._model = settings, files, findings, model
+        self._section_of = keys_of(model)
         self._missing: list[str] = []
 
     def build(self, checks: Iterable[Check] = ()) -> RunConfig:
         """The configuration; one with other values in place of those that are wrong, when there are findings."""
         values = self._by_section()
-        for key in self._findings.bad & set(_PLACEHOLDERS):
-            values[SECTION_OF[key]].setdefault(key, _PLACEHOLDERS[key])
+        for key in self._findings.bad & set(_PLACEHOLDERS) & set(self._section_of):
+            values[self._section_of[key]].setdefault(key, _PLACEHOLDERS[key])
         sections = {name: self._section(name, values[name]) for name in SECTIONS}
         if self._missing and not self._findings.unread:
             names = ", ".join(self._missing)
@@ -69,7 +81,7 @@ class Builder:
         values: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
         for key, setting in self._settings.items():
             *tables, name = key.split(".")
-            target = values[SECTION_OF[(tables or [name])[0]]]
+            target = values[self._section_of[(tables or [name])[0]]]
             for table in tables:
                 target = target.setdefault(table, {})
                 if not isinstance(target, dict):
@@ -80,7 +92,7 @@ class Builder:
 
     def _section(self, name: str, values: dict[str, Any]) -> Any:
         """A section of `values`, less those that are wrong."""
-        model: type[Section] = RunConfig.model_fields[name].annotation  # type: ignore[assignment]
+        model = section_class(name, self._model)
         while True:
             try:
                 return model(**values)

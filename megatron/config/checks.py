@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron.config.schema import RunConfig
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import ModelSection
 from megatron.config.sections.scaling import GrowthStage, ScalingConfig
 from megatron.errors import UserError, UserErrors
 
@@ -19,7 +19,7 @@ def find_parallel_mistakes(config: RunConfig) -> Iterator[str]:
 
 
 def axis_mistakes(
-    model: ModelConfig, tensor: int, pipeline: int, sequence_parallel: bool, zero_stage: int
+    model: ModelSection, tensor: int, pipeline: int, sequence_parallel: bool, zero_stage: int
 ) -> Iterator[str]:
     """Why a model cannot be cut into `pipeline` stages of `tensor` ranks; the same whatever the number of processes."""
     yield from _tensor_axis(model, tensor, sequence_parallel)
@@ -32,7 +32,7 @@ def axis_mistakes(
         )
 
 
-def _tensor_axis(model: ModelConfig, ranks: int, sequence_parallel: bool) -> Iterator[str]:
+def _tensor_axis(model: ModelSection, ranks: int, sequence_parallel: bool) -> Iterator[str]:
     if ranks == 1:
         return
     if model.num_attention_heads % ranks:
@@ -44,9 +44,9 @@ def _tensor_axis(model: ModelConfig, ranks: int, sequence_parallel: bool) -> Ite
         tokens = getattr(model, key)
         if tokens is not None and tokens < ranks:
             yield f"{key}: {tokens} parameter tokens for model_parallel_size {ranks}; each rank needs one"
-    if sequence_parallel and model.seq_length % ranks:
+    if sequence_parallel and model.tokens_per_sample() % ranks:
         yield (
-            f"sequence_parallel: seq_length {model.seq_length} is no multiple of model_parallel_size {ranks}; "
+            f"sequence_parallel: seq_length {model.tokens_per_sample()} is no multiple of model_parallel_size {ranks}; "
             "change one of them or set sequence_parallel: false"
         )
 

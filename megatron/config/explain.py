@@ -10,6 +10,7 @@ from typing import Any
 from megatron.config.hostfile import missing_hostfile
 from megatron.config.load import Resolved
 from megatron.config.schema import SECTIONS, RunConfig
+from megatron.config.sections.model import ModelConfig
 
 
 def explain(resolved: Resolved) -> str:
@@ -42,14 +43,17 @@ def explain(resolved: Resolved) -> str:
 def followed_values(config: RunConfig) -> dict[str, tuple[Any, str]]:
     """Unset keys whose value follows from other keys: (value, why)."""
     iters = config.optimization.lr_decay_iters or config.training.train_iters
-    return {
+    found = {
         "precision": (config.precision.dtype, "fp16.enabled and bf16.enabled"),
-        "final_norm": (config.model.final_norm_kind, "norm"),
-        "max_position_embeddings": (config.model.seq_length, "seq_length"),
-        "intermediate_size": (4 * config.model.hidden_size, "4 * hidden_size"),
         "lr_decay_iters": (iters, "train_iters"),
         "log_dir": (config.checkpoint.save, "save"),
     }
+    model = config.model
+    if isinstance(model, ModelConfig):
+        found["final_norm"] = model.final_norm_kind, "norm"
+        found["max_position_embeddings"] = model.seq_length, "seq_length"
+        found["intermediate_size"] = 4 * model.hidden_size, "4 * hidden_size"
+    return found
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.config.build import SECTION_OF, Builder, Check
+from megatron.config.build import Builder, Check, keys_of
 from megatron.config.checks import find_parallel_mistakes
 from megatron.config.findings import Findings
 from megatron.config.neox_keys import ALIASES, RULES
 from megatron.config.paths import MAY_BE_EMPTY, PATH_KEYS, expand
 from megatron.config.schema import RunConfig
 from megatron.config.sections.base import Section
+from megatron.config.sections.model import ModelConfig, ModelSection, model_section
 from megatron.config.sections.optimization import OptimizerParams, OptimizerSpec
 from megatron.config.sections.precision import Bf16, Fp16
 from megatron.config.yaml_file import (
@@ -103,11 +104,12 @@ def resolve_config(
     findings, settings = Findings(), dict[str, Setting]()
     for setting in (*_read_files(files, config_dir, findings), *_read_overrides(overrides or {}, findings)):
         _merge(settings, setting, findings)
-    _find_unknown(settings, findings)
+    model = _model_section(settings, findings)
+    _find_unknown(settings, findings, model)
     _expand_paths(settings, findings)
     rules = _Rules({key: settings.pop(key) for key in list(settings) if key in RULES}, findings)
     where = " ".join(str(name) for name in files) or "the command line"
-    config = Builder(settings, where, findings).build((find_parallel_mistakes, *checks))
+    config = Builder(settings, where, findings, model).build((find_parallel_mistakes, *checks))
     ignored = rules.apply(config)
     findings.raise_any()
     config, derived = _derive(config)
@@ -197,7 +199,22 @@ class _Rules:
         return ignored
 
 
-def known_keys(table: str = "") -> list[str]:
+def _model_section(settings: dict[str, Setting], findings: Findings) -> type[ModelSection]:
+    """The model section that the key `task` asks for; language is what a run learns that does not say."""
+    setting = settings.pop("task", None)
+    if setting is None:
+        return ModelConfig
+    try:
+        found = model_section(setting.value)
+    except ValueError as error:
+        findings.add_unread(f"{setting.source}: task: {error}")
+        return ModelConfig
+    if "task" in found.model_fields:  # so that a checkpoint says it
+        settings["task"] = setting
+    return found
+
+
+def known_keys(table: str = "", model: type[ModelSection] = ModelConfig) -> list[str]:
     """Every accepted key of the top level, or of a table (dotted), with aliases and GPT-NeoX keys."""
     others = [key for key in (*ALIASES, *RULES)]
     if table == "zero_optimization":
@@ -205,16 +222,16 @@ def known_keys(table: str = "") -> list[str]:
     if table:
         own = [f"{table}.{key}" for key in _TABLE_MODELS[table].model_fields]
         return own + [key for key in others if key.startswith(f"{table}.")]
-    return [*SECTION_OF, *(key for key in others if "." not in key)]
+    return ["task", *keys_of(model), *(key for key in others if "." not in key)]
 
 
-def _find_unknown(settings: dict[str, Setting], findings: Findings) -> None:
+def _find_unknown(settings: dict[str, Setting], findings: Findings, model: type[ModelSection] = ModelConfig) -> None:
     """Take keys that nobody knows out of `settings`, to the findings."""
     for key in list(settings):
         setting, table = settings[key], key.rpartition(".")[0]
         if table.startswith("zero_optimization."):
             continue
-        known = known_keys(table if table in TABLES else "")
+        known = known_keys(table if table in TABLES else "", model)
         if key in known:
             continue
         del settings[key]

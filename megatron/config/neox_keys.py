@@ -234,7 +234,7 @@ def _asks_only_for_ignored(value: Any) -> bool:
 
 
 def _has_no_bias(config: RunConfig) -> bool:
-    return "layernorm" not in (config.model.norm, config.model.final_norm_kind)
+    return "layernorm" not in (config.language.norm, config.language.final_norm_kind)
 
 
 def _divides(value: Any, number: int) -> bool:
@@ -263,7 +263,9 @@ _CONDITIONAL: dict[str, Rule] = {
         "the feed-forward is as wide as intermediate_size says, else 4 * hidden_size; set intermediate_size instead",
         (1,),
         refused=True,
-        is_void=lambda config, value: _divides(value, config.model.intermediate_size or 4 * config.model.hidden_size),
+        is_void=lambda config, value: _divides(
+            value, config.language.intermediate_size or 4 * config.model.hidden_size
+        ),
     ),
     "fp32_allreduce": Rule(
         "sums over tensor ranks are made in the precision of training; set false, or model_parallel_size: 1",

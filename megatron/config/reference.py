@@ -16,8 +16,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from megatron.config.build import section_class
 from megatron.config.neox_keys import ALIASES, IGNORED, REFUSED, Rule
-from megatron.config.schema import SECTIONS, RunConfig
+from megatron.config.schema import SECTIONS
 from megatron.files import write_output
 
 DEFAULT_PATH = Path("docs/configuration.md")
@@ -61,12 +62,12 @@ class Key:
 def all_keys() -> Iterator[Key]:
     """Every key of the sections in order, those of tables with dotted names."""
     for section in SECTIONS:
-        yield from _keys_of(section, typing.cast(type[BaseModel], RunConfig.model_fields[section].annotation), "")
+        yield from _keys_of(section, section_class(section), "")
 
 
 def section_title(section: str) -> str:
     """The docstring of a section's model."""
-    return " ".join((RunConfig.model_fields[section].annotation.__doc__ or "").split())
+    return " ".join((section_class(section).__doc__ or "").split())
 
 
 def render() -> str:

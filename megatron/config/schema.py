@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import SerializeAsAny, field_validator
+
 from megatron.config.sections.base import Section
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.data import DataConfig
@@ -16,7 +18,7 @@ from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.launch import LaunchConfig
 from megatron.config.sections.logging import LoggingConfig
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import ModelConfig, ModelSection, language_section, model_section
 from megatron.config.sections.optimization import OptimizationConfig
 from megatron.config.sections.parallel import ParallelConfig
 from megatron.config.sections.precision import PrecisionConfig
@@ -35,7 +37,7 @@ SECTIONS = (
 class RunConfig(Section):
     """One run: everything that the YAML files and the command line say, validated and frozen."""
 
-    model: ModelConfig
+    model: SerializeAsAny[ModelSection]
     optimization: OptimizationConfig = OptimizationConfig()
     precision: PrecisionConfig = PrecisionConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -48,6 +50,11 @@ class RunConfig(Section):
     launch: LaunchConfig = LaunchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     generation: GenerationConfig = GenerationConfig()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _of_its_task(cls, value: Any) -> Any:
+        return model_section(value.get("task", ModelConfig.task))(**value) if isinstance(value, dict) else value
 
     @property
     def lr_decay_iters(self) -> int:
@@ -77,11 +84,16 @@ class RunConfig(Section):
         """What an update of so many data ranks reads; raises UserError when the batch keys do not fit each other."""
         keys = self.training
         batch = keys.train_micro_batch_size_per_gpu, keys.gradient_accumulation_steps, keys.train_batch_size
-        return UpdateSize.of(*batch, data_ranks, self.model.seq_length)
+        return UpdateSize.of(*batch, data_ranks, self.model.tokens_per_sample())
+
+    @property
+    def language(self) -> ModelConfig:
+        """The model section of a language model. Raises UserError where the run learns something else."""
+        return language_section(self.model)
 
     def with_vocabulary(self, size: int) -> RunConfig:
-        """A new frozen config whose model fits a tokenizer of `size` ids."""
-        return self.replaced(model=self.model.with_vocabulary(size))
+        """A new frozen config whose language model fits a tokenizer of `size` ids."""
+        return self.replaced(model=self.language.with_vocabulary(size))
 
     def flat(self) -> dict[str, Any]:
         """All keys in the flat form of the YAML files, ready to be dumped and loaded again."""

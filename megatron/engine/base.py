@@ -17,16 +17,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from megatron.checkpoint.state import ParameterSource
-from megatron.config.schema import RunConfig
 from megatron.engine.grid import DeepSpeedGrid
 from megatron.engine.optimizer import build_optimizer, freeze_old_parameters
-from megatron.engine.settings import deepspeed_config
+from megatron.engine.settings import EngineSettings
 from megatron.engine.state import EngineState
 from megatron.errors import UserError
 from megatron.mpu import Layout
 from megatron.mpu.device import process_device, uses_gpu
 from megatron.mpu.shard import take_share
-from megatron.ops.cross_entropy import cross_entropy
+from megatron.tasks import Task
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -44,32 +43,31 @@ class Engine(ABC):
     """Trains one model, or this process's part of it, with DeepSpeed.
 
     Args:
-        config, layout: the run.
+        settings: what it is told.
+        task: what the model learns.
+        layout: the grid.
         model: on the training device, fp32, holding the values of `source`.
         source: the whole fp32 value of each parameter, for 16-bit training's master weights.
-        eod_id: end-of-document token, for eod_mask_loss.
         grid: `DeepSpeedGrid.of(layout)`.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        settings: EngineSettings,
+        task: Task[Any],
         layout: Layout,
         model: nn.Module,
         source: ParameterSource,
-        eod_id: int,
         grid: DeepSpeedGrid | None = None,
     ) -> None:
-        self._grid = grid
-        self.config, self.layout, self.model, self.device = config, layout, model, process_device()
-        self.eod_id = eod_id if config.training.eod_mask_loss else None
-        self.clip = config.optimization.gradient_clipping
-        self.zero_stage: int = config.parallel.zero_optimization.stage
+        self.settings, self.task, self.layout, self._grid = settings, task, layout, grid
+        self.model, self.device = model, process_device()
+        self.clip, self.zero_stage = settings.optimization.gradient_clipping, settings.zero_stage
         # With ZeRO, DeepSpeed's Muon replaces gradients by updates before it takes their norm.
-        self._norm_is_of_updates = config.optimization.optimizer.type == "Muon" and self.zero_stage > 0
+        self._norm_is_of_updates = settings.optimization.optimizer.type == "Muon" and self.zero_stage > 0
         frozen: dict[str, Tensor] = {}
-        if config.scaling.freeze_old_tokens:
-            freeze_old_parameters(model, config.model)
+        if settings.scaling.freeze_old_tokens:
+            freeze_old_parameters(self._layers(), settings.growths)
             # The engine has no fp32 copy of what it does not train, and keeps none.
             frozen = {
                 name: take_share(source(name), parameter, layout.tensor).float().cpu().clone()
@@ -79,19 +77,19 @@ class Engine(ABC):
         # A training run saves and restores through EngineState: DeepSpeed's checkpoint engine is never used.
         self._engine = self._initialize()
         self.state = EngineState(model, self._engine.optimizer, self.zero_stage, layout, frozen)
-        if config.precision.dtype != "fp32":
+        if settings.dtype != "fp32":
             self.state.write_masters(source)
 
     def _initialize(self) -> Any:
         import deepspeed
 
         deepspeed.utils.groups.mpu = None  # DeepSpeed would take over the grid of an earlier engine of this process
-        optimizer = build_optimizer(self.model, self.config)
+        optimizer = build_optimizer(self.model, self.settings)
         try:
             engine, *_ = deepspeed.initialize(
                 model=self.model,
                 optimizer=optimizer,
-                config=deepspeed_config(self.config, self.layout),
+                config=self.settings.deepspeed,
                 mpu=self._grid,
                 dist_init_required=False,
             )
@@ -105,44 +103,39 @@ class Engine(ABC):
         return engine
 
     @abstractmethod
-    def train_step(self, batches: Sequence[Tensor], learning_rate: float) -> StepResult:
-        """One update from `gradient_accumulation_steps` micro-batches of tokens [micro, seq_length + 1].
+    def _layers(self) -> list[nn.Module]:
+        """The layers that this process holds, whole or its share of them."""
+
+    @abstractmethod
+    def train_step(self, batches: Sequence[Any], learning_rate: float) -> StepResult:
+        """One update from the task's micro-batches, `gradient_accumulation_steps` of them.
 
         Raises: UserError when the loss or the gradient norm is not finite; nothing of such a step is saved.
         """
 
     @abstractmethod
-    def _sum_of_losses(self, batches: Iterable[Tensor]) -> Tensor:
-        """Sum of the mean losses of micro-batches and their number, [2] in fp64, over this process's data rank.
+    def _add_measures(self, batches: Iterable[Any], sums: Tensor) -> None:
+        """Add the task's measures of micro-batches to `sums`, [m] in fp64, over this process's data rank.
 
-        The same on every tensor rank; on the last pipeline stage only, zeros elsewhere.
+        The same on every tensor rank; on the last pipeline stage only.
         """
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Tensor]) -> float:
-        """Mean loss over micro-batches [micro, seq_length + 1] of all data ranks, in nats per token. Collective."""
-        total = self._sum_of_losses(batches)
+    def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
+        """The task's measures, added up over the micro-batches of all data ranks. Collective."""
+        sums = torch.zeros(len(self.task.measures), dtype=torch.float64, device=self.device)
+        self._add_measures(batches, sums)
         for group in (self.layout.data.group, self.layout.pipeline.group):
             if group is not None:
-                dist.all_reduce(total, group=group)
-        return (total[0] / total[1]).item()
-
-    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens [b, s + 1] -> inputs [b, s], labels [b, s] and, with eod_mask_loss, which predictions count."""
-        tokens = tokens.to(self.device, non_blocking=True)
-        inputs, labels = tokens[:, :-1], tokens[:, 1:]
-        return inputs, labels, None if self.eod_id is None else inputs != self.eod_id
-
-    def _cross_entropy(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
-        """Mean loss from this tensor rank's share of the logits, the same on every tensor rank."""
-        return cross_entropy(logits, labels, mask, self.layout.tensor, self.config.model.padded_vocab_size)
+                dist.all_reduce(sums, group=group)
+        return dict(zip(self.task.measures, sums.tolist(), strict=True))
 
     def _finish_step(self, loss: Tensor, norm: Tensor | float | None, skipped: bool) -> StepResult:
         """Check what DeepSpeed says after an update; `norm` None asks it for the norm."""
         if norm is None and not self._norm_is_of_updates:
             norm = self._engine.get_global_grad_norm()
         # ZeRO learns the norm while it updates. It skips updates that are not finite, which only fp16 recovers from.
-        if skipped and self.config.precision.dtype != "fp16":
+        if skipped and self.settings.dtype != "fp16":
             self._require_finite("grad_norm", torch.tensor(float("inf")))
         elif norm is not None and not skipped:
             self._require_finite("grad_norm", torch.as_tensor(norm))
@@ -150,7 +143,7 @@ class Engine(ABC):
 
     def _require_finite(self, name: str, value: Tensor) -> None:
         # The update waits for the gradient norm anyway, so looking at these costs no extra stall.
-        if not self.config.training.allow_nonfinite_loss and not torch.isfinite(value):
+        if not self.settings.allow_nonfinite_loss and not torch.isfinite(value):
             raise UserError(
                 f"{name}: {value.item()} is not finite, stopped before anything was saved; "
                 "resume from the last checkpoint with a smaller lr or another seed, or set allow_nonfinite_loss: true"
@@ -199,7 +192,7 @@ class Engine(ABC):
     def loss_scaler(self) -> dict[str, float]:
         """State of fp16 loss scaling; empty in other precisions."""
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        if self.config.precision.dtype != "fp16" or scaler is None:
+        if self.settings.dtype != "fp16" or scaler is None:
             return {}
         return {name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)}
 

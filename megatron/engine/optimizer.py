@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.config.schema import RunConfig
-from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.optimization import OptimizationConfig
 from megatron.engine.extensions import one_build_at_a_time
+from megatron.engine.settings import EngineSettings
 from megatron.errors import UserError
-from megatron.model.embedding import Embedding
 from megatron.mpu.device import process_device, uses_gpu
 from megatron.mpu.roles import role_of
 
 
-def newest_stage(model: ModelConfig) -> int:
-    """The number of growths a model has behind it."""
-    return len(model.token_segments["qkv"][0]) - 1 if model.token_segments else 0
-
-
-def freeze_old_parameters(module: nn.Module, model: ModelConfig) -> None:
+def freeze_old_parameters(layers: Sequence[nn.Module], growths: int) -> None:
     """Leave only the tokens of the latest growth to be trained.
+
+    Args:
+        layers: those of a model, or of this process's stage of it.
+        growths: how many the model has behind it.
 
     Collective. Raises: UserError on every process when one of them has none of these tokens.
     """
-    newest = newest_stage(model)
-    for parameter in module.parameters():
-        parameter.requires_grad_(newest > 0 and role_of(parameter).segment == newest)
-    idle = torch.tensor(not any(parameter.requires_grad for parameter in module.parameters()), dtype=torch.int32)
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(growths > 0 and role_of(parameter).segment == growths)
+    idle = torch.tensor(not any(parameter.requires_grad for parameter in parameters), dtype=torch.int32)
     if dist.is_initialized() and dist.get_world_size() > 1:
         idle = idle.to(process_device())
         dist.all_reduce(idle, op=dist.ReduceOp.MAX)
     if idle:
-        what = "a pipeline stage has no new tokens" if newest else "the model has not grown"
+        what = "a pipeline stage has no new tokens" if growths else "the model has not grown"
         raise UserError(f"freeze_old_tokens: {what}, there would be nothing to train; set it to false")
-    for part in module.modules():
-        if isinstance(part, Embedding):
-            part.register_forward_hook(_let_gradients_through)
+    for layer in layers:
+        layer.register_forward_hook(_let_gradients_through)
 
 
 def _let_gradients_through(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """Give a frozen embedding's output a gradient that nobody needs.
+    """Give the output of a frozen layer that reads the data a gradient that nobody needs.
 
     ZeRO 3 lets go of a module's parameters once the gradient of its input is known. When the first block's input has
     none, that is before its backward pass.
@@ -53,13 +49,13 @@ def _let_gradients_through(module: nn.Module, inputs: Any, output: Tensor) -> Te
     return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
 
 
-def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, settings: EngineSettings) -> list[dict[str, Any]]:
     """Groups by growth, matrices apart from vectors: matrices decay, vectors (norms, biases) do not.
 
     The tokens of each growth have groups of their own, so that they have their own count of updates (Adam's bias
     correction) and `lr_scale`, the factor on the learning rate.
     """
-    newest, scaling = newest_stage(config.model), config.scaling
+    newest, scaling = settings.growths, settings.scaling
     members: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -68,7 +64,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
     return [
         {
             "params": parameters,
-            "weight_decay": 0.0 if is_vector else config.optimization.weight_decay,
+            "weight_decay": 0.0 if is_vector else settings.optimization.weight_decay,
             "lr_scale": scaling.new_tokens_lr_scale if newest and stage == newest else scaling.old_tokens_lr_scale,
         }
         for (stage, is_vector), parameters in sorted(members.items(), key=lambda item: item[0])
@@ -94,11 +90,11 @@ class Lion(torch.optim.Optimizer):
                 momentum.lerp_(grad, 1.0 - beta2)
 
 
-def build_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, settings: EngineSettings) -> torch.optim.Optimizer:
     """The optimizer that `optimizer.type` names; UserError with the pip line when its package is missing."""
-    config = run.optimization
+    config = settings.optimization
     spec, params = config.optimizer, config.optimizer.params
-    groups = parameter_groups(model, run)
+    groups = parameter_groups(model, settings)
     adam: dict[str, Any] = {"lr": params.lr, "betas": params.betas, "eps": params.eps}
     if spec.type in ("Adam", "AdamW"):
         return torch.optim.AdamW(groups, **adam, fused=_fused_available(model))

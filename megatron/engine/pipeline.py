@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.engine.base import Engine, StepResult
 from megatron.engine.gradients import clip_gradients, combine_norm_of_stages
@@ -25,7 +26,7 @@ class PipelineEngine(Engine):
     def _initialize(self) -> Any:
         self._norm: Tensor | None = None
         model: Any = self.model
-        model.loss_fn = self._loss
+        model.loss_fn = partial(self.task.loss, layout=self.layout)
         engine = super()._initialize()
         if self.zero_stage == 0:
             # DeepSpeed's schedule ends with the update: this is the only place between it and the last gradient.
@@ -37,36 +38,39 @@ class PipelineEngine(Engine):
     def _clip(self, *_: Any) -> None:
         self._norm = clip_gradients(self.model.parameters(), self.clip, self.layout)
 
-    def train_step(self, batches: Sequence[Tensor], learning_rate: float) -> StepResult:
+    def _layers(self) -> list[nn.Module]:
+        model: Any = self.model
+        return list(model.layers())
+
+    def train_step(self, batches: Sequence[Any], learning_rate: float) -> StepResult:
         """One update; see Engine."""
         self._set_learning_rate(learning_rate)
         skipped_before = self._engine.skipped_steps
         self._engine.train_batch(self._items(batches))
         loss = self._engine.dp_group_loss
-        self._require_finite("lm_loss", loss)
+        self._require_finite(self.task.loss_name, loss)
         return self._finish_step(loss, self._norm, self._engine.skipped_steps > skipped_before)
 
-    def _items(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        """(inputs for the first stage, what `_loss` needs on the last one) of each micro-batch."""
-        for tokens in batches:
-            inputs, *targets = self._split(tokens)
-            yield inputs, tuple(t for t in targets if t is not None)
+    def _items(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """(input of the first stage, what the loss needs on the last one) of each micro-batch."""
+        for batch in batches:
+            (inputs,), targets = self.task.split(batch, self.device)
+            yield inputs, targets
 
-    def _loss(self, logits: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
-        labels, mask = targets if len(targets) == 2 else (targets[0], None)
-        return self._cross_entropy(logits, labels, mask)
-
-    def _sum_of_losses(self, batches: Iterable[Tensor]) -> Tensor:
-        total, source = torch.zeros(2, dtype=torch.float64, device=self.device), iter(batches)
+    def _add_measures(self, batches: Iterable[Any], sums: Tensor) -> None:
+        model: Any = self.model
+        loss, model.loss_fn = model.loss_fn, partial(self.task.measure, layout=self.layout)
+        self._engine.total_loss = None  # DeepSpeed adds up what loss_fn gives, which is of another shape now
+        source = iter(batches)
         # A schedule needs the number of its batches. A few at a time: `batches` may end early, when the run is stopped.
         while items := list(self._items(itertools.islice(source, _BATCHES_A_STAGE * self.layout.pipeline.size))):
-            losses = self._engine.eval_batch(
+            measured = self._engine.eval_batch(
                 iter(items), reduce_output=None, bcast_loss=False, num_micro_batches=len(items)
             )  # None but on the last stage
             if self.layout.pipeline.is_last:
-                total += torch.stack([torch.stack(losses).double().sum(), total.new_tensor(len(losses))])
-        self.model.train()
-        return total
+                sums += torch.stack(measured).double().sum(0)
+        model.loss_fn, self._engine.total_loss = loss, None
+        model.train()
 
     def close(self) -> None:
         """See Engine. Drops the last micro-batch: its graph refers to the engine where no garbage collector sees it."""

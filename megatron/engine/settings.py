@@ -1,36 +1,94 @@
-"""What DeepSpeed is told."""
+"""What an engine is told of a run's configuration."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.config.schema import RunConfig
-from megatron.mpu import Layout
+from megatron.config.sections.model import ModelSection
+from megatron.config.sections.optimization import OptimizationConfig
+from megatron.config.sections.parallel import ZeroConfig
+from megatron.config.sections.scaling import ScalingConfig
+from megatron.config.update_size import UpdateSize
 from megatron.mpu.device import uses_gpu
 
 
-def deepspeed_config(config: RunConfig, layout: Layout) -> dict[str, Any]:
-    """The JSON configuration DeepSpeed is given."""
-    update = config.update_size(layout.data.size)
-    zero = config.parallel.zero_optimization.model_dump(exclude_none=True)
-    if zero.pop("cpu_offload", False):
-        zero.setdefault("offload_optimizer", {"device": "cpu"})
-    for table in (zero.get("offload_optimizer"), zero.get("offload_param")):
-        if isinstance(table, dict) and table.get("device") == "cpu":
-            table.setdefault("pin_memory", uses_gpu())  # else every copy to the GPU goes through a second one
+@dataclass(frozen=True)
+class EngineSettings:
+    """The part of a configuration that the engine goes by.
+
+    Attributes:
+        model: the model section, of the stage of growth that is trained.
+        dtype: fp32, bf16 or fp16.
+        zero_stage: ZeRO stage.
+        deepspeed: DeepSpeed's JSON configuration.
+        optimization, scaling: these sections.
+        pattention_backend, attention_backend: of the layers.
+        checkpoint_layers: blocks recomputed together; 0 keeps all activations.
+        allow_nonfinite_loss: go on after a loss or gradient norm that is not finite.
+    """
+
+    model: ModelSection
+    dtype: str
+    zero_stage: int
+    deepspeed: dict[str, Any]
+    optimization: OptimizationConfig
+    scaling: ScalingConfig
+    pattention_backend: str
+    attention_backend: str
+    checkpoint_layers: int
+    allow_nonfinite_loss: bool
+
+    @classmethod
+    def of(cls, config: RunConfig, update: UpdateSize) -> EngineSettings:
+        """The settings of a run whose updates are of this size."""
+        training, zero = config.training, config.parallel.zero_optimization
+        return cls(
+            config.model,
+            config.precision.dtype,
+            zero.stage,
+            _deepspeed_config(config, update),
+            config.optimization,
+            config.scaling,
+            training.pattention_backend,
+            training.attention_backend,
+            training.checkpoint_num_layers if training.checkpoint_activations else 0,
+            training.allow_nonfinite_loss,
+        )
+
+    @property
+    def growths(self) -> int:
+        """How many growths the model has behind it."""
+        segments = self.model.token_segments
+        return len(next(iter(segments.values()))[0]) - 1 if segments else 0
+
+
+def _zero_config(zero: ZeroConfig) -> dict[str, Any]:
+    table = zero.model_dump(exclude_none=True)
+    if table.pop("cpu_offload", False):
+        table.setdefault("offload_optimizer", {"device": "cpu"})
+    for offload in (table.get("offload_optimizer"), table.get("offload_param")):
+        if isinstance(offload, dict) and offload.get("device") == "cpu":
+            offload.setdefault("pin_memory", uses_gpu())  # else every copy to the GPU goes through a second one
+    return table
+
+
+def _deepspeed_config(config: RunConfig, update: UpdateSize) -> dict[str, Any]:
+    zero = config.parallel.zero_optimization
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": update.micro,
         "gradient_accumulation_steps": update.steps,
         # Always set: DeepSpeed's own default is 1.0. Without ZeRO in fp32 Engine clips, to know the norm.
-        "gradient_clipping": config.optimization.gradient_clipping if zero["stage"] else 0.0,
-        "zero_optimization": zero,
+        "gradient_clipping": config.optimization.gradient_clipping if zero.stage else 0.0,
+        "zero_optimization": _zero_config(zero),
         "zero_allow_untested_optimizer": True,
         # With offload_optimizer torch's fused AdamW runs on the CPU too; optimizer.type CPU_Adam asks for DeepSpeed's.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
         "wall_clock_breakdown": config.logging.wall_clock_breakdown,
     }
-    if layout.pipeline.size > 1:
+    if config.parallel.pipeline_stages > 1:
         # Tensor ranks send different activations between stages: DeepSpeed must not cut them up again.
         result["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if config.precision.dtype == "bf16":

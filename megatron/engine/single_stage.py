@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron.engine.base import Engine, StepResult
 from megatron.engine.gradients import clip_gradients
@@ -19,18 +19,24 @@ class SingleStageEngine(Engine):
     def _initialize(self) -> Any:
         from deepspeed.utils import set_z3_leaf_modules
 
-        if self.zero_stage == 3:
+        joint = list({type(module) for module in self.model.modules() if isinstance(module, SelfAttention)})
+        if self.zero_stage == 3 and joint:
             # Gathered around the whole of attention: query, key and value are computed together.
-            set_z3_leaf_modules(self.model, [SelfAttention])
+            set_z3_leaf_modules(self.model, joint)
         return super()._initialize()
 
-    def train_step(self, batches: Sequence[Tensor], learning_rate: float) -> StepResult:
+    def _layers(self) -> list[nn.Module]:
+        model: Any = self.model
+        return [layer for _, layer in model.parts()]
+
+    def train_step(self, batches: Sequence[Any], learning_rate: float) -> StepResult:
         """One update; see Engine."""
         self._engine.train()
         self._set_learning_rate(learning_rate)
         losses = []
-        for position, tokens in enumerate(batches):
-            loss = self._loss(tokens)
+        for position, batch in enumerate(batches):
+            outputs, targets = self._outputs(batch)
+            loss = self.task.loss(outputs, targets, self.layout)
             losses.append(loss.detach())
             self._engine.backward(loss)
             if position + 1 < len(batches):
@@ -38,22 +44,20 @@ class SingleStageEngine(Engine):
         mean = torch.stack(losses).mean()
         norm = clip_gradients(self.model.parameters(), self.clip, self.layout) if self.zero_stage == 0 else None
         if self.layout.data.size == 1:  # else this rank alone may see it; the gradient norm tells all of them
-            self._require_finite("lm_loss", mean)
+            self._require_finite(self.task.loss_name, mean)
         if norm is not None:
             self._require_finite("grad_norm", norm)
         skipped_before = self._engine.skipped_steps
         self._engine.step()
         return self._finish_step(mean, norm, self._engine.skipped_steps > skipped_before)
 
-    def _loss(self, tokens: Tensor) -> Tensor:
-        inputs, labels, mask = self._split(tokens)
-        return self._cross_entropy(self._engine(inputs), labels, mask)
+    def _outputs(self, batch: Any) -> tuple[Any, tuple[Tensor, ...]]:
+        inputs, targets = self.task.split(batch, self.device)
+        return self._engine(*inputs), targets
 
-    def _sum_of_losses(self, batches: Iterable[Tensor]) -> Tensor:
+    def _add_measures(self, batches: Iterable[Any], sums: Tensor) -> None:
         self._engine.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for tokens in batches:
-            total[0] += self._loss(tokens)
-            total[1] += 1
+        for batch in batches:
+            outputs, targets = self._outputs(batch)
+            sums += self.task.measure(outputs, targets, self.layout)
         self._engine.train()
-        return total

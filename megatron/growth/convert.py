@@ -60,7 +60,7 @@ def grow_checkpoint(
     Raises: UserError for an impossible growth, a proof that fails, and files that cannot be read or written.
     """
     require_new(Path(target))
-    base = open_base(source, None if config is None else config.model, key="IN")
+    base = open_base(source, None if config is None else config.language, key="IN")
     if base.reader is not None and config is not None:
         raise UserError(f"--config: {base.folder} has its own configuration; leave the flag off")
     flat = base.reader.config if base.reader is not None else config.flat() if config is not None else {}
@@ -69,7 +69,7 @@ def grow_checkpoint(
     tensors = GrownTensors(base.tensors, base.config, after, seed, counts.new_keys)
     if (ids := _ids_of_data(flat, after)) is None:
         ids = _random_ids(after)
-    difference = compare_logits((base.config, base.tensors), (after, tensors), ids)
+    difference = compare_logits((base.config, base.tensors), (after, tensors), [ids])
     difference.check(describe(base.config, after))
     train_state = dict(base.reader.train_state) if base.reader is not None else {}
     entry = lineage_entry(base.config, after, train_state, counts.new_keys, scheduled=False)

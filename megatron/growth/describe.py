@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
-from megatron.config.sections.model import TOKENFORMER, ModelConfig
+from megatron.config.sections.model import TOKENFORMER, ModelSection
 from megatron.errors import UserError
 from megatron.growth.plan import KINDS, segments_of
-from megatron.model import LanguageModel, Pattention
+from megatron.model import Pattention
+from megatron.model.build import build_model
 from megatron.model.compatibility import saved_model_config
+from megatron.model.layered import LayeredModel
 
 _MODEL_KEYS = (
     "num_layers", "hidden_size", "num_attention_heads", "seq_length", "padded_vocab_size", "norm_activation_type",
@@ -34,7 +36,7 @@ def describe_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any
         raise UserError(f"{path}: no checkpoint; give a run's folder or one of its global_step folders")
     reader = CheckpointReader(folder, verify)
     config, state = saved_model_config(reader), reader.train_state
-    model = LanguageModel(config, device="meta")
+    model = build_model(config, device="meta")
     return {
         "folder": str(folder),
         "iteration": reader.iteration,
@@ -54,7 +56,7 @@ def describe_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any
     }
 
 
-def _parts(model: LanguageModel, config: ModelConfig) -> dict[str, int]:
+def _parts(model: LayeredModel, config: ModelSection) -> dict[str, int]:
     """Parameters by part of the model; blocks by their kind."""
     parts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
@@ -64,7 +66,7 @@ def _parts(model: LanguageModel, config: ModelConfig) -> dict[str, int]:
     return dict(parts)
 
 
-def _tau_tokens(reader: CheckpointReader, model: LanguageModel) -> dict[str, list[int]]:
+def _tau_tokens(reader: CheckpointReader, model: LayeredModel) -> dict[str, list[int]]:
     """For each kind of layer, tau^2 block by block; q, k and v of a block are alike."""
     taus: dict[str, list[int]] = {}
     for name, module in model.named_modules():

@@ -22,12 +22,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import ModelSection
 from megatron.config.sections.scaling import NewKeys
 from megatron.errors import UserError
 from megatron.growth.plan import TokenCounts, grown_config
-from megatron.model import LanguageModel
+from megatron.model.build import build_model
 from megatron.model.init import initial_value, parameter_generator
+from megatron.model.layered import LayeredModel
 from megatron.model.pattention import Pattention
 from megatron.mpu.roles import role_of
 
@@ -58,7 +59,7 @@ class GrownTensors:
     """
 
     def __init__(
-        self, source: TensorSource, before: ModelConfig, after: ModelConfig, seed: int, new_keys: NewKeys = "zero"
+        self, source: TensorSource, before: ModelSection, after: ModelSection, seed: int, new_keys: NewKeys = "zero"
     ) -> None:
         self.source, self.after, self.seed = source, after, seed
         self._is_softmax = after.norm_activation_type == "softmax"
@@ -111,24 +112,24 @@ def rotated_keys(old: Tensor, size: int, ratio: float, name: str, seed: int) -> 
     return (math.sqrt(ratio) * torch.linalg.qr(random).Q @ triangle).to(old)
 
 
-def _new_parameters(before: ModelConfig, after: ModelConfig) -> dict[str, Tensor]:
+def _new_parameters(before: ModelSection, after: ModelSection) -> dict[str, Tensor]:
     """Parameters that a growth adds, without storage."""
-    old = {name for name, _ in LanguageModel(before, device="meta").named_parameters()}
-    return {n: p for n, p in LanguageModel(after, device="meta").named_parameters() if n not in old}
+    old = {name for name, _ in build_model(before, device="meta").named_parameters()}
+    return {n: p for n, p in build_model(after, device="meta").named_parameters() if n not in old}
 
 
-def _new_taus(before: ModelConfig, after: ModelConfig) -> dict[str, int]:
+def _new_taus(before: ModelSection, after: ModelSection) -> dict[str, int]:
     """Tokens added, by the name of the layer's tau_tokens."""
     counts = []
     for config in (before, after):
-        modules = LanguageModel(config, device="meta").named_modules()
+        modules = build_model(config, device="meta").named_modules()
         counts.append({f"{name}.tau_tokens": m.num_tokens for name, m in modules if isinstance(m, Pattention)})
     return {name: counts[1][name] - counts[0][name] for name in counts[1]}
 
 
 @torch.no_grad()
 def grow(
-    model: LanguageModel,
+    model: LayeredModel,
     qkv: int | None = None,
     proj: int | None = None,
     ffn: int | None = None,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
-from megatron.config.sections.model import TOKENFORMER, ModelConfig
+from megatron.config.sections.model import TOKENFORMER, ModelSection
 from megatron.config.sections.scaling import NewKeys
 from megatron.errors import UserError
 
 Kind = Literal["qkv", "proj", "ffn"]
+Model = TypeVar("Model", bound=ModelSection)
 KINDS: tuple[Kind, ...] = ("qkv", "proj", "ffn")
 
 
@@ -37,15 +38,15 @@ class TokenCounts:
         return count
 
 
-def segments_of(config: ModelConfig, kind: Kind) -> list[list[int]]:
+def segments_of(config: ModelSection, kind: Kind) -> list[list[int]]:
     """For each block the tokens that each stage of growth gave it; a Transformer block has none."""
     if config.token_segments:
         return [list(block) for block in config.token_segments[kind]]
-    count = getattr(config, f"{kind}_slot_num")
+    count = getattr(config, f"{kind}_slot_num") or 0
     return [[count if block == TOKENFORMER else 0] for block in config.layer_kinds]
 
 
-def grown_config(config: ModelConfig, counts: TokenCounts) -> ModelConfig:
+def grown_config(config: Model, counts: TokenCounts) -> Model:
     """The model with one more stage of growth: `counts` tokens in the layers that grow.
 
     Raises: UserError when a count is smaller than what a layer has, a layer is not there or not a TokenFormer block,
@@ -67,11 +68,11 @@ def grown_config(config: ModelConfig, counts: TokenCounts) -> ModelConfig:
             if counts.new_keys == "rotated":
                 _check_rotation(kind, index, have, wanted, config.hidden_size)
             block.append(wanted - have)
-    totals = {f"{kind}_slot_num": max(map(sum, segments[kind])) for kind in KINDS}
-    return ModelConfig(**{**config.model_dump(), **totals, "token_segments": segments})
+    totals = {f"{kind}_slot_num": max(map(sum, segments[kind])) or None for kind in KINDS}
+    return type(config)(**{**config.model_dump(), **totals, "token_segments": segments})
 
 
-def _growing_blocks(config: ModelConfig, layers: Iterable[int] | None) -> set[int]:
+def _growing_blocks(config: ModelSection, layers: Iterable[int] | None) -> set[int]:
     able = {index for index, kind in enumerate(config.layer_kinds) if kind == TOKENFORMER}
     if not able:
         raise UserError("the model has no tokenformer blocks; only parameter tokens can be added")
@@ -90,7 +91,7 @@ def _ranges(indices: set[int]) -> str:
     return ", ".join(map(str, ordered))
 
 
-def _check_count(config: ModelConfig, kind: Kind, index: int, have: int, wanted: int) -> None:
+def _check_count(config: ModelSection, kind: Kind, index: int, have: int, wanted: int) -> None:
     if wanted < have:
         raise UserError(
             f"{kind}_slot_num: {wanted} is fewer than the {have} tokens of layer {index}; tokens can only be added"
@@ -111,7 +112,7 @@ def _check_rotation(kind: Kind, index: int, have: int, wanted: int, width: int) 
         )
 
 
-def describe(before: ModelConfig, after: ModelConfig) -> str:
+def describe(before: ModelSection, after: ModelSection) -> str:
     """One line: which counts a growth changes, for example `qkv 768 -> 1792, ffn 3072 -> 7168 in layers 0 to 23`."""
     parts, layers = [], set[int]()
     for kind in KINDS:

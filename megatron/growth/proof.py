@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import ModelSection
 from megatron.errors import UserError
 from megatron.growth.grow import TensorSource
 from megatron.model.blocks import BuildOptions
-from megatron.model.language_model import LayerSpec, layer_specs
+from megatron.model.build import layer_lists
+from megatron.model.layered import LayerSpec
 from megatron.mpu.collectives import max_over_ranks
 from megatron.mpu.device import ieee_products, products_are_exact
 from megatron.mpu.layout import SINGLE, Layout
@@ -45,13 +47,15 @@ class Difference:
 
 @torch.no_grad()
 def compare_logits(
-    before: tuple[ModelConfig, TensorSource],
-    after: tuple[ModelConfig, TensorSource],
-    ids: Tensor,
+    before: tuple[ModelSection, TensorSource],
+    after: tuple[ModelSection, TensorSource],
+    inputs: Sequence[Tensor],
     layout: Layout = SINGLE,
     dtype: torch.dtype = torch.float32,
 ) -> Difference:
-    """Logits of ids [b, s] from two sets of tensors, each with its configuration.
+    """Outputs of two sets of tensors, each with its configuration, for one input of each list of layers.
+
+    For a language model these are the logits of ids [b, s].
 
     Tensor ranks share every layer; pipeline stages and data ranks each do the same work. Never more than one layer of
     each model is in memory. Products are taken in IEEE fp32 whatever TF32 settings say, in fp64 where a library keeps
@@ -59,16 +63,21 @@ def compare_logits(
     """
     plain = replace(layout, sequence_parallel=False)
     options = BuildOptions(device="meta", layout=plain, gather_logits=False)
-    old = new = ids
+    device = inputs[0].device
+    found = []
     with ieee_products():
-        rounds = torch.tensor(not products_are_exact(ids.device), dtype=torch.int32, device=ids.device)
+        rounds = torch.tensor(not products_are_exact(device), dtype=torch.int32, device=device)
         if dtype == torch.float32 and max_over_ranks(rounds, plain.tensor):
             dtype = torch.float64
-        for old_spec, new_spec in zip(layer_specs(before[0], options), layer_specs(after[0], options), strict=True):
-            old = _run(old_spec, before[1], old, plain, dtype)
-            new = _run(new_spec, after[1], new, plain, dtype)
+        lists = (layer_lists(config, options).values() for config, _ in (before, after))
+        for x, old_specs, new_specs in zip(inputs, *lists, strict=True):
+            old = new = x
+            for old_spec, new_spec in zip(old_specs, new_specs, strict=True):
+                old = _run(old_spec, before[1], old, plain, dtype)
+                new = _run(new_spec, after[1], new, plain, dtype)
+            found.append(torch.stack([(old - new).abs().max(), old.abs().max()]))
     # Not a number becomes infinite: a maximum over ranks may lose the former.
-    extremes = torch.stack([(old - new).abs().max(), old.abs().max()]).nan_to_num(nan=math.inf, posinf=math.inf)
+    extremes = torch.stack(found).nan_to_num(nan=math.inf, posinf=math.inf).amax(0)
     largest, scale = max_over_ranks(extremes, plain.tensor).tolist()
     return Difference(largest, scale)
 

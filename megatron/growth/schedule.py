@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from megatron.config.schema import RunConfig
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import ModelSection
 from megatron.config.sections.scaling import GrowthStage, NewKeys
 from megatron.errors import UserError
 from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config, segments_of
 from megatron.log import get_logger
-from megatron.model import LanguageModel
+from megatron.model.build import build_model
 
 
 class Progress(NamedTuple):
@@ -112,7 +112,7 @@ def stage_config(config: RunConfig, done: int, already: int = 0) -> RunConfig:
 
 
 def lineage_entry(
-    before: ModelConfig, after: ModelConfig, train_state: Mapping[str, Any], new_keys: NewKeys, *, scheduled: bool
+    before: ModelSection, after: ModelSection, train_state: Mapping[str, Any], new_keys: NewKeys, *, scheduled: bool
 ) -> dict[str, Any]:
     """What TrainState.lineage says about a growth.
 
@@ -129,7 +129,7 @@ def lineage_entry(
         "consumed_tokens": train_state.get("consumed_tokens", 0),
         "added": describe(before, after),
         "new_keys": new_keys,
-        "parameters": LanguageModel(after, device="meta").num_parameters(),
+        "parameters": build_model(after, device="meta").num_parameters(),
         **{f"{kind}_slot_num": getattr(after, f"{kind}_slot_num") for kind in KINDS},
     }
 
@@ -144,7 +144,7 @@ def stages_done(lineage: Sequence[Mapping[str, Any]]) -> int:
     return sum(1 for entry in lineage if entry.get("scheduled"))
 
 
-def resumed_config(config: RunConfig, saved: ModelConfig, lineage: Sequence[Mapping[str, Any]]) -> RunConfig:
+def resumed_config(config: RunConfig, saved: ModelSection, lineage: Sequence[Mapping[str, Any]]) -> RunConfig:
     """The configuration of the stage that a checkpoint is in.
 
     Args:
@@ -174,7 +174,7 @@ def resumed_config(config: RunConfig, saved: ModelConfig, lineage: Sequence[Mapp
                 + "; use the configuration the model was trained with"
             )
     segments = None if len(first["qkv"][0]) == 1 else first
-    start = ModelConfig(**{**config.model.model_dump(), "token_segments": segments})
+    start = type(config.model)(**{**config.model.model_dump(), "token_segments": segments})
     now = stage_config(config.model_copy(update={"model": start}), done)
     if now.model.token_segments != saved.token_segments:
         raise UserError(

@@ -13,7 +13,7 @@ from megatron.checkpoint.form import value_fault
 from megatron.checkpoint.official_folder import find_official_folder, read_official_folder
 from megatron.checkpoint.published import embedding_rows, read_flat_file, to_canonical
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import ModelConfig, language_section
 from megatron.errors import UserError
 from megatron.growth.grow import TensorSource
 from megatron.model import LanguageModel
@@ -85,7 +85,7 @@ def open_base(
     if folder is None:
         raise UserError(f"{key}: no checkpoint in {path}; name a run's folder or an official pytorch_model.bin")
     reader = CheckpointReader(folder, verify, key)
-    return Base(folder, saved_model_config(reader), reader, reader)
+    return Base(folder, language_section(saved_model_config(reader)), reader, reader)
 
 
 def _with_counts_of(config: ModelConfig, tensors: dict[str, Tensor], path: Path, key: str) -> ModelConfig:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import ModelConfig, ModelSection
 
 _PACKAGE = "megatron"
 _MODEL, _CONFIG = "megatron.inference.huggingface_model", ModelConfig.__module__
@@ -177,10 +177,8 @@ def configuration_source() -> str:
     """Text of configuration_tokenformer.py: the fields and the derived properties of ModelConfig."""
     bundle, section = _Bundle(_CONFIG), _parse(_CONFIG)
     bundle.imports |= {"from typing import Any", "from transformers import PreTrainedConfig"}
-    definition = section.definitions[ModelConfig.__name__]
-    assert isinstance(definition, ast.ClassDef)
     parts = [_CONFIG_HEAD + "\n".join(_field_lines())]
-    for node in definition.body:
+    for node in (node for cls in (ModelSection, ModelConfig) for node in ast.walk(section.definitions[cls.__name__])):
         if isinstance(node, ast.FunctionDef) and "property" in map(ast.unparse, node.decorator_list):
             bundle.add_used(_CONFIG, node)
             parts.append(section.text(node))

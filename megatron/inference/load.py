@@ -17,7 +17,7 @@ from megatron.checkpoint.official_folder import find_official_folder, read_offic
 from megatron.checkpoint.published import EMBEDDING, embedding_rows, read_flat_file, to_canonical, weight_fault
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
 from megatron.config.schema import RunConfig
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import ModelConfig, language_section
 from megatron.errors import UserError
 from megatron.growth.schedule import resumed_config
 from megatron.inference.huggingface_import import CONFIG, HuggingFaceCheckpoint
@@ -60,7 +60,7 @@ def load_model(
         values that are not finite, as saved or in `dtype`.
     """
     path = Path(path)
-    model_config = config.model if isinstance(config, RunConfig) else config
+    model_config = config.language if isinstance(config, RunConfig) else config
     if os.path.isfile(path):
         names, shape_of, tensor_of, model_config = _open_flat(path, model_config)
     elif os.path.isfile(path / CONFIG):
@@ -100,9 +100,9 @@ def _open_training_checkpoint(
         )
     reader = CheckpointReader(folder, verify=False)
     first_rank_does(lambda: reader.verify(leave_out=("optimizer", "rng")), layout)
-    saved = saved_model_config(reader)
+    saved = language_section(saved_model_config(reader))
     if isinstance(config, RunConfig):  # its model is the one before the growths of its schedule
-        config = resumed_config(config, saved, reader.train_state.get("lineage", [])).model
+        config = resumed_config(config, saved, reader.train_state.get("lineage", [])).language
     if config is not None:
         check_same_model(config, saved, folder)
     return (

@@ -43,7 +43,7 @@ def run_generation(config: RunConfig, layout: Layout = SINGLE) -> None:
         inputs += _checkpoint_files(config)
         refuse_inputs(options.sample_output_file, "sample_output_file", inputs)
     model, tokenizer = load_for_inference(config, layout)
-    decoder = Decoder(model, tokenizer, config.model.seq_length, options.recompute, options.logprobs)
+    decoder = Decoder(model, tokenizer, config.language.seq_length, options.recompute, options.logprobs)
     if requests is None:
         converse(decoder, sampling_of(options), options.prompt_end, config.training.seed, options.interactive_history)
         return

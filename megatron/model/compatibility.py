@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from megatron.checkpoint.store import CheckpointReader
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import ModelConfig, ModelSection, model_section
 from megatron.errors import UserError
-from megatron.model.language_model import LanguageModel
+from megatron.model.build import build_model
+from megatron.model.layered import LayeredModel
 from megatron.model.pattention import Pattention
 
 
@@ -30,7 +31,7 @@ def _key_of_missing(name: str) -> str:
     return "no_weight_tying" if name.startswith("head.") else "final_norm"
 
 
-def check_fit(model: LanguageModel, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+def check_fit(model: LayeredModel, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     """Raise a UserError unless `shapes` holds every parameter of `model`, in its shape, and nothing else.
 
     Args:
@@ -68,10 +69,10 @@ def count_layers(names: Iterable[str]) -> int:
     return len({name.split(".")[1] for name in names if name.startswith("layers.")})
 
 
-def described_model(config: ModelConfig) -> LanguageModel:
+def described_model(config: ModelSection) -> LayeredModel:
     """The model on the meta device. Raises ValueError, in one line, for sizes beyond any memory."""
     try:
-        return LanguageModel(config, device="meta")
+        return build_model(config, device="meta")
     except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as error:
         raise ValueError(str(error).splitlines()[0][:200]) from None
 
@@ -81,7 +82,7 @@ def tau_fault(tau_tokens: int, num_tokens: int) -> str | None:
     return None if 1 <= tau_tokens <= num_tokens else f"is {tau_tokens} in a layer with {num_tokens} tokens"
 
 
-def saved_model_config(reader: CheckpointReader) -> ModelConfig:
+def saved_model_config(reader: CheckpointReader) -> ModelSection:
     """The model section of the configuration in a canonical checkpoint.
 
     Raises: DamagedCheckpoint unless the tensors are those of such a model.
@@ -90,7 +91,11 @@ def saved_model_config(reader: CheckpointReader) -> ModelConfig:
     layers = count_layers(names)
     if reader.config.get("num_layers") != layers:  # seen to before a list of a billion layers is made
         raise reader.damaged("config.yml", f"does not say num_layers {layers}, as the tensors do")
-    config = reader.section(ModelConfig)
+    try:
+        section = model_section(reader.config.get("task", ModelConfig.task))
+    except ValueError as error:
+        raise reader.damaged("config.yml", f"cannot be used: {error}") from None
+    config = reader.section(section)
     try:
         model = described_model(config)
     except ValueError as error:
@@ -112,16 +117,18 @@ def _check_tau(reader: CheckpointReader, name: str, num_tokens: int) -> None:
         raise reader.damaged("manifest.json", f"leads to {name} that {fault}")
 
 
-def check_same_model(config: ModelConfig, saved: ModelConfig, folder: Path) -> None:
+def check_same_model(config: ModelSection, saved: ModelSection, folder: Path) -> None:
     """Raise a UserError that names the first key in which `config` is another model than the one in `folder`."""
-    for key in ModelConfig.model_fields:
+    if config.task != saved.task:
+        raise UserError(f"task: {config.task} in the configuration, {saved.task} in checkpoint {folder}; set the same")
+    for key in type(saved).model_fields:
         if key not in _FREE_KEYS and getattr(config, key) != getattr(saved, key):
             raise UserError(
                 f"{key}: {getattr(config, key)} in the configuration, {getattr(saved, key)} in checkpoint {folder}; "
                 "use the configuration the model was trained with"
             )
     for name in ("layer_kinds", "final_norm_kind"):
-        if getattr(config, name) != getattr(saved, name):
+        if getattr(config, name, None) != getattr(saved, name, None):
             key = "attention_config" if name == "layer_kinds" else "final_norm"
             raise UserError(
                 f"{key}: does not describe the model of checkpoint {folder}; use the one it was trained with"

@@ -9,20 +9,19 @@ from megatron.mpu.roles import role_of
 from megatron.mpu.shard import whole_shape
 
 
-def matmul_parameters(model: nn.Module, config: ModelConfig) -> int:
+def matmul_parameters(model: nn.Module, embedding_is_head: bool = False) -> int:
     """Entries of all matrices that every token is multiplied with: Pattention keys and values, linear layers, head.
 
-    The embedding look-up is free; a tied embedding counts once, as the head.
+    The embedding's look-up is free; an embedding that is the head as well counts once.
     """
-    is_looked_up_only = config.no_weight_tying
     return sum(
         whole_shape(parameter).numel()
         for parameter in model.parameters()
-        if not role_of(parameter).is_vector and not (role_of(parameter).what == "embedding" and is_looked_up_only)
+        if not role_of(parameter).is_vector and (embedding_is_head or role_of(parameter).what != "embedding")
     )
 
 
 def flops_per_token(model: nn.Module, config: ModelConfig, seq_length: int) -> float:
     """Forward and backward FLOPs of one token: 6 per matmul parameter and 6 L s d of causal attention."""
     attention = 6 * config.num_layers * seq_length * config.hidden_size
-    return 6.0 * matmul_parameters(model, config) + attention
+    return 6.0 * matmul_parameters(model, embedding_is_head=not config.no_weight_tying) + attention

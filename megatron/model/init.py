@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import InitMethod, ModelSection
 from megatron.mpu.layout import ALONE, Axis
 from megatron.mpu.roles import role_of
 from megatron.mpu.shard import take_share, whole_shape
@@ -33,14 +33,14 @@ def parameter_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def init_std(method: str, shape: torch.Size, config: ModelConfig) -> float:
+def init_std(method: InitMethod, shape: torch.Size, config: ModelSection) -> float:
     """Standard deviation of an initialisation for a matrix of `shape` [out or tokens, in]."""
-    depth, width = config.num_layers, config.hidden_size
+    depth, width, std = config.num_layers, config.hidden_size, config.initialisation().std
     fan_out, fan_in = shape
     return {
-        "normal": config.init_method_std,
-        "scaled_normal": config.init_method_std / math.sqrt(2.0 * depth),
-        "single_residual_scaled_normal": config.init_method_std / math.sqrt(depth),
+        "normal": std,
+        "scaled_normal": std / math.sqrt(2.0 * depth),
+        "single_residual_scaled_normal": std / math.sqrt(depth),
         "wang_init": 2.0 / depth / math.sqrt(width),
         "small_init": math.sqrt(2.0 / (5 * width)),
         "xavier_normal": math.sqrt(2.0 / (fan_in + fan_out)),
@@ -49,12 +49,13 @@ def init_std(method: str, shape: torch.Size, config: ModelConfig) -> float:
     }[method]
 
 
-def initial_value(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> Tensor:
+def initial_value(name: str, parameter: Tensor, config: ModelSection, seed: int) -> Tensor:
     """The whole fp32 value that `parameter`, whose canonical name is `name`, starts with, on the CPU."""
     shape, role = whole_shape(parameter), role_of(parameter)
     if role.is_vector:
         return torch.zeros(shape) if role.what == "bias" else torch.ones(shape)
-    method = config.output_layer_init_method if role.what in _OUTPUTS else config.init_method
+    settings = config.initialisation()
+    method = settings.output if role.what in _OUTPUTS else settings.method
     std, generator = init_std(method, shape, config), parameter_generator(seed, name)
     if method == "xavier_uniform":
         bound = std * math.sqrt(3.0)
@@ -63,7 +64,7 @@ def initial_value(name: str, parameter: Tensor, config: ModelConfig, seed: int) 
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, seed: int, axis: Axis = ALONE) -> None:
+def initialize(model: nn.Module, config: ModelSection, seed: int, axis: Axis = ALONE) -> None:
     """Fill every parameter of `model`, or this tensor rank's share of it, by the table above."""
     for name, parameter in model.named_parameters():
         whole = initial_value(name, parameter, config, seed)

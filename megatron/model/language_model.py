@@ -8,41 +8,20 @@ parameter names are those of LanguageModel: `embedding.`, `layers.{i}.`, `final_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron.config.sections.model import ModelConfig
 from megatron.model.attention import LayerCache
 from megatron.model.blocks import Block, BuildOptions
 from megatron.model.embedding import Embedding, Head, tied_logits
 from megatron.model.flops import flops_per_token
-from megatron.model.init import initialize
+from megatron.model.layered import LayeredModel, LayerSpec, run_layers
 from megatron.model.norms import build_norm
-from megatron.model.pattention import Pattention
 from megatron.mpu.layout import SINGLE, Layout
-from megatron.mpu.shard import allocate, whole_shape
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """A layer that is not built yet.
-
-    Attributes:
-        name: canonical prefix of its parameters.
-        build: makes the module.
-        tie: layers with the same key share one module; the second one calls `forward(module, x)` instead of module(x).
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    tie: str | None = None
-    forward: Callable[[Any, Tensor], Tensor] | None = None
 
 
 def layer_specs(config: ModelConfig, options: BuildOptions) -> list[LayerSpec]:
@@ -53,12 +32,12 @@ def layer_specs(config: ModelConfig, options: BuildOptions) -> list[LayerSpec]:
     if config.no_weight_tying:
         first, last = LayerSpec("embedding", embed), LayerSpec("head", partial(Head, config, options))
     else:
-        first = LayerSpec("embedding", embed, tie="embedding")
-        last = LayerSpec("embedding", embed, tie="embedding", forward=tied_logits)
+        tied = partial(LayerSpec, "embedding", embed, tied_weight="word_embeddings.weight")
+        first, last = tied(), tied(forward=tied_logits)
     return [first, *blocks, LayerSpec("final_norm", norm), last]
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(LayeredModel):
     """A decoder-only language model of TokenFormer or Transformer blocks.
 
     Args:
@@ -71,6 +50,12 @@ class LanguageModel(nn.Module):
         layout: the grid; each tensor rank builds its share. Its pipeline axis is megatron.engine.
         gather_logits: false leaves each tensor rank the logits of its share of the vocabulary, for the loss.
     """
+
+    config: ModelConfig
+    embedding: Embedding
+    layers: nn.ModuleList
+    final_norm: nn.Module
+    head: Head | None
 
     def __init__(
         self,
@@ -85,24 +70,21 @@ class LanguageModel(nn.Module):
         layout: Layout = SINGLE,
         gather_logits: bool = True,
     ) -> None:
-        super().__init__()
         if config.padded_vocab_size is None:
             raise ValueError("padded_vocab_size: unknown; use config.with_vocabulary(size of the tokenizer)")
-        self.config, self.layout, self.checkpoint_layers = config, layout, checkpoint_layers
-        # Layers are built without storage first: their own default init would be thrown away.
         specs = layer_specs(config, BuildOptions(pattention_backend, attention_backend, "meta", layout, gather_logits))
-        self.embedding, *blocks, self.final_norm = (spec.build() for spec in specs[:-1])
-        self.layers = nn.ModuleList(blocks)
-        self.head = specs[-1].build() if config.no_weight_tying else None
-        if dtype is not None:
-            self.to(dtype)
-        if torch.device(device or "cpu").type != "meta":
-            allocate(self, device or "cpu")
-            self.reset_tau()
-        if seed is not None:
-            initialize(self, config, seed, layout.tensor)
+        super().__init__(
+            config, {"": specs}, seed=seed, device=device, dtype=dtype, checkpoint_layers=checkpoint_layers,
+            layout=layout,
+        )  # fmt: skip
+        if not config.no_weight_tying:
+            self.head = None
 
-    def forward(self, input_ids: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
+    def _in_file_order(self, specs: list[LayerSpec]) -> list[LayerSpec]:
+        embedding, *blocks, final_norm, head = specs
+        return [embedding, final_norm, *blocks, head]
+
+    def forward(self, input_ids: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:  # type: ignore[override]
         """ids [b, s] -> logits [b, s, V_pad]; with a cache (one entry a block), ids are the new tokens only.
 
         Without `gather_logits`, each tensor rank gets its share of V_pad.
@@ -112,41 +94,18 @@ class LanguageModel(nn.Module):
     def hidden(self, input_ids: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
         """ids [b, s] -> what the head reads, [b, s, d], so that callers need not take logits at every position."""
         x = self.embedding(input_ids)
-        if self.checkpoint_layers and self.training and cache is None:
-            x = self._forward_blocks_recomputed(x)
+        if cache is None:
+            blocks = [(layer, True) for layer in self.layers]
+            x = run_layers(blocks, x, self.checkpoint_layers if self.training else 0)
         else:
-            for i, layer in enumerate(self.layers):
-                x = layer(x, None if cache is None else cache[i])
+            for layer, entry in zip(self.layers, cache, strict=True):
+                x = layer(x, entry)
         return self.final_norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """[.., d] of `hidden` -> logits [.., V_pad]."""
         return self.embedding(x, as_head=True) if self.head is None else self.head(x)
 
-    def _forward_blocks_recomputed(self, x: Tensor) -> Tensor:
-        for start in range(0, len(self.layers), self.checkpoint_layers):
-            group = nn.Sequential(*self.layers[start : start + self.checkpoint_layers])
-            x = checkpoint(group, x, use_reentrant=False)
-        return x
-
-    def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """(canonical prefix, module) of embedding, blocks, final norm and head, in order."""
-        yield "embedding", self.embedding
-        yield from ((f"layers.{i}", layer) for i, layer in enumerate(self.layers))
-        yield "final_norm", self.final_norm
-        if self.head is not None:
-            yield "head", self.head
-
-    def reset_tau(self) -> None:
-        """Write every layer's tau_tokens as given at construction (needed after `to_empty`)."""
-        for module in self.modules():
-            if isinstance(module, Pattention):
-                module.reset_tau()
-
-    def num_parameters(self) -> int:
-        """Number of parameters, those of all tensor ranks; a tied embedding counts once."""
-        return sum(whole_shape(parameter).numel() for parameter in self.parameters())
-
-    def flops_per_token(self, seq_length: int) -> float:
-        """Training FLOPs of one token at this sequence length (see megatron.model.flops)."""
-        return flops_per_token(self, self.config, seq_length)
+    def flops_per_token(self, tokens: int) -> float:
+        """Training FLOPs of one token of a sequence of `tokens` (see megatron.model.flops)."""
+        return flops_per_token(self, self.config, tokens)

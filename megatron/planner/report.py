@@ -32,10 +32,10 @@ def report(config: RunConfig, machine: Machine, gpus: int, rows: int = 10) -> st
 
     A run with a growth schedule is planned for the largest model it comes to.
     """
-    model, notes = with_vocabulary(config.model, config.tokenizer)
+    model, notes = with_vocabulary(config.language, config.tokenizer)
     grown, growths = model, len(config.scaling.growth)
     if growths:
-        grown = stage_config(config.model_copy(update={"model": model}), growths).model
+        grown = stage_config(config.replaced(model=model), growths).language
         line = f"growth: planned for the model after the last growth ({growths} in all); at first it has "
         notes += [f"{line}{num_parameters(model):,} parameters"]
     work = replace(Workload.of(config), model=grown)

@@ -39,7 +39,7 @@ class Workload:
     def of(cls, config: RunConfig) -> Workload:
         """The workload of a configuration's run, before any growth."""
         optimizer = config.optimization.optimizer
-        return cls(config.model, config.precision.dtype, optimizer, config.parallel, config.training)
+        return cls(config.language, config.precision.dtype, optimizer, config.parallel, config.training)
 
     @property
     def element_bytes(self) -> int:

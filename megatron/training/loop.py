@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-
-from torch import Tensor
+from typing import Any
 
 from megatron.config.schema import RunConfig
 from megatron.engine.base import StepResult
@@ -16,7 +14,8 @@ from megatron.signals import StopRequest
 from megatron.training.checkpointing import save, should_save
 from megatron.training.hardware import memory_gib
 from megatron.training.metrics import Metrics
-from megatron.training.run import Run, start_run
+from megatron.training.run import Run
+from megatron.training.setup import start_run
 from megatron.training.state import TrainState
 
 
@@ -93,12 +92,12 @@ def _log_stop(run: Run, stop: StopRequest) -> None:
     get_logger().info("stopped at iteration %d (%s)", run.state.iteration, reason)
 
 
-def _iterate(run: Run, batches: Iterator[list[Tensor]]) -> StepResult:
+def _iterate(run: Run, batches: Iterator[list[Any]]) -> StepResult:
     """One update, counted."""
     micro_batches = next(batches)
     step = run.engine.train_step(micro_batches, run.schedule(run.state.updates))
     run.add_loss(step.loss)
-    run.state.advance(run.update.samples, run.config.model.seq_length, step.skipped)
+    run.state.advance(run.update.samples, run.update.tokens // run.update.samples, step.skipped)
     run.throughput.add(run.update.tokens)
     return step
 
@@ -121,7 +120,7 @@ def _training_metrics(run: Run, step: StepResult) -> Metrics:
     state, rate = run.state, run.throughput.take()
     metrics: Metrics = {
         "iteration": state.iteration,
-        "lm_loss": run.take_mean_loss(),
+        run.task.loss_name: run.take_mean_loss(),
         "learning_rate": run.schedule(state.updates - (0 if step.skipped else 1)),
         "grad_norm": None if step.skipped or step.grad_norm is None else float(step.grad_norm),
         "consumed_tokens": state.consumed_tokens,
@@ -150,7 +149,7 @@ def _make_up_evaluations(run: Run, stop: StopRequest) -> bool:
     Returns: false when a request to stop ended it before its last batch.
     """
     for split in _evaluations_due(run) if run.resumed and run.state.iteration else ():
-        has_it = run.metrics.holds(f"{split}_lm_loss", run.state.iteration)
+        has_it = run.metrics.holds(f"{split}_{run.task.loss_name}", run.state.iteration)
         if run.engine.any_rank(run.layout.rank == 0 and not has_it) and not _evaluate(run, split, stop):
             return False
     return True
@@ -159,10 +158,10 @@ def _make_up_evaluations(run: Run, stop: StopRequest) -> bool:
 class _UntilStopped:
     """Batches of an evaluation until one rank is asked to stop; then `stopped` is true on all of them."""
 
-    def __init__(self, run: Run, stop: StopRequest, batches: Iterator[Tensor]) -> None:
+    def __init__(self, run: Run, stop: StopRequest, batches: Iterator[Any]) -> None:
         self._run, self._stop, self._batches, self.stopped = run, stop, batches, False
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Any]:
         for batch in self._batches:
             self.stopped = self._run.engine.any_rank(self._stop.requested)
             if self.stopped:
@@ -171,7 +170,7 @@ class _UntilStopped:
 
 
 def _evaluate(run: Run, split: str, stop: StopRequest) -> bool:
-    """Loss on the first eval_iters batches of the validation or test set, the same ones every time.
+    """Metrics of the validation or test set, on the same samples every time.
 
     Returns: false when a request to stop ended it before its last batch; then nothing is logged.
     """
@@ -179,14 +178,13 @@ def _evaluate(run: Run, split: str, stop: StopRequest) -> bool:
     if dataset is None or run.config.training.eval_iters == 0:
         return True
     batches = _UntilStopped(run, stop, run.evaluation_batches(dataset))
-    loss = run.engine.evaluate(batches)
+    sums = run.engine.evaluate(batches)
     if batches.stopped:
         return False
     run.metrics.log(
         {
             "iteration": run.state.iteration,
-            f"{split}_lm_loss": loss,
-            f"{split}_perplexity": math.exp(min(loss, 80.0)),
+            **run.task.metrics(split, sums),
             "consumed_tokens": run.state.consumed_tokens,
         }
     )

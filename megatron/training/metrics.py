@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from megatron.config.schema import RunConfig
 from megatron.errors import UserError
 from megatron.files import replaced_file
 from megatron.log import get_logger, open_log
+from megatron.tasks import Task
 
 METRICS_FILE = "metrics.jsonl"
 _boards = itertools.count()
@@ -133,14 +134,13 @@ class Console:
 
     name = "the console log"
     _formats = {
-        "lm_loss": "loss {:.4f}", "learning_rate": "lr {:.3e}", "grad_norm": "grad norm {:.3f}",
-        "tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}", "memory_gib": "{:.2f} GiB",
-        "loss_scale": "scale {:g}", "valid_lm_loss": "validation loss {:.4f}", "valid_perplexity": "perplexity {:.2f}",
-        "test_lm_loss": "test loss {:.4f}", "test_perplexity": "perplexity {:.2f}",
+        "learning_rate": "lr {:.3e}", "grad_norm": "grad norm {:.3f}", "tokens_per_second": "{:,.0f} tokens/s",
+        "mfu": "MFU {:.1%}", "memory_gib": "{:.2f} GiB", "loss_scale": "scale {:g}",
     }  # fmt: skip
 
-    def __init__(self, last_iteration: int) -> None:
+    def __init__(self, last_iteration: int, loss_name: str = "loss", formats: Mapping[str, str] | None = None) -> None:
         self.last_iteration = last_iteration
+        self._formats = {loss_name: "loss {:.4f}", **self._formats, **(formats or {})}
 
     def write(self, metrics: Metrics) -> None:
         """Log the known entries in a fixed order."""
@@ -225,14 +225,14 @@ class WandB:
 class MetricsLog:
     """All sinks of a run; ranks other than 0 have none. One that fails costs a warning, never the run."""
 
-    def __init__(self, config: RunConfig, rank: int, resumed_iteration: int) -> None:
+    def __init__(self, config: RunConfig, rank: int, resumed_iteration: int, task: Task[Any] | None = None) -> None:
         self.sinks: list[Sink] = []
         self._failed: set[str] = set()
         self._lines: JsonLines | None = None
         if rank != 0:
             return
         options = config.logging
-        self.sinks.append(Console(config.training.train_iters or 0))
+        self.sinks.append(Console(config.training.train_iters or 0, *((task.loss_name, task.console) if task else ())))
         folder = options.log_dir or config.checkpoint.save
         if folder:
             with self._guarded(JsonLines.name):

@@ -7,6 +7,7 @@ A run killed around a growth therefore finds itself before it or after it, and d
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from megatron.checkpoint.store import CheckpointReader
 from megatron.config.schema import RunConfig
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import ModelSection, language_section
 from megatron.config.update_size import UpdateSize
 from megatron.errors import UserError
 from megatron.growth.grow import GrownTensors, TensorSource
@@ -37,7 +38,7 @@ from megatron.growth.schedule import (
 )
 from megatron.growth.source import open_base
 from megatron.log import get_logger
-from megatron.model import LanguageModel
+from megatron.model.build import build_model
 from megatron.model.compatibility import check_fit, check_same_model, saved_model_config
 from megatron.mpu import Layout
 from megatron.mpu.device import process_device
@@ -65,7 +66,7 @@ class Start:
     tensors: TensorSource | None = None
     reader: CheckpointReader | None = None
     resumed: bool = False
-    _growths: list[tuple[ModelConfig, TensorSource, ModelConfig, TensorSource]] = field(default_factory=list)
+    _growths: list[tuple[ModelSection, TensorSource, ModelSection, TensorSource]] = field(default_factory=list)
 
     def grow(self, after: RunConfig, scheduled: bool) -> None:
         """Add the tokens that make this model that of `after`, and note it in the lineage."""
@@ -74,7 +75,7 @@ class Start:
         new_keys = after.scaling.new_keys
         grown = GrownTensors(self.tensors, before, after.model, after.training.seed, new_keys)
         self._growths.append((before, self.tensors, after.model, grown))
-        size = LanguageModel(before, device="meta").num_parameters()
+        size = build_model(before, device="meta").num_parameters()
         entry = lineage_entry(before, after.model, state.state_dict(), new_keys, scheduled=scheduled)
         get_logger().info(
             "growth at iteration %d: %s; %s to %s parameters",
@@ -83,15 +84,15 @@ class Start:
         state.lineage = [*state.lineage, entry]
         self.config, self.tensors = after, grown
 
-    def prove(self, ids: Tensor, layout: Layout) -> None:
-        """Compare logits of held-out ids [b, s] before and after each growth, and print the difference. Collective.
+    def prove(self, inputs: Sequence[Tensor], layout: Layout) -> None:
+        """Compare outputs for held-out inputs before and after each growth, and print the difference. Collective.
 
         Raises: UserError on every rank when rounding does not explain it; nothing has been written by then.
         """
         device = process_device()
         for number, (before, old, after, new) in enumerate(self._growths):
             numbers = torch.zeros(2, device=device)
-            compare = partial(compare_logits, (before, old), (after, new), ids.to(device), layout)
+            compare = partial(compare_logits, (before, old), (after, new), [x.to(device) for x in inputs], layout)
             found = compare() if layout.rank and layout.data.rank == layout.pipeline.rank == 0 else None
             # The whole model is read twice: ranks that take no part wait where there is no limit of time.
             found = first_rank_does(compare, layout) or found
@@ -145,20 +146,20 @@ def _from_checkpoint(config: RunConfig, resumption: Resumption) -> Start:
     return Start(config, state, reader, reader, resumed=not config.checkpoint.finetune)
 
 
-def _check_fit(model: ModelConfig, tensors: TensorSource, source: str) -> None:
+def _check_fit(model: ModelSection, tensors: TensorSource, source: str) -> None:
     shapes = {name: tensors.shape("model", name) for name in tensors.names("model")}
-    check_fit(LanguageModel(model, device="meta"), shapes, source)
+    check_fit(build_model(model, device="meta"), shapes, source)
 
 
 def _from_smaller_model(config: RunConfig, path: str, layout: Layout) -> Start:
-    base = open_base(Path(path), config.model, verify=False)
+    base = open_base(Path(path), language_section(config.model), verify=False)
     if base.reader is not None:
         first_rank_does(partial(require_sound, base.reader), layout)
     slots = {f"{kind}_slot_num": getattr(config.model, f"{kind}_slot_num") for kind in KINDS}
     check_same_model(config.model, base.config.model_copy(update=slots), base.folder)
     # Everything but the tokens is as configured: lengths and dropout may be others than the smaller model's.
     tokens = {key: getattr(base.config, key) for key in (*slots, "token_segments")}
-    before = ModelConfig(**{**config.model.model_dump(), **tokens})
+    before = type(config.model)(**{**config.model.model_dump(), **tokens})
     _check_fit(before, base.tensors, f"pretrain_partial_init: {base.folder}")
     qkv, proj, ffn = (slots[f"{kind}_slot_num"] for kind in KINDS)
     counts = TokenCounts(qkv, proj, ffn, new_keys=config.scaling.new_keys)

@@ -38,12 +38,12 @@ class TrainState:
         """Updates that changed the weights; the learning-rate schedule runs on these."""
         return self.iteration - self.skipped_iterations
 
-    def advance(self, samples: int, seq_length: int, skipped: bool) -> None:
-        """Count one finished iteration of `samples` sequences."""
+    def advance(self, samples: int, length: int, skipped: bool) -> None:
+        """Count one finished iteration of `samples`, of `length` tokens each."""
         self.iteration += 1
         self.skipped_iterations += int(skipped)
         self.consumed_samples += samples
-        self.consumed_tokens += samples * seq_length
+        self.consumed_tokens += samples * length
 
     def state_dict(self) -> dict[str, Any]:
         """A JSON-ready copy."""

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron.config import explain, resolve_config
+from megatron.config.build import SECTION_OF
 from megatron.config.cli import parse_arguments, parse_run
-from megatron.config.load import SECTION_OF
 from megatron.config.reference import render
 from megatron.errors import UserError, run_command
 

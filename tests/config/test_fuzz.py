@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from megatron.config import RunConfig, explain, load_config, resolve_config
+from megatron.config.build import SECTION_OF
 from megatron.config.checks import find_training_mistakes
-from megatron.config.load import SECTION_OF, known_keys
+from megatron.config.load import known_keys
 from megatron.errors import UserError, UserErrors
 from megatron.launch import check_world, find_hosts
 from tests.conftest import TINY

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron.config import load_config, resolve_config
+from megatron.config.build import SECTION_OF
 from megatron.config.checks import check_trainable
-from megatron.config.load import SECTION_OF
 from megatron.config.neox_keys import ALIASES, IGNORED, REFUSED, RULES
 from megatron.config.zero_keys import ZERO_KEYS
 from megatron.errors import UserError

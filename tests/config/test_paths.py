@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron.config import load_config, resolve_config
+from megatron.config.build import SECTION_OF
 from megatron.config.cli import parse_run
-from megatron.config.load import SECTION_OF
 from megatron.config.paths import PATH_KEYS
 from megatron.errors import UserError
 

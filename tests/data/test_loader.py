@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -11,9 +12,15 @@ import pytest
 import torch
 from data_helpers import CORPUS, run_config, write_corpus
 
-from megatron.data import BlendedDataset, GPTDataset, IndexedDataset, batches, build_datasets
+from megatron.config import RunConfig
+from megatron.data import BlendedDataset, Datasets, GPTDataset, IndexedDataset, batches, build_datasets
 from megatron.errors import UserError
 from megatron.signals import STOP_SIGNALS
+
+
+def datasets_of(config: RunConfig, train: int, valid: int, test: int, order: Any = None) -> Datasets:
+    """What `build_datasets` makes of a run's configuration."""
+    return build_datasets(config.data, config.language.seq_length, config.training.seed, (train, valid, test), order)
 
 
 @pytest.fixture(scope="module")
@@ -93,20 +100,20 @@ def test_loading_leaves_the_random_state_alone(dataset: GPTDataset) -> None:
 
 
 def test_a_split_gives_disjoint_documents() -> None:
-    built = build_datasets(run_config(data_path=str(CORPUS), split="80,15,5"), 500, 20, 5)
+    built = datasets_of(run_config(data_path=str(CORPUS), split="80,15,5"), 500, 20, 5)
     assert [part.documents for part in (built.train, built.valid, built.test)] == [(0, 160), (160, 190), (190, 200)]
     assert built.epoch_blocks == {"train/0": [2], "valid/0": [1], "test/0": [1]}
 
 
 def test_nothing_is_built_for_no_samples() -> None:
-    built = build_datasets(run_config(data_path=str(CORPUS), split="1,0,0"), 10, 0, 0)
+    built = datasets_of(run_config(data_path=str(CORPUS), split="1,0,0"), 10, 0, 0)
     assert built.valid is None and built.test is None and isinstance(built.train, GPTDataset)
 
 
 def test_saved_blocks_are_extended() -> None:
     config = run_config(data_path=str(CORPUS), split="1")
-    short = build_datasets(config, 600, 0, 0)
-    longer = build_datasets(config, 700, 0, 0, short.epoch_blocks)
+    short = datasets_of(config, 600, 0, 0)
+    longer = datasets_of(config, 700, 0, 0, short.epoch_blocks)
     assert longer.epoch_blocks == {"train/0": [1, 1]}
     assert np.array_equal(longer.train[5], short.train[5])
 
@@ -119,7 +126,7 @@ def blended(tmp_path: Path) -> dict[str, object]:
 
 
 def test_blends_follow_their_weights(blended: dict[str, object]) -> None:
-    built = build_datasets(run_config(9, **blended, train_data_weights=[1, 3]), 400, 20, 5)
+    built = datasets_of(run_config(9, **blended, train_data_weights=[1, 3]), 400, 20, 5)
     assert isinstance(built.train, BlendedDataset) and np.bincount(built.train.dataset_index).tolist() == [100, 300]
     assert len(built.train) == 400 and built.test is None
     assert built.epoch_blocks == {"train/0": [2], "train/1": [2], "valid/0": [1]}
@@ -127,71 +134,71 @@ def test_blends_follow_their_weights(blended: dict[str, object]) -> None:
 
 def test_an_extended_blend_keeps_its_prefix(blended: dict[str, object]) -> None:
     config = run_config(9, **blended, weight_by_num_documents=True, weighted_sampler_alpha=0.3)
-    short = build_datasets(config, 300, 0, 0)
-    longer = build_datasets(config, 3000, 0, 0, short.epoch_blocks)
+    short = datasets_of(config, 300, 0, 0)
+    longer = datasets_of(config, 3000, 0, 0, short.epoch_blocks)
     assert all(np.array_equal(longer.train[i], short.train[i]) for i in range(300))
 
 
 def test_a_set_that_is_not_built_keeps_its_order() -> None:
     config = run_config(data_path=str(CORPUS), split="8,2")
-    first = build_datasets(config, 600, 500, 0)
-    without = build_datasets(config, 700, 0, 0, first.epoch_blocks)
+    first = datasets_of(config, 600, 500, 0)
+    without = datasets_of(config, 700, 0, 0, first.epoch_blocks)
     assert without.valid is None and without.epoch_blocks["valid/0"] == first.epoch_blocks["valid/0"]
 
 
 @pytest.mark.parametrize("damage", [{"train/0": "2"}, {"train/0": [-1]}, {"train/0/later": [0]}, {"train/0": [True]}])
 def test_a_forged_record_of_the_order_is_refused(damage: dict[str, object]) -> None:
     with pytest.raises(UserError, match="epoch_blocks: the checkpoint's 'train/0.*positive numbers"):
-        build_datasets(run_config(data_path=str(CORPUS), split="1"), 600, 0, 0, damage)
+        datasets_of(run_config(data_path=str(CORPUS), split="1"), 600, 0, 0, damage)
     with pytest.raises(UserError, match="does not fit in memory"):
-        build_datasets(run_config(data_path=str(CORPUS), split="1"), 600, 0, 0, {"train/0": [10**17]})
+        datasets_of(run_config(data_path=str(CORPUS), split="1"), 600, 0, 0, {"train/0": [10**17]})
 
 
 def test_a_very_long_blend_repeats_its_choices_with_new_samples(
     blended: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_config(9, **blended, train_data_weights=[1, 3])
-    whole = build_datasets(config, 400, 0, 0)
-    for module in ("loader", "samples"):
+    whole = datasets_of(config, 400, 0, 0)
+    for module in ("datasets", "samples"):
         monkeypatch.setattr(f"megatron.data.{module}.WHOLE_ORDER_SAMPLES", 400)
-    monkeypatch.setattr("megatron.data.loader.BLEND_PERIOD", 100)
-    built = build_datasets(config, 1000, 0, 0)
+    monkeypatch.setattr("megatron.data.datasets.BLEND_PERIOD", 100)
+    built = datasets_of(config, 1000, 0, 0)
     assert built.epoch_blocks["train/period"] == [100] and len(built.train) == 1000
     assert [built.train.locate(i) for i in range(100)] == [whole.train.locate(i) for i in range(100)]
     seen = {built.train.locate(i) for i in range(1000)}
     assert len(seen) == 1000 and sum(number == 0 for number, _ in seen) == 250
-    longer = build_datasets(config, 5000, 0, 0, built.epoch_blocks)
+    longer = datasets_of(config, 5000, 0, 0, built.epoch_blocks)
     assert all(np.array_equal(longer.train[i], built.train[i]) for i in range(0, 1000, 9))
     # A run that was shorter keeps what it consumed: its choices repeat only after the limit.
-    resumed = build_datasets(config, 1000, 0, 0, whole.epoch_blocks)
+    resumed = datasets_of(config, 1000, 0, 0, whole.epoch_blocks)
     assert resumed.epoch_blocks["train/period"] == [400]
     assert all(np.array_equal(resumed.train[i], whole.train[i]) for i in range(400))
 
 
 def test_a_thousand_million_updates_start_in_seconds(blended: dict[str, object]) -> None:
     for config in (run_config(data_path=str(CORPUS), split="8,2"), run_config(9, **blended, train_data_weights=[1, 3])):
-        built = build_datasets(config, 10**9 * 1024, 10**7 * 1024, 10)
+        built = datasets_of(config, 10**9 * 1024, 10**7 * 1024, 10)
         last = next(batches(built.train, 4, start_sample=10**12))
         assert last["tokens"].shape[0] == 4
         assert built.epoch_blocks["train/0/later"] and built.epoch_blocks["valid/0/later"]
-        again = build_datasets(config, 10**10 * 1024, 10, 10, built.epoch_blocks)
+        again = datasets_of(config, 10**10 * 1024, 10, 10, built.epoch_blocks)
         assert torch.equal(next(batches(again.train, 4, start_sample=10**12))["tokens"], last["tokens"])
 
 
 def test_missing_paths_are_named(blended: dict[str, object]) -> None:
     with pytest.raises(UserError, match="data_path: missing"):
-        build_datasets(run_config(), 1, 0, 0)
+        datasets_of(run_config(), 1, 0, 0)
     config = run_config(9, train_data_paths=blended["train_data_paths"])
     with pytest.raises(UserError, match="valid_data_paths: missing.*eval_iters: 0"):
-        build_datasets(config, 1, 1, 0)
+        datasets_of(config, 1, 1, 0)
 
 
 def test_a_split_without_documents_is_refused() -> None:
     with pytest.raises(UserError, match="split: '1,0,0' gives valid none of the 200 documents.*eval_iters: 0"):
-        build_datasets(run_config(data_path=str(CORPUS), split="1,0,0"), 1, 1, 0)
+        datasets_of(run_config(data_path=str(CORPUS), split="1,0,0"), 1, 1, 0)
     with pytest.raises(UserError, match="split: '0,1,0' gives train none"):
-        build_datasets(run_config(data_path=str(CORPUS), split="0,1,0"), 1, 1, 0)
-    assert build_datasets(run_config(data_path=str(CORPUS), split="9,1,0"), 1, 1, 1).test is None
+        datasets_of(run_config(data_path=str(CORPUS), split="0,1,0"), 1, 1, 0)
+    assert datasets_of(run_config(data_path=str(CORPUS), split="9,1,0"), 1, 1, 1).test is None
 
 
 def test_importing_data_imports_no_engine() -> None:

@@ -17,7 +17,7 @@ import train as train_script
 from megatron.data import Datasets, IndexedDatasetBuilder
 from megatron.errors import run_command
 from megatron.growth import proof as growth_proof
-from megatron.training.run import _held_out_ids
+from megatron.tasks import build_task
 from tests.conftest import TINY
 from tests.growth.growth_helpers import CONTINUE, COUNTS, MakeConfig, assert_equal, run, stage, state, tensors
 
@@ -204,9 +204,9 @@ def test_data_of_another_tokenizer_is_named_before_a_growth_is_proven(
 def test_a_run_without_data_has_ids_to_prove_a_growth_with(tiny_config: MakeConfig) -> None:
     """At the run's end without evaluation no data set is built."""
     config = tiny_config(padded_vocab_size=320)
-    ids = _held_out_ids(Datasets(None, None, None), config)
+    (ids,) = build_task(config).held_out(Datasets(None, None, None), 4)
     assert ids.shape[1] == 16 and ids.dtype == torch.int64 and int(ids.min()) >= 0 and int(ids.max()) < 320
-    assert torch.equal(ids, _held_out_ids(Datasets(None, None, None), config))
+    assert torch.equal(ids, build_task(config).held_out(Datasets(None, None, None), 4)[0])
 
 
 OFFICIAL = Path(__file__).parents[1] / "fixtures" / "golden" / "model_A" / "pytorch_model.bin"

@@ -10,6 +10,7 @@ import torch
 from megatron.checkpoint.state import CanonicalState
 from megatron.checkpoint.store import save_checkpoint
 from megatron.config import RunConfig
+from megatron.config.build import SECTION_OF
 from megatron.config.schema import SECTIONS
 from megatron.model import LanguageModel
 from megatron.mpu import SINGLE, Layout
@@ -26,8 +27,7 @@ def make_config(**keys: Any) -> RunConfig:
     }  # fmt: skip
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for key, value in flat.items():
-        name = next(n for n in SECTIONS if key in RunConfig.model_fields[n].annotation.model_fields)  # type: ignore
-        sections[name][key] = value
+        sections[SECTION_OF[key]][key] = value
     return RunConfig(**sections)  # type: ignore[arg-type]
 
 

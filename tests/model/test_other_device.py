@@ -136,7 +136,7 @@ def growing(name: str) -> None:
         before = model(ids)
         grow(model, **GROWTHS[name])
         assert (model(ids) - before).abs().max().item() < 1e-9 * before.abs().max().item()
-    compare_logits((old_config, old), (model.config, Tensors(model)), ids).check("this growth")
+    compare_logits((old_config, old), (model.config, Tensors(model)), [ids]).check("this growth")
     trained(model, ids)
 
 

@@ -13,12 +13,12 @@ from torch.distributed import distributed_c10d
 
 from megatron.checkpoint import store
 from megatron.config import RunConfig
-from megatron.engine import base as engine_module
-from megatron.engine import zero3
+from megatron.engine import build
 from megatron.errors import UserError
 from megatron.mpu import processes
+from megatron.tasks import language
 from megatron.training import train
-from megatron.training.run import start_run
+from megatron.training.setup import start_run
 from tests.ranks import run_ranks
 
 MakeConfig = Callable[..., RunConfig]
@@ -33,12 +33,12 @@ def message_of(config: RunConfig) -> str:
 
 
 def loss_of_rank_1_breaks(configs: list[RunConfig]) -> list[str]:
-    real = engine_module.cross_entropy
+    real = language.cross_entropy
 
     def broken(*arguments: Any) -> Any:
         return real(*arguments) * (float("nan") if os.environ["RANK"] == "1" else 1.0)
 
-    engine_module.cross_entropy = broken
+    language.cross_entropy = broken
     return [message_of(config) for config in configs]
 
 
@@ -81,15 +81,13 @@ def test_a_full_disk_and_a_damaged_checkpoint_are_the_same_line_on_every_rank(
 def start_at_stage_3(config: RunConfig) -> tuple[str, list[int]]:
     """What an unknown order of slices says, and the largest number of parameters that were whole at one time."""
     whole: list[int] = []
-    real = zero3.partition_parameters
+    real = build.partition_parameters
 
     def counting(module: torch.nn.Module, *arguments: Any) -> None:
         whole.append(sum(p.numel() for p in module.parameters()))
         real(module, *arguments)
 
-    import megatron.training.run as run_module
-
-    run_module.partition_parameters = counting
+    build.partition_parameters = counting
     run = start_run(config)
     left = [p.numel() for p in run.engine.model.parameters()]
     run.close()

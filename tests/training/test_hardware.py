@@ -15,10 +15,9 @@ from megatron.config import RunConfig, load_config
 from megatron.engine import extensions
 from megatron.engine import settings as engine_settings
 from megatron.engine.distributed import initialize_distributed
-from megatron.engine.settings import deepspeed_config
+from megatron.engine.settings import EngineSettings
 from megatron.errors import UserError
 from megatron.growth import proof
-from megatron.mpu import Layout
 from megatron.training import train
 from megatron.training.hardware import peak_flops
 from tests.conftest import TINY
@@ -92,16 +91,20 @@ def test_ranks_that_share_a_gpu_need_gloo() -> None:
     assert load_config([], {**TINY, "ranks_per_gpu": 2}).launch.ranks_per_gpu == 2
 
 
+def _deepspeed(config: RunConfig) -> dict[str, Any]:
+    return EngineSettings.of(config, config.update_size(1)).deepspeed
+
+
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_offloaded_states_are_pinned_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
     monkeypatch.setattr(engine_settings, "uses_gpu", lambda: on_gpu)
     for zero in ({"stage": 1, "cpu_offload": True}, {"stage": 3, "offload_param": {"device": "cpu"}}):
-        table = deepspeed_config(load_config([], {**TINY, "zero_optimization": zero}), Layout())["zero_optimization"]
+        table = _deepspeed(load_config([], {**TINY, "zero_optimization": zero}))["zero_optimization"]
         offload = table.get("offload_optimizer") or table["offload_param"]
         assert offload == {"device": "cpu", "pin_memory": on_gpu}
     given = {"stage": 1, "offload_optimizer": {"device": "cpu", "pin_memory": not on_gpu}}
     config = load_config([], {**TINY, "zero_optimization": given})
-    assert deepspeed_config(config, Layout())["zero_optimization"] == given
+    assert _deepspeed(config)["zero_optimization"] == given
 
 
 # ---- extensions ----
@@ -162,7 +165,7 @@ def test_a_growth_is_proven_in_fp64_where_products_keep_being_rounded(monkeypatc
     pair: Any = (config, Tensors())
     for exact, dtype in ((True, torch.float32), (False, torch.float64)):
         monkeypatch.setattr(proof, "products_are_exact", lambda device, exact=exact: exact)
-        assert proof.compare_logits(pair, pair, torch.zeros(1, 4, dtype=torch.int64)).largest == 0
+        assert proof.compare_logits(pair, pair, [torch.zeros(1, 4, dtype=torch.int64)]).largest == 0
         assert set(seen) == {dtype}
         seen.clear()
 

@@ -16,7 +16,7 @@ from megatron.checkpoint import CheckpointReader
 from megatron.config import RunConfig
 from megatron.mpu.shard import shard_spec
 from megatron.training import train
-from megatron.training.run import start_run
+from megatron.training.setup import start_run
 from tests.ranks import run_ranks
 
 MakeConfig = Callable[..., RunConfig]

@@ -16,7 +16,8 @@ from megatron.config import RunConfig
 from megatron.errors import UserError
 from megatron.model import LanguageModel
 from megatron.training import train
-from megatron.training.run import Run, start_run
+from megatron.training.run import Run
+from megatron.training.setup import start_run
 from tests.ranks import run_ranks
 from tests.training.test_layouts import Case, metrics
 

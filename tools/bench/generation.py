@@ -46,7 +46,7 @@ def main() -> int:
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
-    config = load_config([options.config]).model.replaced(padded_vocab_size=VOCABULARY)
+    config = load_config([options.config]).language.replaced(padded_vocab_size=VOCABULARY)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = LanguageModel(config, seed=0, device=device)
     generator = torch.Generator().manual_seed(0)

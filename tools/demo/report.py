@@ -49,7 +49,7 @@ def held_out_losses(folder: Path) -> tuple[dict[str, float], int, int]:
         "unigram model": unigram_loss(train, held_out, vocabulary),
         "bigram model, smoothed": bigram_loss(train, held_out, vocabulary),
         f"TokenFormer, {model.num_parameters():,} parameters": perplexity(
-            model, held_out, config.model.seq_length, batch_size=32
+            model, held_out, config.language.seq_length, batch_size=32
         )["loss"],
     }
     num_bytes = sum(len(line["text"].encode()) for line in read_jsonl(folder / "sotu_heldout.jsonl"))

@@ -74,7 +74,7 @@ def _driver() -> str:
 
 
 def _model(settings: Settings, dtype: torch.dtype) -> LanguageModel:
-    config = small_config(settings, "model", padded_vocab_size=512).model
+    config = small_config(settings, "model", padded_vocab_size=512).language
     model = LanguageModel(config, seed=3)
     with torch.no_grad():
         for parameter in model.parameters():  # at their initial size all logits would be alike
@@ -120,7 +120,7 @@ def _cached_logits(model: LanguageModel) -> tuple[float, float]:
 def evaluation(settings: Settings) -> Iterator[Check]:
     """Perplexity on the device against the CPU's in fp32."""
     tokens = np.random.RandomState(1).randint(1, 256, size=2000)
-    length = small_config(settings, "model").model.seq_length
+    length = small_config(settings, "model").language.seq_length
     expected = perplexity(_model(settings, torch.float32).cpu(), tokens, length)["loss"]
     for name, dtype in DTYPES.items():
         if name == "fp16" and settings.device == "cpu":

@@ -18,6 +18,7 @@ import yaml
 
 from megatron.checkpoint import CheckpointReader
 from megatron.engine.optimizer import build_optimizer
+from megatron.engine.settings import EngineSettings
 from megatron.model import LanguageModel
 from megatron.mpu.device import process_device
 from megatron.training import train
@@ -125,8 +126,8 @@ def recomputation(settings: Settings) -> Iterator[Check]:
 def optimizers(settings: Settings) -> Iterator[Check]:
     """torch's fused AdamW, and the others that need a GPU where they are installed."""
     config = small_config(settings, "optimizer", padded_vocab_size=512)
-    model = LanguageModel(config.model, device=process_device())
-    fused = build_optimizer(model, config).defaults.get("fused")
+    model = LanguageModel(config.language, device=process_device())
+    fused = build_optimizer(model, EngineSettings.of(config, config.update_size(1))).defaults.get("fused")
     yield "AdamW of torch is fused", fused is True, f"fused={fused}"
     if importlib.util.find_spec("apex") is None:
         raise Skip("NVIDIA apex is not installed (optional)")

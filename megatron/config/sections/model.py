@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,8 +24,23 @@ InitMethod = Literal[
 ]  # fmt: skip
 
 
-class ModelConfig(Section):
-    """The network: what a checkpoint's tensors mean."""
+@dataclass(frozen=True)
+class Initialisation:
+    """How matrices start (megatron.model.init), those apart that write to the residual stream.
+
+    std: of normal and the methods that scale it.
+    """
+
+    method: InitMethod
+    output: InitMethod
+    std: float
+
+
+class ModelSection(Section):
+    """What growth, initialisation and the cuts into stages and shares read of a network, whatever it learns."""
+
+    task: ClassVar[str]
+    """The name under which megatron.tasks knows what such a model learns."""
 
     num_layers: int = Field(gt=0, le=10_000)
     """Number of blocks L."""
@@ -47,6 +63,60 @@ class ModelConfig(Section):
     slot numbers are then the largest sums."""
     norm_activation_type: PattentionActivation = "l2_norm_gelu"
     """How Pattention turns scores into weights (theta of the paper). l2_norm_gelu is the published form."""
+
+    @model_validator(mode="after")
+    def _check_tokens(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads} heads do not divide hidden_size "
+                f"{self.hidden_size}; choose a divisor of it"
+            )
+        for kind, blocks in (self.token_segments or {}).items():
+            self._check_segments(kind, blocks)
+        return self
+
+    def _check_segments(self, kind: str, blocks: list[list[int]]) -> None:
+        slots, sums = getattr(self, f"{kind}_slot_num") or 0, [sum(block) for block in blocks]
+        if len(blocks) != self.num_layers or len({len(block) for block in blocks}) != 1 or max(sums) != slots:
+            raise ValueError(
+                f"token_segments: {kind} of {len(blocks)} blocks with up to {max(sums, default=0)} tokens does not "
+                f"belong to num_layers {self.num_layers} and {kind}_slot_num {slots}; leave it to growth"
+            )
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of every block, `tokenformer` or `global`, in order; length num_layers."""
+        if self.attention_config is None:
+            has_tokens = any((self.qkv_slot_num, self.proj_slot_num, self.ffn_slot_num))
+            return (TOKENFORMER if has_tokens else "global",) * self.num_layers
+        kinds: list[str] = []
+        for entry in self.attention_config:
+            kinds.extend(_expand_attention_entry(entry, self.num_layers - len(kinds)))
+        if len(kinds) != self.num_layers:
+            raise ValueError(
+                f"attention_config: describes {len(kinds)} layers, num_layers is {self.num_layers}; make them equal"
+            )
+        return tuple(kinds)
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def tokens_per_sample(self) -> int:
+        """Vectors of the residual stream that one training sample has."""
+        raise NotImplementedError
+
+    def initialisation(self) -> Initialisation:
+        """How the matrices of this network start."""
+        raise NotImplementedError
+
+
+class ModelConfig(ModelSection):
+    """The network: what a checkpoint's tensors mean."""
+
+    task: ClassVar[str] = "language"
+
     seq_length: int = Field(gt=0, le=MAX_SIZE)
     """Tokens a training sample holds; also the context length at evaluation and generation."""
     max_position_embeddings: int | None = Field(default=None, gt=0, le=MAX_SIZE)
@@ -95,12 +165,7 @@ class ModelConfig(Section):
     """Rows of the embedding. Default: vocab_size padded to make_vocab_size_divisible_by."""
 
     @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads: {self.num_attention_heads} heads do not divide hidden_size "
-                f"{self.hidden_size}; choose a divisor of it"
-            )
+    def _check(self) -> Self:
         if self.rotary_dim % 2:
             raise ValueError(
                 f"rotary_pct: {self.rotary_pct} of a head of {self.head_dim} dimensions (hidden_size over "
@@ -110,39 +175,9 @@ class ModelConfig(Section):
             for key in ("qkv_slot_num", "proj_slot_num", "ffn_slot_num"):
                 if getattr(self, key) is None:
                     raise ValueError(f"{key}: a tokenformer block needs it; give the number of parameter tokens")
-        for kind, blocks in (self.token_segments or {}).items():
-            self._check_segments(kind, blocks)
         if self.padded_vocab_size and self.vocab_size and self.vocab_size > self.padded_vocab_size:
             raise ValueError(_too_many_ids(self.padded_vocab_size, self.vocab_size))
         return self
-
-    def _check_segments(self, kind: str, blocks: list[list[int]]) -> None:
-        slots, sums = getattr(self, f"{kind}_slot_num"), [sum(block) for block in blocks]
-        if len(blocks) != self.num_layers or len({len(block) for block in blocks}) != 1 or max(sums) != slots:
-            raise ValueError(
-                f"token_segments: {kind} of {len(blocks)} blocks with up to {max(sums, default=0)} tokens does not "
-                f"belong to num_layers {self.num_layers} and {kind}_slot_num {slots}; leave it to growth"
-            )
-
-    @property
-    def layer_kinds(self) -> tuple[str, ...]:
-        """The kind of every block, `tokenformer` or `global`, in order; length num_layers."""
-        if self.attention_config is None:
-            has_tokens = any((self.qkv_slot_num, self.proj_slot_num, self.ffn_slot_num))
-            return (TOKENFORMER if has_tokens else "global",) * self.num_layers
-        kinds: list[str] = []
-        for entry in self.attention_config:
-            kinds.extend(_expand_attention_entry(entry, self.num_layers - len(kinds)))
-        if len(kinds) != self.num_layers:
-            raise ValueError(
-                f"attention_config: describes {len(kinds)} layers, num_layers is {self.num_layers}; make them equal"
-            )
-        return tuple(kinds)
-
-    @property
-    def head_dim(self) -> int:
-        """Dimensions of one attention head."""
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def rotary_dim(self) -> int:
@@ -153,6 +188,14 @@ class ModelConfig(Section):
     def final_norm_kind(self) -> Norm:
         """The norm before the logits."""
         return self.final_norm or self.norm
+
+    def tokens_per_sample(self) -> int:
+        """Predictions that one training sample asks for: seq_length."""
+        return self.seq_length
+
+    def initialisation(self) -> Initialisation:
+        """How the matrices of this network start."""
+        return Initialisation(self.init_method, self.output_layer_init_method, self.init_method_std)
 
     def with_vocabulary(self, size: int) -> ModelConfig:
         """A new config for a tokenizer of `size` ids, padded; raises UserError when they do not fit."""
@@ -194,3 +237,21 @@ def _expand_attention_entry(entry: Any, remaining: int) -> list[str]:
     if not 0 <= count <= MAX_SIZE // len(kinds) or isinstance(count, bool):
         raise ValueError(f"attention_config: {shortened(entry)} has no sensible number of layers; make it num_layers")
     return [TOKENFORMER if kind == TOKENFORMER else "global" for kind in kinds] * count
+
+
+def language_section(model: ModelSection) -> ModelConfig:
+    """The section of a language model. Raises UserError for one that learns something else."""
+    if not isinstance(model, ModelConfig):
+        raise UserError(f"task: this is for language models, and not for what learns '{model.task}'")
+    return model
+
+
+MODEL_SECTIONS: dict[str, type[ModelSection]] = {ModelConfig.task: ModelConfig}
+"""By task. megatron.tasks.register adds to it."""
+
+
+def model_section(task: Any) -> type[ModelSection]:
+    """The model section of a task. Raises ValueError, which names those there are."""
+    if not isinstance(task, str) or task not in MODEL_SECTIONS:
+        raise ValueError(f"there is no task '{shortened(task)}'; there are {', '.join(MODEL_SECTIONS)}")
+    return MODEL_SECTIONS[task]

@@ -1,0 +1,67 @@
+"""The model that a model section describes: its lists of layers, and what runs them in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from megatron.config.sections.model import ModelConfig, ModelSection
+from megatron.model.blocks import BuildOptions
+from megatron.model.language_model import LanguageModel, layer_specs
+from megatron.model.layered import LayeredModel, LayerLists
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How the models of one kind of section are made.
+
+    Attributes:
+        lists: (section, options) -> the lists of layers.
+        model: (section, options, keywords of LayeredModel) -> the model; default LayeredModel of the lists.
+    """
+
+    lists: Callable[[Any, BuildOptions], LayerLists]
+    model: Callable[..., LayeredModel] | None = None
+
+
+def _language_model(config: ModelConfig, options: BuildOptions, **keywords: Any) -> LanguageModel:
+    return LanguageModel(
+        config, pattention_backend=options.pattention_backend, attention_backend=options.attention_backend,
+        layout=options.layout, gather_logits=options.gather_logits, **keywords,
+    )  # fmt: skip
+
+
+LANGUAGE = Architecture(lambda config, options: {"": layer_specs(config, options)}, _language_model)
+
+ARCHITECTURES: dict[type[ModelSection], Architecture] = {ModelConfig: LANGUAGE}
+"""By model section. megatron.tasks.register adds to it."""
+
+
+def layer_lists(config: ModelSection, options: BuildOptions) -> LayerLists:
+    """The layers of the model that `config` describes; not built yet."""
+    return ARCHITECTURES[type(config)].lists(config, options)
+
+
+def build_model(
+    config: ModelSection,
+    options: BuildOptions | None = None,
+    *,
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+    checkpoint_layers: int = 0,
+) -> LayeredModel:
+    """The model that `config` describes, whole or a tensor rank's share of it; the keywords are those of LayeredModel.
+
+    Args:
+        options: backends and layout of the layers; default those of one process.
+    """
+    options = options or BuildOptions()
+    keywords: dict[str, Any] = {"seed": seed, "device": device, "checkpoint_layers": checkpoint_layers}
+    make = ARCHITECTURES[type(config)].model
+    if make is not None:
+        return make(config, options, **keywords)
+    lists = layer_lists(config, replace(options, device="meta"))
+    return LayeredModel(config, lists, layout=options.layout, **keywords)

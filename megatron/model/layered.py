@@ -1,0 +1,163 @@
+"""A model as lists of layers, whatever it computes.
+
+One process runs the lists as they are; a pipeline takes a list apart, and the proof of a growth runs it layer by layer.
+Names of parameters are the layers' names: they belong to the checkpoint and are the same in all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron.config.sections.model import ModelSection
+from megatron.model.flops import matmul_parameters
+from megatron.model.init import initialize
+from megatron.model.pattention import Pattention
+from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.shard import allocate, whole_shape
+
+_BLOCKS = "layers"
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A layer that is not built yet.
+
+    Attributes:
+        name: canonical prefix of its parameters. Blocks, whose activations may be recomputed, are `layers.{i}`.
+        build: makes the module.
+        tied_weight: what it shares with the other layer of the same name, the path of a parameter in the module; the
+            second one calls `forward(module, x)` instead of module(x).
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    tied_weight: str | None = None
+    forward: Callable[[Any, Tensor], Tensor] | None = None
+
+    @property
+    def is_block(self) -> bool:
+        """Is it one of the blocks?"""
+        return _BLOCKS in self.name.split(".")
+
+
+LayerLists = Mapping[str, Sequence[LayerSpec]]
+"""The layers of a model in order: one list, under any name, or a list for each of its inputs."""
+
+
+class LayeredModel(nn.Module):
+    """Runs each of its lists on an input of its own.
+
+    Args:
+        config: the model section.
+        lists: made for the device `meta`.
+        seed: seed of the initialisation, or None to leave parameters as they come (they will be loaded).
+        device: where parameters live; `meta` allocates nothing.
+        dtype: parameter dtype, fp32 by default.
+        checkpoint_layers: blocks recomputed together in the backward pass; 0 keeps all activations.
+        layout: the grid that the lists are made for.
+    """
+
+    def __init__(
+        self,
+        config: ModelSection,
+        lists: LayerLists,
+        *,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        checkpoint_layers: int = 0,
+        layout: Layout = SINGLE,
+    ) -> None:
+        super().__init__()
+        self.config, self.layout, self.checkpoint_layers = config, layout, checkpoint_layers
+        self._lists = [[(spec.name, spec.forward, spec.is_block) for spec in specs] for specs in lists.values()]
+        for spec in self._in_file_order([spec for specs in lists.values() for spec in specs]):
+            if spec.forward is None:
+                self._add(spec.name.split("."), spec.build())
+        if dtype is not None:
+            self.to(dtype)
+        if torch.device(device or "cpu").type != "meta":
+            allocate(self, device or "cpu")  # layers come without storage: their own default init would be thrown away
+            self.reset_tau()
+        if seed is not None:
+            initialize(self, config, seed, layout.tensor)
+
+    def _in_file_order(self, specs: list[LayerSpec]) -> list[LayerSpec]:
+        """The order in which parameters are listed, and written to checkpoints."""
+        return specs
+
+    def _add(self, path: list[str], module: nn.Module) -> None:
+        parent: nn.Module = self
+        for name, inner in zip(path, path[1:], strict=False):
+            if not hasattr(parent, name):
+                parent.add_module(name, nn.ModuleList() if inner.isdecimal() else nn.Module())
+            parent = getattr(parent, name)
+        parent.add_module(path[-1], module)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """The output of each list for its input; of a model with one list its output, not a tuple."""
+        outputs = tuple(self._run(layers, x) for layers, x in zip(self._lists, inputs, strict=True))
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def _run(self, layers: list[tuple[str, Callable[[Any, Tensor], Tensor] | None, bool]], x: Tensor) -> Tensor:
+        calls = []
+        for name, function, is_block in layers:
+            module = self.get_submodule(name)
+            calls.append((module if function is None else _bound(function, module), is_block))
+        return run_layers(calls, x, self.checkpoint_layers if self.training else 0)
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """(canonical name, module) of every layer, in order; one that is shared comes once."""
+        names = dict.fromkeys(name for layers in self._lists for name, _, _ in layers)
+        yield from ((name, self.get_submodule(name)) for name in names)
+
+    def reset_tau(self) -> None:
+        """Write every layer's tau_tokens as given at construction (needed after `to_empty`)."""
+        for module in self.modules():
+            if isinstance(module, Pattention):
+                module.reset_tau()
+
+    def num_parameters(self) -> int:
+        """Number of parameters, those of all tensor ranks; a tied one counts once."""
+        return sum(whole_shape(parameter).numel() for parameter in self.parameters())
+
+    def flops_per_token(self, tokens: int) -> float:
+        """Training FLOPs of one of a sample's `tokens`: 6 per entry of a matrix that each of them meets."""
+        return 6.0 * matmul_parameters(self)
+
+
+def _bound(function: Callable[[Any, Tensor], Tensor], module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: function(module, x)
+
+
+def run_layers(layers: Sequence[tuple[Callable[[Tensor], Tensor], bool]], x: Tensor, recomputed: int) -> Tensor:
+    """x through the layers, each with whether it is a block; `recomputed` blocks at a time keep no activations.
+
+    0 keeps all of them.
+    """
+    position = 0
+    while position < len(layers):
+        stop = position + 1
+        if recomputed and layers[position][1]:
+            while stop < min(len(layers), position + recomputed) and layers[stop][1]:
+                stop += 1
+            x = checkpoint(_chain([layer for layer, _ in layers[position:stop]]), x, use_reentrant=False)
+        else:
+            x = layers[position][0](x)
+        position = stop
+    return x
+
+
+def _chain(layers: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    return run
