@@ -115,8 +115,8 @@ def single_process() -> Iterator[None]:
 
 # Files in the order in which they are worth starting, so that no process is left with a long one at the end.
 _LONGEST = (
-    "growth/test_growth_layouts.py", "training/test_layouts.py", "growth/test_growth_runs.py", "test_resume.py",
-    "eval_tasks/test_ranks.py", "test_launch.py", "test_growth_kills.py", "test_pretrain.py",
+    "growth/test_layouts.py", "training/test_layouts.py", "growth/test_runs.py", "test_resume.py",
+    "eval_tasks/test_ranks.py", "test_launch.py", "growth/test_kills.py", "test_pretrain.py",
     "test_preflight.py",
 )  # fmt: skip
 

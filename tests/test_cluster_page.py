@@ -25,7 +25,7 @@ import yaml
 import zstandard
 
 from tests.launched import ROOT, environment, wait_until
-from tests.slurm.cluster import Cluster, missing_programs
+from tests.tools.slurm.cluster import Cluster, missing_programs
 
 PAGE = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"<!-- run: (\w+) -->\n\n((?:    .*\n)+)")

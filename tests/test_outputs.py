@@ -24,7 +24,7 @@ from megatron.errors import UserError
 from megatron.inference.answers import Answers
 from megatron.inference.generate import Completion
 from megatron.inference.modes import run_generation
-from tests.inference.helpers import make_config, save_random_models
+from tests.random_models import make_config, save_random_models
 from tools.datasets import make_demo_task, train_tokenizer
 
 TEXT = "the people of the united states and the congress of the states in their own time and place. " * 30

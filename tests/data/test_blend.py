@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from data_helpers import FIXTURES
 
 from megatron.data import BlendedDataset
 from megatron.data import blend as blend_module
 from megatron.data.blend import blend_index, normalized, weights_by_documents
 from megatron.errors import UserError
+from tests.data.counting_corpora import FIXTURES
 
 GOLDEN = np.load(FIXTURES / "data_golden.npz", allow_pickle=False)
 CASES = sorted({name.split(".dataset")[0] for name in GOLDEN.files if name.startswith("blend_raw.")})

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from http_server import Served, serve
 
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.data import IndexedDataset
 from megatron.data.corpora import CORPORA, Source, fetch_corpus
 from megatron.data.preprocess import prepare_dataset, preprocess
 from megatron.errors import UserError
+from tests.data.http_server import Served, serve
 
 BYTES = TokenizerConfig(tokenizer_type="CharLevelTokenizer")
 TEXT = b"one wiki"

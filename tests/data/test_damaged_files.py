@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from data_helpers import write_corpus
 
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.data import GPTDataset, IndexedDataset
@@ -25,6 +24,7 @@ from megatron.errors import UserError
 from megatron.log import get_logger
 from megatron.tokenizer import build_tokenizer
 from tests.damage import damaged
+from tests.data.counting_corpora import write_corpus
 
 SEED = int(os.environ.get("SOAK_SEED", "1"))
 ROUNDS = int(os.environ.get("SOAK_ROUNDS", "1"))

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from http_server import Served, serve
 
 from megatron.data.download import Patience, download
 from megatron.errors import UserError
+from tests.data.http_server import Served, serve
 
 BODY = random.Random(0).randbytes(3_000_000)
 SHA = "sha256:" + hashlib.sha256(BODY).hexdigest()

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import CORPUS, write_corpus
 
 from megatron.data import IndexedDataset, IndexedDatasetBuilder
 from megatron.data.check import check_pair
 from megatron.data.indexed import best_dtype
 from megatron.errors import UserError
+from tests.data.counting_corpora import CORPUS, write_corpus
 
 
 @pytest.fixture

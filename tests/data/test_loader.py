@@ -10,12 +10,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from data_helpers import CORPUS, run_config, write_corpus
 
 from megatron.config import RunConfig
 from megatron.data import BlendedDataset, Datasets, GPTDataset, IndexedDataset, batches, build_datasets
 from megatron.errors import UserError
 from megatron.signals import STOP_SIGNALS
+from tests.data.counting_corpora import CORPUS, run_config, write_corpus
 
 
 def datasets_of(config: RunConfig, train: int, valid: int, test: int, order: Any = None) -> Datasets:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import CORPUS, FIXTURES, write_corpus
 
 from megatron.data import GPTDataset, IndexedDataset
 from megatron.data import index_cache as cache
 from megatron.data.samples import count_samples, extend_epoch_blocks, split_documents
 from megatron.errors import UserError
+from tests.data.counting_corpora import CORPUS, FIXTURES, write_corpus
 
 GOLDEN = np.load(FIXTURES / "data_golden.npz", allow_pickle=False)
 

@@ -9,7 +9,7 @@ import pytest
 from eval_tasks.adapter import TokenFormerLM
 from megatron.tokenizer import HFTokenizer
 from megatron.tokenizer.training import train_tokenizer
-from tests.inference.helpers import make_model
+from tests.random_models import make_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "eval"
 

@@ -16,7 +16,7 @@ from eval_tasks.pretrained import tokenizer_of
 from megatron.errors import UserError, run_command
 from megatron.inference.convert import to_huggingface
 from megatron.inference.huggingface import export_huggingface
-from tests.inference.helpers import make_config, make_model, save_random_models
+from tests.random_models import make_config, make_model, save_random_models
 from tests.training.test_damaged_checkpoints import forge, record
 
 ROOT = Path(__file__).parents[2]

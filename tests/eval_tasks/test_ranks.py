@@ -17,8 +17,8 @@ import yaml
 
 from eval_tasks.run import run_evaluation
 from megatron.config.cli import parse_run
-from tests.inference.helpers import make_config, save_random_models
 from tests.launched import environment
+from tests.random_models import make_config, save_random_models
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def scores(tokenizer_file: str, batch_size: Any, tensor_size: int = 1) -> dict[s
     from megatron.launch import ensure_process_environment
     from megatron.mpu.processes import join
     from megatron.tokenizer import HFTokenizer
-    from tests.inference.helpers import make_model
+    from tests.random_models import make_model
 
     ensure_process_environment()
     layout = join(tensor_size, "gloo")

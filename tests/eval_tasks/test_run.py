@@ -18,7 +18,7 @@ from megatron.errors import UserError
 from megatron.inference import load_model
 from megatron.log import get_logger
 from megatron.tokenizer import HFTokenizer
-from tests.inference.helpers import make_config, save_random_models
+from tests.random_models import make_config, save_random_models
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "eval"
 

@@ -8,7 +8,7 @@ import pytest
 
 from eval_tasks.tables import _PUBLISHED, format_summary, format_table, paper_summary, published_figures
 from megatron.config import load_config
-from tests.inference.helpers import make_config
+from tests.random_models import make_config
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tokenformer"
 RESULTS = {

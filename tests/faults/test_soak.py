@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.killed_runs import LAST, SAVED_EVERY, plan, run_to_the_end, strike
-from tests.growth.growth_helpers import assert_equal, tensors
+from tests.growth.grown_runs import assert_equal, tensors
 from tests.launched import write_config
 
 STRIKES = int(os.environ.get("SOAK_STRIKES", "2"))

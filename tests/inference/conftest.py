@@ -8,7 +8,7 @@ import pytest
 
 from megatron.model import LanguageModel
 from megatron.tokenizer import CharLevelTokenizer
-from tests.inference.helpers import make_config, make_model, save_random_models
+from tests.random_models import make_config, make_model, save_random_models
 
 
 @pytest.fixture(params=["tokenformer", "transformer"])

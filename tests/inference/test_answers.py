@@ -22,7 +22,7 @@ from megatron.inference.generate import Completion, start_texts
 from megatron.inference.modes import run_generation
 from megatron.inference.sampling import Sampling
 from megatron.tokenizer import CharLevelTokenizer
-from tests.inference.helpers import make_config, make_model, save_random_models
+from tests.random_models import make_config, make_model, save_random_models
 
 ROOT = Path(__file__).parents[2]
 COUNT = 500

@@ -20,7 +20,7 @@ from megatron.inference import load_model
 from megatron.inference.huggingface import export_huggingface
 from megatron.model import LanguageModel
 from tests.damage import damaged
-from tests.inference.helpers import make_model
+from tests.random_models import make_model
 from tools.ckpts.convert import main
 
 SEED = os.environ.get("SOAK_SEED", "1")

@@ -12,7 +12,7 @@ from megatron.inference.sampling import Sampling
 from megatron.model import LanguageModel
 from megatron.model.forward_only import evaluating
 from megatron.tokenizer import CharLevelTokenizer
-from tests.inference.helpers import make_model
+from tests.random_models import make_model
 
 COUNT, CONTEXT = 200, 96
 

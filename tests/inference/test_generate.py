@@ -12,7 +12,7 @@ from megatron.inference.generate import Completion, generate
 from megatron.inference.sampling import Sampling
 from megatron.model import LanguageModel
 from megatron.tokenizer import CharLevelTokenizer
-from tests.inference.helpers import make_model
+from tests.random_models import make_model
 
 PROMPTS = ["The state of the Union", "a", "", "My fellow citizens,", "We", "liberty and"]
 

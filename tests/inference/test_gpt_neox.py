@@ -15,7 +15,7 @@ from megatron.errors import UserError
 from megatron.inference import load_model
 from megatron.inference.gpt_neox import canonical_names, neox_name
 from megatron.inference.huggingface import export_huggingface
-from tests.inference.helpers import make_model
+from tests.random_models import make_model
 
 IDS = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(0))
 

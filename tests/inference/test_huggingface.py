@@ -26,8 +26,8 @@ from megatron.inference.huggingface import export_huggingface, joined_tensors
 from megatron.inference.huggingface_source import configuration_source, modeling_source
 from megatron.model import LanguageModel, Pattention
 from megatron.tokenizer import CharLevelTokenizer, build_tokenizer
-from tests.inference.helpers import make_model
-from tests.inference.huggingface_helpers import PROMPTS, loaded, padded, private_modules
+from tests.inference.loaded_exports import PROMPTS, loaded, padded, private_modules
+from tests.random_models import make_model
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 GOLDEN_MODELS = ("model_A", "model_C_untied_gelu_l2")

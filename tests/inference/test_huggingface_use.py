@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.inference import load_model
 from megatron.inference.huggingface import export_huggingface
-from tests.inference.helpers import make_model
-from tests.inference.huggingface_helpers import IDS, PROMPTS, loaded, private_modules
+from tests.inference.loaded_exports import IDS, PROMPTS, loaded, private_modules
+from tests.random_models import make_model
 
 KINDS: dict[str, dict[str, Any]] = {
     "tokenformer": {},

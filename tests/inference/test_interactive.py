@@ -10,7 +10,7 @@ from megatron.inference.interactive import Session, stream
 from megatron.inference.sampling import Sampling
 from megatron.model.forward_only import evaluating
 from megatron.tokenizer import CharLevelTokenizer
-from tests.inference.helpers import make_model
+from tests.random_models import make_model
 
 PIECES = ["x", "\u00fc", "\u20ac", "\U0001f600", "y"]
 

@@ -17,9 +17,9 @@ from megatron.inference.load import load_model
 from megatron.launch import ensure_process_environment
 from megatron.mpu.processes import join
 from megatron.tokenizer import CharLevelTokenizer
-from tests.collectives import Traffic, order_faults, strict_collectives
-from tests.inference.helpers import make_config, save_random_models
+from tests.random_models import make_config, save_random_models
 from tests.ranks import run_ranks
+from tests.strict_collectives import Traffic, order_faults, strict_collectives
 
 PROMPTS = ["The Union " * n + chr(97 + n) for n in range(3)]
 OPTIONS: list[dict[str, Any]] = [

@@ -20,7 +20,7 @@ from megatron.inference.load import load_model
 from megatron.inference.modes import run_generation
 from megatron.inference.prepare import inference_dtype, load_for_inference
 from megatron.tokenizer import CharLevelTokenizer
-from tests.inference.helpers import make_config, save_random_models
+from tests.random_models import make_config, save_random_models
 
 ROOT = Path(__file__).parents[2]
 OFFICIAL = ROOT / "configs" / "text_generation.yml"

@@ -14,7 +14,7 @@ from megatron.inference.generate import generate, start_texts
 from megatron.inference.interactive import Session, stream
 from megatron.inference.sampling import Sampling
 from megatron.tokenizer import HFTokenizer
-from tests.inference.helpers import make_model
+from tests.random_models import make_model
 
 EOD, TURN = "<|endoftext|>", "<|im_end|>"
 CORPUS = ["the people of the united states and the congress of the states, caf\u00e9 \U0001f600 " * 20]

@@ -17,7 +17,7 @@ from megatron.inference.modes import run_generation
 from megatron.launch import ensure_process_environment
 from megatron.mpu.processes import join, leave
 from megatron.tokenizer import CharLevelTokenizer
-from tests.inference.helpers import make_config, make_model, save_random_models
+from tests.random_models import make_config, make_model, save_random_models
 from tests.ranks import run_ranks
 
 PROMPTS = ["The Union " * n + chr(97 + n) for n in range(9)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from megatron.model import LanguageModel
-from tests.inference.helpers import make_model
+from tests.random_models import make_model
 
 IDS = torch.randint(0, 500, (2, 12), generator=torch.Generator().manual_seed(0))
 KINDS: dict[str, dict[str, Any]] = {

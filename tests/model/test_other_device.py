@@ -29,8 +29,8 @@ from megatron.model import LanguageModel
 from megatron.mpu import SINGLE
 from megatron.ops.cross_entropy import cross_entropy
 from megatron.tokenizer import CharLevelTokenizer
-from tests.inference.helpers import make_config
 from tests.other_device import NAME, install
+from tests.random_models import make_config
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(

@@ -16,7 +16,7 @@ import megatron.training.setup as setup_module
 from megatron.config import RunConfig
 from megatron.training import train
 from megatron.training.setup import start_run
-from tests.growth.growth_helpers import CONTINUE
+from tests.growth.grown_runs import CONTINUE
 from tests.ranks import run_ranks
 
 MakeConfig = Callable[..., RunConfig]

@@ -24,8 +24,7 @@ from megatron.config import RunConfig
 from megatron.engine.base import StepResult
 from megatron.training import train
 from megatron.training.run import Run
-from tests.collectives import Traffic, order_faults, strict_collectives
-from tests.growth.growth_helpers import (
+from tests.growth.grown_runs import (
     CONTINUE,
     DATA,
     PIPELINE,
@@ -38,6 +37,7 @@ from tests.growth.growth_helpers import (
     zero,
 )
 from tests.ranks import run_ranks
+from tests.strict_collectives import Traffic, order_faults, strict_collectives
 
 MakeConfig = Callable[..., RunConfig]
 

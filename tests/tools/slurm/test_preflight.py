@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.launched import ROOT, wait_until, write_config
-from tests.slurm.cluster import Cluster, missing_programs
-from tests.slurm.slow_disk import slow_disk
+from tests.tools.slurm.cluster import Cluster, missing_programs
+from tests.tools.slurm.slow_disk import slow_disk
 
 SCRIPT = ROOT / "tools/slurm/preflight.sbatch"
 RATE = 8e6

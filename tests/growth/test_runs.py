@@ -16,7 +16,7 @@ from megatron.model import LanguageModel
 from megatron.model.init import initial_value
 from megatron.training import train
 from megatron.training.schedule import LRSchedule
-from tests.growth.growth_helpers import (
+from tests.growth.grown_runs import (
     CONTINUE,
     COUNTS,
     STEADY,

@@ -19,7 +19,7 @@ from megatron.growth import grow
 from megatron.inference import load_model
 from megatron.model import LanguageModel, Pattention
 from megatron.mpu.layout import SINGLE, Layout
-from tests.growth.growth_helpers import worst
+from tests.growth.grown_runs import worst
 from tests.ranks import run_ranks
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "model_A"

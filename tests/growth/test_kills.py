@@ -17,7 +17,7 @@ from megatron.checkpoint.store import FolderLock
 from megatron.config import RunConfig
 from megatron.errors import UserError
 from megatron.training import train
-from tests.growth.growth_helpers import CONTINUE, MakeConfig, assert_equal, metric, stage, state, tensors
+from tests.growth.grown_runs import CONTINUE, MakeConfig, assert_equal, metric, stage, state, tensors
 from tests.ranks import start_process
 
 pytestmark = pytest.mark.usefixtures("single_process")

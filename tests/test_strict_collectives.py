@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.collectives import Traffic, order_faults, strict_collectives
 from tests.ranks import run_ranks
+from tests.strict_collectives import Traffic, order_faults, strict_collectives
 
 
 def right() -> None:

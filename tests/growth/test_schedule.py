@@ -20,7 +20,7 @@ from megatron.growth.schedule import (
 from megatron.model import LanguageModel
 from megatron.training.schedule import LRSchedule
 from tests.conftest import TINY
-from tests.growth.growth_helpers import CONTINUE, stage
+from tests.growth.grown_runs import CONTINUE, stage
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "incremental_scaling_openwebtext2"
 VOCABULARY = 50277

@@ -26,7 +26,7 @@ from megatron.planner.counts import Stage, flops_per_token, num_parameters, stag
 from megatron.planner.memory import block_bytes, head_bytes, kept_bytes, state_bytes
 from megatron.planner.step_time import data_volumes, step_time, tensor_elements
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {
     "num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 256, "rotary_pct": 0.25,
     "norm": "layernorm_nonparam", "final_norm": "layernorm", "padded_vocab_size": 512, "precision": "fp32",

@@ -19,7 +19,7 @@ from megatron.errors import run_command
 from megatron.growth import proof as growth_proof
 from megatron.tasks import build_task
 from tests.conftest import TINY
-from tests.growth.growth_helpers import CONTINUE, COUNTS, MakeConfig, assert_equal, run, stage, state, tensors
+from tests.growth.grown_runs import CONTINUE, COUNTS, MakeConfig, assert_equal, run, stage, state, tensors
 
 pytestmark = pytest.mark.usefixtures("single_process")
 Command = Callable[..., str]

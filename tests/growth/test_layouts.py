@@ -12,7 +12,7 @@ import torch
 from megatron.config import RunConfig
 from megatron.errors import UserError
 from megatron.training import train
-from tests.growth.growth_helpers import (
+from tests.growth.grown_runs import (
     CONTINUE,
     DATA,
     PIPELINE,

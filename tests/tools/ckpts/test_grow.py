@@ -22,7 +22,7 @@ from megatron.growth import convert
 from megatron.growth import proof as growth_proof
 from megatron.inference import load_model
 from megatron.training import train
-from tests.growth.growth_helpers import (
+from tests.growth.grown_runs import (
     CONTINUE,
     COUNTS,
     STEADY,
@@ -43,7 +43,7 @@ from tools.ckpts import describe as describe_tool
 from tools.ckpts import grow as grow_tool
 
 pytestmark = pytest.mark.usefixtures("single_process")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "fixtures" / "golden" / "model_A"
 IDS = torch.randint(290, (2, 16), generator=torch.Generator().manual_seed(0))
 FLAGS = ["--qkv", "48", "--proj", "36", "--ffn", "72"]

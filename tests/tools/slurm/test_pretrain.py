@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.launched import ROOT, environment, training_lines, wait_until, write_config
-from tests.slurm.cluster import Cluster, missing_programs
+from tests.tools.slurm.cluster import Cluster, missing_programs
 
 SCRIPT = ROOT / "tools/slurm/pretrain.sbatch"
 

@@ -21,10 +21,10 @@ from megatron.errors import run_command
 from megatron.inference import load_model
 from megatron.inference.convert import official_name
 from megatron.inference.huggingface import export_huggingface
-from tests.inference.helpers import make_config, save_random_models
+from tests.random_models import make_config, save_random_models
 from tools.ckpts.convert import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "fixtures" / "golden"
 MODELS = ("model_A", "model_C_untied_gelu_l2")
 

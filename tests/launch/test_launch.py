@@ -23,7 +23,7 @@ from megatron.errors import UserError
 from megatron.launch import ensure_process_environment, launch, make_plan, read_hostfile
 from tests.launched import deepy, environment, training_lines, wait_until, write_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs/demo.yml"
 
 
