@@ -1,4 +1,5 @@
-# make demo: install, prepare, train, evaluate, generate, report.  make test: the test suite.  make soak: longer.  make check: lint and types.
+# make demo: install, prepare, train, evaluate, generate, report.  make check: lint and types.
+# make test: the test suite.  make test-fast: what takes a minute of it.  make soak: longer.
 VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet
@@ -8,7 +9,7 @@ DEMO := demo_output
 SOAK := tests/faults tests/config/test_fuzz.py tests/data/test_damaged_files.py tests/training/test_damaged_checkpoints.py \
 	tests/inference/test_damaged_exports.py
 
-.PHONY: demo test soak check format clean
+.PHONY: demo test test-fast soak check format clean
 
 # torch first, by itself: no other package may choose its build.
 $(INSTALLED): $(REQ).txt $(REQ)-dev.txt $(REQ)-eval.txt $(REQ)-tensorboard.txt $(REQ)-tokenizers.txt $(REQ)-demo.txt
@@ -29,6 +30,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PY) -m pytest
+
+# What starts no command, joins no processes and builds no engine.
+test-fast: $(INSTALLED)
+	$(PY) -m pytest --dist=load -m "not (launches or processes or engine or long)"
 
 # Runs killed at random instants, mutated configurations, damaged files: another set of them every time, for minutes.
 soak: $(INSTALLED)

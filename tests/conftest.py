@@ -122,6 +122,14 @@ _LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Longest files first."""
+    """Longest files first; what builds engines in this process is marked so."""
+    for item in items:
+        if "single_process" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.engine)
     places = {name: place for place, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: next((places[n] for n in _LONGEST if str(item.path).endswith(n)), len(_LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection of garbage need look it through again."""
+    gc.freeze()

@@ -127,16 +127,19 @@ def site() -> Iterator[Site]:
         yield place
 
 
+@pytest.mark.launches
 def test_the_plan_names_layouts(site: Site) -> None:
     assert "GiB" in site.follow("plan")
 
 
+@pytest.mark.launches
 def test_every_growth_of_the_page_starts_from_the_run_before(site: Site) -> None:
     assert {run: site.latest(run) for run in WORK} == dict.fromkeys(WORK, "global_step3"), [
         path.read_text()[-3000:] for path in site.folder.glob("tokenformer-*.out")
     ]
 
 
+@pytest.mark.launches
 def test_the_jobs_ran_on_slurm(site: Site) -> None:
     if site.cluster is None:
         pytest.skip(f"Slurm is not installed: {', '.join(missing_programs())} not found")
@@ -144,6 +147,7 @@ def test_the_jobs_ran_on_slurm(site: Site) -> None:
     assert len(logs) == 3 and "start 1 on node[1-2]" in logs[0]
 
 
+@pytest.mark.launches
 def test_the_grown_model_is_evaluated_generates_and_is_exported(site: Site) -> None:
     output = site.follow("use")
     assert "harbor_choice" in output and list(site.folder.glob("results/757M*.json"))

@@ -43,6 +43,7 @@ def test_other_errors_keep_their_traceback() -> None:
         run_command(fail)
 
 
+@pytest.mark.launches
 def test_a_reader_that_has_read_enough_is_no_error() -> None:
     code = (
         "import sys; from megatron.errors import run_command; sys.exit(run_command(lambda: print('line\\n' * 10**6)))"

@@ -14,6 +14,8 @@ import pytest
 from megatron.signals import STOP_SIGNALS, has_launcher
 from tests.launched import environment, wait_until
 
+pytestmark = pytest.mark.launches
+
 ROOT = Path(__file__).parents[1]
 # The main thread waits where no Python handler is run; `requested` is printed by a thread.
 HOLDING = """

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from tests.ranks import run_ranks
 from tests.strict_collectives import Traffic, order_faults, strict_collectives
 
+pytestmark = pytest.mark.processes
+
 
 def right() -> None:
     """Some of everything, as it should be."""

@@ -110,6 +110,7 @@ def check_lines(error: UserError) -> None:
         assert line.strip() and "\n" not in line and len(line) < 1200, line
 
 
+@pytest.mark.long
 @fuzzed(st.sampled_from(BASES), changes, edits)
 def test_a_mutated_configuration_is_taken_or_refused_in_lines(
     tmp_path_factory: pytest.TempPathFactory,

@@ -135,6 +135,7 @@ def test_config_is_frozen(folder: Path) -> None:
         config.model.hidden_size = 1  # type: ignore[misc]
 
 
+@pytest.mark.launches
 def test_loading_imports_no_torch() -> None:
     code = "import sys, megatron.config, megatron.config.cli, megatron.launch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0

@@ -261,6 +261,7 @@ def test_negative_ids_are_found_on_request(tmp_path: Path) -> None:
         check_pair(str(tmp_path / "n"))
 
 
+@pytest.mark.launches
 def test_the_check_tool_reads_every_pair_and_exits_2(pair: Path, tmp_path: Path) -> None:
     write_corpus(tmp_path / "bad", [3])
     overwrite(tmp_path / "bad.bin", 0, b"\7")

@@ -59,6 +59,7 @@ def loader_workers() -> list[psutil.Process]:
     return psutil.Process().children()
 
 
+@pytest.mark.launches
 def test_killed_workers_are_replaced_and_every_batch_comes_once(
     dataset: GPTDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +80,7 @@ def test_killed_workers_are_replaced_and_every_batch_comes_once(
     assert {child.pid for child in loader_workers()} <= before
 
 
+@pytest.mark.launches
 def test_where_every_worker_is_killed_the_process_loads_itself(
     dataset: GPTDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +203,7 @@ def test_a_split_without_documents_is_refused() -> None:
     assert datasets_of(run_config(data_path=str(CORPUS), split="9,1,0"), 1, 1, 1).test is None
 
 
+@pytest.mark.launches
 def test_importing_data_imports_no_engine() -> None:
     code = "import sys, megatron.data; assert not {'deepspeed', 'wandb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

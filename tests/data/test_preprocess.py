@@ -147,6 +147,7 @@ def command(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=folder)
 
 
+@pytest.mark.launches
 def test_prepare_data_writes_the_pair(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     arguments = ("-t", "CharLevelTokenizer", "-d", str(tmp_path), "--input", str(tmp_path / "a.txt"), "--name", "n")
@@ -154,12 +155,14 @@ def test_prepare_data_writes_the_pair(tmp_path: Path) -> None:
     assert encoded(str(tmp_path / "n" / "n_text_document")) == [ONE]
 
 
+@pytest.mark.launches
 def test_prepare_data_reports_mistakes_in_one_line(tmp_path: Path) -> None:
     result = command("prepare_data.py", "enwik9", "-d", str(tmp_path))
     assert result.returncode == 2
     assert result.stderr.startswith("error: --input: 'enwik9'") and result.stderr.count("\n") == 1
 
 
+@pytest.mark.launches
 def test_preprocess_data_runs_by_path_and_as_a_module(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").write_text("two")

@@ -184,6 +184,7 @@ GPTDataset(IndexedDataset(sys.argv[1]), 4, 7, 1, cache_min_samples=1)
 """
 
 
+@pytest.mark.launches
 def test_builds_leave_no_locks_and_no_parts_even_where_one_was_killed(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c", [5, 9, 30])
     process = subprocess.Popen(

@@ -74,6 +74,7 @@ def test_the_state_of_gpus_is_read_from_nvidia_smi(tmp_path: Path, monkeypatch: 
         machine.gpus()
 
 
+@pytest.mark.launches
 def test_locks_of_the_shared_folder_are_seen_only_while_they_are_held(tmp_path: Path) -> None:
     look = "import json, sys; from megatron.doctor import disks; print(json.dumps(disks.look_at_shared(*sys.argv[1:])))"
 
@@ -128,6 +129,7 @@ def test_silent_broken_and_absent_commands_hold_up_nobody() -> None:
     assert reports["absent"].checks["start"]["value"] == "no-such-launcher: No such file or directory"
 
 
+@pytest.mark.launches
 def test_commands_of_the_launchers_survive_a_shell() -> None:
     words = ["/a b/python", "deepy.py", pack({"folder": "/x $(y) 'z'"})]
     assert unpack(words[2]) == {"folder": "/x $(y) 'z'"}
@@ -149,6 +151,7 @@ def doctor(
     return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.launches
 def test_a_real_run_on_this_machine(tmp_path: Path, tokenizer_file: Path, corpus_prefix: str) -> None:
     config = write_config(tmp_path / "run.yml", tokenizer_file, corpus_prefix, save=str(tmp_path / "out"))
     result = doctor(config, "--json", tmp_path / "report.json")
@@ -171,6 +174,7 @@ def test_a_real_run_on_this_machine(tmp_path: Path, tokenizer_file: Path, corpus
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "run.yml"], "nothing is left"
 
 
+@pytest.mark.launches
 def test_a_doctor_that_is_stopped_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "deepy.py"), "doctor"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True) as process:
@@ -181,6 +185,7 @@ def test_a_doctor_that_is_stopped_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [] and not Path(f"/proc/{child}").exists()
 
 
+@pytest.mark.launches
 def test_a_machine_without_any_package_is_still_checked(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", symlinks=True, with_pip=False)
     python = tmp_path / "bare" / "bin" / "python"
@@ -218,6 +223,7 @@ def test_mistakes_are_one_line_before_anything_starts(
     assert code == 2 and error.count("\n") == 1 and part in error, error
 
 
+@pytest.mark.launches
 def test_the_nodes_of_a_hostfile_are_reached_through_the_launcher(
     tmp_path: Path, tokenizer_file: Path, corpus_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +260,7 @@ def _measure(plan: dict[str, Any]) -> list[dict[str, Any]]:
     return measure(plan)
 
 
+@pytest.mark.processes
 def test_every_axis_of_a_layout_is_measured() -> None:
     plan = {"pipeline": 2, "tensor": 2, "backend": "gloo", "ranks_per_gpu": 1, "seconds": 60}
     answers = run_ranks(4, _measure, plan)

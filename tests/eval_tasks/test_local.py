@@ -82,6 +82,7 @@ def test_lm_eval_runs_the_task_by_its_yaml(tmp_path: Path, lm: TokenFormerLM, mo
     assert {"acc,none", "acc_norm,none"} <= set(results["results"]["held_out"])
 
 
+@pytest.mark.launches
 def test_command_line_writes_the_task(tmp_path: Path) -> None:
     text, jsonl = tmp_path / "a.txt", tmp_path / "b.jsonl"
     text.write_text("\n".join(make_texts(10)), encoding="utf-8")

@@ -30,6 +30,7 @@ def run_folder(tmp_path: Path, tokenizer_file: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.launches
 def test_the_command_line_evaluates_a_checkpoint(run_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "eval_tasks", "--model", "tokenformer", "--tasks", "harbor_choice"]
     command += ["--model_args", f"pretrained={run_folder},revision=main,add_bos_token=False", "--trust_remote_code"]

@@ -76,6 +76,7 @@ def test_batch_size_does_not_change_scores(tokenizer_file: Path, batch_size: Any
     assert_same_scores(scores(str(tokenizer_file), batch_size), alone)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("batch_size", [1, 8, "auto"])
 @pytest.mark.parametrize(("ranks", "tensor_size"), [(2, 1), (2, 2), (4, 2)])
 def test_all_ranks_see_the_scores_of_one(
@@ -103,6 +104,8 @@ def results_of(folder: Path, prefix: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.launches
+@pytest.mark.processes
 def test_ranks_of_the_launcher_and_tensor_ranks_write_the_results_of_one_process(
     tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,8 @@ from tests.faults.killed_runs import LAST, SAVED_EVERY, plan, run_to_the_end, st
 from tests.growth.grown_runs import assert_equal, tensors
 from tests.launched import write_config
 
+pytestmark = pytest.mark.processes
+
 STRIKES = int(os.environ.get("SOAK_STRIKES", "2"))
 SEED = int(os.environ.get("SOAK_SEED", "5"))
 KINDS = ("model", "optimizer", "rng")

@@ -220,6 +220,7 @@ def chains_on_tensor_ranks() -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.processes
 def test_tensor_ranks_grow_in_place() -> None:
     for found in run_ranks(2, chains_on_tensor_ranks):
         assert {name for name, values in found.items() if max(values) > 1e-12} == set()

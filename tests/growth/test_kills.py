@@ -78,6 +78,7 @@ def configs(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -
     )
 
 
+@pytest.mark.processes
 def test_a_run_killed_around_a_growth_ends_as_if_nothing_had_happened(
     configs: Iterator[tuple[Path, RunConfig]],
 ) -> None:

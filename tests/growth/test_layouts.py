@@ -97,6 +97,7 @@ def runs(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory, sing
     return root
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("layout", "model"), CASES)
 def test_a_layout_grows_as_one_process_does(runs: Path, layout: str, model: str) -> None:
     found, expected = runs / f"{layout}-{model}", runs / model
@@ -124,6 +125,7 @@ def messages(configs: list[RunConfig]) -> list[str]:
     return found
 
 
+@pytest.mark.processes
 def test_every_rank_refuses_a_growth_that_leaves_one_without_work(tiny_config: MakeConfig, tmp_path: Path) -> None:
     growth = [stage(2, layers=[1], freeze_old_tokens=True)]
     configs = [
@@ -137,6 +139,7 @@ def test_every_rank_refuses_a_growth_that_leaves_one_without_work(tiny_config: M
     assert state(tmp_path / "0", 2)["iteration"] == 2 and not (tmp_path / "tp").exists()
 
 
+@pytest.mark.processes
 def test_the_loss_right_after_a_growth_is_that_of_the_ungrown_model(runs: Path) -> None:
     plain = metric(runs / "ungrown")
     for layout, model in CASES:
@@ -146,6 +149,7 @@ def test_the_loss_right_after_a_growth_is_that_of_the_ungrown_model(runs: Path) 
             assert grown[9] != pytest.approx(plain[9], abs=TOLERANCE), layout
 
 
+@pytest.mark.processes
 def test_frozen_tokens_are_bit_identical_on_every_layout(runs: Path) -> None:
     for layout, model in CASES:
         if model == "frozen":
@@ -154,6 +158,7 @@ def test_frozen_tokens_are_bit_identical_on_every_layout(runs: Path) -> None:
             assert all(is_new(name) for name in checkpoint(runs / f"{layout}-{model}").names("optimizer")), layout
 
 
+@pytest.mark.processes
 def test_a_grown_checkpoint_goes_on_in_one_process(tiny_config: MakeConfig, runs: Path, tmp_path: Path) -> None:
     """tau^2 is not the number of tokens there, and stays what it was."""
     ids = torch.randint(290, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -167,6 +172,7 @@ def test_a_grown_checkpoint_goes_on_in_one_process(tiny_config: MakeConfig, runs
             assert worst(found, expected) < TOLERANCE * expected.abs().max().item() * 10, (name, at)
 
 
+@pytest.mark.processes
 def test_legs_of_a_growing_run_may_have_other_layouts(tiny_config: MakeConfig, runs: Path, tmp_path: Path) -> None:
     """Stopped just before, at and after growths and taken up by another layout each time: the run of one process."""
     legs = [("tp2-sp-zero1", 3), ("pp2", 6), ("dp2-zero3", 9)]
@@ -182,6 +188,7 @@ def test_legs_of_a_growing_run_may_have_other_layouts(tiny_config: MakeConfig, r
         assert worst(left[name].double(), right[name].double()) < 2 * TOLERANCE, name
 
 
+@pytest.mark.processes
 def test_one_layout_grows_alike_twice(tiny_config: MakeConfig, runs: Path, tmp_path: Path) -> None:
     """Split at a growth or not, two tensor ranks compute the same bits, dropout included."""
     keys = {

@@ -66,6 +66,7 @@ def start_and_kill(command: list[str], unfinished: Path, lines: int) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.launches
 def test_a_killed_and_restarted_run_ends_with_the_same_500_answers(tmp_path: Path) -> None:
     write_prompts(tmp_path / "prompts.jsonl")
     config = config_of(tmp_path, "killed.jsonl")

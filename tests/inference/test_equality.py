@@ -14,6 +14,8 @@ from megatron.model.forward_only import evaluating
 from megatron.tokenizer import CharLevelTokenizer
 from tests.random_models import make_model
 
+pytestmark = pytest.mark.long
+
 COUNT, CONTEXT = 200, 96
 
 

@@ -45,6 +45,7 @@ def force(model: LanguageModel, token: int, logit: float = 1e4) -> None:
     model.logits = forced  # type: ignore[method-assign]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "sampling", [{}, {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "seed": 7, "num_samples": 2}]
 )

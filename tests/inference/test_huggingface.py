@@ -181,6 +181,7 @@ def test_the_tokenizer_comes_along(tmp_path: Path, tokenizer_file: Path) -> None
     assert theirs(["the", text], padding=True, return_tensors="pt").attention_mask[0, 0] == 0
 
 
+@pytest.mark.launches
 def test_the_code_of_an_export_needs_no_other_package_than_torch_and_transformers() -> None:
     for source in (modeling_source(), configuration_source()):
         tree = ast.parse(source)
@@ -238,6 +239,7 @@ def test_a_pipeline_generates_what_generate_does(tmp_path: Path, tokenizer_file:
         assert answer["generated_text"] == tokenizer.decode(ids, skip_special_tokens=True)
 
 
+@pytest.mark.launches
 def test_an_export_runs_where_this_package_is_missing(tmp_path: Path, tokenizer_file: Path) -> None:
     """With standard input open: a question would be waited for."""
     with_tokenizer(tmp_path / "HF_FOLDER", tokenizer_file)

@@ -21,6 +21,8 @@ from tests.random_models import make_config, save_random_models
 from tests.ranks import run_ranks
 from tests.strict_collectives import Traffic, order_faults, strict_collectives
 
+pytestmark = pytest.mark.processes
+
 PROMPTS = ["The Union " * n + chr(97 + n) for n in range(3)]
 OPTIONS: list[dict[str, Any]] = [
     {"maximum_tokens": 3},

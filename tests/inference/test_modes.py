@@ -172,6 +172,7 @@ def test_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
         load_for_inference(make_config(load=str(tmp_path / "small"), padded_vocab_size=256))
 
 
+@pytest.mark.launches
 def test_command_line_reports_one_line_and_other_ranks_do_nothing(tmp_path: Path) -> None:
     config = tmp_path / "model.yml"
     config.write_text(json.dumps(make_config().flat()), encoding="utf-8")

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron.inference.generate import generate
 from megatron.inference.load import load_model
 from megatron.inference.modes import run_generation
@@ -19,6 +21,8 @@ from megatron.mpu.processes import join, leave
 from megatron.tokenizer import CharLevelTokenizer
 from tests.random_models import make_config, make_model, save_random_models
 from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.processes
 
 PROMPTS = ["The Union " * n + chr(97 + n) for n in range(9)]
 GREEDY: dict[str, Any] = {"maximum_tokens": 12}

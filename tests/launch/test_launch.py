@@ -87,6 +87,7 @@ def test_jobs_on_the_same_nodes_get_ports_of_their_own() -> None:
     assert launch_module.job_port({}) == 29500
 
 
+@pytest.mark.launches
 def test_a_worker_stops_when_its_launcher_is_gone() -> None:
     code = (
         "import os, sys, time, socket; from megatron.supervise import stop_with_launcher; "
@@ -182,6 +183,7 @@ def test_other_words_that_pdsh_gives_to_a_remote_shell_are_checked(
         plan_of(keys)
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("word", ["{type:Adam}", "a;b&c*", "it's $HOME", 'a "b" \\ `c`', "(x y)", "runs/a_1.yml"])
 def test_arguments_reach_the_workers_of_pdsh_as_they_are(word: str) -> None:
     given = launch_module._remote_words([word])[0]
@@ -395,6 +397,7 @@ def start(script: Path, *flags: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.launches
 def test_exit_code_of_a_worker_comes_back_without_noise(tmp_path: Path) -> None:
     script = tmp_path / "generate.py"
     script.write_text(SCRIPT)
@@ -405,6 +408,7 @@ def test_exit_code_of_a_worker_comes_back_without_noise(tmp_path: Path) -> None:
     assert output.splitlines() == [expected]
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_reach_the_worker_which_saves(tmp_path: Path, number: signal.Signals) -> None:
     script = tmp_path / "generate.py"
@@ -425,6 +429,7 @@ def processes_below(pid: int) -> list[psutil.Process]:
     return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("killed", [False, True], ids=["SIGTERM to all", "SIGKILL to the launchers"])
 def test_nothing_is_lost_and_nobody_is_left_when_all_or_the_launchers_are_struck(
     killed: bool, tmp_path: Path, tokenizer_file: Path, corpus_prefix: str
@@ -449,6 +454,7 @@ def test_nothing_is_lost_and_nobody_is_left_when_all_or_the_launchers_are_struck
     assert (save / "latest").read_text().strip() == f"global_step{training_lines(save)[-1]['iteration']}"
 
 
+@pytest.mark.launches
 def test_torchrun_trains_on_two_processes(tmp_path: Path, tokenizer_file: Path, corpus_prefix: str) -> None:
     config = write_config(tmp_path / "run.yml", tokenizer_file, corpus_prefix, train_iters=2, log_dir=str(tmp_path))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 AS_ROOT = ["--allow-run-as-root"] if os.getuid() == 0 else []
 
 
+@pytest.mark.launches
 def test_plain_mpirun_trains_on_two_processes(tmp_path: Path, tokenizer_file: Path, corpus_prefix: str) -> None:
     config = write_config(tmp_path / "run.yml", tokenizer_file, corpus_prefix, train_iters=2, log_dir=str(tmp_path))
     command = ["mpirun", *AS_ROOT, "--oversubscribe", "-np", "2", sys.executable, "train.py", str(config)]
@@ -28,6 +29,7 @@ def test_plain_mpirun_trains_on_two_processes(tmp_path: Path, tokenizer_file: Pa
     assert [line["consumed_samples"] for line in training_lines(tmp_path)] == [8, 16], "4 samples a process"
 
 
+@pytest.mark.launches
 def test_a_run_of_launcher_openmpi_saves_when_deepy_is_stopped(
     tmp_path: Path, tokenizer_file: Path, corpus_prefix: str
 ) -> None:

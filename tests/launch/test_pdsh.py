@@ -62,6 +62,7 @@ def _answers(options: str, node: str) -> bool:
     return result.returncode == 0
 
 
+@pytest.mark.launches
 def test_a_run_on_two_hosts_saves_when_deepy_is_stopped(
     tmp_path: Path, tokenizer_file: Path, corpus_prefix: str, ssh_options: str
 ) -> None:

@@ -176,6 +176,7 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
         load_model(tmp_path / "nothing")
 
 
+@pytest.mark.launches
 def test_importing_the_model_brings_in_neither_deepspeed_nor_wandb_nor_lm_eval() -> None:
     code = (
         "import sys, megatron.model; "

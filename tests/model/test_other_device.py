@@ -204,6 +204,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return run_ranks(1, failures, str(tmp_path_factory.mktemp("exports")))[0]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("case", cases(""))
 def test_nothing_is_on_the_wrong_device(found: dict[str, str], case: str) -> None:
     assert found.get(case) is None

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 PUBLISHED = sorted((ROOT / "configs/tokenformer").glob("*.yml"))
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_two_stages_of_published_models_hold_half_of_the_blocks_each(path: Path) -> None:
     model = load_config([path]).with_vocabulary(50277).model
@@ -33,6 +34,7 @@ def test_two_stages_of_published_models_hold_half_of_the_blocks_each(path: Path)
     assert sum(blocks) == depth and max(blocks) - min(blocks) <= 1
 
 
+@pytest.mark.engine
 def test_weights_are_matmul_parameters_of_blocks(tiny_config: Callable[..., RunConfig]) -> None:
     config = tiny_config(attention_config=[[["global", "tokenformer"], 1]]).with_vocabulary(300).model
     model = LanguageModel(config, device="meta")
@@ -40,6 +42,7 @@ def test_weights_are_matmul_parameters_of_blocks(tiny_config: Callable[..., RunC
     assert layer_weights(config) == [0, *expected, 0, 0] and expected[0] != expected[1]
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("weights", "stages", "parts"),
     [
@@ -54,11 +57,13 @@ def test_cuts_are_even(weights: list[int], stages: int, parts: list[int]) -> Non
     assert partition(weights, stages) == parts
 
 
+@pytest.mark.engine
 def test_more_stages_than_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="3 pipeline stages for 2 blocks"):
         partition([0, 1, 1, 0, 0], 3)
 
 
+@pytest.mark.launches
 def test_the_model_needs_no_deepspeed() -> None:
     code = "import sys, megatron.model, megatron.training; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -14,6 +14,8 @@ from megatron.mpu import Layout
 from megatron.mpu.groups import process_group
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.processes
+
 
 def groups_of_a_process() -> list[int]:
     """Number of groups of this rank after each step."""

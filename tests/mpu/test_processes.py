@@ -34,6 +34,7 @@ def long_work(seconds: float) -> Any:
     return found
 
 
+@pytest.mark.processes
 def test_work_of_the_first_rank_may_take_longer_than_a_collective() -> None:
     assert run_ranks(2, long_work, 2 * SHORT.total_seconds()) == ["done", None]
 
@@ -56,6 +57,7 @@ def refused() -> list[str]:
     return found
 
 
+@pytest.mark.processes
 def test_an_error_of_the_first_rank_ends_all() -> None:
     first, second = run_ranks(2, refused)
     assert first == ["UserError: save: the disk is full", "ZeroDivisionError: "]
@@ -73,6 +75,7 @@ def silence() -> str:
     return str(error.value)
 
 
+@pytest.mark.processes
 def test_a_first_rank_that_falls_silent_is_given_up() -> None:
     assert "silent for 1 s" in run_ranks(2, silence)[1]
 
@@ -97,6 +100,7 @@ def watched(how: str) -> str:
     return lines[0] if lines else "nothing was noticed"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("how", "words"), [("error", "ended with an error"), ("stop", "no sign of life for 1 s")])
 def test_a_lost_rank_is_named_to_the_others(how: str, words: str) -> None:
     line = run_ranks(2, watched, how)[0]
@@ -113,6 +117,7 @@ def wait_for_a_stopped_peer(rank: int, port: int) -> None:
     dist.barrier()
 
 
+@pytest.mark.processes
 def test_a_process_that_waits_for_a_stopped_one_ends() -> None:
     port = free_port()
     ranks = [start_process(wait_for_a_stopped_peer, rank, port) for rank in range(2)]
@@ -132,6 +137,7 @@ def errors_end_groups() -> bool:
     return dist.is_initialized()
 
 
+@pytest.mark.processes
 def test_groups_end_with_an_error() -> None:
     assert run_ranks(2, errors_end_groups) == [False, False]
 

@@ -22,6 +22,8 @@ from megatron.mpu.shard import take_share
 from megatron.ops.cross_entropy import cross_entropy
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.processes
+
 WIDTH, LENGTH, BATCH = 32, 8, 3
 BACKENDS = ("reference", "fused")
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -13,6 +14,8 @@ from megatron.config import RunConfig
 from megatron.mpu.through_host import take_collectives_through_host
 from megatron.training import train
 from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.processes
 
 LAYOUTS = (
     {"model_parallel_size": 2, "sequence_parallel": True}, {"pipe_parallel_size": 2},

@@ -127,6 +127,7 @@ def test_uneven_shares_count_the_largest() -> None:
     assert stages(config, 1)[0].parameters(config, 4) == largest
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize(("layers", "count"), [(12, 5), (7, 7), (40, 6)])
 def test_stages_are_cut_as_the_pipeline_cuts_them(layers: int, count: int) -> None:
     from megatron.engine.pipeline_model import partition

@@ -75,6 +75,7 @@ def test_impossible_sizes_are_explained(train: object, size: int, message: str, 
         train(TEXTS, size, tmp_path / "t")
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize(("kind", "tokenizer"), [("bpe", HFTokenizer), ("spm", SPMTokenizer)])
 def test_the_command_trains_on_files(kind: str, tokenizer: type, tmp_path: Path) -> None:
     pytest.importorskip("sentencepiece")
@@ -86,6 +87,7 @@ def test_the_command_trains_on_files(kind: str, tokenizer: type, tmp_path: Path)
     assert tokenizer(output).vocab_size == 300
 
 
+@pytest.mark.launches
 def test_the_command_reports_mistakes_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     for path, message in (("b.txt", "no such file"), ("a.txt", "no text in")):

@@ -22,6 +22,7 @@ FAULTY = "tests.tools.faulty_parts"
 SKIPPED_ON_CPU = {"flash_attention", "memory"}
 
 
+@pytest.mark.launches
 def test_the_whole_check_runs_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "tools/gpu_check.py", "--device", "cpu", "--json", str(tmp_path / "check.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -35,6 +36,7 @@ def test_the_whole_check_runs_on_a_cpu(tmp_path: Path) -> None:
     assert len(by_part["precision"]) == 4 and len(by_part["two_ranks"]) == 4 and len(by_part["resume"]) == 3
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize(
     ("name", "seconds", "world", "expected"),
     [

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -20,6 +21,8 @@ from megatron.tasks import language
 from megatron.training import train
 from megatron.training.setup import start_run
 from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.processes
 
 MakeConfig = Callable[..., RunConfig]
 

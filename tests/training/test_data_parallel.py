@@ -14,6 +14,8 @@ from megatron.config import RunConfig
 from megatron.training import train
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.processes
+
 STAGES = (0, 1, 2, 3)
 
 

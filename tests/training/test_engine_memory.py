@@ -75,6 +75,7 @@ def bytes_of_each(configs: list[RunConfig]) -> list[tuple[int, int]]:
     return [bytes_of_an_engine(config) for config in configs]
 
 
+@pytest.mark.processes
 def test_nothing_is_left_on_two_ranks(tiny_config: MakeConfig) -> None:
     tensor, pipeline = {"model_parallel_size": 2}, {"pipe_parallel_size": 2, "precision": "bf16"}
     layouts: list[tuple[dict[str, Any], int]] = [(tensor, 0), (tensor, 1), (pipeline, 1)]

@@ -170,6 +170,7 @@ def runs(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> R
     return Runs(tmp_path_factory.mktemp("gpu_terms"), tiny_config)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", FP16_RUNS)
 def test_an_overflow_that_one_rank_sees_is_skipped_by_all(runs: Runs, name: str) -> None:
     first, *others = [report.steps for report in runs.reports(name)]
@@ -184,6 +185,7 @@ def test_an_overflow_that_one_rank_sees_is_skipped_by_all(runs: Runs, name: str)
         assert any(n.startswith("model/") for n in changed), iteration
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", FP16_RUNS)
 def test_a_skipped_update_counts_in_state_scale_and_schedule(runs: Runs, name: str) -> None:
     folder = runs.folder(name)
@@ -198,6 +200,7 @@ def test_a_skipped_update_counts_in_state_scale_and_schedule(runs: Runs, name: s
     assert rates[5] != rates[4] != rates[3]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", FP16_RUNS)
 def test_fp16_resumes_bit_for_bit_through_overflow_and_growth(runs: Runs, name: str) -> None:
     whole, resumed = runs.folder(name), runs.folder(name, resumed=True)
@@ -209,12 +212,14 @@ def test_fp16_resumes_bit_for_bit_through_overflow_and_growth(runs: Runs, name: 
     assert state(resumed, ITERATIONS) == {**state(whole, ITERATIONS), "rollbacks": [RESUMED_FROM]}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", FP16_RUNS)
 def test_fp16_trains_in_a_layout_as_in_one_process(runs: Runs, name: str) -> None:
     found, expected = (metric(runs.folder(run)) for run in (name, "one-fp16"))
     assert found == pytest.approx(expected, abs=5e-3)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", FP16_RUNS)
 def test_fp16_grows_without_a_change_and_keeps_its_scale(runs: Runs, name: str) -> None:
     folder = runs.folder(name)
@@ -228,6 +233,7 @@ def test_stage_0_is_stage_1_in_fp16(tiny_config: MakeConfig) -> None:
     assert tiny_config(**FP16, **zero(0)).parallel.zero_optimization.stage == 1
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", RUNS)
 def test_every_message_is_one_that_nccl_takes_and_waits_for(runs: Runs, name: str) -> None:
     reports = runs.reports(name)
@@ -240,11 +246,13 @@ def test_every_message_is_one_that_nccl_takes_and_waits_for(runs: Runs, name: st
     assert all(tensor.isfinite().all() for tensor in tensors(folder, ITERATIONS).values())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", RUNS)
 def test_all_ranks_send_in_the_same_order(runs: Runs, name: str) -> None:
     assert order_faults([report.traffic.messages for report in runs.reports(name)]) == []
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", RUNS)
 def test_no_growth_and_no_further_run_makes_a_process_group(runs: Runs, name: str) -> None:
     for report in runs.reports(name):

@@ -65,6 +65,7 @@ ASKING = {
 }  # fmt: skip
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("case", ASKING)
 def test_a_run_that_asks_for_a_gpu_is_not_trained_on_the_cpu(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     keys, request, overrides = ASKING[case]
@@ -95,6 +96,7 @@ def _deepspeed(config: RunConfig) -> dict[str, Any]:
     return EngineSettings.of(config, config.update_size(1)).deepspeed
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_offloaded_states_are_pinned_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
     monkeypatch.setattr(engine_settings, "uses_gpu", lambda: on_gpu)
@@ -110,6 +112,7 @@ def test_offloaded_states_are_pinned_where_there_is_a_gpu(monkeypatch: pytest.Mo
 # ---- extensions ----
 
 
+@pytest.mark.engine
 def test_extensions_are_built_in_a_private_folder_of_the_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
@@ -133,6 +136,7 @@ def build(folder: str) -> list[float]:
         return [begin, time.monotonic()]
 
 
+@pytest.mark.processes
 def test_processes_of_a_node_build_one_after_the_other(tmp_path: Path) -> None:
     mark = tmp_path / "cpu_adam" / "lock"
     mark.parent.mkdir()
@@ -176,6 +180,7 @@ def train_twice(configs: list[RunConfig]) -> list[str | None]:
     return [os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")]
 
 
+@pytest.mark.processes
 def test_overlapping_communication_with_tensor_ranks_changes_nothing(
     tiny_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

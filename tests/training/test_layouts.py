@@ -19,6 +19,8 @@ from megatron.training import train
 from megatron.training.setup import start_run
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.processes
+
 MakeConfig = Callable[..., RunConfig]
 CLIP, TOLERANCE = 0.5, 1e-5
 RUN = {

@@ -171,6 +171,7 @@ def test_a_mistake_of_the_user_is_still_named(tiny_config: MakeConfig, monkeypat
         MetricsLog(tiny_config(use_wandb=True), 0, 0)
 
 
+@pytest.mark.launches
 def test_a_console_that_cannot_be_written_says_so_once_and_ends_with_0() -> None:
     program = "from megatron.log import get_logger\nfor _ in range(3): get_logger().info('line')"
     with open("/dev/full", "w") as full:

@@ -21,6 +21,8 @@ from megatron.training.setup import start_run
 from tests.ranks import run_ranks
 from tests.training.test_layouts import Case, metrics
 
+pytestmark = pytest.mark.processes
+
 MakeConfig = Callable[..., RunConfig]
 
 

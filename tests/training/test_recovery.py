@@ -167,6 +167,7 @@ def _end_of_ranks(keys: dict[str, Any], poison: bool) -> tuple[str, list[str]]:
         processes.leave()
 
 
+@pytest.mark.processes
 def test_all_ranks_end_with_the_same_line_and_agree_on_where_to_go_on(tiny_config: MakeConfig, tmp_path: Path) -> None:
     config = tiny_config(
         save=str(tmp_path), load=str(tmp_path), train_iters=3, checkpoint_factor=1, eval_iters=0,
@@ -181,6 +182,7 @@ def test_all_ranks_end_with_the_same_line_and_agree_on_where_to_go_on(tiny_confi
     assert list_iterations(tmp_path) == [1, 2] and (tmp_path / "latest").read_text() == "global_step2\n"
 
 
+@pytest.mark.processes
 def test_the_first_rank_may_write_for_longer_than_it_is_waited_for_in_silence(
     tiny_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -16,6 +16,8 @@ from megatron.training.loop import train
 from megatron.training.run import Run
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.processes
+
 
 def stopped_in_validation(config: RunConfig) -> tuple[int, float]:
     """Rank 1 gets a signal at its third batch; the iteration a rank ends with, and the batches it evaluated."""

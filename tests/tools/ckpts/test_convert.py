@@ -124,6 +124,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
         assert not Path(new).exists()
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize("start", [["tools/ckpts/convert.py"], ["-m", "tools.ckpts.convert"]], ids=["path", "module"])
 def test_the_tool_runs_by_path_and_as_a_module(start: list[str], tmp_path: Path) -> None:
     command = [sys.executable, *start, "to-official", str(tmp_path / "none"), str(tmp_path / "out")]

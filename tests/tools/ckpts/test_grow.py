@@ -342,6 +342,7 @@ def test_layers_and_counts_of_the_tool_have_to_be_given(
     assert not Path(out).exists()
 
 
+@pytest.mark.launches
 @pytest.mark.parametrize(
     "start",
     [["tools/ckpts/grow.py"], ["tools/ckpts/describe.py"], ["tools/ckpts/inspect.py"], ["-m", "tools.ckpts.grow"]],

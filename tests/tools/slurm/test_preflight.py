@@ -18,6 +18,8 @@ from tests.launched import ROOT, wait_until, write_config
 from tests.tools.slurm.cluster import Cluster, missing_programs
 from tests.tools.slurm.slow_disk import slow_disk
 
+pytestmark = pytest.mark.launches
+
 SCRIPT = ROOT / "tools/slurm/preflight.sbatch"
 RATE = 8e6
 PROLOG = """\

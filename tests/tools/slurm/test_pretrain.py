@@ -16,6 +16,8 @@ import pytest
 from tests.launched import ROOT, environment, training_lines, wait_until, write_config
 from tests.tools.slurm.cluster import Cluster, missing_programs
 
+pytestmark = pytest.mark.launches
+
 SCRIPT = ROOT / "tools/slurm/pretrain.sbatch"
 
 # ---- what the script decides, without Slurm ----
