@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.data.download import Patience, download, verify
+from megatron.data.hub import HUB, download_from_hub
 from megatron.errors import UserError
 from megatron.files import find_regular_output, part_file
 
@@ -19,7 +20,8 @@ from megatron.files import find_regular_output, part_file
 class Source:
     """One file of a corpus.
 
-    checksum: "algorithm:HEX" of the download. unpacked: for a zip of one file, the name that file gets, with
+    url: on the web, or hf://datasets/OWNER/NAME/FILE on the Hugging Face Hub, which knows the checksum. checksum:
+    "algorithm:HEX" of the download. unpacked: for a zip of one file, the name that file gets, with
     unpacked_checksum; the zip is removed then.
     """
 
@@ -38,11 +40,10 @@ Sources = tuple[Source, ...]
 
 
 def _pile(num_shards: int) -> Sources:
-    base = "https://huggingface.co/datasets/monology/pile-uncopyrighted/resolve/main/train"
+    base = f"{HUB}monology/pile-uncopyrighted/train"
     return tuple(Source(f"{base}/{shard:02}.jsonl.zst") for shard in range(num_shards))
 
 
-# Hugging Face announces each file's sha256, which download() checks.
 CORPORA: Mapping[str, Sources] = {
     "enwik8": (
         Source(
@@ -52,9 +53,7 @@ CORPORA: Mapping[str, Sources] = {
             unpacked_checksum="md5:a1fa5ffddb56f4953e226637dabbb36a",
         ),
     ),
-    "openwebtext2": (
-        Source("https://huggingface.co/datasets/segyges/OpenWebText2/resolve/main/openwebtext2.jsonl.zst.tar"),
-    ),
+    "openwebtext2": (Source(f"{HUB}segyges/OpenWebText2/openwebtext2.jsonl.zst.tar"),),
     "pile": _pile(30),
     "pile_subset": _pile(1),
 }
@@ -80,6 +79,8 @@ def fetch_corpus(
 
 def _fetch_source(source: Source, folder: Path, force: bool, patience: Patience | None) -> Path:
     archive = folder / source.file_name
+    if source.url.startswith(HUB):
+        return download_from_hub(source.url, archive, force, patience)
     if source.unpacked is None:
         return download(source.url, archive, source.checksum, force, patience)
     text = folder / source.unpacked

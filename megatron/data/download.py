@@ -14,9 +14,8 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from email.message import Message
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -38,13 +37,18 @@ class Patience:
 
 
 def download(
-    url: str, path: Path, checksum: str | None = None, force: bool = False, patience: Patience | None = None
+    url: str,
+    path: Path,
+    checksum: str | None = None,
+    force: bool = False,
+    patience: Patience | None = None,
+    token: str | None = None,
 ) -> Path:
     """Fetch `url` to `path`, unless that file exists already and `force` is false.
 
-    checksum: "sha256:HEX" or "md5:HEX" of the file. Without it, a sha256 that the server announces on redirecting is
-    used (Hugging Face does so), else only the length is checked. Raises UserError if the file cannot be had or fails
-    the check; then nothing is left under `path`, and an interrupted transfer is resumed by the next call.
+    checksum: "sha256:HEX" or "md5:HEX" of the file; without it, only the length is checked. token: for this server, not
+    for one that it redirects to. Raises UserError if the file cannot be had or fails the check; then nothing is left
+    under `path`, and an interrupted transfer is resumed by the next call.
     """
     if path.is_file() and not force:
         return path
@@ -52,9 +56,9 @@ def download(
     partial = _Partial(target.with_name(target.name + ".part"))
     if force:
         partial.discard()
-    announced = _fetch(url, partial, patience or Patience())
+    _fetch(url, partial, patience or Patience(), token)
     try:
-        verify(partial.path, checksum or announced, url)
+        verify(partial.path, checksum, url)
     except UserError:
         partial.discard()
         raise
@@ -110,28 +114,13 @@ class _Partial:
         self._version.unlink(missing_ok=True)
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects and keeps the sha256 that Hugging Face announces with them."""
-
-    checksum: str | None = None
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
-    ) -> urllib.request.Request | None:
-        etag = str(headers.get("X-Linked-Etag", "")).strip('"')
-        if re.fullmatch(r"[0-9a-f]{64}", etag):
-            self.checksum = f"sha256:{etag}"
-        return super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
-
-
-def _fetch(url: str, partial: _Partial, patience: Patience) -> str | None:
-    """Transfer until complete, with pauses between failures; returns the announced checksum."""
+def _fetch(url: str, partial: _Partial, patience: Patience, token: str | None) -> None:
+    """Transfer until complete, with pauses between failures."""
     failures = 0
     while True:
-        before, redirects = partial.size, _Redirects()
+        before = partial.size
         try:
-            _transfer(url, partial, urllib.request.build_opener(redirects), patience.timeout)
-            return redirects.checksum
+            return _transfer(url, partial, patience.timeout, token)
         except urllib.error.HTTPError as error:
             problem = f"HTTP {error.code} {error.reason}"
             if error.code not in _WAITING_STATUS:
@@ -144,11 +133,14 @@ def _fetch(url: str, partial: _Partial, patience: Patience) -> str | None:
         time.sleep(patience.pause * 2 ** (failures - 1))
 
 
-def _transfer(url: str, partial: _Partial, opener: urllib.request.OpenerDirector, timeout: float) -> None:
-    """One request; raises OSError or HTTPException if it ends early."""
+def _transfer(url: str, partial: _Partial, timeout: float, token: str | None) -> None:
+    """Ask for the bytes that are missing, once; raises OSError or HTTPException if they end early."""
     headers = {"User-Agent": "megatron-tokenformer", "Accept-Encoding": "identity", **partial.headers}
+    request = urllib.request.Request(url, headers=headers)
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        response = opener.open(urllib.request.Request(url, headers=headers), timeout=timeout)
+        response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # nothing lies beyond what is there: it is complete, or of another version
             raise

@@ -22,8 +22,12 @@ class Served:
     failures: list[int] = field(default_factory=list)
     """Status codes of the next responses."""
     redirects: dict[str, tuple[str, dict[str, str]]] = field(default_factory=dict)
+    refusals: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
+    """By path, the status and the headers of every response."""
     requests: list[tuple[str, str | None]] = field(default_factory=list)
-    """Path and Range header of every request."""
+    """Path and Range header of every request with GET."""
+    tokens: list[tuple[str, str | None]] = field(default_factory=list)
+    """Path and Authorization header of every request."""
     url: str = ""
 
 
@@ -35,6 +39,8 @@ def serve(files: dict[str, bytes]) -> Iterator[Served]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             respond(self, served)
+
+        do_HEAD = do_GET
 
         def log_message(self, *_: object) -> None:
             pass
@@ -53,9 +59,14 @@ def serve(files: dict[str, bytes]) -> Iterator[Served]:
 
 def respond(handler: BaseHTTPRequestHandler, served: Served) -> None:
     wanted = handler.headers.get("Range")
-    served.requests.append((handler.path, wanted))
+    served.tokens.append((handler.path, handler.headers.get("Authorization")))
+    if handler.command == "GET":
+        served.requests.append((handler.path, wanted))
     if served.failures:
         return handler.send_error(served.failures.pop(0))
+    if handler.path in served.refusals:
+        status, headers = served.refusals[handler.path]
+        return head(handler, status, {"Content-Length": "0", **headers})
     if handler.path in served.redirects:
         target, headers = served.redirects[handler.path]
         return head(handler, 302, {"Location": target, "Content-Length": "0", **headers})
@@ -70,6 +81,8 @@ def respond(handler: BaseHTTPRequestHandler, served: Served) -> None:
             return head(handler, 416, {"Content-Range": f"bytes */{len(body)}", "Content-Length": "0"})
         headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
     head(handler, 206 if "Content-Range" in headers else 200, {**headers, "Content-Length": str(len(body) - start)})
+    if handler.command == "HEAD":
+        return None
     end = start + served.break_after.pop(0) if served.break_after else None
     handler.wfile.write(body[start:end])
     handler.close_connection = True

@@ -148,6 +148,6 @@ def test_the_table_is_sound() -> None:
     for sources in CORPORA.values():
         names = [source.unpacked or source.file_name for source in sources]
         assert len(set(names)) == len(names)
-        assert all(source.url.startswith("https://") for source in sources)
+        assert all(source.url.startswith(("https://", "hf://datasets/")) for source in sources)
         assert all(name.endswith((".txt", ".jsonl.zst", ".jsonl.zst.tar")) for name in names)
     assert [source.file_name for source in CORPORA["pile"]] == [f"{shard:02}.jsonl.zst" for shard in range(30)]
