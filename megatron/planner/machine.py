@@ -11,6 +11,7 @@ from megatron.config.yaml_file import parse_scalar
 from megatron.config.yaml_loader import MAX_BYTES
 from megatron.errors import UserError
 from megatron.files import read_text
+from megatron.mpu.gpus import peak_tflops
 
 GIB = 2**30
 
@@ -68,15 +69,22 @@ class Machine:
         return bandwidth * self.link_fraction, self.inter_node_latency
 
 
+def _known(name: str, memory_bytes: float, memory_bandwidth: float, **network: float) -> Machine:
+    """A machine of SXM modules, whose peak rate is in the table of all GPUs."""
+    found = peak_tflops(name.partition("-")[0])
+    assert found is not None, name
+    return Machine(name, memory_bytes, found[0] * 1e12, memory_bandwidth, **network)  # type: ignore[arg-type]
+
+
 # Data sheets of the SXM modules (NVLink: one direction, half of the total they name) and of the DGX systems' network,
 # one InfiniBand adapter a GPU: 400 Gbit/s (H100, H200) and 200 Gbit/s (A100). Fractions and latencies are assumptions.
 MACHINES = {
     machine.name: machine
     for machine in (
-        Machine("H200-141GB", 141e9, 989.5e12, 4.8e12),
-        Machine("H100-80GB", 80e9, 989.5e12, 3.35e12),
-        Machine("A100-80GB", 80e9, 312e12, 2.039e12, intra_node_bandwidth=300e9, inter_node_bandwidth=25e9),
-        Machine("A100-40GB", 40e9, 312e12, 1.555e12, intra_node_bandwidth=300e9, inter_node_bandwidth=25e9),
+        _known("H200-141GB", 141e9, 4.8e12),
+        _known("H100-80GB", 80e9, 3.35e12),
+        _known("A100-80GB", 80e9, 2.039e12, intra_node_bandwidth=300e9, inter_node_bandwidth=25e9),
+        _known("A100-40GB", 40e9, 1.555e12, intra_node_bandwidth=300e9, inter_node_bandwidth=25e9),
     )
 }
 DEFAULT_MACHINE = "H200-141GB"
