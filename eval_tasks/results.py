@@ -13,6 +13,7 @@ from typing import Any
 from megatron.config.schema import RunConfig
 from megatron.files import write_output
 from megatron.log import get_logger
+from megatron.metrics import Metrics, Sink, TensorBoard, WandB
 
 
 def results_path(prefix: str) -> Path:
@@ -45,10 +46,10 @@ def _plain(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
 
 
-def flat_metrics(results: Mapping[str, Any]) -> dict[str, float | int | None]:
+def flat_metrics(results: Mapping[str, Any]) -> Metrics:
     """The numbers of run_evaluation as `eval/{task}/{metric}`, with the checkpoint's `iteration` (0 if it has none)."""
     step = re.search(r"global_step(\d+)$", results["checkpoint"])
-    metrics: dict[str, float | int | None] = {"iteration": int(step[1]) if step else 0}
+    metrics: Metrics = {"iteration": int(step[1]) if step else 0}
     for task, values in results["results"].items():
         for key, value in values.items():
             metric, comma, filter_name = key.partition(",")
@@ -60,13 +61,11 @@ def flat_metrics(results: Mapping[str, Any]) -> dict[str, float | int | None]:
     return metrics
 
 
-def log_to_boards(config: RunConfig, metrics: dict[str, float | int | None]) -> None:
+def log_to_boards(config: RunConfig, metrics: Metrics) -> None:
     """Send metrics to TensorBoard (tensorboard_dir) and Weights & Biases (use_wandb), where configured.
 
     The results are on disk by then: a board that fails costs a warning.
     """
-    from megatron.training.metrics import Sink, TensorBoard, WandB
-
     folder = config.logging.tensorboard_dir
     boards: dict[str, Callable[[], Sink]] = {"tensorboard_dir": lambda: TensorBoard(folder or "")} if folder else {}
     if config.logging.use_wandb:

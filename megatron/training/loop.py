@@ -9,12 +9,12 @@ from typing import Any
 from megatron.config.schema import RunConfig
 from megatron.engine.base import StepResult
 from megatron.log import get_logger
+from megatron.metrics import Metrics
 from megatron.mpu.processes import leave
 from megatron.signals import StopRequest
 from megatron.training.checkpointing import save, should_save
 from megatron.training.hardware import memory_gib
-from megatron.training.metrics import Metrics
-from megatron.training.run import Run
+from megatron.training.run import Run, start_run
 from megatron.training.setup import start_run
 from megatron.training.state import TrainState
 

@@ -15,9 +15,9 @@ from megatron.config.update_size import UpdateSize
 from megatron.data import Datasets, batches
 from megatron.engine.base import Engine
 from megatron.growth.schedule import is_due, next_stage
+from megatron.metrics import MetricsLog, Throughput
 from megatron.mpu import Layout
 from megatron.tasks import Task
-from megatron.training.metrics import MetricsLog, Throughput
 from megatron.training.schedule import LRSchedule
 from megatron.training.state import TrainState
 

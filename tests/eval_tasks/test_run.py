@@ -113,7 +113,7 @@ def test_results_go_to_tensorboard_and_wandb(
         def close(self) -> None: ...
 
     for name in ("TensorBoard", "WandB"):
-        monkeypatch.setattr(f"megatron.training.metrics.{name}", Sink)
+        monkeypatch.setattr(f"eval_tasks.results.{name}", Sink)
     boards = config.logging.model_copy(update={"tensorboard_dir": str(tmp_path / "board"), "use_wandb": True})
     results = run_evaluation(config.model_copy(update={"logging": boards}))["results"]["harbor_choice"]
     assert len(written) == 2 and written[0] == written[1]

@@ -22,9 +22,9 @@ from megatron.checkpoint.reader import CheckpointReader, DamagedCheckpoint, file
 from megatron.config import RunConfig
 from megatron.errors import UserError
 from megatron.log import get_logger
+from megatron.metrics import MetricsLog
 from megatron.mpu import SINGLE
 from megatron.training import train
-from megatron.training.metrics import MetricsLog
 from megatron.training.resume import open_for_resume
 from megatron.training.soundness import require_sound
 from tests.damage import damaged

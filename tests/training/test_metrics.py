@@ -18,8 +18,8 @@ import pytest
 from megatron.config import RunConfig
 from megatron.errors import UserError
 from megatron.log import get_logger, log_to_file
+from megatron.metrics import MetricsLog, TensorBoard
 from megatron.training import train
-from megatron.training.metrics import MetricsLog, TensorBoard
 
 MakeConfig = Callable[..., RunConfig]
 ROOT = Path(__file__).parents[2]
