@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -36,48 +38,32 @@ def run_generation(config: RunConfig, layout: Layout = SINGLE) -> None:
 
     Raises: UserError when text_gen_type, the checkpoint or the prompts are missing, or a file cannot be written.
     """
-    options = config.generation
-    requests, inputs = _requests(options), _input_files(config)
+    options, seed = config.generation, config.training.seed
+    requests = _requests(options)
+    # What is read must not be lost by the output.
+    inputs = [options.sample_input_file, config.tokenizer.vocab_file, config.tokenizer.merge_file]
     if requests is not None:
         find_output(options.sample_output_file, "sample_output_file", inputs)
-        inputs += _checkpoint_files(config)
+        inputs += _files_of(checkpoint_source(config.checkpoint))
         refuse_inputs(options.sample_output_file, "sample_output_file", inputs)
     model, tokenizer = load_for_inference(config, layout)
     decoder = Decoder(model, tokenizer, config.language.seq_length, options.recompute, options.logprobs)
     if requests is None:
-        converse(decoder, sampling_of(options), options.prompt_end, config.training.seed, options.interactive_history)
+        converse(decoder, sampling_of(options), options.prompt_end, seed, options.interactive_history)
         return
-    prompts, settings = [request.prompt for request in requests], [request.sampling for request in requests]
-    texts = start_texts(decoder, prompts, settings, config.training.seed)
+    texts = start_texts(decoder, [r.prompt for r in requests], [r.sampling for r in requests], seed)
     size = config.evaluation.eval_batch_size
     batch_size = size if isinstance(size, int) else _BATCH_SIZE
-    if layout.tensor.rank == 0:
-        _write_answers(decoder, texts, options.sample_output_file, batch_size, inputs)
-    else:
+    if layout.tensor.rank != 0:
         complete_missing(decoder, texts, None, batch_size)
-
-
-def _input_files(config: RunConfig) -> list[str | None]:
-    """What a generation reads, and its output must not replace."""
-    tokenizer = config.tokenizer
-    return [config.generation.sample_input_file, tokenizer.vocab_file, tokenizer.merge_file]
-
-
-def _checkpoint_files(config: RunConfig) -> list[str | None]:
-    """The files of the checkpoint: the output must not replace one of these either."""
-    source = checkpoint_source(config.checkpoint)
-    return [str(source)] if source.is_file() else [str(path) for path in sorted(source.iterdir())]
-
-
-def _write_answers(
-    decoder: Decoder, texts: Sequence[Text], output: str, batch_size: int, inputs: Sequence[str | None]
-) -> None:
-    answers = Answers(output, fingerprint(decoder, texts), inputs)
-    try:
+        return
+    with closing(Answers(options.sample_output_file, fingerprint(decoder, texts), inputs)) as answers:
         complete_missing(decoder, texts, answers, batch_size)
         answers.finish(len(texts))
-    finally:
-        answers.close()
+
+
+def _files_of(checkpoint: Path) -> list[str]:
+    return [str(checkpoint)] if checkpoint.is_file() else [str(path) for path in sorted(checkpoint.iterdir())]
 
 
 def complete_missing(decoder: Decoder, texts: Sequence[Text], answers: Answers | None, batch_size: int) -> None:
