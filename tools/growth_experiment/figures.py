@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.growth_experiment.plan import FRACTIONS, SIZES
 from tools.growth_experiment.results import Groups, Result
+from tools.growth_experiment.trials import FRACTIONS, SIZES
 
 _COLOURS = {"a": "0.55", "b": "tab:blue", "e": "tab:red", "c": "0.55", "d": "tab:green", "h": "tab:orange"}  # fmt: skip
 _CHAINS = {

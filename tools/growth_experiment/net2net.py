@@ -101,7 +101,7 @@ def logit_difference(before: LanguageModel, after: LanguageModel, ids: Tensor) -
 
 def main() -> int:
     """Expand a random model of part c twice, and print what that changes."""
-    from tools.growth_experiment.plan import SIZES, Trial
+    from tools.growth_experiment.trials import SIZES, Trial
 
     sizes = [Trial("c", "", 1, size, 1, kind="transformer").model_config() for size in SIZES]
     model = LanguageModel(sizes[0], seed=1)

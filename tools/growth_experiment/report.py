@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tools.growth_experiment.figures import draw_figures
-from tools.growth_experiment.plan import FRACTIONS, GROWTH_RATES, RATES, SIZES, VARIANTS
 from tools.growth_experiment.results import Groups, Result, by_key, read_results
+from tools.growth_experiment.trials import FRACTIONS, GROWTH_RATES, RATES, SIZES, VARIANTS
 
 NAMES = {
     "a": "TokenFormer, scratch", "b": "TokenFormer, zero keys", "c": "Transformer, scratch",

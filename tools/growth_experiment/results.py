@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import UserError
-from tools.growth_experiment.plan import PARTS
 from tools.growth_experiment.runs import read_metrics
+from tools.growth_experiment.trials import PARTS
 
 
 @dataclass(frozen=True)

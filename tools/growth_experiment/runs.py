@@ -30,7 +30,7 @@ from megatron.model.init import initial_value
 from megatron.tokenizer.training import train_tokenizer
 from tools.demo.prepare import HELD_OUT_EVERY, read_addresses
 from tools.growth_experiment.net2net import expanded_model, logit_difference
-from tools.growth_experiment.plan import (
+from tools.growth_experiment.trials import (
     BATCH,
     FRACTIONS,
     HELD_OUT_SEQUENCES,

@@ -32,7 +32,7 @@ PEAK_LR = {
 }
 """Of a model from scratch, the best of RATES in part r."""
 GROWTH_LR = {"grow": 1e-3, "rotate": 4e-3, "official": 2e-3, "repeat": 4e-3, "net2net": 4e-3}
-"""Of a growth stage, the best of GROWTH_RATES in part r."""
+"""Of the training after a growth, the best of GROWTH_RATES in part r."""
 FINAL_LR = 0.1
 """At the end of a schedule, as a part of its peak."""
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
@@ -47,7 +47,7 @@ GROWTH_RATES_OF = {
 SHORT = 1 / 8
 """Part r's training tokens of a model from scratch, as a part of those of the other parts."""
 FRACTIONS = {"tenth": 0.1, "quarter": 0.25, "half": 0.5}
-"""Training tokens of each growth stage, as a part of those of a model trained from scratch."""
+"""Training tokens after each growth, as a part of those of a model trained from scratch."""
 
 Start = Literal["scratch", "grow", "rotate", "official", "repeat", "net2net"]
 PARTS = ("r", "a", "h", "b", "e", "c", "d", "s", "f")
@@ -107,7 +107,7 @@ class Trial:
         updates: length of the run.
         start: what it starts from; all but `scratch` need `parent`.
         parent: folder of the trial whose last checkpoint it starts from.
-        label: budget of a growth stage, or variant of part f.
+        label: how long it trains after a growth (FRACTIONS), or variant of part f.
         options: what differs from the other trials: lr (peak rate), slots, start, and configuration keys.
         kind: of model.
     """
@@ -182,13 +182,13 @@ class Trial:
         return {**keys, **options}
 
 
-def plan(tokens: int, parts: Iterable[str], seeds: Iterable[int]) -> list[Trial]:
+def trials_of(tokens: int, parts: Iterable[str], seeds: Iterable[int]) -> list[Trial]:
     """Trials in the order in which they run: parents first, all parts of the first seed before the second.
 
     Args:
         tokens: training tokens of a model trained from scratch.
         parts: of PARTS; what they need of other parts is added.
-        seeds: from 1. Parts r, c, d, s and f have the first only, of stages of half the tokens part h.
+        seeds: from 1. Parts r, c, d, s and f have the first only; so has part h with half of the tokens.
     """
     updates, wanted = round(tokens / TOKENS_PER_UPDATE), set(parts)
     found: dict[str, Trial] = {}
