@@ -17,7 +17,7 @@ from megatron.files import find_regular_output, part_file
 
 
 @dataclass(frozen=True)
-class Source:
+class CorpusFile:
     """One file of a corpus.
 
     url: on the web, or hf://datasets/OWNER/NAME/FILE on the Hugging Face Hub, which knows the checksum. checksum:
@@ -36,24 +36,21 @@ class Source:
         return self.url.rpartition("/")[2]
 
 
-Sources = tuple[Source, ...]
-
-
-def _pile(num_shards: int) -> Sources:
+def _pile(num_shards: int) -> tuple[CorpusFile, ...]:
     base = f"{HUB}monology/pile-uncopyrighted/train"
-    return tuple(Source(f"{base}/{shard:02}.jsonl.zst") for shard in range(num_shards))
+    return tuple(CorpusFile(f"{base}/{shard:02}.jsonl.zst") for shard in range(num_shards))
 
 
-CORPORA: Mapping[str, Sources] = {
+CORPORA: Mapping[str, tuple[CorpusFile, ...]] = {
     "enwik8": (
-        Source(
+        CorpusFile(
             "https://mattmahoney.net/dc/enwik8.zip",
             checksum="sha256:547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
             unpacked="enwik8.txt",
             unpacked_checksum="md5:a1fa5ffddb56f4953e226637dabbb36a",
         ),
     ),
-    "openwebtext2": (Source(f"{HUB}segyges/OpenWebText2/openwebtext2.jsonl.zst.tar"),),
+    "openwebtext2": (CorpusFile(f"{HUB}segyges/OpenWebText2/openwebtext2.jsonl.zst.tar"),),
     "pile": _pile(30),
     "pile_subset": _pile(1),
 }
@@ -67,27 +64,27 @@ def fetch_corpus(
     name: str,
     folder: Path,
     force: bool = False,
-    corpora: Mapping[str, Sources] = CORPORA,
+    corpora: Mapping[str, tuple[CorpusFile, ...]] = CORPORA,
     patience: Patience | None = None,
 ) -> list[str]:
     """Download the corpus into `folder` and return its text files, for read_documents().
 
     Complete files are kept unless `force`. Raises UserError for what cannot be had or fails its checksum.
     """
-    return [str(_fetch_source(source, folder, force, patience)) for source in corpora[name]]
+    return [str(_fetched(wanted, folder, force, patience)) for wanted in corpora[name]]
 
 
-def _fetch_source(source: Source, folder: Path, force: bool, patience: Patience | None) -> Path:
-    archive = folder / source.file_name
-    if source.url.startswith(HUB):
-        return download_from_hub(source.url, archive, force, patience)
-    if source.unpacked is None:
-        return download(source.url, archive, source.checksum, force, patience)
-    text = folder / source.unpacked
+def _fetched(wanted: CorpusFile, folder: Path, force: bool, patience: Patience | None) -> Path:
+    archive = folder / wanted.file_name
+    if wanted.url.startswith(HUB):
+        return download_from_hub(wanted.url, archive, force, patience)
+    if wanted.unpacked is None:
+        return download(wanted.url, archive, wanted.checksum, force, patience)
+    text = folder / wanted.unpacked
     if force or not text.is_file():
-        download(source.url, archive, source.checksum, force, patience)
+        download(wanted.url, archive, wanted.checksum, force, patience)
         try:
-            _unpack(archive, text, source.unpacked_checksum)
+            _unpack(archive, text, wanted.unpacked_checksum)
         finally:
             archive.unlink()
     return text

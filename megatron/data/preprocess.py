@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from megatron.config.sections.tokenizer import TokenizerConfig
-from megatron.data.corpora import CORPORA, DEFAULT_CORPUS, Sources, fetch_corpus
+from megatron.data.corpora import CORPORA, DEFAULT_CORPUS, CorpusFile, fetch_corpus
 from megatron.data.indexed import IndexedDatasetBuilder, best_dtype, output_files
 from megatron.data.text import SUFFIXES, RawDocument, TxtDocuments, check_inputs, read_documents, texts
 from megatron.errors import UserError
@@ -121,7 +121,7 @@ def prepare_dataset(
     num_workers: int = 1,
     txt_documents: TxtDocuments = "file",
     force_redownload: bool = False,
-    corpora: Mapping[str, Sources] = CORPORA,
+    corpora: Mapping[str, tuple[CorpusFile, ...]] = CORPORA,
 ) -> Preprocessed:
     """Write `{data_dir}/{name}/{name}_{key}_document.{bin,idx}`; name: `name`, else `dataset`, else the first file's.
 
@@ -144,7 +144,7 @@ def prepare_dataset(
 
 
 def _downloaded(
-    dataset: str, data_dir: Path, tokenizer: TokenizerConfig, force: bool, corpora: Mapping[str, Sources]
+    dataset: str, data_dir: Path, tokenizer: TokenizerConfig, force: bool, corpora: Mapping[str, tuple[CorpusFile, ...]]
 ) -> list[str]:
     if dataset not in corpora:
         raise UserError(
@@ -162,11 +162,11 @@ def encode_all(
     if num_workers <= 1:
         yield from map(encoder, documents)
         return
-    source = iter(documents)
+    remaining = iter(documents)
     try:
         with ProcessPoolExecutor(num_workers, initializer=_set_encoder, initargs=(encoder,)) as pool:
             # Batches bound what is read ahead of the workers.
-            while batch := list(itertools.islice(source, _BATCH_PER_WORKER * num_workers)):
+            while batch := list(itertools.islice(remaining, _BATCH_PER_WORKER * num_workers)):
                 yield from pool.map(_encode, batch, chunksize=_CHUNK)
     except BrokenProcessPool:
         raise UserError("--num-workers: a worker process died, perhaps for lack of memory; use fewer workers") from None

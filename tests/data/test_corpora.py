@@ -13,7 +13,7 @@ import zstandard
 
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.data import IndexedDataset
-from megatron.data.corpora import CORPORA, Source, fetch_corpus
+from megatron.data.corpora import CORPORA, CorpusFile, fetch_corpus
 from megatron.data.preprocess import prepare_dataset, preprocess
 from megatron.errors import UserError
 from tests.data.http_server import Served, serve
@@ -59,10 +59,10 @@ def served() -> Iterator[Served]:
         yield served
 
 
-def corpora(served: Served, md5: str = hashlib.md5(TEXT).hexdigest()) -> dict[str, tuple[Source, ...]]:
-    wiki = Source(f"{served.url}/enwik8.zip", unpacked="enwik8.txt", unpacked_checksum=f"md5:{md5}")
-    shards = tuple(Source(f"{served.url}{path}") for path in SHARDS)
-    return {"enwik8": (wiki,), "openwebtext2": (Source(f"{served.url}/owt2.jsonl.zst.tar"),), "pile": shards}
+def corpora(served: Served, md5: str = hashlib.md5(TEXT).hexdigest()) -> dict[str, tuple[CorpusFile, ...]]:
+    wiki = CorpusFile(f"{served.url}/enwik8.zip", unpacked="enwik8.txt", unpacked_checksum=f"md5:{md5}")
+    shards = tuple(CorpusFile(f"{served.url}{path}") for path in SHARDS)
+    return {"enwik8": (wiki,), "openwebtext2": (CorpusFile(f"{served.url}/owt2.jsonl.zst.tar"),), "pile": shards}
 
 
 def prepared(name: str, folder: Path, served: Served, force: bool = False) -> list[bytes]:
@@ -145,9 +145,9 @@ def test_mistakes_in_a_tar_name_the_member(tmp_path: Path) -> None:
 
 def test_the_table_is_sound() -> None:
     assert {"enwik8", "openwebtext2", "pile"} <= set(CORPORA)
-    for sources in CORPORA.values():
-        names = [source.unpacked or source.file_name for source in sources]
+    for files in CORPORA.values():
+        names = [file.unpacked or file.file_name for file in files]
         assert len(set(names)) == len(names)
-        assert all(source.url.startswith(("https://", "hf://datasets/")) for source in sources)
+        assert all(file.url.startswith(("https://", "hf://datasets/")) for file in files)
         assert all(name.endswith((".txt", ".jsonl.zst", ".jsonl.zst.tar")) for name in names)
-    assert [source.file_name for source in CORPORA["pile"]] == [f"{shard:02}.jsonl.zst" for shard in range(30)]
+    assert [file.file_name for file in CORPORA["pile"]] == [f"{shard:02}.jsonl.zst" for shard in range(30)]

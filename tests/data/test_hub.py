@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.corpora import Source, fetch_corpus
+from megatron.data.corpora import CorpusFile, fetch_corpus
 from megatron.data.download import Patience
 from megatron.data.hub import download_from_hub
 from megatron.errors import UserError
@@ -45,7 +45,7 @@ def fails(folder: Path, message: str) -> None:
 
 def test_a_file_is_fetched_once_and_resumed(hub: Served, tmp_path: Path) -> None:
     hub.break_after = [100_000]
-    assert fetch_corpus("one", tmp_path, corpora={"one": (Source(ADDRESS),)}, patience=QUICK) == [
+    assert fetch_corpus("one", tmp_path, corpora={"one": (CorpusFile(ADDRESS),)}, patience=QUICK) == [
         str(tmp_path / "a b.zst")
     ]
     assert (tmp_path / "a b.zst").read_bytes() == BODY
