@@ -6,7 +6,6 @@ import difflib
 import os
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval_tasks.faults import explained
@@ -36,7 +35,7 @@ def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]
     file and logs to TensorBoard and Weights & Biases where configured.
 
     Args:
-        layout: the grid. All its processes call this; the data axis shares the work, the tensor axis the model.
+        layout: of all processes, which call this together; the data axis shares the work, the tensor axis the model.
 
     Returns: lm-eval's results, `results[task]["acc,none"]` and so on, with `checkpoint` and `tokenizer`; the
         perplexities are those of the task `perplexity`; `summary` is the paper's table if all its tasks were run.
@@ -44,15 +43,11 @@ def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]
     Raises: UserError when tasks, checkpoint, tokenizer, data or the lm_eval package are missing.
     """
     reports, options, seq_length = layout.rank == 0, config.evaluation, config.language.seq_length
-    with_tasks = bool(options.eval_tasks or not options.perplexity_data)
-    if with_tasks:
-        _check_options(options)
     results_file = results_path(options.eval_results_prefix)
     if reports:
         find_output(results_file, "eval_results_prefix")
-    if options.perplexity_data:
-        find_corpus(options.perplexity_data)
-        check_stride(options.perplexity_stride or 1, seq_length)
+    with_tasks = bool(options.eval_tasks or not options.perplexity_data)
+    _check_options(options, with_tasks, seq_length)
     path = checkpoint_source(config.checkpoint)
     # After all that is quickly said: lm-eval's index of tasks takes seconds.
     evaluate_tasks = partial(_evaluate, *find_tasks(options)) if with_tasks else None
@@ -66,16 +61,12 @@ def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]
     summary = paper_summary(results["results"], model.config)
     results.update({"summary": summary} if summary else {})
     if reports:
-        _report(results, results_file, config)
+        print(format_table(results["results"]), flush=True)
+        if summary:
+            print("\n" + format_summary(summary), flush=True)
+        write_results(results, results_file)
+        log_to_boards(config, flat_metrics(results))
     return results
-
-
-def _report(results: dict[str, Any], file: Path, config: RunConfig) -> None:
-    print(format_table(results["results"]), flush=True)
-    if "summary" in results:
-        print("\n" + format_summary(results["summary"]), flush=True)
-    write_results(results, file)
-    log_to_boards(config, flat_metrics(results))
 
 
 def _perplexity(
@@ -98,8 +89,13 @@ def _perplexity(
     return {"alias": options.perplexity_data, **values, "seq_length": seq_length, "stride": stride}
 
 
-def _check_options(options: EvaluationConfig) -> None:
-    """What can be wrong about eval_tasks before their names are looked up."""
+def _check_options(options: EvaluationConfig, with_tasks: bool, seq_length: int) -> None:
+    """Raise a UserError for what is wrong and quickly seen, before task names are looked up and a model is loaded."""
+    if options.perplexity_data:
+        find_corpus(options.perplexity_data)
+        check_stride(options.perplexity_stride or 1, seq_length)
+    if not with_tasks:
+        return
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:

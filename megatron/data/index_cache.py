@@ -88,7 +88,9 @@ class _Cache:
             return None
         with contextlib.suppress(OSError):
             # Compared as a whole before a byte is interpreted: what we wrote needs no further check.
-            if _bytes_of(self._description) == self._describe():
+            with _opened(self._description) as file:
+                is_ours = file.read() == self._describe()
+            if is_ours:
                 return tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in self._paths)
         if warn and all(map(is_regular, there)):
             get_logger().warning("sample-order files %s*: damaged, building them again", there[0].parent / self.key)
@@ -111,11 +113,6 @@ def _opened(path: Path) -> BinaryIO:
     if not is_regular(path):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
     return path.open("rb")
-
-
-def _bytes_of(path: Path) -> bytes:
-    with _opened(path) as file:
-        return file.read()
 
 
 def _crc32(path: Path) -> int:

@@ -56,16 +56,14 @@ class Batches:
         order = sorted(range(len(items)), key=lambda i: -length(items[i]))
         results: dict[int, Result] = {}
         while len(results) < len(items):
-            left = order[len(results) :]
-            chosen = left[: self._count(length(items[left[0]]))]
-            computed = self._attempt(compute, [items[i] for i in chosen], length(items[chosen[0]]))
+            longest = length(items[order[len(results)]])
+            count = self.size or max(1, self.tokens // max(1, longest))
+            chosen = order[len(results) :][:count]
+            computed = self._attempt(compute, [items[i] for i in chosen], longest)
             if computed is not None:
                 results.update(zip(chosen, computed, strict=True))
                 finished(len(chosen))
         return [results[i] for i in range(len(items))]
-
-    def _count(self, longest: int) -> int:
-        return self.size or max(1, self.tokens // max(1, longest))
 
     def _attempt(
         self, compute: Callable[[list[Item]], list[Result]], batch: list[Item], longest: int

@@ -60,17 +60,13 @@ def perplexity(
         windows.append((ids[None, whole:-1], ids[None, whole + 1 :]))
     device = next(model.parameters()).device
     with evaluating(model):
-        total = sum(_loss_sum(model, x.to(device), y.to(device)) for x, y in windows)
+        total = sum(token_losses(model(x.to(device)), y.to(device)).double().sum().item() for x, y in windows)
     if not math.isfinite(total):
         raise overflow(next(model.parameters()).dtype)
     result = {"loss": total / count, "perplexity": _exp(total / count), "num_tokens": float(count)}
     if num_bytes:
         result["bits_per_byte"] = total / math.log(2) / num_bytes
     return result
-
-
-def _loss_sum(model: LanguageModel, inputs: Tensor, labels: Tensor) -> float:
-    return token_losses(model(inputs), labels).double().sum().item()
 
 
 def sliding_windows(ids: list[int], seq_length: int, stride: int) -> Iterator[Window]:

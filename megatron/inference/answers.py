@@ -89,8 +89,11 @@ class Answers:
         return size
 
     def add(self, completions: Mapping[int, Completion]) -> None:
-        """Keep a batch of completions, safe on disk before this returns."""
-        entries = {i: _fields(completion) for i, completion in completions.items()}
+        """Keep a batch of completions, safe on disk before this returns; `logprobs` only where asked for."""
+        entries = {i: asdict(completion) for i, completion in completions.items()}
+        for entry in entries.values():
+            if entry["logprobs"] is None:
+                del entry["logprobs"]
         self._write(b"".join(_line({"index": i, **entry}) for i, entry in entries.items()))
         self.found.update(entries)
 
@@ -119,11 +122,6 @@ class Answers:
     def _explained(self) -> AbstractContextManager[None]:
         advice = "free space or name another file; the same command goes on where this one stopped"
         return write_errors(f"{_KEY}: {self._path}", advice)
-
-
-def _fields(completion: Completion) -> dict[str, Any]:
-    """context, text, length, finished, message, duration_seconds; logprobs only where asked for."""
-    return {k: v for k, v in asdict(completion).items() if k != "logprobs" or v is not None}
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

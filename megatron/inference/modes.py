@@ -34,7 +34,7 @@ def run_generation(config: RunConfig, layout: Layout = SINGLE) -> None:
     stopped; interactive prints. The seed is `seed`.
 
     Args:
-        layout: the grid; the processes of its tensor axis hold the model together, and the first reads and writes.
+        layout: the processes of its tensor axis hold the model together, and the first reads and writes.
 
     Raises: UserError when text_gen_type, the checkpoint or the prompts are missing, or a file cannot be written.
     """
