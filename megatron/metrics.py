@@ -19,7 +19,6 @@ from megatron.config.schema import RunConfig
 from megatron.errors import UserError
 from megatron.files import replaced_file
 from megatron.log import get_logger, open_log
-from megatron.tasks import Task
 
 METRICS_FILE = "metrics.jsonl"
 _boards = itertools.count()
@@ -138,9 +137,9 @@ class Console:
         "mfu": "MFU {:.1%}", "memory_gib": "{:.2f} GiB", "loss_scale": "scale {:g}",
     }  # fmt: skip
 
-    def __init__(self, last_iteration: int, loss_name: str = "loss", formats: Mapping[str, str] | None = None) -> None:
+    def __init__(self, last_iteration: int, formats: Mapping[str, str] | None = None) -> None:
         self.last_iteration = last_iteration
-        self._formats = {loss_name: "loss {:.4f}", **self._formats, **(formats or {})}
+        self._formats = {**(formats or {}), **self._formats}
 
     def write(self, metrics: Metrics) -> None:
         """Log the known entries in a fixed order."""
@@ -223,16 +222,21 @@ class WandB:
 
 
 class MetricsLog:
-    """All sinks of a run; ranks other than 0 have none. One that fails costs a warning, never the run."""
+    """All sinks of a run; ranks other than 0 have none. One that fails costs a warning, never the run.
 
-    def __init__(self, config: RunConfig, rank: int, resumed_iteration: int, task: Task[Any] | None = None) -> None:
+    formats: of a task's own metrics in a line of the log, by name.
+    """
+
+    def __init__(
+        self, config: RunConfig, rank: int, resumed_iteration: int, formats: Mapping[str, str] | None = None
+    ) -> None:
         self.sinks: list[Sink] = []
         self._failed: set[str] = set()
         self._lines: JsonLines | None = None
         if rank != 0:
             return
         options = config.logging
-        self.sinks.append(Console(config.training.train_iters or 0, *((task.loss_name, task.console) if task else ())))
+        self.sinks.append(Console(config.training.train_iters or 0, formats))
         folder = options.log_dir or config.checkpoint.save
         if folder:
             with self._guarded(JsonLines.name):

@@ -35,7 +35,7 @@ class LanguageTask(Task[Tensor]):
     architecture: ClassVar[Architecture] = LANGUAGE
     loss_name: ClassVar[str] = "lm_loss"
     console: ClassVar[Mapping[str, str]] = {
-        "valid_lm_loss": "validation loss {:.4f}", "valid_perplexity": "perplexity {:.2f}",
+        "lm_loss": "loss {:.4f}", "valid_lm_loss": "validation loss {:.4f}", "valid_perplexity": "perplexity {:.2f}",
         "test_lm_loss": "test loss {:.4f}", "test_perplexity": "perplexity {:.2f}",
     }  # fmt: skip
     data_keys: ClassVar[tuple[str, ...]] = ("seq_length",)

@@ -42,7 +42,11 @@ class Task(ABC, Generic[Batch]):
     architecture: ClassVar[Architecture]
     loss_name: ClassVar[str] = "loss"
     measures: ClassVar[tuple[str, ...]] = ("loss", "count")
-    console: ClassVar[Mapping[str, str]] = {"valid_loss": "validation loss {:.4f}", "test_loss": "test loss {:.4f}"}
+    console: ClassVar[Mapping[str, str]] = {
+        "loss": "loss {:.4f}",
+        "valid_loss": "validation loss {:.4f}",
+        "test_loss": "test loss {:.4f}",
+    }
     data_keys: ClassVar[tuple[str, ...]] = ()
     evaluates_every_sample: ClassVar[bool] = False
 

@@ -14,7 +14,7 @@ from megatron.mpu.processes import leave
 from megatron.signals import StopRequest
 from megatron.training.checkpointing import save, should_save
 from megatron.training.hardware import memory_gib
-from megatron.training.run import Run, start_run
+from megatron.training.run import Run
 from megatron.training.setup import start_run
 from megatron.training.state import TrainState
 

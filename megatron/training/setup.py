@@ -87,7 +87,7 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
     peak, origin = peak_flops(device, dtype, config.logging.peak_tflops)
     measure = origin if peak is None else f"MFU against {peak / 1e12:.1f} TFLOP/s a device ({origin})"
     _report(config, layout, counted.num_parameters(), update, measure)
-    metrics = MetricsLog(config, layout.rank, state.iteration, task)
+    metrics = MetricsLog(config, layout.rank, state.iteration, task.console)
     return Run(
         config,
         task,
