@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron.evaluation.batching import BatchSize
 from megatron.inference.load import load_model
 from megatron.inference.prepare import check_vocabulary
 from megatron.model import LanguageModel
+from megatron.text import suggestion
 from megatron.tokenizer import Tokenizer, build_tokenizer
 
 _DTYPES = {
@@ -124,9 +124,8 @@ def _check_others(others: dict[str, Any]) -> None:
                     "checkpoint of a run with pretrained=RUN/global_stepN"
                 )
         else:
-            near = difflib.get_close_matches(name, _KNOWN, 1, 0.6)
-            advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(_KNOWN)}"
-            raise UserError(f"model_args: unknown '{name}'; {advice}")
+            meant = suggestion(name, _KNOWN, f"known: {', '.join(_KNOWN)}")
+            raise UserError(f"model_args: unknown '{name}'; {meant}")
 
 
 def tokenizer_of(path: Path) -> TokenizerConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -21,6 +20,7 @@ from megatron.files import find_output
 from megatron.inference.prepare import checkpoint_source, load_for_inference
 from megatron.model import LanguageModel
 from megatron.mpu import SINGLE, Layout
+from megatron.text import suggestion
 from megatron.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -125,9 +125,8 @@ def find_tasks(options: EvaluationConfig) -> tuple[list[str], TaskManager]:
     manager = TaskManager(include_path=folder)
     for name in options.eval_tasks:
         if not manager.match_tasks([name]):
-            near = difflib.get_close_matches(name, manager.all_tasks, 3, 0.5)
-            hint = f"; did you mean {', '.join(near)}?" if near else "; `lm_eval ls tasks` lists all names"
-            raise UserError(f"eval_tasks: unknown task '{name}'{hint}")
+            meant = suggestion(name, manager.all_tasks, "`lm_eval ls tasks` lists all names", 0.5, most=3)
+            raise UserError(f"eval_tasks: unknown task '{name}'; {meant}")
     return manager.match_tasks(options.eval_tasks), manager
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron.config.sections.model import TOKENFORMER, ModelConfig
+from megatron.text import align
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -33,7 +34,7 @@ _PUBLISHED = {
 
 def format_table(results: Results) -> str:
     """A line for each task and metric: task, metric, value, standard error."""
-    return _aligned([("task", "metric", "value", "stderr"), *_rows(results)], num_text_columns=2)
+    return _ruled([("task", "metric", "value", "stderr"), *_rows(results)], num_text_columns=2)
 
 
 def _rows(results: Results) -> Iterator[tuple[str, str, str, str]]:
@@ -51,16 +52,9 @@ def _number(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, (int, float)) else "-"
 
 
-def _aligned(rows: Sequence[Sequence[str]], num_text_columns: int) -> str:
-    """Columns of equal width, numbers to the right, with a rule below the first row."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            f"{cell:<{width}}" if i < num_text_columns else f"{cell:>{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+def _ruled(rows: Sequence[Sequence[str]], num_text_columns: int) -> str:
+    """Columns of text, then of numbers, with a rule below the first row."""
+    lines = align(rows, range(num_text_columns))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -91,4 +85,4 @@ def format_summary(summary: Mapping[str, Mapping[str, float]]) -> str:
         digits = {"LAMBADA ppl": 2}
         cells = (f"{values[c]:.{digits.get(c, 1)}f}" if c in values else "-" for c in _COLUMNS)
         rows.append((name, *cells))
-    return _aligned(rows, num_text_columns=1)
+    return _ruled(rows, num_text_columns=1)

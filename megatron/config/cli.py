@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import textwrap
 from argparse import Namespace
@@ -18,10 +17,10 @@ from megatron.config.load import Resolved, resolve_config
 from megatron.config.reference import all_keys, section_title
 from megatron.config.schema import SECTIONS, RunConfig
 from megatron.config.yaml_file import Setting
-from megatron.config.yaml_loader import shortened
 from megatron.errors import UserError
 from megatron.files import refuse_inputs
 from megatron.log import get_logger
+from megatron.text import shortened, suggestion
 
 FLAG_KEYS: dict[str, str] = {
     "hostfile": "hostfile",
@@ -85,9 +84,8 @@ class _Parser(argparse.ArgumentParser):
             if name.startswith("--") and name[2:] in _key_names():
                 message += f"; {name[2:]} is a key: --set {name[2:]}=VALUE"
                 continue
-            near = difflib.get_close_matches(name, known, 1, 0.6)
-            if name.startswith("-") and name not in known and near:
-                message += f"; did you mean {near[0]}?"
+            if name.startswith("-") and name not in known and (meant := suggestion(name, known)):
+                message += f"; {meant}"
                 break
         raise UserError(f"{self.prog}: {message} (see `python {self.prog} --help`)")
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from megatron.config.schema import RunConfig
 from megatron.config.sections.launch import LaunchConfig
-from megatron.config.yaml_loader import shortened
 from megatron.errors import UserError
+from megatron.text import shortened
 
 CLUSTER_HOSTFILE = "/job/hostfile"
 """Where DeepSpeed looks for one that nobody names."""

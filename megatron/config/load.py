@@ -8,7 +8,6 @@ the file; `~` and environment variables in them are replaced.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,15 +33,15 @@ from megatron.config.yaml_file import (
     parse_scalar,
     read_with_includes,
 )
-from megatron.config.yaml_loader import shortened
 from megatron.config.zero_keys import ZERO_KEYS
 from megatron.errors import UserError
 from megatron.log import get_logger
+from megatron.text import nearest, shortened
 
 Paths = str | Path | Sequence[str | Path]
 Overrides = Mapping[str, Any] | Sequence["str | Setting"]
 
-_LONGEST_KEY, _MOST_SUGGESTIONS = 80, 50  # difflib takes milliseconds for each key
+_MOST_SUGGESTIONS = 50  # each takes milliseconds
 
 _TABLE_MODELS: dict[str, type[Section]] = {
     "optimizer": OptimizerSpec,
@@ -235,8 +234,7 @@ def _find_unknown(settings: dict[str, Setting], findings: Findings, model: type[
         if key in known:
             continue
         del settings[key]
-        is_word = len(key) < _LONGEST_KEY and len(findings.lines) < _MOST_SUGGESTIONS
-        near = difflib.get_close_matches(key, known, 1, 0.6) if is_word else []
+        near = nearest(key, known) if len(findings.lines) < _MOST_SUGGESTIONS else []
         advice = f"did you mean {near[0]}?" if near else "`python train.py --help` lists all keys"
         findings.add(f"{setting.source}: unknown key '{shortened(setting.spelling)}'; {advice}")
         findings.bad.update(near)

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from megatron.config.findings import WrongTypes
 from megatron.config.paths import PATH_KEYS
 from megatron.config.yaml_file import Setting, normalise
-from megatron.config.yaml_loader import shortened
 from megatron.errors import UserError, UserErrors
+from megatron.text import shortened
 
 _EXPECTED = {
     "int": "a whole number",

@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any
 
-from megatron.config.yaml_loader import shortened
+from megatron.text import shortened
 
 PATH_KEYS = frozenset({
     "data_path", "train_data_paths", "valid_data_paths", "test_data_paths", "data_cache_dir", "vocab_file",

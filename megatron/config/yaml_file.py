@@ -6,7 +6,6 @@ readings; megatron.config.yaml_loader says which.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +17,10 @@ import yaml
 from megatron.config.findings import Findings
 from megatron.config.neox_keys import ALIASES, VALUE_SPELLINGS
 from megatron.config.paths import expand
-from megatron.config.yaml_loader import MAX_BYTES, Loader, ambiguities, compose, line_of, problem_of, shortened
+from megatron.config.yaml_loader import MAX_BYTES, Loader, ambiguities, compose, line_of, problem_of
 from megatron.errors import UserError
 from megatron.files import read_text
+from megatron.text import nearest, shortened
 
 TABLES = ("optimizer", "optimizer.params", "fp16", "bf16", "zero_optimization")
 """Keys whose value is a table; tables of several files are merged key by key, everything else is replaced."""
@@ -114,7 +114,7 @@ def _near_files(name: str | Path, folder: Path, likeness: float = 0.5) -> list[s
     except (OSError, ValueError):
         return []
     spelled = target.stem if target.suffix in _CONFIG_SUFFIXES else target.name
-    return [str(found[match]) for match in difflib.get_close_matches(spelled, found, 1, likeness)]
+    return [str(found[match]) for match in nearest(spelled, found, likeness)]
 
 
 def read_with_includes(

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from megatron.text import shortened
+
 MAX_BYTES = 2**22
 MAX_DEPTH = 32
 MAX_NODES = 20_000
@@ -175,13 +177,6 @@ def _as_seconds(text: str) -> str:
     for part in whole.split(":"):
         total = 60 * total + int(part)
     return f"{'-' if text.startswith('-') else ''}{total}{dot}{fraction}"
-
-
-def shortened(value: Any, length: int = 60) -> str:
-    """The value as text for a message, cut where it is long, with escapes for what has no picture."""
-    text = str(value)
-    text = text if len(text) <= length else f"{text[:length]}..."
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def line_of(error: yaml.YAMLError) -> int:

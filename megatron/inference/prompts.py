@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from megatron.config.sections.generation import GenerationConfig
 from megatron.errors import UserError
 from megatron.files import read_text
 from megatron.inference.sampling import Sampling
+from megatron.text import suggestion
 
 
 class _OwnSeed(Section):
@@ -82,6 +82,5 @@ def _refuse_unknown(values: dict[str, Any], where: str) -> None:
     known = [*_SETTINGS, *_COUNTS, "seed"]
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.5)
-            advice = f"did you mean {near[0]}?" if near else f"known: prompt, {', '.join(known)}"
+            advice = suggestion(name, known, f"known: prompt, {', '.join(known)}", 0.5)
             raise UserError(f"{where}: unknown setting '{name}'; {advice}")

@@ -16,6 +16,7 @@ from megatron.planner.counts import num_parameters
 from megatron.planner.machine import GIB, Machine
 from megatron.planner.plan import Candidate, candidates, predict
 from megatron.planner.workload import Workload
+from megatron.text import align
 from megatron.tokenizer import build_tokenizer
 
 ASSUMED_VOCABULARY = 50304
@@ -53,7 +54,7 @@ def _lines(work: Workload, machine: Machine, gpus: int, rows: int, notes: Sequen
     found = candidates(work, machine, gpus)
     best = distinct([candidate for candidate in found if candidate.fits])[:rows]
     table += [_row(str(number), candidate, machine) for number, candidate in enumerate(best, 1)]
-    shown = ["", *align(table)] if len(table) > 1 else []
+    shown = ["", *align(table, (0, len(table[0]) - 1))] if len(table) > 1 else []
     return [*lines, *shown, "", _advice(best, found, machine, gpus)]
 
 
@@ -143,17 +144,3 @@ def _advice(best: Sequence[Candidate], found: Sequence[Candidate], machine: Mach
         f"nothing fits {gpus} x {machine.name}: the smallest layout (tensor {c.tensor}, pipeline {c.pipeline}, ZeRO "
         f"{c.zero_stage}, micro-batch {c.micro_batch}) needs {missing:.1f} GiB more a GPU; take more GPUs"
     )
-
-
-def align(table: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of text in columns: numbers to the right, the first and the last column to the left."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    last = len(widths) - 1
-    lines = []
-    for row in table:
-        cells = [
-            cell.ljust(width) if i in (0, last) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.text import align
 from tools.gpu.running import Row, as_json
 
 _MARKS = {"ok": "ok", "failed": "FAILED", "skipped": "skipped"}
@@ -15,9 +16,8 @@ _MARKS = {"ok": "ok", "failed": "FAILED", "skipped": "skipped"}
 def table(rows: Sequence[Row]) -> str:
     """One line a check, aligned."""
     cells = [("part", "check", "", "figure"), *((r.part, r.check, _MARKS[r.status], r.figure) for r in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(3)]
-    lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in cells]
-    return "\n".join([lines[0], "-" * max(map(len, lines[:1])), *lines[1:]])
+    lines = align(cells, range(4))
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def summary(rows: Sequence[Row], seconds: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from megatron.config.findings import WrongTypes
-from megatron.config.yaml_loader import shortened
+from megatron.text import shortened
 
 MAX_SIZE = 2**24
 """Largest width, length or number of tokens that a key takes: a mistyped size ends in a line, not in all memory."""

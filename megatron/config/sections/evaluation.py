@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from megatron.config.sections.base import Section
-from megatron.config.yaml_loader import shortened
+from megatron.text import shortened
 
 
 class EvaluationConfig(Section):

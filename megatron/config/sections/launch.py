@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron.config.sections.base import Section
-from megatron.config.yaml_loader import shortened
+from megatron.text import shortened
 
 
 class LaunchConfig(Section):

@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from megatron.config.sections.base import MAX_SIZE, Section
-from megatron.config.yaml_loader import shortened
 from megatron.errors import UserError
+from megatron.text import shortened
 
 TOKENFORMER = "tokenformer"
 TRANSFORMER_KINDS = ("global", "flash")
