@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from megatron.errors import UserError
 
@@ -197,16 +197,24 @@ def part_file(path: Path) -> tuple[BinaryIO, Path]:
             file = os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "w+b")
         except FileExistsError:
             continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = os.fstat(file.fileno()).st_nlink > 0
-        except BlockingIOError:
-            is_ours = False
-        except OSError:  # a file system without locks
-            is_ours = True
-        if is_ours:
-            return file, part
+        with contextlib.suppress(BlockingIOError):
+            if not lock(file) or os.fstat(file.fileno()).st_nlink > 0:
+                return file, part
         file.close()  # another process took it for abandoned, before it was locked
+
+
+def lock(file: IO[Any], wait: bool = False) -> bool:
+    """Lock an open file until it is closed or the process ends, however it does; false on a file system without locks.
+
+    Raises: BlockingIOError when another process has it, unless this one is to wait for that.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError) and not wait:
+            raise
+        return False
+    return True
 
 
 def open_own(path: Path) -> BinaryIO | None:
@@ -241,8 +249,8 @@ def _remove_abandoned(folder: Path, prefix: str) -> None:
         if not is_regular(part):
             continue
         with contextlib.suppress(OSError), part.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink()
+            if lock(file):
+                part.unlink()
 
 
 def _followed(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import UserError
-from megatron.files import find_output, find_regular_output, open_own, part_file, write_output
+from megatron.files import find_output, find_regular_output, lock, open_own, part_file, write_output
 
 NULL, FULL = os.makedev(1, 3), os.makedev(1, 7)
 
@@ -160,6 +161,25 @@ def test_parts_of_killed_processes_are_removed_and_those_of_living_ones_kept(tmp
     part.unlink()
     assert sorted(os.listdir(tmp_path)) == sorted([living.name, strange.name, others.name])
     assert others.read_text() == "x"
+
+
+def test_a_lock_is_one_process_at_a_time_and_asks_for_nothing_where_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lock"
+    with path.open("w") as first, path.open("w") as second:
+        assert lock(first)
+        with pytest.raises(BlockingIOError):
+            lock(second)
+        first.close()
+        assert lock(second, wait=True)
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with path.open("w") as file:
+        assert not lock(file) and not lock(file, wait=True)
 
 
 def test_a_link_or_folder_named_like_ours_is_not_opened(tmp_path: Path) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 from pathlib import Path
 
 from megatron.errors import UserError
-from megatron.files import open_own
+from megatron.files import lock, open_own
 from megatron.log import get_logger
 
 
@@ -28,13 +27,12 @@ class FolderLock:
             get_logger().warning("%s is no regular file; make sure that only one run saves there", self._path)
             return
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock(self._file):
+                get_logger().warning("%s does not support file locks; make sure that only one run saves there", root)
         except BlockingIOError as error:
             raise UserError(
                 f"save: another run is writing to {root}; stop it first, or save to another folder"
             ) from error
-        except OSError:
-            get_logger().warning("%s does not support file locks; make sure that only one run saves there", root)
 
     def close(self) -> None:
         """Release the folder, and remove it if nothing was saved in it."""

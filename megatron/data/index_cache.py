@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.data.indexed import IndexedDataset
-from megatron.files import is_regular, open_own, replaced_file
+from megatron.files import is_regular, lock, open_own, replaced_file
 from megatron.log import get_logger
 
 Arrays = tuple[npt.NDArray[np.integer], ...]
@@ -142,11 +141,7 @@ def _locked(path: Path) -> BinaryIO | None:
     Its owner removes it at the end: who waited for it then holds a file that is gone, and tries the next one.
     """
     while (file := open_own(path)) is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            return file
-        if _is_file_at(path, file.fileno()):
+        if not lock(file, wait=True) or _is_file_at(path, file.fileno()):
             return file
         file.close()
     return None

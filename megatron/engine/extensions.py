@@ -7,7 +7,6 @@ is killed leaves a file behind for which every later one waits for ever.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from megatron.errors import UserError
+from megatron.files import lock
 
 _VARIABLE = "TORCH_EXTENSIONS_DIR"
 
@@ -49,8 +49,8 @@ def one_build_at_a_time() -> Iterator[None]:
     """Inside, this process alone on its node builds extensions; the next one finds them built."""
     folder = build_folder()
     os.environ[_VARIABLE] = str(folder)
-    with (folder / "building.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # given free by the kernel when a process is killed
+    with (folder / "building.lock").open("w") as file:
+        lock(file, wait=True)  # given free by the kernel when a process is killed
         for left_behind in folder.glob("*/lock"):
             left_behind.unlink(missing_ok=True)  # torch's own mark of a build in progress: there is none now
         yield

@@ -7,7 +7,6 @@ An output that is a stream (a FIFO, /dev/stdout) is written at the end, and leav
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from megatron.errors import UserError
-from megatron.files import find_output, open_own, write_errors
+from megatron.files import find_output, lock, open_own, write_errors
 from megatron.inference.decoding import Decoder, Text
 from megatron.inference.generate import Completion
 from megatron.log import get_logger
@@ -55,14 +54,13 @@ class Answers:
             get_logger().warning("%s is no regular file: an interrupted run will have to start anew", self._path)
             return
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock(self._file):
+                get_logger().warning("%s cannot be locked; make sure that only one process writes it", self._path)
         except BlockingIOError:
             self.close()
             raise UserError(
                 f"{_KEY}: another process is writing {self._path}; wait for it or name another file"
             ) from None
-        except OSError:
-            get_logger().warning("%s cannot be locked; make sure that only one process writes it", self._path)
         self._file.seek(self._read(self._file.read(), header))
         self._file.truncate()
         if self._file.tell() == 0:
