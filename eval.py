@@ -20,7 +20,7 @@ def main() -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")  # one rank's progress bars are enough
     config, args = parse_run(sys.argv[1:], "eval.py")
     from eval_tasks.run import run_evaluation
-    from megatron.config.messages import places_named
+    from megatron.config.places import places_named
     from megatron.mpu.processes import abandoned_on_error, join, leave
 
     launch = config.launch

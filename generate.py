@@ -16,7 +16,7 @@ def main() -> int:
     ensure_process_environment()
     stop_with_launcher()
     config, args = parse_run(sys.argv[1:], "generate.py")
-    from megatron.config.messages import places_named
+    from megatron.config.places import places_named
     from megatron.mpu.processes import abandoned_on_error, join_one_copy, leave
 
     launch = config.launch

@@ -19,7 +19,7 @@ def main() -> int:
     ensure_process_environment()
     stop_with_launcher()
     config, args = parse_run(sys.argv[1:], "train.py")
-    from megatron.config.messages import places_named
+    from megatron.config.places import places_named
     from megatron.mpu.processes import abandoned_on_error
     from megatron.training.loop import shut_down, train
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
-from typing import TextIO
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TextIO
+
+from megatron.text import yaml_form
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # what shells give a process that SIGINT has ended
@@ -29,11 +31,51 @@ class UserError(ValueError):
     """
 
 
+class ConfigError(UserError):
+    """A mistake in the value of a configuration key: `where: key: reason, got value; advice`."""
+
+    key: str
+    """Dotted; "" where the mistake is in no key's value."""
+    reason: str
+    """What is wrong."""
+    advice: str
+    """What to do, where the reason does not say it."""
+    value: Any
+    """What was given, where the reason does not tell it; ... where it does."""
+    beside: frozenset[str]
+    """Keys whose own mistakes may be behind this one: the value is wrong beside theirs."""
+    where: str
+    """What gave the key: `file:line`, a flag or `override`; "" where that is not known."""
+    spelling: str
+    """The key as it was written there."""
+
+    def __init__(
+        self,
+        key: str,
+        reason: str,
+        advice: str = "",
+        *,
+        value: Any = ...,
+        beside: Iterable[str] = (),
+        where: str = "",
+        spelling: str = "",
+    ) -> None:
+        super().__init__(key, reason, advice)
+        self.key, self.reason, self.advice, self.value = key, reason, advice, value
+        self.beside, self.where, self.spelling = frozenset(beside), where, spelling or key
+
+    def __str__(self) -> str:
+        got = "" if self.value is ... else f", got {yaml_form(self.value)}"
+        advice = f"; {self.advice}" if self.advice else ""
+        return ": ".join(part for part in (self.where, self.spelling, f"{self.reason}{got}{advice}") if part)
+
+
 class UserErrors(UserError):
     """Several mistakes that were found together; each has a line of its own."""
 
-    def __init__(self, lines: Sequence[str]) -> None:
-        self.lines = tuple(_one_line(line) for line in lines)
+    def __init__(self, errors: Sequence[UserError | str]) -> None:
+        self.errors = tuple(errors)
+        self.lines = tuple(_one_line(str(error)) for error in errors)
         super().__init__("\n".join(self.lines))
 
 

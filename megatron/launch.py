@@ -23,7 +23,7 @@ from megatron.config.explain import explain
 from megatron.config.hostfile import given_hostfile, missing_hostfile, not_a_host, refuse_missing_hostfile
 from megatron.config.hosts import free_port, job_port, read_hostfile, slurm_hosts, write_hostfile
 from megatron.config.load import Resolved
-from megatron.config.messages import places_named
+from megatron.config.places import places_named
 from megatron.config.schema import RunConfig
 from megatron.config.sections.launch import LaunchConfig
 from megatron.errors import UserError
@@ -288,7 +288,7 @@ def _check_local_filters(config: LaunchConfig) -> None:
     key, filters = _filters(config)
     for name in filters:
         if name != "localhost":
-            raise UserError(not_a_host(key, name))
+            raise not_a_host(key, name)
 
 
 def _filters(config: LaunchConfig) -> tuple[str, dict[str, set[int]]]:

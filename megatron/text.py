@@ -16,6 +16,13 @@ def shortened(value: Any, length: int = 60) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
+def yaml_form(value: Any) -> str:
+    """A value for a message as a YAML file has it: true for True, text in quotes."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"'{shortened(value)}'" if isinstance(value, str) else shortened(value)
+
+
 def nearest(name: str, known: Iterable[str], likeness: float = 0.6, most: int = 1) -> list[str]:
     """The known names most like `name`, the nearest first; likeness 1 means equal."""
     return difflib.get_close_matches(name, list(known), most, likeness) if len(name) < _LONGEST_NAME else []

@@ -194,7 +194,7 @@ def test_what_promises_a_checkpoint_does_not_start_without_one(
     for load, where in ((None, "load is not given"), ("absent", "has none"), ("empty", "has none")):
         code, error = command("train", load=load and str(tmp_path / load), **keys)
         assert code == 2 and error.count("\n") == 1 and f"{key}: " in error, error
-        assert load is None or f"run.yml:{line_of(tmp_path, key)})\n" in error, error
+        assert load is None or f"run.yml:{line_of(tmp_path, key)}: {key}: " in error, error
         assert where in error
         assert not (tmp_path / "out").exists()
 

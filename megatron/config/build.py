@@ -6,21 +6,22 @@ follows from another one is left out.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron.config.findings import Findings
-from megatron.config.messages import Mistake, located, mistakes, with_source
+from megatron.config.mistakes import mistakes
+from megatron.config.places import locate
 from megatron.config.schema import SECTIONS, RunConfig
 from megatron.config.sections.base import Section
 from megatron.config.sections.model import ModelConfig, ModelSection
 from megatron.config.yaml_file import Setting
+from megatron.errors import ConfigError
 
-Check = Callable[[RunConfig], Iterable[str]]
-"""Gives what is wrong with a whole configuration, each as `key: what is wrong`."""
+Check = Callable[[RunConfig], Iterable[ConfigError]]
+"""Gives what is wrong with a whole configuration."""
 
 
 def keys_of(model: type[ModelSection]) -> dict[str, str]:
@@ -66,15 +67,15 @@ class Builder:
         for key in self._findings.bad & set(_PLACEHOLDERS) & set(self._section_of):
             values[self._section_of[key]].setdefault(key, _PLACEHOLDERS[key])
         sections = {name: self._section(name, values[name]) for name in SECTIONS}
-        if self._missing and not self._findings.unread:
-            names = ", ".join(self._missing)
-            self._findings.add(
-                f"{self._files}: missing {names}: add to a YAML file, or give --set {self._missing[0]}=VALUE"
-            )
         config = RunConfig(**sections)
-        for check in checks if not self._findings.unread else ():
-            for text in check(config):
-                self._note(text)
+        if self._findings.unread:
+            return config
+        if self._missing:
+            advice = f"add to a YAML file, or give --set {self._missing[0]}=VALUE"
+            self._findings.add(ConfigError("", f"missing {', '.join(self._missing)}: {advice}", where=self._files))
+        for mistake in (found for check in checks for found in check(config)):
+            if not self._findings.covers(mistake):
+                self._findings.add(locate(mistake, self._settings))
         return config
 
     def _by_section(self) -> dict[str, dict[str, Any]]:
@@ -93,38 +94,23 @@ class Builder:
     def _section(self, name: str, values: dict[str, Any]) -> Any:
         """A section of `values`, less those that are wrong."""
         model = section_class(name, self._model)
+        required = [key for key, field in model.model_fields.items() if field.is_required()]
+        missing = [key for key in required if key not in values]
+        self._missing += missing
+        self._findings.bad.update(missing)
+        values |= {key: _PLACEHOLDERS[key] for key in missing}
         while True:
             try:
                 return model(**values)
             except ValidationError as error:
                 found = mistakes(error)
-            for mistake in found:
-                self._take(mistake)
+            for mistake in [item for item in found if not self._findings.covers(item)]:
+                self._findings.add(locate(mistake, self._settings, self._files))
+            self._findings.bad.update(mistake.key for mistake in found)
             changed = [_replace(values, mistake.key) for mistake in found]
             if not any(changed):  # what is wrong is a default beside the other values
                 self._findings.bad.update(values)
-                required = [key for key, field in model.model_fields.items() if field.is_required()]
                 return model(**{key: _PLACEHOLDERS[key] for key in required})
-
-    def _take(self, mistake: Mistake) -> None:
-        if mistake.is_missing:
-            if mistake.key not in self._findings.bad:
-                self._missing.append(mistake.key)
-                self._findings.bad.add(mistake.key)
-        elif not mistake.is_conflict or not self._follows(f"{mistake.key}: {mistake.text}"):
-            self._findings.add(with_source(mistake.key, mistake.text, self._settings, self._files))
-        self._findings.bad.add(mistake.key)
-
-    def _note(self, text: str) -> None:
-        """Note what a check says, unless it follows from another mistake."""
-        if not self._follows(text):
-            self._findings.add(located(text, self._settings))
-
-    def _follows(self, text: str) -> bool:
-        """Whether a key with a mistake is named in `text`."""
-        words = set(re.findall(r"[\w.]+", text))
-        bad = self._findings.bad
-        return any(key in words or key.rpartition(".")[2] in words for key in bad)
 
 
 def _replace(values: dict[str, Any], key: str) -> bool:

@@ -1,17 +1,21 @@
-"""What is wrong between the keys of several sections, or for one command; each as `key: what is wrong, what to do`."""
+"""What is wrong between the keys of several sections, or for one command."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megatron.config.findings import raise_all
 from megatron.config.schema import RunConfig
+from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.model import ModelSection
+from megatron.config.sections.optimization import OptimizationConfig
+from megatron.config.sections.parallel import ZeroConfig
 from megatron.config.sections.scaling import GrowthStage, ScalingConfig
-from megatron.errors import UserError, UserErrors
+from megatron.errors import ConfigError
 
 
-def find_parallel_mistakes(config: RunConfig) -> Iterator[str]:
+def find_parallel_mistakes(config: RunConfig) -> Iterator[ConfigError]:
     """Axes that the model cannot be cut along, whatever the number of processes."""
     parallel = config.parallel
     tensor, zero_stage = parallel.model_parallel_size, parallel.zero_optimization.stage
@@ -20,136 +24,135 @@ def find_parallel_mistakes(config: RunConfig) -> Iterator[str]:
 
 def axis_mistakes(
     model: ModelSection, tensor: int, pipeline: int, sequence_parallel: bool, zero_stage: int
-) -> Iterator[str]:
+) -> Iterator[ConfigError]:
     """Why a model cannot be cut into `pipeline` stages of `tensor` ranks; the same whatever the number of processes."""
     yield from _tensor_axis(model, tensor, sequence_parallel)
     if pipeline > model.num_layers:
-        yield f"pipe_parallel_size: {pipeline} stages for num_layers {model.num_layers}; each needs a block"
+        reason = f"{pipeline} stages for num_layers {model.num_layers}"
+        yield ConfigError("pipe_parallel_size", reason, "each needs a block", beside=["num_layers"])
     if pipeline > 1 and zero_stage > 1:
-        yield (
-            f"zero_optimization.stage: DeepSpeed has no stage {zero_stage} beside pipe_parallel_size {pipeline}; "
-            "use stage 0 or 1, or no pipeline"
+        yield ConfigError(
+            "zero_optimization.stage",
+            f"DeepSpeed has no stage {zero_stage} beside pipe_parallel_size {pipeline}",
+            "use stage 0 or 1, or no pipeline",
+            beside=["pipe_parallel_size"],
         )
 
 
-def _tensor_axis(model: ModelSection, ranks: int, sequence_parallel: bool) -> Iterator[str]:
+def _tensor_axis(model: ModelSection, ranks: int, sequence_parallel: bool) -> Iterator[ConfigError]:
     if ranks == 1:
         return
     if model.num_attention_heads % ranks:
-        yield (
-            f"model_parallel_size: {ranks} ranks cannot share num_attention_heads {model.num_attention_heads} evenly; "
-            "choose a divisor of it"
-        )
+        reason = f"{ranks} ranks cannot share num_attention_heads {model.num_attention_heads} evenly"
+        yield ConfigError("model_parallel_size", reason, "choose a divisor of it", beside=["num_attention_heads"])
     for key in ("qkv_slot_num", "proj_slot_num", "ffn_slot_num"):
         tokens = getattr(model, key)
         if tokens is not None and tokens < ranks:
-            yield f"{key}: {tokens} parameter tokens for model_parallel_size {ranks}; each rank needs one"
+            reason = f"{tokens} parameter tokens for model_parallel_size {ranks}"
+            yield ConfigError(key, reason, "each rank needs one", beside=["model_parallel_size"])
     if sequence_parallel and model.tokens_per_sample() % ranks:
-        yield (
-            f"sequence_parallel: seq_length {model.tokens_per_sample()} is no multiple of model_parallel_size {ranks}; "
-            "change one of them or set sequence_parallel: false"
+        yield ConfigError(
+            "sequence_parallel",
+            f"seq_length {model.tokens_per_sample()} is no multiple of model_parallel_size {ranks}",
+            "change one of them or set sequence_parallel: false",
+            beside=["seq_length", "model_parallel_size"],
         )
 
 
 def check_trainable(config: RunConfig) -> None:
     """Refuse what cannot be trained (evaluation and generation do not mind); raises UserError with all mistakes."""
-    found = [*find_training_mistakes(config)]
-    if len(found) == 1:
-        raise UserError(found[0])
-    if found:
-        raise UserErrors(found)
+    if found := [*find_training_mistakes(config)]:
+        raise_all(found)
 
 
-def find_training_mistakes(config: RunConfig) -> Iterator[str]:
+def find_training_mistakes(config: RunConfig) -> Iterator[ConfigError]:
     """What a run cannot be trained without, or with."""
-    training, data = config.training, config.data
-    missing = {
+    training, data, options = config.training, config.data, config.checkpoint
+    needed = {
         "train_iters": training.train_iters,
         "train_micro_batch_size_per_gpu": training.train_micro_batch_size_per_gpu or training.train_batch_size,
         "data_path": data.data_path or data.train_data_paths,
     }
-    names = [name for name, value in missing.items() if value is None]
+    names = [name for name, value in needed.items() if value is None]
     if names:
-        yield f"training needs {', '.join(names)}: add to a YAML file, or give --set {names[0]}=VALUE"
-    yield from _starts(config)
+        advice = f"add to a YAML file, or give --set {names[0]}=VALUE"
+        yield ConfigError("", f"training needs {', '.join(names)}: {advice}", beside=names)
+    if options.load is None:
+        yield from broken_promises(options, "load is not given")
+    if config.scaling.partial_init_policy == "continue" and options.pretrain_partial_init is None:
+        reason = "continue goes on from a smaller model, and pretrain_partial_init is not given"
+        beside = ["pretrain_partial_init"]
+        yield ConfigError("partial_init_policy", reason, "name one, or remove it", beside=beside)
     yield from find_setting_mistakes(config)
 
 
-def broken_promises(config: RunConfig, missing: str) -> Iterator[str]:
+def broken_promises(options: CheckpointConfig, missing: str) -> Iterator[ConfigError]:
     """What promises that a run starts from a checkpoint; `missing` says why there is none."""
-    options = config.checkpoint
-    if options.pretrain_partial_init is None:
-        for key in ("finetune", "no_load_optim", "no_load_rng"):
-            if getattr(options, key):
-                yield f"{key}: true is for a start from a checkpoint, and {missing}; name one, or set {key}: false"
+    told = f"is for a start from a checkpoint, and {missing}"
+    for key in ("finetune", "no_load_optim", "no_load_rng") if options.pretrain_partial_init is None else ():
+        if getattr(options, key):
+            yield ConfigError(key, f"true {told}", f"name one, or set {key}: false", beside=["load"])
     if options.iteration is not None:
-        yield f"iteration: {options.iteration} is for a start from a checkpoint, and {missing}; name one, or remove it"
+        yield ConfigError("iteration", f"{options.iteration} {told}", "name one, or remove it", beside=["load"])
 
 
-def _starts(config: RunConfig) -> Iterator[str]:
-    if config.checkpoint.load is None:
-        yield from broken_promises(config, "load is not given")
-    if config.scaling.partial_init_policy == "continue" and config.checkpoint.pretrain_partial_init is None:
-        yield (
-            "partial_init_policy: continue goes on from a smaller model, and pretrain_partial_init is not given; name "
-            "one, or remove it"
-        )
-
-
-def find_setting_mistakes(config: RunConfig) -> Iterator[str]:
+def find_setting_mistakes(config: RunConfig) -> Iterator[ConfigError]:
     """What a run cannot be trained with; nothing need be given for this."""
-    peak, floor = config.optimization.optimizer.params.lr, config.optimization.min_lr
+    optimization, zero = config.optimization, config.parallel.zero_optimization
+    peak, floor = optimization.optimizer.params.lr, optimization.min_lr
     if peak < floor:
-        yield f"min_lr: {floor:g} is above the learning rate lr, {peak:g}; lower it"
-    yield from _zero(config)
-    yield from _muon(config)
-    yield from _growth(config)
+        reason = f"{floor:g} is above the learning rate lr, {peak:g}"
+        yield ConfigError("min_lr", reason, "lower it", beside=["optimizer.params.lr"])
+    yield from _zero(zero.stage, zero.model_extra or {})
+    if optimization.optimizer.type == "Muon":
+        yield from _muon(zero, optimization, config.parallel.model_parallel_size)
+        yield from _scaled_by_age([config.scaling, *config.scaling.growth])
+    if config.scaling.growth:
+        yield from _growing(config.checkpoint)
 
 
-def _growth(config: RunConfig) -> Iterator[str]:
-    scaling, options = config.scaling, config.checkpoint
-    if scaling.growth and options.save is None:
-        yield "growth: a run that grows goes through a checkpoint; give `save` (and the same folder as load)"
-    if scaling.growth and options.no_save_optim:
-        yield "no_save_optim: a run that grows goes on from its checkpoint; set no_save_optim: false"
-    stages: list[ScalingConfig | GrowthStage] = [scaling, *scaling.growth]
-    scaled = any(stage.old_tokens_lr_scale != 1 or stage.new_tokens_lr_scale != 1 for stage in stages)
-    if scaled and config.optimization.optimizer.type == "Muon":
-        yield "new_tokens_lr_scale: Muon has no learning rates by age of tokens; use Adam"
+def _growing(options: CheckpointConfig) -> Iterator[ConfigError]:
+    if options.save is None:
+        reason = "a run that grows goes through a checkpoint"
+        yield ConfigError("growth", reason, "give `save` (and the same folder as load)", beside=["save"])
+    if options.no_save_optim:
+        reason = "a run that grows goes on from its checkpoint"
+        yield ConfigError("no_save_optim", reason, "set no_save_optim: false", beside=["growth"])
 
 
-def _zero(config: RunConfig) -> Iterator[str]:
-    zero = config.parallel.zero_optimization
-    extra: dict[str, Any] = zero.model_extra or {}
+def _scaled_by_age(stages: Sequence[ScalingConfig | GrowthStage]) -> Iterator[ConfigError]:
+    if any(stage.old_tokens_lr_scale != 1 or stage.new_tokens_lr_scale != 1 for stage in stages):
+        reason, beside = "Muon has no learning rates by age of tokens", ["optimizer.type"]
+        yield ConfigError("new_tokens_lr_scale", reason, "use Adam", beside=beside)
+
+
+def _zero(stage: int, extra: dict[str, Any]) -> Iterator[ConfigError]:
     for key in ("offload_optimizer", "offload_param"):
         device = extra[key].get("device", "cpu") if isinstance(extra.get(key), dict) else "cpu"
         if device not in ("cpu", "none"):
-            yield f"zero_optimization.{key}.device: {device} cannot be checkpointed here; use cpu or none"
+            reason = f"{device} cannot be checkpointed here"
+            yield ConfigError(f"zero_optimization.{key}.device", reason, "use cpu or none")
     if extra.get("round_robin_gradients"):
-        yield (
-            "zero_optimization.round_robin_gradients: true orders DeepSpeed's fp32 values in a way that cannot be "
-            "checkpointed here; set it to false"
+        reason = "true orders DeepSpeed's fp32 values in a way that cannot be checkpointed here"
+        yield ConfigError("zero_optimization.round_robin_gradients", reason, "set it to false")
+    size = extra.get("zero_hpz_partition_size") or 1
+    if stage == 3 and size > 1:
+        reason = (
+            f"{size}: DeepSpeed makes a model's secondary partitions once, and here a model is partitioned part by part"
         )
-    if zero.stage == 3 and (extra.get("zero_hpz_partition_size") or 1) > 1:
-        yield (
-            f"zero_optimization.zero_hpz_partition_size: {extra['zero_hpz_partition_size']}: DeepSpeed makes a model's "
-            "secondary partitions once, and here a model is partitioned part by part; set 1"
-        )
+        beside = ["zero_optimization.stage"]
+        yield ConfigError("zero_optimization.zero_hpz_partition_size", reason, "set 1", beside=beside)
 
 
-def _muon(config: RunConfig) -> Iterator[str]:
-    zero, options = config.parallel.zero_optimization, config.optimization
-    if options.optimizer.type != "Muon":
-        return
-    if config.parallel.model_parallel_size > 1:
-        yield (
-            f"optimizer.type: Muon orthogonalises whole matrices, model_parallel_size "
-            f"{config.parallel.model_parallel_size} splits them; use Adam"
-        )
+def _muon(zero: ZeroConfig, optimization: OptimizationConfig, tensor: int) -> Iterator[ConfigError]:
+    if tensor > 1:
+        reason = f"Muon orthogonalises whole matrices, model_parallel_size {tensor} splits them"
+        yield ConfigError("optimizer.type", reason, "use Adam", beside=["model_parallel_size"])
+    clipping, beside = optimization.gradient_clipping, ["optimizer.type"]
     if zero.stage == 3:
-        yield "zero_optimization.stage: DeepSpeed's Muon cannot run at stage 3; use stage 0, 1 or 2"
-    elif zero.stage and options.gradient_clipping:
-        yield (
-            f"gradient_clipping: {options.gradient_clipping}: at ZeRO 1 and 2 DeepSpeed clips Muon's finished update "
-            "instead of the gradient; set gradient_clipping: 0 (Muon does not depend on the gradient's size)"
-        )
+        reason = "DeepSpeed's Muon cannot run at stage 3"
+        yield ConfigError("zero_optimization.stage", reason, "use stage 0, 1 or 2", beside=beside)
+    elif zero.stage and clipping:
+        reason = f"{clipping}: at ZeRO 1 and 2 DeepSpeed clips Muon's finished update instead of the gradient"
+        advice = "set gradient_clipping: 0 (Muon does not depend on the gradient's size)"
+        yield ConfigError("gradient_clipping", reason, advice, beside=[*beside, "zero_optimization.stage"])

@@ -2,66 +2,58 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from typing import NoReturn
 
-from megatron.errors import UserError, UserErrors
+from megatron.errors import ConfigError, UserError, UserErrors
 
 _MOST = 100
-_PLACE = re.compile(r"(.{1,4096}?):(\d{1,9}): ")
-
-
-class WrongTypes(ValueError):
-    """What a validator raises that has found values of a wrong type: `lines`, each `key: what is wrong`."""
-
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__("; ".join(lines))
-        self.lines = lines
 
 
 class Findings:
-    """Mistakes in the order in which they are found, a line each."""
+    """Mistakes in the order in which they are found."""
 
     def __init__(self) -> None:
-        self.lines: list[str] = []
+        self.errors: list[ConfigError] = []
         self.bad: set[str] = set()
         """Dotted keys with a mistake: what else follows from their values is not worth a line."""
         self.unread = False
         """Whether a file could not be read, so that keys may be missing that are given there."""
+        self._told: set[str] = set()
 
-    def add(self, line: str) -> None:
+    def add(self, error: ConfigError) -> None:
         """One more, unless it is known already."""
-        if line not in self.lines:
-            self.lines.append(line)
+        if str(error) not in self._told:
+            self._told.add(str(error))
+            self.errors.append(error)
 
-    def add_unread(self, line: str) -> None:
+    def add_unread(self, error: ConfigError) -> None:
         """One more, about a file of which nothing is known."""
-        self.add(line)
+        self.add(error)
         self.unread = True
 
-    @contextmanager
-    def collected(self) -> Iterator[None]:
-        """Takes in the mistakes that the block raises, and goes on after it."""
-        try:
-            yield
-        except UserError as error:
-            for line in error.lines if isinstance(error, UserErrors) else [str(error)]:
-                self.add(line)
+    def covers(self, error: ConfigError) -> bool:
+        """Whether a mistake may only follow from those that are told already."""
+        return any(told.key == error.key != "" for told in self.errors) or not self.bad.isdisjoint(error.beside)
 
     def raise_any(self) -> None:
         """Raise a UserError with all of them, in the order of files and their lines, if there are any."""
-        files = list(dict.fromkeys(_place(line)[0] for line in self.lines))
-        self.lines.sort(key=lambda line: (files.index(_place(line)[0]), _place(line)[1]))
-        if len(self.lines) == 1:
-            raise UserError(self.lines[0])
-        if len(self.lines) > _MOST:
-            raise UserErrors([*self.lines[:_MOST], f"and {len(self.lines) - _MOST} more mistakes"])
-        if self.lines:
-            raise UserErrors(self.lines)
+        files = list(dict.fromkeys(_place(error)[0] for error in self.errors))
+        self.errors.sort(key=lambda error: (files.index(_place(error)[0]), _place(error)[1]))
+        more = len(self.errors) - _MOST
+        if more > 0:
+            raise UserErrors([*self.errors[:_MOST], f"and {more} more mistakes"])
+        if self.errors:
+            raise_all(self.errors)
 
 
-def _place(line: str) -> tuple[str, int]:
-    """File and line number that a message begins with; as it is and 0 without them."""
-    match = _PLACE.match(line)
-    return (match[1], int(match[2])) if match else (line, 0)
+def raise_all(errors: Iterable[UserError]) -> NoReturn:
+    """Raise the only one of these errors, or all of them as one."""
+    found = list(errors)
+    raise found[0] if len(found) == 1 else UserErrors(found)
+
+
+def _place(error: ConfigError) -> tuple[str, int]:
+    """File and line of a mistake; what it says and 0 where it is in no file."""
+    file, colon, line = error.where.rpartition(":")
+    return (file, int(line)) if colon and line.isdecimal() else (str(error), 0)

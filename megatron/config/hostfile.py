@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from megatron.config.schema import RunConfig
 from megatron.config.sections.launch import LaunchConfig
-from megatron.errors import UserError
+from megatron.errors import ConfigError, UserError
 from megatron.text import shortened
 
 CLUSTER_HOSTFILE = "/job/hostfile"
@@ -30,7 +30,7 @@ def missing_hostfile(config: LaunchConfig, env: Mapping[str, str]) -> str | None
     return f"hostfile: {path} does not exist: the run is on this machine alone"
 
 
-def find_host_mistakes(config: RunConfig) -> Iterator[str]:
+def find_host_mistakes(config: RunConfig) -> Iterator[ConfigError]:
     """Hosts that are named where there are none to choose from: a mistyped `include: FILE`, most often."""
     launch, env = config.launch, os.environ
     is_alone = int(env.get("WORLD_SIZE", "1")) == 1
@@ -42,12 +42,10 @@ def find_host_mistakes(config: RunConfig) -> Iterator[str]:
             yield not_a_host(key, wrong)
 
 
-def not_a_host(key: str, name: str) -> str:
-    """The line about a name that is none."""
-    return (
-        f"{key}: '{shortened(name)}' is neither a YAML file nor a host, for there is no hostfile; correct it, or give "
-        "--hostfile FILE"
-    )
+def not_a_host(key: str, name: str) -> ConfigError:
+    """The mistake of a name that is none."""
+    reason = f"'{shortened(name)}' is neither a YAML file nor a host, for there is no hostfile"
+    return ConfigError(key, reason, "correct it, or give --hostfile FILE")
 
 
 def refuse_missing_hostfile(config: LaunchConfig, env: Mapping[str, str]) -> None:

@@ -34,7 +34,7 @@ from megatron.config.yaml_file import (
     read_with_includes,
 )
 from megatron.config.zero_keys import ZERO_KEYS
-from megatron.errors import UserError
+from megatron.errors import ConfigError, UserError
 from megatron.log import get_logger
 from megatron.text import nearest, shortened
 
@@ -123,7 +123,7 @@ def _read_files(files: Iterable[str | Path], config_dir: str | Path | None, find
     for name in files:
         path = find_file(name, folders)
         if path is None:
-            findings.add_unread(str(missing_file(name, folders)))
+            findings.add_unread(missing_file(name, folders))
         else:
             yield from read_with_includes(path, seen, findings)
 
@@ -139,12 +139,13 @@ def _read_overrides(overrides: Overrides, findings: Findings) -> Iterable[Settin
             continue
         key, equals, text = item.partition("=")
         if not equals or not key.strip():
-            findings.add(f"--set {shortened(item)}: expected KEY=VALUE, for example --set train_iters=1000")
+            text = "expected KEY=VALUE, for example --set train_iters=1000"
+            findings.add(ConfigError("", text, where=f"--set {shortened(item)}"))
             continue
         try:
             value = parse_scalar(text)
         except UserError as error:
-            findings.add(f"--set {shortened(item)}: {error}")
+            findings.add(ConfigError("", str(error), where=f"--set {shortened(item)}"))
             findings.bad.add(normalise(key.strip()))
         else:
             yield from flatten(key.strip(), value, "--set")
@@ -157,10 +158,8 @@ def _merge(settings: dict[str, Setting], setting: Setting, findings: Findings) -
             del settings[name]
         _find_unknown({key: setting}, findings)
     elif key in TABLES:
-        findings.add(
-            f"{setting.source}: {setting.spelling}: expected a table such as {{enabled: true}} or "
-            f"{{stage: 1}}, got '{shortened(setting.value)}'"
-        )
+        got = shortened(setting.value)
+        findings.add(setting.mistake(f"expected a table such as {{enabled: true}} or {{stage: 1}}, got '{got}'"))
     else:
         settings[key] = setting
 
@@ -171,7 +170,7 @@ def _expand_paths(settings: dict[str, Setting], findings: Findings) -> None:
         try:
             settings[key] = replace(setting, value=expand(setting.value, key in MAY_BE_EMPTY))
         except ValueError as error:
-            findings.add(f"{setting.source}: {setting.spelling}: {error}")
+            findings.add(setting.mistake(str(error)))
             findings.bad.add(key)
             del settings[key]
 
@@ -194,7 +193,7 @@ class _Rules:
                 ignored.append((setting, "asks for nothing"))
             else:
                 value = str(setting.value).lower() if isinstance(setting.value, bool) else shortened(setting.value)
-                self.findings.add(f"{setting.source}: {setting.spelling}: {value} is refused: {rule.reason}")
+                self.findings.add(setting.mistake(f"{value} is refused: {rule.reason}"))
         return ignored
 
 
@@ -206,7 +205,7 @@ def _model_section(settings: dict[str, Setting], findings: Findings) -> type[Mod
     try:
         found = model_section(setting.value)
     except ValueError as error:
-        findings.add_unread(f"{setting.source}: task: {error}")
+        findings.add_unread(setting.mistake(str(error)))
         return ModelConfig
     if "task" in found.model_fields:  # so that a checkpoint says it
         settings["task"] = setting
@@ -234,9 +233,9 @@ def _find_unknown(settings: dict[str, Setting], findings: Findings, model: type[
         if key in known:
             continue
         del settings[key]
-        near = nearest(key, known) if len(findings.lines) < _MOST_SUGGESTIONS else []
+        near = nearest(key, known) if len(findings.errors) < _MOST_SUGGESTIONS else []
         advice = f"did you mean {near[0]}?" if near else "`python train.py --help` lists all keys"
-        findings.add(f"{setting.source}: unknown key '{shortened(setting.spelling)}'; {advice}")
+        findings.add(setting.mistake("unknown key", advice))
         findings.bad.update(near)
 
 

@@ -18,7 +18,7 @@ from megatron.config.findings import Findings
 from megatron.config.neox_keys import ALIASES, VALUE_SPELLINGS
 from megatron.config.paths import expand
 from megatron.config.yaml_loader import MAX_BYTES, Loader, ambiguities, compose, line_of, problem_of
-from megatron.errors import UserError
+from megatron.errors import ConfigError, UserError
 from megatron.files import read_text
 from megatron.text import nearest, shortened
 
@@ -43,6 +43,10 @@ class Setting:
     """The key as the user wrote it."""
     written: str | None = None
     """The value as the user wrote it, where that tells more: `no` is read as false."""
+
+    def mistake(self, reason: str, advice: str = "") -> ConfigError:
+        """A mistake in this value."""
+        return ConfigError(self.key, reason, advice, where=self.source, spelling=shortened(self.spelling))
 
 
 def parse_scalar(text: str) -> Any:
@@ -97,13 +101,14 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def missing_file(name: str | Path, folders: Sequence[Path], where: str = "") -> UserError:
+def missing_file(name: str | Path, folders: Sequence[Path], key: str = "", where: str = "") -> ConfigError:
     """The error for a file that find_file does not find, with the nearest existing name."""
-    text = f"{where}config file '{shortened(str(name))}' not found"
+    text = f"config file '{shortened(str(name))}' not found"
     if len(folders) > 1 or str(folders[0]) != ".":
         text += f" in {', '.join(str(folder) for folder in folders)}"
     near = [match for folder in folders for match in _near_files(name, folder)]
-    return UserError(f"{text}; did you mean {near[0]}?" if near else f"{text}; give the path of a YAML file")
+    advice = f"did you mean {near[0]}?" if near else "give the path of a YAML file"
+    return ConfigError(key, text, advice, where=where)
 
 
 def _near_files(name: str | Path, folder: Path, likeness: float = 0.5) -> list[str]:
@@ -128,14 +133,14 @@ def read_with_includes(
     real = path.resolve()
     if real in stack:
         chain = " -> ".join(item.name for item in (*stack[stack.index(real) :], real))
-        findings.add(f"{path}: include cycle {chain}; remove one of these includes")
+        findings.add(ConfigError("", f"include cycle {chain}", "remove one of these includes", where=str(path)))
         return
     seen.add(real)
     includes, settings = _read_file(path, findings)
     for name, line in includes:
         found = find_file(name, [path.parent])
         if found is None:
-            findings.add_unread(str(missing_file(name, [path.parent], f"{path}:{line}: include: ")))
+            findings.add_unread(missing_file(name, [path.parent], "include", f"{path}:{line}"))
         elif found.resolve() not in seen or found.resolve() in (*stack, real):
             yield from read_with_includes(found, seen, findings, (*stack, real))
     yield from settings
@@ -143,17 +148,18 @@ def read_with_includes(
 
 def _read_file(path: Path, findings: Findings) -> tuple[list[tuple[str, int]], list[Setting]]:
     """(included names with their lines, own settings) of one file; nothing where it cannot be read."""
+    place = _Place(path, findings)
     try:
         loader, node = compose(read_text(path, advice="give a YAML file", limit=MAX_BYTES))
         if node is None:
             return [], []
         if isinstance(node, yaml.MappingNode):
-            return _walk_root(loader, node, _Place(path, findings))
-        findings.add_unread(f"{path}:{node.start_mark.line + 1}: expected `key: value` lines")
+            return _walk_root(loader, node, place)
+        place.add_unread(node.start_mark.line + 1, "expected `key: value` lines")
     except yaml.YAMLError as error:
-        findings.add_unread(f"{path}:{line_of(error)}: not valid YAML: {problem_of(error)}")
+        place.add_unread(line_of(error), f"not valid YAML: {problem_of(error)}")
     except UserError as error:
-        findings.add_unread(str(error))
+        findings.add_unread(ConfigError("", str(error)))
     return [], []
 
 
@@ -164,8 +170,14 @@ class _Place:
     path: Path
     findings: Findings
 
-    def add(self, line: int, text: str) -> None:
-        self.findings.add(f"{self.path}:{line}: {text}")
+    def add(self, line: int, reason: str, key: str = "") -> None:
+        self.findings.add(self._mistake(line, reason, key))
+
+    def add_unread(self, line: int, reason: str, key: str = "") -> None:
+        self.findings.add_unread(self._mistake(line, reason, key))
+
+    def _mistake(self, line: int, reason: str, key: str) -> ConfigError:
+        return ConfigError(normalise(key), reason, where=f"{self.path}:{line}", spelling=shortened(key))
 
 
 def _walk_root(loader: Loader, node: yaml.MappingNode, place: _Place) -> tuple[list[tuple[str, int]], list[Setting]]:
@@ -205,7 +217,7 @@ def _settings_of(loader: Loader, key: str, node: yaml.Node, place: _Place, line:
         return
     faults = list(ambiguities(node))
     for fault_line, fault in faults:
-        place.add(fault_line, f"{shortened(key)}: {fault}")
+        place.add(fault_line, fault, key)
     if faults:
         place.findings.bad.add(name)
         return
@@ -220,10 +232,8 @@ def _find_repeats(settings: list[Setting], findings: Findings) -> None:
     for setting in settings:
         other = first.setdefault(setting.key, setting)
         if other.spelling.replace("-", "_") != setting.spelling.replace("-", "_"):
-            findings.add(
-                f"{setting.source}: '{setting.spelling}' and '{other.spelling}' ({other.source}) are the same key; "
-                "keep one"
-            )
+            text = f"'{setting.spelling}' and '{other.spelling}' ({other.source}) are the same key"
+            findings.add(ConfigError("", text, "keep one", where=setting.source))
 
 
 def _config_includes(loader: Loader, node: yaml.Node, place: _Place, line: int) -> list[str] | None:
@@ -252,5 +262,5 @@ def _names_file(name: str, folder: Path) -> bool:
 
 def _refused(place: _Place, line: int, text: str, value: Any = None) -> list[str]:
     got = "" if value is None else f", got {shortened(value)}"
-    place.findings.add_unread(f"{place.path}:{line}: include: {text}{got}")
+    place.add_unread(line, f"{text}{got}", "include")
     return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron.text import shortened
+from megatron.errors import ConfigError
 
 _SWITCHES = (
     "allgather_partitions", "allgather_sequential", "compute_grad_norm", "contiguous_gradients", "cpu_offload",
@@ -29,27 +29,21 @@ _TABLES = ("leaf_module", "offload_optimizer", "offload_param")
 ZERO_KEYS = tuple(sorted((*_SWITCHES, *_NUMBERS, *_TABLES, "stage")))
 
 
-def type_mistakes(values: Mapping[str, Any]) -> Iterator[str]:
-    """What DeepSpeed would not take, as `key: what is wrong`; other keys are none of this."""
+def type_mistakes(values: Mapping[str, Any]) -> Iterator[ConfigError]:
+    """What DeepSpeed would not take; other keys are none of this."""
     for key, value in values.items():
         if value is None:
             continue
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if key in _SWITCHES and not isinstance(value, bool):
-            yield f"{key}: expected true or false, got {_shown(value)}"
-        elif key in _NUMBERS and not (is_number and value == int(value) if _is_finite(value) else False):
-            yield f"{key}: expected a whole number, got {_shown(value)}"
+            yield ConfigError(key, "expected true or false", value=value)
+        elif key in (*_NUMBERS, "stage") and not (is_number and value == int(value) if _is_finite(value) else False):
+            yield ConfigError(key, "expected a whole number", value=value)
         elif key in _NUMBERS and (value < 0 or value > 2**63):
-            yield f"{key}: must be at least 0, and below 2^63, got {_shown(value)}"
+            yield ConfigError(key, "must be at least 0, and below 2^63", value=value)
         elif key in _TABLES and not isinstance(value, dict):
-            yield f"{key}: expected a table {{key: value}}, got {_shown(value)}"
+            yield ConfigError(key, "expected a table {key: value}", value=value)
 
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int) or (isinstance(value, float) and abs(value) < float("inf"))
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return shortened(f"'{value}'" if isinstance(value, str) else value)

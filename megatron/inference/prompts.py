@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from megatron.config.messages import describe_validation_error
+from megatron.config.mistakes import config_error
 from megatron.config.sections.base import Section
 from megatron.config.sections.generation import GenerationConfig
 from megatron.errors import UserError
@@ -75,7 +75,7 @@ def _request_of(line: str, where: str, options: GenerationConfig) -> Request:
         count = next((getattr(own, name) for name in _COUNTS if name in values), options.samples_per_prompt)
         return Request(prompt, sampling_of(own, count, seed))
     except ValidationError as error:
-        raise UserError(describe_validation_error(error, where)) from None
+        raise config_error(error, where) from None
 
 
 def _refuse_unknown(values: dict[str, Any], where: str) -> None:

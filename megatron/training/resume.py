@@ -54,7 +54,7 @@ def open_for_resume(config: RunConfig, layout: Layout) -> Resumption | None:
     """
     options = config.checkpoint
     if options.load is None:
-        _refuse_broken_promise(config, "load is not given")
+        _refuse_broken_promise(options, "load is not given")
         return None
     chosen = first_rank_does(lambda: _choose(options, Path(options.load or "")), layout)
     told = [None if chosen is None else (chosen.reader.folder, chosen.rollbacks)]
@@ -62,16 +62,16 @@ def open_for_resume(config: RunConfig, layout: Layout) -> Resumption | None:
         dist.broadcast_object_list(told, src=0)
     found = told[0]
     if found is None:
-        _refuse_broken_promise(config, f"load: {options.load} has none")
+        _refuse_broken_promise(options, f"load: {options.load} has none")
         base = options.pretrain_partial_init
         get_logger().info("no checkpoint in %s: starting from %s", options.load, base or "scratch")
         return None
     return Resumption(CheckpointReader(found[0], verify=False), found[1])
 
 
-def _refuse_broken_promise(config: RunConfig, missing: str) -> None:
-    for mistake in broken_promises(config, missing):
-        raise UserError(mistake)
+def _refuse_broken_promise(options: CheckpointConfig, missing: str) -> None:
+    for mistake in broken_promises(options, missing):
+        raise mistake
 
 
 def _choose(options: CheckpointConfig, root: Path) -> Resumption | None:

@@ -48,7 +48,7 @@ def test_files_may_stand_anywhere() -> None:
         ([DEMO, "--iteration", "x"], "--iteration: iteration: expected a whole number, got 'x'"),
         ([DEMO, "--text_gen_type", "x"], "--text_gen_type: text_gen_type: 'x' is not supported; choose one of"),
         ([], "train.py: no config file given; for example: python train.py configs/demo.yml"),
-        ([DEMO, "--set", "growth=[{qkv_slot_num: 9}]"], "growth: each stage needs at_iteration or at_tokens"),
+        ([DEMO, "--set", "growth=[{qkv_slot_num: 9}]"], "growth: entry 1: needs at_iteration or at_tokens"),
     ],
 )
 def test_a_bad_command_line_is_one_line_and_exit_code_2(

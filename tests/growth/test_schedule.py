@@ -165,7 +165,7 @@ def test_a_growth_that_cannot_be_is_refused_before_training(
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"at_iteration": 5}, "each stage needs qkv_slot_num, proj_slot_num or ffn_slot_num"),
+        ({"at_iteration": 5}, "entry 1: needs qkv_slot_num, proj_slot_num or ffn_slot_num"),
         ({"at_iteration": 5, "ffn_slot_num": 80, "layers": []}, "layers"),
         ({"at_iteration": 5, "ffn_slot_num": 80, "lr": float("inf")}, "lr"),
     ],

@@ -364,7 +364,7 @@ def test_errors_come_before_any_process(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(launch_module, "run_plan", lambda plan: pytest.fail("a process was started"))
     script = tmp_path / "train.py"
     script.touch()
-    with pytest.raises(UserError, match="unknown key 'sede'; did you mean seed"):
+    with pytest.raises(UserError, match="sede: unknown key; did you mean seed"):
         launch([str(script), str(DEMO), "--set", "sede=1"])
     with pytest.raises(UserError, match="training needs train_iters"):
         launch([str(script), str(DEMO), "--set", "train_iters=null"])

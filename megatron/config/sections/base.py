@@ -5,37 +5,41 @@ from __future__ import annotations
 import re
 import types
 import typing
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megatron.config.findings import WrongTypes
-from megatron.text import shortened
+from megatron.errors import ConfigError
 
 MAX_SIZE = 2**24
 """Largest width, length or number of tokens that a key takes: a mistyped size ends in a line, not in all memory."""
 MAX_FACTOR = 1e6
 """Largest factor, rate or norm: far above what is of use, far below what fp32 holds."""
 
+ListedNumber = Annotated[float, Field(strict=False)]
+"""A number in a list, which may stand in quotes there."""
+
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, no silent bool-to-number conversion."""
+    """Base of all sections: frozen, no unknown keys, no value converted in silence."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _no_silent_conversion(cls, values: Any) -> Any:
+    def _read_numbers(cls, values: Any) -> Any:
+        """Whole numbers written 5e8 and numbers in quotes, as files have them, become what the fields take."""
         if not isinstance(values, dict):
             return values
-        fields = cls.model_fields
-        found = {key: _type_mistake(fields[key].annotation, value) for key, value in values.items() if key in fields}
-        lines = [f"{key}: {mistake}" for key, mistake in found.items() if mistake]
-        if lines:
-            raise WrongTypes(lines)
-        return values
+        for key in cls.model_fields.keys() & values.keys():
+            if isinstance(values[key], int) and abs(values[key]) >= 2**63:
+                raise ConfigError(key, f"expected a number of at most 64 bits, got {hex(values[key])[:20]}...")
+        types = {key: _plain_types(field.annotation) for key, field in cls.model_fields.items() if key in values}
+        return {key: _number(value, types.get(key, set())) for key, value in values.items()}
 
     def replaced(self, **values: Any) -> Self:
         """The same with these values, checked like any others; a dotted key is one of a section or table in this one.
@@ -54,20 +58,14 @@ class Section(BaseModel):
         return type(self)(**{key: value for key, value in self if key in self.model_fields_set} | own)
 
 
-def _type_mistake(annotation: Any, value: Any) -> str | None:
-    """What pydantic would convert in silence: true to a number, a number to true, text to a number."""
-    accepted = _plain_types(annotation)
-    if isinstance(value, bool) and bool not in accepted and accepted & {int, float}:
-        return f"expected a number, got {str(value).lower()}"
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and accepted == {bool}:
-        return f"expected true or false, got {shortened(value)}"
-    if isinstance(value, str) and value and accepted and accepted <= {int, bool}:
-        return f"expected {'a whole number' if int in accepted else 'true or false'}, got '{shortened(value)}'"
-    if isinstance(value, str) and float in accepted and str not in accepted and not _NUMBER.fullmatch(value):
-        return f"expected a number, got '{shortened(value)}'"
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return f"expected a number of at most 64 bits, got {hex(value)[:20]}..."
-    return None
+def _number(value: Any, accepted: set[Any]) -> Any:
+    if str in accepted:
+        return value
+    if isinstance(value, str) and float in accepted and _NUMBER.fullmatch(value):
+        return float(value)
+    if isinstance(value, float) and int in accepted and value.is_integer() and abs(value) < 2**63:
+        return int(value)
+    return value
 
 
 def _plain_types(annotation: Any) -> set[Any]:

@@ -25,7 +25,7 @@ class CheckpointConfig(Section):
     """Iterations between checkpoints (checkpoint_scale linear), or the factor between them (log)."""
     checkpoint_scale: Literal["linear", "log"] = "linear"
     """Checkpoints at multiples of checkpoint_factor, or at its powers."""
-    extra_save_iters: list[Annotated[int, Field(ge=0)]] | None = None
+    extra_save_iters: list[Annotated[int, Field(ge=0, strict=False)]] | None = None
     """Further iterations to save at; these checkpoints are never removed."""
     keep_last_n_checkpoints: int | None = Field(default=None, gt=0)
     """Remove older checkpoints than this many; extra_save_iters stay."""

@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron.config.sections.base import Section
+from megatron.config.sections.base import ListedNumber, Section
+from megatron.errors import ConfigError
 from megatron.text import shortened
 
 
@@ -22,11 +23,11 @@ class DataConfig(Section):
     """Prefixes of validation sets."""
     test_data_paths: list[str] | None = None
     """Prefixes of test sets."""
-    train_data_weights: list[float] | None = None
+    train_data_weights: list[ListedNumber] | None = None
     """Blending weights of train_data_paths; default equal."""
-    valid_data_weights: list[float] | None = None
+    valid_data_weights: list[ListedNumber] | None = None
     """Blending weights of valid_data_paths; default equal."""
-    test_data_weights: list[float] | None = None
+    test_data_weights: list[ListedNumber] | None = None
     """Blending weights of test_data_paths; default equal."""
     weight_by_num_documents: bool = False
     """Derive the blending weights from the number of documents."""
@@ -47,14 +48,12 @@ class DataConfig(Section):
         for name in ("train", "valid", "test"):
             paths, weights = getattr(self, f"{name}_data_paths"), getattr(self, f"{name}_data_weights")
             if weights is not None and len(weights) != len(paths or []):
-                raise ValueError(
-                    f"{name}_data_weights: {len(weights)} weights for {len(paths or [])} {name}_data_paths; "
-                    "give one weight for each path"
-                )
+                reason = f"{len(weights)} weights for {len(paths or [])} {name}_data_paths"
+                advice, beside = "give one weight for each path", [f"{name}_data_paths"]
+                raise ConfigError(f"{name}_data_weights", reason, advice, beside=beside)
             if weights is not None and (min(weights, default=0) < 0 or not 0 < sum(weights) < math.inf):
-                raise ValueError(
-                    f"{name}_data_weights: {shortened(weights)}: each must be at least 0, and one of them above 0"
-                )
+                reason = f"{shortened(weights)}: each must be at least 0, and one of them above 0"
+                raise ConfigError(f"{name}_data_weights", reason)
         if self.data_path and self.train_data_paths:
-            raise ValueError("train_data_paths: data_path is given too; keep one of them")
+            raise ConfigError("train_data_paths", "data_path is given too", "keep one of them", beside=["data_path"])
         return self

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from megatron.config.sections.base import Section
-from megatron.text import shortened
+from megatron.text import yaml_form
 
 
 class EvaluationConfig(Section):
@@ -34,6 +34,6 @@ class EvaluationConfig(Section):
     @field_validator("eval_batch_size", mode="before")
     @classmethod
     def _number_or_auto(cls, value: Any) -> Any:
-        if value == "auto" or (isinstance(value, int) and value > 0):
+        if value == "auto" or (isinstance(value, int) and value > 0 and value is not True):
             return value
-        raise ValueError(f"eval_batch_size: expected a positive whole number or auto, got {shortened(repr(value))}")
+        raise ValueError(f"expected a positive whole number or auto, got {yaml_form(value)}")

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron.config.sections.base import Section
+from megatron.errors import ConfigError
 from megatron.text import shortened
 
 
@@ -56,11 +57,12 @@ class LaunchConfig(Section):
         try:
             shlex.split(self.launcher_args)
         except ValueError as error:
-            raise ValueError(f"launcher_args: {shortened(self.launcher_args)}: {error}; close what is quoted") from None
+            reason = f"{shortened(self.launcher_args)}: {error}"
+            raise ConfigError("launcher_args", reason, "close what is quoted") from None
         if self.num_nodes == 0:
-            raise ValueError("num_nodes: 0 nodes run nothing; give a number of nodes, or -1 for all")
+            raise ConfigError("num_nodes", "0 nodes run nothing", "give a number of nodes, or -1 for all")
         if self.ranks_per_gpu > 1 and self.distributed_backend != "gloo":
-            raise ValueError(
-                f"ranks_per_gpu: NCCL refuses {self.ranks_per_gpu} processes on one GPU; set distributed_backend: gloo"
-            )
+            reason = f"NCCL refuses {self.ranks_per_gpu} processes on one GPU"
+            advice = "set distributed_backend: gloo"
+            raise ConfigError("ranks_per_gpu", reason, advice, beside=["distributed_backend"])
         return self

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from megatron.config.sections.base import MAX_SIZE, Section
-from megatron.errors import UserError
+from megatron.errors import ConfigError
 from megatron.text import shortened
 
 TOKENFORMER = "tokenformer"
@@ -67,10 +67,8 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _check_tokens(self) -> Self:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads: {self.num_attention_heads} heads do not divide hidden_size "
-                f"{self.hidden_size}; choose a divisor of it"
-            )
+            reason = f"{self.num_attention_heads} heads do not divide hidden_size {self.hidden_size}"
+            raise ConfigError("num_attention_heads", reason, "choose a divisor of it", beside=["hidden_size"])
         for kind, blocks in (self.token_segments or {}).items():
             self._check_segments(kind, blocks)
         return self
@@ -78,10 +76,12 @@ class ModelSection(Section):
     def _check_segments(self, kind: str, blocks: list[list[int]]) -> None:
         slots, sums = getattr(self, f"{kind}_slot_num") or 0, [sum(block) for block in blocks]
         if len(blocks) != self.num_layers or len({len(block) for block in blocks}) != 1 or max(sums) != slots:
-            raise ValueError(
-                f"token_segments: {kind} of {len(blocks)} blocks with up to {max(sums, default=0)} tokens does not "
-                f"belong to num_layers {self.num_layers} and {kind}_slot_num {slots}; leave it to growth"
+            reason = (
+                f"{kind} of {len(blocks)} blocks with up to {max(sums, default=0)} tokens does not belong to "
+                f"num_layers {self.num_layers} and {kind}_slot_num {slots}"
             )
+            beside = ["num_layers", f"{kind}_slot_num"]
+            raise ConfigError("token_segments", reason, "leave it to growth", beside=beside)
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -167,16 +167,23 @@ class ModelConfig(ModelSection):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.rotary_dim % 2:
-            raise ValueError(
-                f"rotary_pct: {self.rotary_pct} of a head of {self.head_dim} dimensions (hidden_size over "
-                f"num_attention_heads) rotates {self.rotary_dim} of them, which must be an even number"
+            reason = (
+                f"{self.rotary_pct} of a head of {self.head_dim} dimensions (hidden_size over num_attention_heads) "
+                f"rotates {self.rotary_dim} of them, which must be an even number"
             )
-        if TOKENFORMER in self.layer_kinds:
+            raise ConfigError("rotary_pct", reason, beside=["hidden_size", "num_attention_heads"])
+        try:
+            kinds = self.layer_kinds
+        except ValueError as error:  # an export holds the same code, and knows no ConfigError
+            reason = str(error).removeprefix("attention_config: ")
+            raise ConfigError("attention_config", reason, beside=["num_layers"]) from None
+        if TOKENFORMER in kinds:
             for key in ("qkv_slot_num", "proj_slot_num", "ffn_slot_num"):
                 if getattr(self, key) is None:
-                    raise ValueError(f"{key}: a tokenformer block needs it; give the number of parameter tokens")
+                    advice = "give the number of parameter tokens"
+                    raise ConfigError(key, "a tokenformer block needs it", advice, beside=[key])
         if self.padded_vocab_size and self.vocab_size and self.vocab_size > self.padded_vocab_size:
-            raise ValueError(_too_many_ids(self.padded_vocab_size, self.vocab_size))
+            raise _too_many_ids(self.padded_vocab_size, self.vocab_size)
         return self
 
     @property
@@ -201,23 +208,19 @@ class ModelConfig(ModelSection):
         """A new config for a tokenizer of `size` ids, padded; raises UserError when they do not fit."""
         padded = self.padded_vocab_size
         if padded is not None and size > padded:
-            raise UserError(_too_many_ids(padded, size))
+            raise _too_many_ids(padded, size)
         if self.vocab_size is not None and size > self.vocab_size:
-            raise UserError(
-                f"vocab_size: {self.vocab_size} is below the {size} token ids of the tokenizer; remove it, or choose "
-                "another tokenizer"
-            )
+            reason = f"{self.vocab_size} is below the {size} token ids of the tokenizer"
+            raise ConfigError("vocab_size", reason, "remove it, or choose another tokenizer")
         if padded is None:
             multiple = self.make_vocab_size_divisible_by
             padded = math.ceil(max(size, self.vocab_size or 0) / multiple) * multiple
         return ModelConfig(**{**self.model_dump(), "vocab_size": size, "padded_vocab_size": padded})
 
 
-def _too_many_ids(rows: int, size: int) -> str:
-    return (
-        f"padded_vocab_size: {rows} rows cannot hold the vocabulary of {size} token ids; "
-        "raise it or choose another tokenizer"
-    )
+def _too_many_ids(rows: int, size: int) -> ConfigError:
+    reason = f"{rows} rows cannot hold the vocabulary of {size} token ids"
+    return ConfigError("padded_vocab_size", reason, "raise it or choose another tokenizer")
 
 
 def _expand_attention_entry(entry: Any, remaining: int) -> list[str]:
@@ -240,9 +243,9 @@ def _expand_attention_entry(entry: Any, remaining: int) -> list[str]:
 
 
 def language_section(model: ModelSection) -> ModelConfig:
-    """The section of a language model. Raises UserError for one that learns something else."""
+    """The section of a language model. Raises ConfigError for one that learns something else."""
     if not isinstance(model, ModelConfig):
-        raise UserError(f"task: this is for language models, and not for what learns '{model.task}'")
+        raise ConfigError("task", f"this is for language models, and not for what learns '{model.task}'")
     return model
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from megatron.config.sections.base import Section
+from megatron.config.sections.base import ListedNumber, Section
 from megatron.text import shortened
 
 
@@ -16,7 +16,7 @@ class OptimizerParams(Section):
 
     lr: float = Field(default=6e-4, ge=0, le=1000)
     """Peak learning rate (alias at top level: learning_rate, lr)."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[ListedNumber, ListedNumber] = Field(default=(0.9, 0.999), strict=False)
     """Decay rates of Adam's and Lion's moments."""
     eps: float = Field(default=1e-8, ge=0, le=1)
     """Term added to Adam's denominator."""
@@ -27,7 +27,7 @@ class OptimizerParams(Section):
     @classmethod
     def _decays(cls, values: tuple[float, float]) -> tuple[float, float]:
         if not all(0 <= value < 1 for value in values):
-            raise ValueError(f"betas: each must be at least 0 and below 1, got [{values[0]:g}, {values[1]:g}]")
+            raise ValueError(f"each must be at least 0 and below 1, got [{values[0]:g}, {values[1]:g}]")
         return values
 
 
@@ -54,7 +54,7 @@ class OptimizerSpec(Section):
         if isinstance(value, str) and value.lower() in OPTIMIZER_SPELLINGS:
             return OPTIMIZER_SPELLINGS[value.lower()]
         names = ", ".join(typing.get_args(OptimizerType))
-        raise ValueError(f"optimizer.type: '{shortened(value)}' is not supported; choose one of {names}")
+        raise ValueError(f"'{shortened(value)}' is not supported; choose one of {names}")
 
 
 class OptimizationConfig(Section):

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from megatron.config.findings import WrongTypes
 from megatron.config.sections.base import Section
 from megatron.config.zero_keys import type_mistakes
 
@@ -24,9 +23,8 @@ class ZeroConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _check_types(cls, values: Any) -> Any:
-        lines = list(type_mistakes(values)) if isinstance(values, dict) else []
-        if lines:
-            raise WrongTypes(lines)
+        for mistake in type_mistakes(values) if isinstance(values, dict) else ():
+            raise mistake  # once it is mended, the next one
         return values
 
 

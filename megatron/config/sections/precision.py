@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from megatron.config.sections.base import Section
+from megatron.errors import ConfigError
 
 
 class Fp16(Section):
@@ -55,9 +56,10 @@ class PrecisionConfig(Section):
     def _check(self) -> PrecisionConfig:
         is_bf16 = self.fp16.type == "bfloat16"
         if self.precision == "fp16" and self.fp16.enabled and is_bf16:
-            raise ValueError("fp16.type: bfloat16 beside precision fp16; keep one of them")
+            raise ConfigError("fp16.type", "bfloat16 beside precision fp16", "keep one of them", beside=["precision"])
         if self.precision is None and self.fp16.enabled and self.bf16.enabled and not is_bf16:
-            raise ValueError("fp16.enabled: fp16 and bf16 are both enabled; set `precision` to one of them")
+            reason, advice = "fp16 and bf16 are both enabled", "set `precision` to one of them"
+            raise ConfigError("fp16.enabled", reason, advice, beside=["bf16.enabled", "precision"])
         return self
 
     @property

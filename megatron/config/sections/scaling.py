@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megatron.config.sections.base import MAX_FACTOR, MAX_SIZE, Section
+from megatron.errors import ConfigError
 
 NewKeys = Literal["zero", "rotated"]
 """What new keys start as; megatron.growth.grow says how."""
@@ -25,7 +26,7 @@ class GrowthStage(Section):
     """Tokens afterwards of the attention output projection. Default: as many as before."""
     ffn_slot_num: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Tokens afterwards of the feed-forward. Default: as many as before."""
-    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    layers: Annotated[list[Annotated[int, Field(ge=0, strict=False)]], Field(min_length=1)] | None = None
     """Blocks that grow, from 0. Default: all."""
     lr_policy: Literal["restart", "continue"] = "restart"
     """restart: a schedule of its own, warm-up included; continue: the schedule goes on as if nothing had happened."""
@@ -57,14 +58,13 @@ class GrowthStage(Section):
     @model_validator(mode="after")
     def _check(self) -> GrowthStage:
         if (self.at_iteration is None) == (self.at_tokens is None):
-            raise ValueError("growth: each stage needs at_iteration or at_tokens, one of the two")
+            raise ConfigError("", "needs at_iteration or at_tokens, one of the two")
         if self.qkv_slot_num is None and self.proj_slot_num is None and self.ffn_slot_num is None:
-            raise ValueError(
-                "growth: each stage needs qkv_slot_num, proj_slot_num or ffn_slot_num; as many as before add none"
-            )
+            reason = "needs qkv_slot_num, proj_slot_num or ffn_slot_num; as many as before add none"
+            raise ConfigError("", reason)
         for key in ("lr", "min_lr", "warmup", "lr_decay_iters"):
             if self.lr_policy == "continue" and getattr(self, key) is not None:
-                raise ValueError(f"growth.{key}: belongs to a schedule of its own; set lr_policy: restart")
+                raise ConfigError(key, "belongs to a schedule of its own", "set lr_policy: restart")
         return self
 
 
@@ -92,7 +92,6 @@ class ScalingConfig(Section):
             times = [value for stage in self.growth if (value := getattr(stage, key)) is not None]
             for earlier, later in zip(times, times[1:], strict=False):
                 if later <= earlier:
-                    raise ValueError(
-                        f"growth: stages are out of order, {key} {later} follows {earlier}; sort them by time"
-                    )
+                    reason = f"stages are out of order, {key} {later} follows {earlier}"
+                    raise ConfigError("growth", reason, "sort them by time")
         return self
