@@ -25,6 +25,7 @@ from megatron.checkpoint.form import (
     value_fault,
 )
 from megatron.checkpoint.state import FORMAT, FORMAT_VERSION, MANIFEST, folder_iteration
+from megatron.config.mistakes import config_error
 from megatron.errors import UserError
 
 SectionType = TypeVar("SectionType", bound=BaseModel)
@@ -125,9 +126,8 @@ class CheckpointReader:
         try:
             return cls(**{key: self.config[key] for key in cls.model_fields if key in self.config})
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or cls.__name__
-            raise self.damaged("config.yml", f"cannot be used: {where[:80]}: {first['msg'][:200]}") from None
+            reason = str(config_error(error, cls.__name__))[:280]
+            raise self.damaged("config.yml", f"cannot be used: {reason}") from None
         except (TypeError, OverflowError, MemoryError, RecursionError):
             raise self.damaged("config.yml", f"has impossible values for {cls.__name__}") from None
 
