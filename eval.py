@@ -11,8 +11,7 @@ from megatron.errors import run_command
 def main() -> int:
     """Parse the command line and evaluate, each process its share; returns the exit code."""
     from megatron.config.cli import parse_run
-    from megatron.launch import ensure_process_environment
-    from megatron.supervise import stop_with_launcher
+    from megatron.mpu.environment import ensure_process_environment, stop_with_launcher
 
     ensure_process_environment()
     stop_with_launcher()

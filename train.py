@@ -13,8 +13,7 @@ def main() -> int:
     stop = StopRequest(ends_at_once=True)
     stop.listen()  # before the imports, which take seconds
     from megatron.config.cli import parse_run
-    from megatron.launch import ensure_process_environment
-    from megatron.supervise import stop_with_launcher
+    from megatron.mpu.environment import ensure_process_environment, stop_with_launcher
 
     ensure_process_environment()
     stop_with_launcher()

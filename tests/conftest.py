@@ -102,7 +102,7 @@ def signals_as_before() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def single_process() -> Iterator[None]:
     """This process as a process group of one, shared by every test that builds an engine here."""
-    from megatron.launch import ensure_process_environment
+    from megatron.mpu.environment import ensure_process_environment
     from megatron.training.loop import shut_down
 
     ensure_process_environment()

@@ -13,7 +13,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.queues import SimpleQueue
 from typing import Any
 
-from megatron.launch import free_port
+from megatron.mpu.environment import free_port
 
 _PRELOAD = ["deepspeed.runtime.engine", "deepspeed.runtime.zero.muon.original_muon", "megatron.training.loop"]
 _TIMEOUT_SECONDS = 120.0

@@ -19,7 +19,6 @@ FLOORS = {
     "megatron.model": 3, "megatron.data": 3,
     "megatron.tasks": 3.5, "megatron.growth": 4, "megatron.engine": 4.5,
     "megatron.training": 5, "megatron.inference": 5, "megatron.evaluation": 5, "megatron.planner": 5,
-    "megatron.supervise": 5, "megatron.worker": 5,
     "megatron.launch": 6, "megatron.doctor": 6.2, "eval_tasks": 6,
     "tools": 6.5,  # tools are faces of everything below, eval_tasks included
     "deepy": 7, "train": 7, "eval": 7, "generate": 7, "prepare_data": 7,

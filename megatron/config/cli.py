@@ -226,9 +226,14 @@ def _flag_value(text: Any, key: str) -> Any:
     return int(text) if key in _NUMBER_KEYS and _WHOLE_NUMBER.fullmatch(text) else text
 
 
+def is_training(script: str) -> bool:
+    """Whether a script trains: train.py, or one that is called much like it."""
+    return script.rpartition("/")[2].startswith("train")
+
+
 def checks_of(script: str, to_run: bool = True) -> tuple[Check, ...]:
     """What only a certain command needs: train.py a config that can be trained, a plan of it no data and no length."""
-    if not script.rpartition("/")[2].startswith("train"):
+    if not is_training(script):
         return (find_host_mistakes,)
     return (find_host_mistakes, find_training_mistakes if to_run else find_setting_mistakes)
 

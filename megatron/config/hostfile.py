@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from megatron.config.schema import RunConfig
 from megatron.config.sections.launch import LaunchConfig
-from megatron.errors import ConfigError, UserError
+from megatron.errors import ConfigError
 from megatron.text import shortened
 
 CLUSTER_HOSTFILE = "/job/hostfile"
@@ -17,6 +17,14 @@ CLUSTER_HOSTFILE = "/job/hostfile"
 def given_hostfile(config: LaunchConfig, env: Mapping[str, str]) -> str | None:
     """The hostfile that the configuration names, or else the environment; it need not be there."""
     return config.hostfile or env.get("DLTS_HOSTFILE") or None
+
+
+def found_hostfile(config: LaunchConfig, env: Mapping[str, str]) -> str | None:
+    """The hostfile that the launch reads; None where there is none."""
+    given = given_hostfile(config, env)
+    if given:
+        return given if missing_hostfile(config, env) is None else None
+    return CLUSTER_HOSTFILE if os.path.isfile(CLUSTER_HOSTFILE) else None
 
 
 def missing_hostfile(config: LaunchConfig, env: Mapping[str, str]) -> str | None:
@@ -49,16 +57,14 @@ def not_a_host(key: str, name: str) -> ConfigError:
 
 
 def refuse_missing_hostfile(config: LaunchConfig, env: Mapping[str, str]) -> None:
-    """Raise UserError where a hostfile is not there and other keys say that this machine is not what is meant."""
+    """Raise ConfigError where a hostfile is not there and other keys say that this machine is not what is meant."""
     if missing_hostfile(config, env) is None:
         return
-    path, advice = given_hostfile(config, env), "give an existing file"
+    missing, advice = f"{given_hostfile(config, env)} does not exist", "give an existing file"
     if config.num_nodes > 1:
-        raise UserError(f"hostfile: {path} does not exist, and num_nodes: {config.num_nodes} needs one; {advice}")
+        raise ConfigError("hostfile", f"{missing}, and num_nodes: {config.num_nodes} needs one", advice)
     if config.deepspeed_slurm:
-        raise UserError(
-            f"hostfile: {path} does not exist, and deepspeed_slurm: true starts what it names; {advice}, or hostfile: "
-            "null for the nodes of the allocation"
-        )
+        advice += ", or hostfile: null for the nodes of the allocation"
+        raise ConfigError("hostfile", f"{missing}, and deepspeed_slurm: true starts what it names", advice)
     if config.force_multi:
-        raise UserError(f"hostfile: {path} does not exist, and force_multi: true needs one; {advice}")
+        raise ConfigError("hostfile", f"{missing}, and force_multi: true needs one", advice)

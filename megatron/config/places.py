@@ -20,7 +20,7 @@ def locate(error: ConfigError, settings: Mapping[str, Setting], otherwise: str =
     error.where = otherwise if setting is None else setting.source
     if setting is None:
         return error
-    if setting.key == error.key:
+    if setting.key == error.key == error.spelling:
         error.spelling = setting.spelling
     if isinstance(error.value, bool) and setting.written not in (None, "true", "false"):
         error.advice = f"'{setting.written}' is read so by YAML 1.1 and as text by YAML 1.2; quote it for text"

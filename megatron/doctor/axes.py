@@ -20,7 +20,7 @@ def run_axes(plan: dict[str, Any]) -> int:
 
     plan: pipeline, tensor, backend, ranks_per_gpu, seconds; made by target.axes_plan.
     """
-    from megatron.launch import ensure_process_environment
+    from megatron.mpu.environment import ensure_process_environment
 
     signal.alarm(int(plan["seconds"]))  # the others may never come
     ensure_process_environment()

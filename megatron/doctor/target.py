@@ -21,7 +21,7 @@ from megatron.errors import UserError
 if TYPE_CHECKING:
     from megatron.config.load import Resolved
     from megatron.config.schema import RunConfig
-    from megatron.launch import LaunchPlan
+    from megatron.launch.supervise import LaunchPlan
 
 AXES_SECONDS = 90.0
 
@@ -72,7 +72,7 @@ def find_target(args: Namespace, prog: str) -> Target:
     try:
         from megatron.config.cli import resolve_arguments
         from megatron.config.hostfile import given_hostfile, missing_hostfile
-        from megatron.launch import count_processes, find_hosts
+        from megatron.launch.hosts import count_processes, find_hosts
     except ModuleNotFoundError as error:
         raise UserError(
             f"{prog}: a configuration cannot be read without {error.name}; pip install -r requirements/requirements.txt"
@@ -126,7 +126,7 @@ def _tokenizer_files(config: RunConfig) -> tuple[str, ...]:
 
 
 def _axes_launch(resolved: Resolved, processes: int | None) -> LaunchPlan | None:
-    from megatron.launch import check_world, make_plan
+    from megatron.launch.command import check_world, make_plan
 
     config, is_training = resolved.config, resolved.config.training.train_iters is not None
     check_world(config, "train.py" if is_training else "eval.py", processes)

@@ -24,7 +24,8 @@ from megatron.config.build import SECTION_OF
 from megatron.config.checks import find_training_mistakes
 from megatron.config.load import known_keys
 from megatron.errors import UserError, UserErrors
-from megatron.launch import check_world, find_hosts
+from megatron.launch.command import check_world
+from megatron.launch.hosts import find_hosts
 from tests.conftest import TINY
 
 SOAK_SEED = os.environ.get("SOAK_SEED")

@@ -137,7 +137,8 @@ def test_config_is_frozen(folder: Path) -> None:
 
 @pytest.mark.launches
 def test_loading_imports_no_torch() -> None:
-    code = "import sys, megatron.config, megatron.config.cli, megatron.launch; sys.exit('torch' in sys.modules)"
+    modules = "megatron.config, megatron.config.cli, megatron.launch, megatron.mpu.environment"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
 

@@ -127,7 +127,7 @@ def test_every_reader_of_text_leaves_out_a_byte_order_mark(tmp_path: Path, token
     from megatron.config.sections.generation import GenerationConfig
     from megatron.data.text import read_documents
     from megatron.inference.prompts import read_requests
-    from megatron.launch import read_hostfile
+    from megatron.launch.hosts import read_hostfile
     from megatron.planner import read_machine
     from megatron.tokenizer import build_tokenizer
 

@@ -31,7 +31,7 @@ def scores(tokenizer_file: str, batch_size: Any, tensor_size: int = 1) -> dict[s
     from lm_eval.api.instance import Instance
 
     from eval_tasks.adapter import TokenFormerLM
-    from megatron.launch import ensure_process_environment
+    from megatron.mpu.environment import ensure_process_environment
     from megatron.mpu.processes import join
     from megatron.tokenizer import HFTokenizer
     from tests.random_models import make_model

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.launch import free_port
+from megatron.mpu.environment import free_port
 from tests.launched import training_lines, wait_until
 from tests.ranks import start_rank
 

@@ -14,7 +14,7 @@ from megatron.evaluation.perplexity import corpus_perplexity
 from megatron.evaluation.sharing import shared
 from megatron.inference.generate import generate
 from megatron.inference.load import load_model
-from megatron.launch import ensure_process_environment
+from megatron.mpu.environment import ensure_process_environment
 from megatron.mpu.processes import join
 from megatron.tokenizer import CharLevelTokenizer
 from tests.random_models import make_config, save_random_models

@@ -16,7 +16,7 @@ import pytest
 from megatron.inference.generate import generate
 from megatron.inference.load import load_model
 from megatron.inference.modes import run_generation
-from megatron.launch import ensure_process_environment
+from megatron.mpu.environment import ensure_process_environment
 from megatron.mpu.processes import join, leave
 from megatron.tokenizer import CharLevelTokenizer
 from tests.random_models import make_config, make_model, save_random_models

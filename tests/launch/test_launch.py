@@ -16,18 +16,24 @@ from pathlib import Path
 import psutil
 import pytest
 
-import megatron.launch as launch_module
-from megatron import supervise
+from megatron.config import hostfile as hostfile_module
 from megatron.config import resolve_config
 from megatron.errors import UserError
-from megatron.launch import ensure_process_environment, launch, make_plan, read_hostfile
+from megatron.launch import command as command_module
+from megatron.launch import launch, supervise
+from megatron.launch import start as start_module
+from megatron.launch.command import make_plan
+from megatron.launch.hosts import count_processes, find_hosts, read_hostfile
+from megatron.launch.supervise import LaunchPlan, run_plan
+from megatron.mpu import environment as process_environment
+from megatron.mpu.environment import ensure_process_environment, free_port, job_port
 from tests.launched import deepy, environment, training_lines, wait_until, write_config
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs/demo.yml"
 
 
-def plan_of(overrides: list[str], env: dict[str, str] | None = None) -> launch_module.LaunchPlan:
+def plan_of(overrides: list[str], env: dict[str, str] | None = None) -> LaunchPlan:
     return make_plan(resolve_config(DEMO, overrides), "train.py", ["a.yml", "--set", "x=1"], env or {})
 
 
@@ -37,8 +43,8 @@ def option(command: list[str], name: str) -> str:
 
 @pytest.fixture(autouse=True)
 def _machine_without_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_module, "has_accelerator", lambda env: False)
-    monkeypatch.setattr(launch_module, "_CLUSTER_HOSTFILE", "/nonexistent/hostfile")
+    monkeypatch.setattr(process_environment, "_DEVICE_FILES", ())
+    monkeypatch.setattr(hostfile_module, "CLUSTER_HOSTFILE", "/nonexistent/hostfile")
 
 
 @pytest.fixture
@@ -50,7 +56,7 @@ def hostfile(tmp_path: Path) -> str:
 
 @pytest.fixture
 def all_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_module.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(command_module.shutil, "which", lambda name: f"/usr/bin/{name}")
 
 
 def test_a_cpu_machine_gets_one_local_process() -> None:
@@ -63,7 +69,7 @@ def test_a_cpu_machine_gets_one_local_process() -> None:
 
 
 def test_a_gpu_machine_is_left_to_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_module, "has_accelerator", lambda env: True)
+    monkeypatch.setattr(process_environment, "_DEVICE_FILES", ("/dev/null",))
     plan = plan_of([])
     assert "--num_gpus" not in plan.command and plan.environment == {}
     assert option(plan_of(["num_gpus=4"]).command, "--num_gpus") == "4"
@@ -82,15 +88,15 @@ def test_runs_on_one_machine_get_ports_of_their_own_unless_one_is_given() -> Non
 
 
 def test_jobs_on_the_same_nodes_get_ports_of_their_own() -> None:
-    ports = {launch_module.job_port({"SLURM_JOB_ID": str(job)}) for job in range(20)}
+    ports = {job_port({"SLURM_JOB_ID": str(job)}) for job in range(20)}
     assert len(ports) == 20 and all(10000 <= port < 30000 for port in ports)
-    assert launch_module.job_port({}) == 29500
+    assert job_port({}) == 29500
 
 
 @pytest.mark.launches
 def test_a_worker_stops_when_its_launcher_is_gone() -> None:
     code = (
-        "import os, sys, time, socket; from megatron.supervise import stop_with_launcher; "
+        "import os, sys, time, socket; from megatron.mpu.environment import stop_with_launcher; "
         "stop_with_launcher({'DEEPY_LAUNCHER_PID': sys.argv[1], 'DEEPY_LAUNCHER_HOST': socket.gethostname()}, 0.05); "
         "print('ready', flush=True); time.sleep(60)"
     )
@@ -186,7 +192,7 @@ def test_other_words_that_pdsh_gives_to_a_remote_shell_are_checked(
 @pytest.mark.launches
 @pytest.mark.parametrize("word", ["{type:Adam}", "a;b&c*", "it's $HOME", 'a "b" \\ `c`', "(x y)", "runs/a_1.yml"])
 def test_arguments_reach_the_workers_of_pdsh_as_they_are(word: str) -> None:
-    given = launch_module._remote_words([word])[0]
+    given = command_module._remote_words([word])[0]
     by_deepspeed = '"{}"'.format(given.replace('"', '\\"')) if " " in given else given
     result = subprocess.run(["sh", "-c", f"printf %s {by_deepspeed}"], capture_output=True, text=True, check=True)
     assert result.stdout == word
@@ -201,8 +207,8 @@ def test_slurm_hosts_come_from_the_allocation(tmp_path: Path, monkeypatch: pytes
     plan = plan_of(["deepspeed_slurm=true"], {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS_PER_NODE": "4"})
     written = option(plan.command, "--hostfile")
     assert read_hostfile(written) == {"node1": 4, "node2": 4}
-    finished = launch_module.LaunchPlan([sys.executable, "-c", ""], {}, written=plan.written)
-    assert launch_module.run_plan(finished) == 0 and not Path(written).exists()
+    finished = LaunchPlan([sys.executable, "-c", ""], {}, written=plan.written)
+    assert run_plan(finished) == 0 and not Path(written).exists()
 
 
 @pytest.mark.usefixtures("all_launchers")
@@ -252,7 +258,7 @@ def test_a_hostfile_that_is_not_there_means_this_machine(
     plan = plan_of(overrides, dict(os.environ))
     assert option(plan.command, "--hostfile") == "/mock_path" and "--launcher" not in plan.command
     started: list[object] = []
-    monkeypatch.setattr(launch_module, "run_plan", lambda plan: started.append(plan) or 0)
+    monkeypatch.setattr(start_module, "run_plan", lambda plan: started.append(plan) or 0)
     flags = [f"--set={override}" for override in overrides]
     assert launch(["train.py", "configs/demo.yml", *flags]) == 0 and len(started) == 1
     assert launch(["train.py", "configs/demo.yml", *flags, "--dry-run"]) == 0
@@ -281,7 +287,7 @@ def test_a_layout_that_does_not_fit_the_processes_is_refused_before_any_starts(
     hostfile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nodes = [f"hostfile={hostfile}", "launcher=pdsh"]
-    monkeypatch.setattr(launch_module.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(command_module.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert plan_of([*nodes, "model_parallel_size=2", "pipe_parallel_size=2"]).stop_command
     for keys, processes in ((["num_nodes=1"], 2), (["include='node1@node2:1'"], 3), (["exclude='node2:0'"], 3)):
         with pytest.raises(UserError, match=f"{processes} processes cannot hold pipe_parallel_size 2 x model_parallel"):
@@ -300,7 +306,7 @@ def test_a_batch_that_does_not_fit_the_processes_is_refused_before_any_starts() 
 
 @pytest.mark.parametrize("script", ["eval.py", "tools/../generate.py"])
 def test_evaluation_ignores_the_pipeline_and_the_batch(script: str) -> None:
-    def plan(*overrides: str) -> launch_module.LaunchPlan:
+    def plan(*overrides: str) -> LaunchPlan:
         return make_plan(resolve_config(DEMO, list(overrides)), script, [], {})
 
     plan("num_gpus=2", "pipe_parallel_size=2", "model_parallel_size=2", "train_batch_size=7")
@@ -327,14 +333,14 @@ def test_evaluation_ignores_the_pipeline_and_the_batch(script: str) -> None:
 def test_processes_of_a_gpu_machine_are_its_device_files(
     overrides: list[str], files: int, env: dict[str, str], expected: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch_module, "has_accelerator", lambda env: True)
-    monkeypatch.setattr(launch_module.glob, "glob", lambda pattern: [f"/dev/nvidia{n}" for n in range(files)])
+    monkeypatch.setattr("megatron.launch.hosts.has_accelerator", lambda env: True)
+    monkeypatch.setattr(process_environment.glob, "glob", lambda pattern: [f"/dev/nvidia{n}" for n in range(files)])
     config = resolve_config(DEMO, overrides).config.launch
-    assert launch_module.count_processes(config, {}, env) == expected
+    assert count_processes(config, {}, env) == expected
 
 
 def test_missing_launcher_program_is_named(hostfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(command_module.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="launcher: pdsh needs the program `pdsh`"):
         plan_of([f"hostfile={hostfile}", "launcher=pdsh"])
 
@@ -355,13 +361,13 @@ def test_hostfile_mistakes_have_a_line(tmp_path: Path, text: str, message: str) 
 
 def test_include_filters_hosts(hostfile: str) -> None:
     config = resolve_config(DEMO, [f"hostfile={hostfile}", "include='node2:0'"]).config.launch
-    assert launch_module.find_hosts(config, {}) == {"node2": 2}
+    assert find_hosts(config, {}) == {"node2": 2}
     config = resolve_config(DEMO, [f"hostfile={hostfile}", "exclude='node2:0'"]).config.launch
-    assert list(launch_module.find_hosts(config, {})) == ["node1", "node2"]
+    assert list(find_hosts(config, {})) == ["node1", "node2"]
 
 
 def test_errors_come_before_any_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(launch_module, "run_plan", lambda plan: pytest.fail("a process was started"))
+    monkeypatch.setattr(start_module, "run_plan", lambda plan: pytest.fail("a process was started"))
     script = tmp_path / "train.py"
     script.touch()
     with pytest.raises(UserError, match="sede: unknown key; did you mean seed"):
@@ -458,7 +464,7 @@ def test_nothing_is_lost_and_nobody_is_left_when_all_or_the_launchers_are_struck
 def test_torchrun_trains_on_two_processes(tmp_path: Path, tokenizer_file: Path, corpus_prefix: str) -> None:
     config = write_config(tmp_path / "run.yml", tokenizer_file, corpus_prefix, train_iters=2, log_dir=str(tmp_path))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-    command += [str(launch_module.free_port()), "train.py", str(config)]
+    command += [str(free_port()), "train.py", str(config)]
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     assert [line["consumed_samples"] for line in training_lines(tmp_path)] == [8, 16], "4 samples a process"

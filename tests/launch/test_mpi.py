@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launch import free_port
+from megatron.mpu.environment import free_port
 from tests.launched import ROOT, deepy, environment, training_lines, wait_until, write_config
 
 pytestmark = pytest.mark.skipif(

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.errors import UserError
-from megatron.launch import free_port
 from megatron.mpu import SINGLE, Layout, processes
+from megatron.mpu.environment import free_port
 from megatron.mpu.peers import EXIT_LOST_PEER, PeerWatch
 from megatron.mpu.processes import abandoned_on_error, connect_world, first_rank_does
 from tests.ranks import run_ranks, start_process

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import megatron.launch as launch_module
 from megatron.config import RunConfig, load_config
 from megatron.config.checks import find_parallel_mistakes
 from megatron.errors import UserError, run_command
@@ -333,9 +332,9 @@ def test_mistakes_in_a_machine_file_are_one_line(tmp_path: Path, text: str, mess
 @pytest.fixture
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(launch_module, "has_accelerator", lambda env: False)
-    monkeypatch.setattr(launch_module, "_CLUSTER_HOSTFILE", "/nonexistent/hostfile")
-    monkeypatch.setattr(launch_module, "run_plan", lambda plan: pytest.fail("a process was started"))
+    monkeypatch.setattr("megatron.mpu.environment._DEVICE_FILES", ())
+    monkeypatch.setattr("megatron.config.hostfile.CLUSTER_HOSTFILE", "/nonexistent/hostfile")
+    monkeypatch.setattr("megatron.launch.start.run_plan", lambda plan: pytest.fail("a process was started"))
     monkeypatch.delenv("DLTS_HOSTFILE", raising=False)
 
 
@@ -394,7 +393,7 @@ def test_a_model_alone_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_launchers_need_not_be_installed_to_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], override: str, gpus: int
 ) -> None:
-    monkeypatch.setattr(launch_module.shutil, "which", lambda name: None)
+    monkeypatch.setattr("megatron.launch.command.shutil.which", lambda name: None)
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     (tmp_path / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")
     hostfile = [] if "slurm" in override else ["--set", f"hostfile={tmp_path / 'hosts'}"]

@@ -48,7 +48,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     """Do what --stage asks for."""
-    from megatron.launch import ensure_process_environment
+    from megatron.mpu.environment import ensure_process_environment
 
     options = parse_args()
     ensure_process_environment()

@@ -1,4 +1,4 @@
-"""Runs a script for DeepSpeed's launcher: `python megatron/worker.py train.py configs/demo.yml [flags]`.
+"""Runs a script for DeepSpeed's launcher: `python megatron/launch/worker.py train.py configs/demo.yml [flags]`.
 
 deepy.py starts the launcher deaf to signals, for it would kill the processes that are saving. They hear them again.
 """

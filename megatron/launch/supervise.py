@@ -6,21 +6,18 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 import time
-from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from megatron.log import get_logger
-from megatron.signals import INSISTENT, STOP_SIGNALS, blocked, has_launcher
+from megatron.mpu.environment import LAUNCHER_HOST, LAUNCHER_PID
+from megatron.signals import INSISTENT, STOP_SIGNALS, blocked
 
 WORKER = str(Path(__file__).with_name("worker.py"))
 """What DeepSpeed's launcher starts on this machine; runs the script that follows it."""
-
-_LAUNCHER_PID, _LAUNCHER_HOST = "DEEPY_LAUNCHER_PID", "DEEPY_LAUNCHER_HOST"
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ def run_plan(plan: LaunchPlan) -> int:
     exit code is 128 and the signal's number. The launcher has a session of its own, which a Ctrl-C does not reach, and
     a local one is deaf to signals: DeepSpeed would kill the workers 30 seconds after it heard one.
     """
-    environment = {**plan.environment, _LAUNCHER_PID: str(os.getpid()), _LAUNCHER_HOST: socket.gethostname()}
+    environment = {**plan.environment, LAUNCHER_PID: str(os.getpid()), LAUNCHER_HOST: socket.gethostname()}
     stopper = _Stopper(plan)
     numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, stopper.receive) for number in numbers}
@@ -153,22 +150,3 @@ def _stop_workers(plan: LaunchPlan, pid: int) -> bool:
                 process.send_signal(plan.stop_signal)
         return bool(level)
     return False
-
-
-def stop_with_launcher(env: Mapping[str, str] = os.environ, interval: float = 2.0) -> None:
-    """Send this worker SIGTERM, so that it saves and stops, once what started it is gone.
-
-    That is the launcher that is its parent, as torchrun or mpirun, and a deepy.py on this machine. A killed one cannot
-    forward anything; without this its workers would train on, unseen.
-    """
-    parent = os.getppid()
-    launcher = env.get(_LAUNCHER_PID, "") if env.get(_LAUNCHER_HOST) == socket.gethostname() else ""
-    deepy = Path(f"/proc/{launcher}") if launcher.isdecimal() and Path("/proc/self").exists() else None
-
-    def watch() -> None:
-        while os.getppid() == parent and (deepy is None or deepy.exists()):
-            time.sleep(interval)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    if has_launcher(env):
-        threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
