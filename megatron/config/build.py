@@ -7,10 +7,12 @@ follows from another one is left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from pydantic import ValidationError
 
+from megatron.config.checks import find_parallel_mistakes
 from megatron.config.findings import Findings
 from megatron.config.mistakes import mistakes
 from megatron.config.places import locate
@@ -73,7 +75,8 @@ class Builder:
         if self._missing:
             advice = f"add to a YAML file, or give --set {self._missing[0]}=VALUE"
             self._findings.add(ConfigError("", f"missing {', '.join(self._missing)}: {advice}", where=self._files))
-        for mistake in (found for check in checks for found in check(config)):
+        of_axes = find_parallel_mistakes(config.model, config.parallel)
+        for mistake in chain(of_axes, *(check(config) for check in checks)):
             if not self._findings.covers(mistake):
                 self._findings.add(locate(mistake, self._settings))
         return config

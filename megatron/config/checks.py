@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron.config.findings import raise_all
 from megatron.config.schema import RunConfig
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.optimization import OptimizationConfig
-from megatron.config.sections.parallel import ZeroConfig
+from megatron.config.sections.parallel import ParallelConfig, ZeroConfig
 from megatron.config.sections.scaling import GrowthStage, ScalingConfig
 from megatron.errors import ConfigError
 
 
-def find_parallel_mistakes(config: RunConfig) -> Iterator[ConfigError]:
+def find_parallel_mistakes(model: ModelSection, parallel: ParallelConfig) -> Iterator[ConfigError]:
     """Axes that the model cannot be cut along, whatever the number of processes."""
-    parallel = config.parallel
     tensor, zero_stage = parallel.model_parallel_size, parallel.zero_optimization.stage
-    return axis_mistakes(config.model, tensor, parallel.pipeline_stages, parallel.sequence_parallel, zero_stage)
+    return axis_mistakes(model, tensor, parallel.pipeline_stages, parallel.sequence_parallel, zero_stage)
 
 
 def axis_mistakes(
@@ -59,14 +57,8 @@ def _tensor_axis(model: ModelSection, ranks: int, sequence_parallel: bool) -> It
         )
 
 
-def check_trainable(config: RunConfig) -> None:
-    """Refuse what cannot be trained (evaluation and generation do not mind); raises UserError with all mistakes."""
-    if found := [*find_training_mistakes(config)]:
-        raise_all(found)
-
-
 def find_training_mistakes(config: RunConfig) -> Iterator[ConfigError]:
-    """What a run cannot be trained without, or with."""
+    """What a run cannot be trained without, or with; evaluation and generation do not mind."""
     training, data, options = config.training, config.data, config.checkpoint
     needed = {
         "train_iters": training.train_iters,

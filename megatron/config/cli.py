@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import textwrap
 from argparse import Namespace
@@ -233,9 +234,10 @@ def is_training(script: str) -> bool:
 
 def checks_of(script: str, to_run: bool = True) -> tuple[Check, ...]:
     """What only a certain command needs: train.py a config that can be trained, a plan of it no data and no length."""
+    for_all: tuple[Check, ...] = (lambda config: find_host_mistakes(config.launch, os.environ),)
     if not is_training(script):
-        return (find_host_mistakes,)
-    return (find_host_mistakes, find_training_mistakes if to_run else find_setting_mistakes)
+        return for_all
+    return (*for_all, find_training_mistakes if to_run else find_setting_mistakes)
 
 
 def check_outputs(resolved: Resolved, script: str) -> None:

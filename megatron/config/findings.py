@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NoReturn
-
-from megatron.errors import ConfigError, UserError, UserErrors
+from megatron.errors import ConfigError, UserErrors
 
 _MOST = 100
 
@@ -44,13 +41,7 @@ class Findings:
         if more > 0:
             raise UserErrors([*self.errors[:_MOST], f"and {more} more mistakes"])
         if self.errors:
-            raise_all(self.errors)
-
-
-def raise_all(errors: Iterable[UserError]) -> NoReturn:
-    """Raise the only one of these errors, or all of them as one."""
-    found = list(errors)
-    raise found[0] if len(found) == 1 else UserErrors(found)
+            raise self.errors[0] if len(self.errors) == 1 else UserErrors(self.errors)
 
 
 def _place(error: ConfigError) -> tuple[str, int]:

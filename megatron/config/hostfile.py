@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 
-from megatron.config.schema import RunConfig
 from megatron.config.sections.launch import LaunchConfig
 from megatron.errors import ConfigError
 from megatron.text import shortened
@@ -38,14 +37,13 @@ def missing_hostfile(config: LaunchConfig, env: Mapping[str, str]) -> str | None
     return f"hostfile: {path} does not exist: the run is on this machine alone"
 
 
-def find_host_mistakes(config: RunConfig) -> Iterator[ConfigError]:
+def find_host_mistakes(config: LaunchConfig, env: Mapping[str, str]) -> Iterator[ConfigError]:
     """Hosts that are named where there are none to choose from: a mistyped `include: FILE`, most often."""
-    launch, env = config.launch, os.environ
     is_alone = int(env.get("WORLD_SIZE", "1")) == 1
-    if launch.deepspeed_slurm or given_hostfile(launch, env) or os.path.isfile(CLUSTER_HOSTFILE) or not is_alone:
+    if config.deepspeed_slurm or given_hostfile(config, env) or os.path.isfile(CLUSTER_HOSTFILE) or not is_alone:
         return
     for key in ("include", "exclude"):
-        names = (item.partition(":")[0] for item in (getattr(launch, key) or "").split("@"))
+        names = (item.partition(":")[0] for item in (getattr(config, key) or "").split("@"))
         if wrong := next((name for name in names if name not in ("", "localhost")), None):
             yield not_a_host(key, wrong)
 

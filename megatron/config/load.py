@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.build import Builder, Check, keys_of
-from megatron.config.checks import find_parallel_mistakes
 from megatron.config.findings import Findings
 from megatron.config.neox_keys import ALIASES, RULES
 from megatron.config.paths import MAY_BE_EMPTY, PATH_KEYS, expand
@@ -106,10 +105,10 @@ def resolve_config(
     model = _model_section(settings, findings)
     _find_unknown(settings, findings, model)
     _expand_paths(settings, findings)
-    rules = _Rules({key: settings.pop(key) for key in list(settings) if key in RULES}, findings)
+    ruled = [settings.pop(key) for key in list(settings) if key in RULES]
     where = " ".join(str(name) for name in files) or "the command line"
-    config = Builder(settings, where, findings, model).build((find_parallel_mistakes, *checks))
-    ignored = rules.apply(config)
+    config = Builder(settings, where, findings, model).build(checks)
+    ignored = _apply_rules(ruled, config, findings)
     findings.raise_any()
     config, derived = _derive(config)
     return Resolved(config, settings, ignored, derived)
@@ -175,26 +174,19 @@ def _expand_paths(settings: dict[str, Setting], findings: Findings) -> None:
             del settings[key]
 
 
-@dataclass(frozen=True)
-class _Rules:
-    """The settings that the rules for GPT-NeoX's keys decide on."""
-
-    settings: dict[str, Setting]
-    findings: Findings
-
-    def apply(self, config: RunConfig) -> list[tuple[Setting, str]]:
-        """The ignored settings, with the reason; refused ones go to the findings."""
-        ignored = []
-        for key, setting in self.settings.items():
-            rule = RULES[key]
-            if not rule.refused:
-                ignored.append((setting, rule.reason))
-            elif rule.is_harmless(setting.value) or (rule.is_void and rule.is_void(config, setting.value)):
-                ignored.append((setting, "asks for nothing"))
-            else:
-                value = str(setting.value).lower() if isinstance(setting.value, bool) else shortened(setting.value)
-                self.findings.add(setting.mistake(f"{value} is refused: {rule.reason}"))
-        return ignored
+def _apply_rules(settings: Iterable[Setting], config: RunConfig, findings: Findings) -> list[tuple[Setting, str]]:
+    """The settings of GPT-NeoX's keys that are ignored, with the reason; refused ones go to the findings."""
+    ignored = []
+    for setting in settings:
+        rule = RULES[setting.key]
+        if not rule.refused:
+            ignored.append((setting, rule.reason))
+        elif rule.is_harmless(setting.value) or (rule.is_void and rule.is_void(config, setting.value)):
+            ignored.append((setting, "asks for nothing"))
+        else:
+            value = str(setting.value).lower() if isinstance(setting.value, bool) else shortened(setting.value)
+            findings.add(setting.mistake(f"{value} is refused: {rule.reason}"))
+    return ignored
 
 
 def _model_section(settings: dict[str, Setting], findings: Findings) -> type[ModelSection]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron.config.schema import RunConfig
+    from megatron.config.sections.model import ModelConfig
 
 ALIASES: dict[str, str] = {
     "learning_rate": "optimizer.params.lr",
@@ -233,8 +234,8 @@ def _asks_only_for_ignored(value: Any) -> bool:
     return isinstance(value, dict) and all(key in IGNORED for key in value)
 
 
-def _has_no_bias(config: RunConfig) -> bool:
-    return "layernorm" not in (config.language.norm, config.language.final_norm_kind)
+def _has_no_bias(model: ModelConfig) -> bool:
+    return "layernorm" not in (model.norm, model.final_norm_kind)
 
 
 def _divides(value: Any, number: int) -> bool:
@@ -251,7 +252,7 @@ _CONDITIONAL: dict[str, Rule] = {
         "norm and final_norm layernorm have a bias; set true, or norm: rmsnorm or layernorm_nonparam",
         (True,),
         refused=True,
-        is_void=lambda config, value: value is False and _has_no_bias(config),
+        is_void=lambda config, value: value is False and _has_no_bias(config.language),
     ),
     "use_bias_in_mlp": Rule(
         "the feed-forward of Transformer blocks has biases; set true",

@@ -9,19 +9,16 @@ from megatron.errors import UserError
 
 @dataclass(frozen=True)
 class UpdateSize:
-    """What one update reads.
-
-    Attributes:
-        micro: samples that a process computes at once.
-        steps: passes whose gradients a process adds up.
-        samples: those of all processes together.
-        tokens: the same in tokens.
-    """
+    """What one update reads."""
 
     micro: int
+    """Samples that a process computes at once."""
     steps: int
+    """Passes whose gradients a process adds up."""
     samples: int
+    """Samples of all processes and passes together."""
     tokens: int
+    """The same in tokens."""
 
     @classmethod
     def of(cls, micro: int | None, steps: int | None, total: int | None, data_ranks: int, length: int) -> UpdateSize:

@@ -11,7 +11,7 @@ import pytest
 
 from megatron.config import load_config, resolve_config
 from megatron.config.build import SECTION_OF
-from megatron.config.checks import check_trainable
+from megatron.config.checks import find_training_mistakes
 from megatron.config.neox_keys import ALIASES, IGNORED, REFUSED, RULES
 from megatron.config.zero_keys import ZERO_KEYS
 from megatron.errors import UserError
@@ -72,7 +72,7 @@ def test_zero_keys_are_those_of_deepspeed() -> None:
 
 def test_training_names_missing_keys() -> None:
     with pytest.raises(UserError, match="training needs train_iters, train_micro_batch_size_per_gpu, data_path"):
-        check_trainable(load_config([], MINIMUM))
+        resolve_config([], MINIMUM, checks=[find_training_mistakes])
 
 
 @pytest.mark.parametrize(
@@ -88,4 +88,4 @@ def test_training_names_missing_keys() -> None:
 def test_settings_that_cannot_be_trained_are_refused(keys: dict[str, Any], message: str) -> None:
     needed = {"train_iters": 5, "train_micro_batch_size_per_gpu": 2, "data_path": "a"}
     with pytest.raises(UserError, match=message):
-        check_trainable(load_config([], {**MINIMUM, **needed, **keys}))
+        resolve_config([], {**MINIMUM, **needed, **keys}, checks=[find_training_mistakes])

@@ -266,7 +266,7 @@ def test_every_layout_is_one_the_configuration_accepts() -> None:
         zero = config.parallel.zero_optimization.model_copy(update={"stage": choice.zero_stage})
         axes = {"model_parallel_size": choice.tensor, "pipe_parallel_size": choice.pipeline, "zero_optimization": zero}
         asked = config.model_copy(update={"parallel": config.parallel.model_copy(update=axes)})
-        assert not [*find_parallel_mistakes(asked)]
+        assert not [*find_parallel_mistakes(asked.model, asked.parallel)]
 
 
 def test_best_comes_first_and_everything_fits() -> None:
