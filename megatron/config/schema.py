@@ -82,9 +82,7 @@ class RunConfig(Section):
 
     def update_size(self, data_ranks: int) -> UpdateSize:
         """What an update of so many data ranks reads; raises UserError when the batch keys do not fit each other."""
-        keys = self.training
-        batch = keys.train_micro_batch_size_per_gpu, keys.gradient_accumulation_steps, keys.train_batch_size
-        return UpdateSize.of(*batch, data_ranks, self.model.tokens_per_sample())
+        return self.training.update_size(data_ranks, self.model.tokens_per_sample())
 
     @property
     def language(self) -> ModelConfig:

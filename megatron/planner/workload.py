@@ -64,9 +64,7 @@ class Workload:
 
     def update_size(self, data_ranks: int) -> UpdateSize:
         """What an update of so many data ranks reads; UserError when the batch keys do not fit each other."""
-        keys = self.training
-        batch = keys.train_micro_batch_size_per_gpu, keys.gradient_accumulation_steps, keys.train_batch_size
-        return UpdateSize.of(*batch, data_ranks, self.model.seq_length)
+        return self.training.update_size(data_ranks, self.model.seq_length)
 
     def samples(self, gpus: int) -> int:
         """Samples of an update: train_batch_size, else what the configured layout would take on `gpus` GPUs."""

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from megatron.config.sections.base import MAX_SIZE, Section
+from megatron.config.update_size import UpdateSize
 
 
 class TrainingConfig(Section):
@@ -43,3 +44,8 @@ class TrainingConfig(Section):
     not interrupted bit for bit. Attention and its backward pass are slower."""
     allow_nonfinite_loss: bool = False
     """false: a loss that is not finite stops the run before the update."""
+
+    def update_size(self, data_ranks: int, length: int) -> UpdateSize:
+        """What an update of so many data ranks reads, `length` tokens a sample; UserError when the keys do not fit."""
+        keys = self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps, self.train_batch_size
+        return UpdateSize.of(*keys, data_ranks, length)
