@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from megatron.errors import UserError
 if TYPE_CHECKING:
     from megatron.config.load import Resolved
     from megatron.config.schema import RunConfig
+    from megatron.config.sections.data import DataConfig
+    from megatron.launch import LaunchPlan
     from megatron.launch.supervise import LaunchPlan
 
 AXES_SECONDS = 90.0
@@ -91,38 +93,33 @@ def find_target(args: Namespace, prog: str) -> Target:
     processes = count_processes(launch, hosts, os.environ)
     nodes = hosts or {socket.gethostname(): processes or 0}
     gpus = {node: (launch.num_gpus or slots) // launch.ranks_per_gpu for node, slots in nodes.items()}
+    data_files = _data_files(config.data)
+    tokenizer_files = (config.tokenizer.vocab_file, config.tokenizer.merge_file)
     several = len(hosts) > 1 or launch.force_multi or launch.deepspeed_slurm
     return Target(
         tuple(nodes),
         ("slurm" if launch.deepspeed_slurm else launch.launcher) if several else "local",
         launch.launcher_args if several else "",
-        _folders(config),
-        (*_data_files(config), *_tokenizer_files(config)),
+        _folders(config.checkpoint.save, data_files),
+        (*data_files, *(str(Path(file).absolute()) for file in tokenizer_files if file)),
         Expected(pinned(requirement_files(config)), config.gpu_request()[0], gpus),
         _axes_launch(resolved, processes),
     )
 
 
-def _folders(config: RunConfig) -> dict[str, str | None]:
-    save = config.checkpoint.save
+def _folders(save: str | None, data_files: Sequence[str]) -> dict[str, str | None]:
     folders: dict[str, str | None] = {"save" if save else "working": str(existing_folder(save or "."))}
-    for file in _data_files(config)[:1]:
+    for file in data_files[:1]:
         folder = str(existing_folder(Path(file).parent))
         if folder not in folders.values():
             folders["data"] = folder
     return {**folders, "temporary": None}
 
 
-def _data_files(config: RunConfig) -> tuple[str, ...]:
-    data = config.data
+def _data_files(data: DataConfig) -> tuple[str, ...]:
     lists = (data.train_data_paths, data.valid_data_paths, data.test_data_paths)
     prefixes = [*([data.data_path] if data.data_path else []), *(path for paths in lists for path in paths or ())]
     return tuple(str(Path(prefix + ending).absolute()) for prefix in prefixes for ending in (".bin", ".idx"))
-
-
-def _tokenizer_files(config: RunConfig) -> tuple[str, ...]:
-    files = (config.tokenizer.vocab_file, config.tokenizer.merge_file)
-    return tuple(str(Path(file).absolute()) for file in files if file)
 
 
 def _axes_launch(resolved: Resolved, processes: int | None) -> LaunchPlan | None:
