@@ -1,20 +1,20 @@
-"""Growth as part of a run: which stage it is in, the configuration of that stage, and when the next one is due.
+"""Growth as part of a run: which growths it has made, its configuration since then, and when the next one is due.
 
 A run with a growth schedule is described by one configuration, whose model section is the model before the first
-growth. `TrainState.lineage` says how many stages are done; everything else follows from the two.
+growth. `TrainState.lineage` says how many growths are made; everything else follows from the two.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
-from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelSection
-from megatron.config.sections.scaling import GrowthStage, NewKeys
+from megatron.config.sections.optimization import OptimizationConfig
+from megatron.config.sections.scaling import GrowthStage, NewKeys, ScalingConfig
 from megatron.errors import UserError
-from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config, segments_of
+from megatron.growth.plan import KINDS, Model, TokenCounts, describe, grown_config, segments_of
 from megatron.log import get_logger
 from megatron.model.build import build_model
 
@@ -31,84 +31,93 @@ class Progress(NamedTuple):
         return cls(int(entry["iteration"]), int(entry["consumed_tokens"]))
 
 
-def stage_counts(stage: GrowthStage) -> TokenCounts:
-    """The token counts of a scheduled growth."""
-    layers = None if stage.layers is None else tuple(stage.layers)
-    return TokenCounts(stage.qkv_slot_num, stage.proj_slot_num, stage.ffn_slot_num, layers, stage.new_keys)
+class Grown(NamedTuple, Generic[Model]):
+    """The two sections of a configuration that a growth changes.
+
+    Attributes:
+        model: with the tokens of all growths made.
+        scaling: new keys, frozen tokens and learning-rate factors are those of the latest growth.
+    """
+
+    model: Model
+    scaling: ScalingConfig
 
 
-def check_schedule(config: RunConfig, already: int = 0) -> None:
+def check_schedule(
+    model: ModelSection, scaling: ScalingConfig, options: OptimizationConfig, tensor_ranks: int, already: int = 0
+) -> None:
     """Raise a UserError when one of the growths to come is impossible, before anything is trained.
 
     So is one by fewer tokens than there are tensor ranks: some would have none to train, which ZeRO does not allow.
 
     Args:
-        already: scheduled growths that the model of `config` has in it.
+        already: scheduled growths that `model` has in it.
     """
-    for number in range(already, len(config.scaling.growth)):
-        _check_stage(config, number, already)
-    model, ranks = stage_config(config, len(config.scaling.growth), already).model, config.parallel.model_parallel_size
-    for kind, blocks in (model.token_segments or {}).items():
-        fewest = min((size for block in blocks for size in block if size), default=ranks)
-        if fewest < ranks:
+    for number, growth in enumerate(scaling.growth[already:], already):
+        peak = options.optimizer.params.lr if growth.lr is None else growth.lr
+        floor = options.min_lr if growth.min_lr is None else growth.min_lr
+        if growth.lr_policy == "restart" and peak < floor:
             raise UserError(
-                f"growth: {kind}_slot_num grows by {fewest} where model_parallel_size is {ranks}; each rank needs a "
-                "new token: grow by more, or lower model_parallel_size"
+                f"growth[{number}]: lr {peak:g} is below min_lr {floor:g}; give the stage a lower min_lr too"
+            )
+        model = _grown_once(model, growth, number)
+        if growth.freeze_old_tokens and not any(block[-1] for kind in KINDS for block in segments_of(model, kind)):
+            raise UserError(f"growth[{number}]: freeze_old_tokens where no tokens are added; there is nothing to train")
+    for kind, blocks in (model.token_segments or {}).items():
+        fewest = min((size for block in blocks for size in block if size), default=tensor_ranks)
+        if fewest < tensor_ranks:
+            raise UserError(
+                f"growth: {kind}_slot_num grows by {fewest} where model_parallel_size is {tensor_ranks}; each rank "
+                "needs a new token: grow by more, or lower model_parallel_size"
             )
 
 
-def _check_stage(config: RunConfig, number: int, already: int) -> None:
-    stage, options = config.scaling.growth[number], config.optimization
-    peak = options.optimizer.params.lr if stage.lr is None else stage.lr
-    floor = options.min_lr if stage.min_lr is None else stage.min_lr
-    if stage.lr_policy == "restart" and peak < floor:
-        raise UserError(f"growth[{number}]: lr {peak:g} is below min_lr {floor:g}; give the stage a lower min_lr too")
-    after = stage_config(config, number + 1, already).model
-    if stage.freeze_old_tokens and not any(block[-1] for kind in KINDS for block in segments_of(after, kind)):
-        raise UserError(f"growth[{number}]: freeze_old_tokens where no tokens are added; there is nothing to train")
-
-
-def check_times(config: RunConfig, lineage: Sequence[Mapping[str, Any]], now: Progress, tokens_an_update: int) -> None:
+def check_times(
+    growths: Sequence[GrowthStage],
+    train_iters: int | None,
+    lineage: Sequence[Mapping[str, Any]],
+    now: Progress,
+    tokens_an_update: int,
+) -> None:
     """Raise a UserError when the growths to come are out of order, and say so when the run ends before one of them."""
-    last = now.iteration
-    for number, stage in enumerate(config.scaling.growth):
-        if number < stages_done(lineage):
-            continue
-        begin = max(now.iteration, _start_of(stage, now, tokens_an_update))
+    last, done = now.iteration, growths_done(lineage)
+    for number, growth in enumerate(growths[done:], done):
+        begin = max(now.iteration, _start_of(growth, now, tokens_an_update))
         if begin < last:
             raise UserError(
                 f"growth[{number}]: comes at iteration {begin}, that before it at {last}; sort the stages by time"
             )
-        if begin > (config.training.train_iters or begin):
+        if begin > (train_iters or begin):
             get_logger().info(
-                "growth[%d] is not made: it comes at iteration %d, train_iters is %d",
-                number, begin, config.training.train_iters,
-            )  # fmt: skip
+                "growth[%d] is not made: it comes at iteration %d, train_iters is %d", number, begin, train_iters
+            )
         last = begin
 
 
-def stage_config(config: RunConfig, done: int, already: int = 0) -> RunConfig:
-    """The run's configuration after its first `done` scheduled growths: model, and what is frozen or scaled.
+def after_growths(model: Model, scaling: ScalingConfig, done: int, already: int = 0) -> Grown[Model]:
+    """Model and scaling of a run after the first `done` growths of its schedule.
 
     Args:
-        already: growths that the model of `config` has in it.
+        already: growths that `model` has in it.
 
-    Raises: UserError naming the stage that asks for fewer tokens than there are.
+    Raises: UserError naming the growth that asks for fewer tokens than there are.
     """
-    model = config.model
-    for number, stage in enumerate(config.scaling.growth[:done]):
-        if number < already:
-            continue
-        try:
-            model = grown_config(model, stage_counts(stage))
-        except UserError as error:
-            raise UserError(f"growth[{number}]: {error}") from error
+    for number, growth in enumerate(scaling.growth[already:done], already):
+        model = _grown_once(model, growth, number)
     if not done:
-        return config
-    now = config.scaling.growth[done - 1]
+        return Grown(model, scaling)
     keys = ("new_keys", "freeze_old_tokens", "old_tokens_lr_scale", "new_tokens_lr_scale")
-    scaling = config.scaling.model_copy(update={key: getattr(now, key) for key in keys})
-    return config.model_copy(update={"model": model, "scaling": scaling})
+    latest = scaling.growth[done - 1]
+    return Grown(model, scaling.replaced(**{key: getattr(latest, key) for key in keys}))
+
+
+def _grown_once(model: Model, growth: GrowthStage, number: int) -> Model:
+    layers = None if growth.layers is None else tuple(growth.layers)
+    counts = TokenCounts(growth.qkv_slot_num, growth.proj_slot_num, growth.ffn_slot_num, layers, growth.new_keys)
+    try:
+        return grown_config(model, counts)
+    except UserError as error:
+        raise UserError(f"growth[{number}]: {error}") from error
 
 
 def lineage_entry(
@@ -139,43 +148,34 @@ def past_growths(lineage: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{**entry, "scheduled": False} for entry in lineage]
 
 
-def stages_done(lineage: Sequence[Mapping[str, Any]]) -> int:
+def growths_done(lineage: Sequence[Mapping[str, Any]]) -> int:
     """How many growths of its schedule a run has made."""
     return sum(1 for entry in lineage if entry.get("scheduled"))
 
 
-def resumed_config(config: RunConfig, saved: ModelSection, lineage: Sequence[Mapping[str, Any]]) -> RunConfig:
-    """The configuration of the stage that a checkpoint is in.
+def grown_as_saved(
+    model: Model, scaling: ScalingConfig, saved: ModelSection, lineage: Sequence[Mapping[str, Any]]
+) -> Grown[Model]:
+    """Model and scaling of a run that goes on from a checkpoint.
 
     Args:
-        config: as the YAML files say.
+        model, scaling: as the YAML files say.
         saved: model of the checkpoint. How its tokens are divided into segments is taken over from it.
         lineage: of the checkpoint.
 
     Raises: UserError when the schedule does not lead to this model.
     """
-    done = stages_done(lineage) if config.scaling.growth else 0
-    if done > len(config.scaling.growth):
+    done = growths_done(lineage) if scaling.growth else 0
+    if done > len(scaling.growth):
         raise UserError(
             f"growth: the run has made {done} growths of its schedule, the configuration lists "
-            f"{len(config.scaling.growth)}; give the schedule the run was started with"
+            f"{len(scaling.growth)}; give the schedule the run was started with"
         )
     if saved.token_segments is None:
-        return config
-    if config.model.token_segments == saved.token_segments:  # the checkpoint's own config.yml: the model of this stage
-        return stage_config(config, done, already=done)
-    first = {kind: [block[: len(block) - done] for block in segments_of(saved, kind)] for kind in KINDS}
-    totals = {f"{kind}_slot_num": max(map(sum, first[kind])) for kind in KINDS}
-    for key, total in totals.items():
-        if getattr(config.model, key) != total:
-            raise UserError(
-                f"{key}: {getattr(config.model, key)} in the configuration, {total} in the checkpoint"
-                + (f" before its {done} scheduled growths" if done else "")
-                + "; use the configuration the model was trained with"
-            )
-    segments = None if len(first["qkv"][0]) == 1 else first
-    start = type(config.model)(**{**config.model.model_dump(), "token_segments": segments})
-    now = stage_config(config.model_copy(update={"model": start}), done)
+        return Grown(model, scaling)
+    if model.token_segments == saved.token_segments:  # the checkpoint's own config.yml: the model since its last growth
+        return after_growths(model, scaling, done, already=done)
+    now = after_growths(_before_growths(model, saved, done), scaling, done)
     if now.model.token_segments != saved.token_segments:
         raise UserError(
             f"growth: the first {done} stages of the schedule do not lead to the model of the checkpoint; give the "
@@ -184,59 +184,72 @@ def resumed_config(config: RunConfig, saved: ModelSection, lineage: Sequence[Map
     return now
 
 
-def is_due(stage: GrowthStage, iteration: int, consumed_tokens: int) -> bool:
+def _before_growths(model: Model, saved: ModelSection, done: int) -> Model:
+    """The configured model with the segments that the saved one had before the last `done` of its growths."""
+    first = {kind: [block[: len(block) - done] for block in segments_of(saved, kind)] for kind in KINDS}
+    for kind in KINDS:
+        key = f"{kind}_slot_num"
+        asked, total = getattr(model, key), max(map(sum, first[kind]))
+        if asked != total:
+            raise UserError(
+                f"{key}: {asked} in the configuration, {total} in the checkpoint"
+                + (f" before its {done} scheduled growths" if done else "")
+                + "; use the configuration the model was trained with"
+            )
+    segments = None if len(first["qkv"][0]) == 1 else first
+    return type(model)(**{**model.model_dump(), "token_segments": segments})
+
+
+def is_due(growth: GrowthStage, iteration: int, consumed_tokens: int) -> bool:
     """Is it time for a scheduled growth?"""
-    if stage.at_iteration is not None:
-        return iteration >= stage.at_iteration
-    assert stage.at_tokens is not None, "one of the two is given"
-    return consumed_tokens >= stage.at_tokens
+    if growth.at_iteration is not None:
+        return iteration >= growth.at_iteration
+    assert growth.at_tokens is not None, "one of the two is given"
+    return consumed_tokens >= growth.at_tokens
 
 
-def next_stage(config: RunConfig, lineage: Sequence[Mapping[str, Any]]) -> GrowthStage | None:
+def next_growth(growths: Sequence[GrowthStage], lineage: Sequence[Mapping[str, Any]]) -> GrowthStage | None:
     """The first scheduled growth that the run has not made yet."""
-    done, stages = stages_done(lineage), config.scaling.growth
-    return stages[done] if done < len(stages) else None
+    done = growths_done(lineage)
+    return growths[done] if done < len(growths) else None
 
 
-def learning_rate_schedule(
-    config: RunConfig, lineage: Sequence[Mapping[str, Any]], now: Progress, tokens_an_update: int
-) -> tuple[RunConfig, int]:
+def learning_rate_settings(
+    options: OptimizationConfig,
+    growths: Sequence[GrowthStage],
+    train_iters: int | None,
+    lineage: Sequence[Mapping[str, Any]],
+    now: Progress,
+    tokens_an_update: int,
+) -> tuple[OptimizationConfig, int]:
     """The optimization settings in force, and the update they start from.
 
-    A stage with lr_policy restart has a schedule of its own, which ends where the next restart begins unless
+    A growth with lr_policy restart has a schedule of its own, which ends where the next restart begins unless
     lr_decay_iters says otherwise; before the first, the run's own schedule does so.
 
     Args:
+        options, growths, train_iters: of the run's configuration.
         now: where the run is; data that a smaller model's run has read counts among its tokens.
         tokens_an_update: of all ranks.
     """
-    stages = config.scaling.growth
-    scheduled = [entry for entry in lineage if entry.get("scheduled")] if stages else []
-    begun = [n for n in range(len(scheduled)) if stages[n].lr_policy == "restart"]
-    start = int(scheduled[begun[-1]]["updates"]) if begun else 0
-    since = Progress.of(scheduled[begun[-1]]) if begun else now
-    later = [stage for stage in stages[(begun[-1] + 1 if begun else 0) :] if stage.lr_policy == "restart"]
-    end = _start_of(later[0], since, tokens_an_update) if later else config.training.train_iters
+    made = [entry for entry in lineage if entry.get("scheduled")]
+    begun = [pair for pair in zip(made, growths, strict=False) if pair[1].lr_policy == "restart"]
+    later = [growth for growth in growths[len(made) :] if growth.lr_policy == "restart"]
+    since = Progress.of(begun[-1][0]) if begun else now
+    end = _start_of(later[0], since, tokens_an_update) if later else train_iters
     first = since.iteration if begun else 0
-    decay = None if end is None else max(1, min(end, config.training.train_iters or end) - first)
-    options = config.optimization
-    update: dict[str, Any] = {"lr_decay_iters": options.lr_decay_iters or (decay if later else None)}
-    if begun:
-        own = stages[begun[-1]]
-        params = options.optimizer.params
-        spec = {"params": params.model_copy(update={"lr": params.lr if own.lr is None else own.lr})}
-        update = {
-            "lr_decay_iters": own.lr_decay_iters or decay,
-            "warmup": options.warmup if own.warmup is None else own.warmup,
-            "min_lr": options.min_lr if own.min_lr is None else own.min_lr,
-            "optimizer": options.optimizer.model_copy(update=spec),
-        }
-    return config.model_copy(update={"optimization": options.model_copy(update=update)}), start
+    decay = None if end is None else max(1, min(end, train_iters or end) - first)
+    if not begun:
+        return options.replaced(lr_decay_iters=options.lr_decay_iters or (decay if later else None)), 0
+    entry, growth = begun[-1]
+    own = {"optimizer.params.lr": growth.lr, "warmup": growth.warmup, "min_lr": growth.min_lr}
+    given = {key: value for key, value in own.items() if value is not None}
+    return options.replaced(lr_decay_iters=growth.lr_decay_iters or decay, **given), int(entry["updates"])
 
 
-def _start_of(stage: GrowthStage, since: Progress, tokens_an_update: int) -> int:
-    """The iteration at which a stage will be due, counted on from where the run is or was."""
-    if stage.at_iteration is not None:
-        return stage.at_iteration
-    assert stage.at_tokens is not None, "one of the two is given"
-    return since.iteration + max(0, math.ceil((stage.at_tokens - since.consumed_tokens) / tokens_an_update))
+def _start_of(growth: GrowthStage, since: Progress, tokens_an_update: int) -> int:
+    """The iteration at which a growth will be due, counted on from where the run is or was."""
+    if growth.at_iteration is not None:
+        return growth.at_iteration
+    assert growth.at_tokens is not None, "one of the two is given"
+    return since.iteration + max(0, math.ceil((growth.at_tokens - since.consumed_tokens) / tokens_an_update))

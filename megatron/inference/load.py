@@ -19,7 +19,7 @@ from megatron.checkpoint.store import CheckpointReader, find_checkpoint
 from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelConfig, language_section
 from megatron.errors import UserError
-from megatron.growth.schedule import resumed_config
+from megatron.growth.schedule import grown_as_saved
 from megatron.inference.huggingface_import import CONFIG, HuggingFaceCheckpoint
 from megatron.model import LanguageModel, Pattention
 from megatron.model.compatibility import (
@@ -102,7 +102,8 @@ def _open_training_checkpoint(
     first_rank_does(lambda: reader.verify(leave_out=("optimizer", "rng")), layout)
     saved = language_section(saved_model_config(reader))
     if isinstance(config, RunConfig):  # its model is the one before the growths of its schedule
-        config = resumed_config(config, saved, reader.train_state.get("lineage", [])).language
+        lineage = reader.train_state.get("lineage", [])
+        config = grown_as_saved(config.language, config.scaling, saved, lineage).model
     if config is not None:
         check_same_model(config, saved, folder)
     return (

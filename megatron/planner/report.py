@@ -10,7 +10,7 @@ from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
-from megatron.growth.schedule import stage_config
+from megatron.growth.schedule import after_growths
 from megatron.planner.choice import Choice
 from megatron.planner.counts import num_parameters
 from megatron.planner.machine import GIB, Machine
@@ -36,7 +36,7 @@ def report(config: RunConfig, machine: Machine, gpus: int, rows: int = 10) -> st
     model, notes = with_vocabulary(config.language, config.tokenizer)
     grown, growths = model, len(config.scaling.growth)
     if growths:
-        grown = stage_config(config.replaced(model=model), growths).language
+        grown = after_growths(model, config.scaling, growths).model
         line = f"growth: planned for the model after the last growth ({growths} in all); at first it has "
         notes += [f"{line}{num_parameters(model):,} parameters"]
     work = replace(Workload.of(config), model=grown)
@@ -82,9 +82,8 @@ def assumed_batch(config: RunConfig) -> tuple[RunConfig, str]:
     training = config.training
     if training.train_micro_batch_size_per_gpu or training.train_batch_size:
         return config, ""
-    training = training.model_copy(update={"train_micro_batch_size_per_gpu": 1})
     note = "batch: unknown, train_micro_batch_size_per_gpu 1 assumed (give it, or train_batch_size)\n"
-    return config.model_copy(update={"training": training}), note
+    return config.replaced(**{"training.train_micro_batch_size_per_gpu": 1}), note
 
 
 def distinct(found: Sequence[Candidate]) -> list[Candidate]:

@@ -14,7 +14,7 @@ from megatron.config.schema import RunConfig
 from megatron.config.update_size import UpdateSize
 from megatron.data import Datasets, batches
 from megatron.engine.base import Engine
-from megatron.growth.schedule import is_due, next_stage
+from megatron.growth.schedule import is_due, next_growth
 from megatron.metrics import MetricsLog, Throughput
 from megatron.mpu import Layout
 from megatron.tasks import Task
@@ -84,10 +84,10 @@ class Run:
 
     def growth_is_due(self) -> bool:
         """Has the time of the next scheduled growth come, with training to follow it?"""
-        stage, state = next_stage(self.config, self.state.lineage), self.state
+        growth, state = next_growth(self.config.scaling.growth, self.state.lineage), self.state
         return (
-            stage is not None
-            and is_due(stage, state.iteration, state.consumed_tokens)
+            growth is not None
+            and is_due(growth, state.iteration, state.consumed_tokens)
             and state.iteration < self.last_iteration
         )
 

@@ -19,7 +19,7 @@ from megatron.engine.distributed import initialize_distributed
 from megatron.engine.grid import reused_groups
 from megatron.engine.settings import EngineSettings
 from megatron.errors import UserError
-from megatron.growth.schedule import Progress, learning_rate_schedule
+from megatron.growth.schedule import Progress, learning_rate_settings
 from megatron.log import get_logger, log_to_file
 from megatron.model.build import build_model
 from megatron.model.init import initial_value
@@ -107,7 +107,9 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
 
 def _learning_rates(config: RunConfig, state: TrainState, update: UpdateSize) -> LRSchedule:
     now = Progress(state.iteration, state.consumed_tokens)
-    return LRSchedule(*learning_rate_schedule(config, state.lineage, now, update.tokens))
+    run = config.optimization, config.scaling.growth, config.training.train_iters
+    options, start = learning_rate_settings(*run, state.lineage, now, update.tokens)
+    return LRSchedule(config.replaced(optimization=options), start)
 
 
 def _claim_folders(config: RunConfig) -> FolderLock | None:

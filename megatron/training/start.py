@@ -26,15 +26,15 @@ from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config
 from megatron.growth.proof import Difference, compare_logits
 from megatron.growth.schedule import (
     Progress,
+    after_growths,
     check_schedule,
     check_times,
+    grown_as_saved,
+    growths_done,
     is_due,
     lineage_entry,
-    next_stage,
+    next_growth,
     past_growths,
-    resumed_config,
-    stage_config,
-    stages_done,
 )
 from megatron.growth.source import open_base
 from megatron.log import get_logger
@@ -124,10 +124,10 @@ def find_start(config: RunConfig, layout: Layout, update: UpdateSize) -> Start:
         start = _from_smaller_model(config, config.checkpoint.pretrain_partial_init, layout)
     else:
         start = Start(config, TrainState())
-    done = stages_done(start.state.lineage)
-    check_schedule(config.model_copy(update={"model": start.config.model}), already=done)
+    tensor_ranks, done = config.parallel.model_parallel_size, growths_done(start.state.lineage)
+    check_schedule(start.config.model, config.scaling, config.optimization, tensor_ranks, already=done)
     now = Progress(start.state.iteration, start.state.consumed_tokens)
-    check_times(config, start.state.lineage, now, update.tokens)
+    check_times(config.scaling.growth, config.training.train_iters, start.state.lineage, now, update.tokens)
     _grow_as_scheduled(config, start)
     return start
 
@@ -140,7 +140,8 @@ def _from_checkpoint(config: RunConfig, resumption: Resumption) -> Start:
     else:
         state.load_state_dict(reader.train_state)
         state.rollbacks = resumption.rollbacks
-    config = resumed_config(config, saved, state.lineage)
+    grown = grown_as_saved(config.model, config.scaling, saved, state.lineage)
+    config = config.replaced(model=grown.model, scaling=grown.scaling)
     check_same_model(config.model, saved, reader.folder)
     _check_fit(config.model, reader, f"load: {reader.folder}")
     return Start(config, state, reader, reader, resumed=not config.checkpoint.finetune)
@@ -197,8 +198,8 @@ def _grow_as_scheduled(config: RunConfig, start: Start) -> None:
     state = start.state
     if state.iteration >= (config.training.train_iters or math.inf):
         return
-    while (stage := next_stage(config, state.lineage)) and is_due(stage, state.iteration, state.consumed_tokens):
-        base = config.model_copy(update={"model": start.config.model})
-        done = stages_done(state.lineage)
-        after = stage_config(base, done + 1, already=done)
-        start.grow(after, scheduled=True)
+    growths = config.scaling.growth
+    while (growth := next_growth(growths, state.lineage)) and is_due(growth, state.iteration, state.consumed_tokens):
+        done = growths_done(state.lineage)
+        after = after_growths(start.config.model, config.scaling, done + 1, already=done)
+        start.grow(config.replaced(model=after.model, scaling=after.scaling), scheduled=True)

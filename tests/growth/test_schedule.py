@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
-from megatron.config import RunConfig, load_config
+from megatron.config import ModelConfig, RunConfig, load_config
 from megatron.errors import UserError
 from megatron.growth.schedule import (
+    Grown,
     Progress,
+    after_growths,
     check_schedule,
     check_times,
-    learning_rate_schedule,
-    resumed_config,
-    stage_config,
+    grown_as_saved,
+    learning_rate_settings,
 )
 from megatron.model import LanguageModel
 from megatron.training.schedule import LRSchedule
@@ -32,11 +33,36 @@ STEPS = {
 }
 
 
+def after(config: RunConfig, done: int) -> Grown:
+    return after_growths(config.model, config.scaling, done)
+
+
+def as_saved(config: RunConfig, saved: ModelConfig, lineage: list[dict[str, Any]]) -> Grown:
+    return grown_as_saved(config.model, config.scaling, saved, lineage)
+
+
+def rates(config: RunConfig, lineage: list[dict[str, Any]], now: Progress, tokens_an_update: int) -> LRSchedule:
+    """The learning rates of the run in this place."""
+    run = config.optimization, config.scaling.growth, config.training.train_iters
+    options, start = learning_rate_settings(*run, lineage, now, tokens_an_update)
+    return LRSchedule(config.replaced(optimization=options), start)
+
+
+def check(config: RunConfig, already: int = 0) -> None:
+    check_schedule(
+        config.model, config.scaling, config.optimization, config.parallel.model_parallel_size, already=already
+    )
+
+
+def times(config: RunConfig, lineage: list[dict[str, Any]], now: Progress, tokens_an_update: int) -> None:
+    check_times(config.scaling.growth, config.training.train_iters, lineage, now, tokens_an_update)
+
+
 def sizes(config: RunConfig) -> list[int]:
     """Parameters of each stage."""
     config = config.with_vocabulary(VOCABULARY)
     stages = range(len(config.scaling.growth) + 1)
-    return [LanguageModel(stage_config(config, done).model, device="meta").num_parameters() for done in stages]
+    return [LanguageModel(after(config, done).model, device="meta").num_parameters() for done in stages]
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -47,7 +73,7 @@ def test_each_file_has_the_size_in_its_name(name: str) -> None:
 def test_one_file_has_the_whole_chain_to_1_5_billion() -> None:
     config = load_config(CONFIGS / "354M_to_757M_to_1-5B_openwebtext2")
     assert sizes(config) == [353_503_232, 756_156_416, 1_511_131_136]
-    grown = stage_config(config.with_vocabulary(VOCABULARY), 2).model.token_segments
+    grown = after(config.with_vocabulary(VOCABULARY), 2).model.token_segments
     assert grown == {
         "qkv": [[768, 1024, 1920]] * 24,
         "proj": [[768, 1024, 1920]] * 24,
@@ -68,7 +94,7 @@ def test_each_stage_of_a_chain_has_a_schedule_of_its_own(name: str) -> None:
     for start, end in zip(starts, [*starts[1:], config.training.train_iters or 0], strict=True):
         if start:
             lineage.append({"scheduled": True, "iteration": start, "updates": start, "consumed_tokens": start * 2**19})
-        schedule = LRSchedule(*learning_rate_schedule(config, lineage, Progress(), 2**19))
+        schedule = rates(config, lineage, Progress(), 2**19)
         assert schedule(start) == 0 and schedule(start + (end - start) // 100) == pytest.approx(6e-4)
         assert schedule(end) == pytest.approx(6e-5) and schedule(end - 1000) > 6e-5
 
@@ -84,22 +110,22 @@ def entry(iteration: int, tokens: int = 0) -> dict[str, Any]:
 def test_a_restart_warms_up_and_decays_until_the_next_one() -> None:
     growth = [stage(10, lr=5e-4, min_lr=1e-5, warmup=0.5), stage(14, **CONTINUE), stage(20)]
     config = tiny(growth, train_iters=40)
-    first = LRSchedule(*learning_rate_schedule(config, [], Progress(), 64))
+    first = rates(config, [], Progress(), 64)
     assert [first(i) for i in (0, 10)] == pytest.approx(
         [1e-3, 1e-4]
     )  # the run's own ends where the first restart begins
-    second = LRSchedule(*learning_rate_schedule(config, [entry(10)], Progress(), 64))
+    second = rates(config, [entry(10)], Progress(), 64)
     assert [second(i) for i in (10, 12, 15, 20)] == pytest.approx([0, 2e-4, 5e-4, 1e-5])
-    third = LRSchedule(*learning_rate_schedule(config, [entry(10), entry(14)], Progress(), 64))
+    third = rates(config, [entry(10), entry(14)], Progress(), 64)
     assert [third(i) for i in range(14, 20)] == [second(i) for i in range(14, 20)]
-    last = LRSchedule(*learning_rate_schedule(config, [entry(10), entry(14), entry(20)], Progress(), 64))
+    last = rates(config, [entry(10), entry(14), entry(20)], Progress(), 64)
     assert [last(i) for i in (20, 40)] == pytest.approx([1e-3, 1e-4])
 
 
 def test_a_restart_counts_updates_and_may_have_a_length_of_its_own() -> None:
     config = tiny([stage(10, lr_decay_iters=4)], train_iters=40)
     skipping = {**entry(10), "updates": 7}  # three updates were skipped
-    schedule = LRSchedule(*learning_rate_schedule(config, [skipping], Progress(), 64))
+    schedule = rates(config, [skipping], Progress(), 64)
     assert [schedule(i) for i in (7, 11, 30)] == pytest.approx([1e-3, 1e-4, 1e-4])
 
 
@@ -109,17 +135,17 @@ def test_a_stage_by_tokens_ends_the_schedule_before_it() -> None:
         {**stage(1), "at_iteration": None, "at_tokens": 2000},
     ]
     config = tiny(growth, train_iters=60)
-    first = LRSchedule(*learning_rate_schedule(config, [], Progress(), 64))
+    first = rates(config, [], Progress(), 64)
     assert first.total == 16  # 1024 tokens
-    second = LRSchedule(*learning_rate_schedule(config, [entry(16, 1024)], Progress(), 64))
+    second = rates(config, [entry(16, 1024)], Progress(), 64)
     assert (second.start, second.total) == (16, 16)
 
 
 def test_a_run_that_goes_on_keeps_its_schedule() -> None:
     config = tiny([stage(10, **CONTINUE)], train_iters=40)
-    begun = learning_rate_schedule(config, [entry(10)], Progress(), 64)
-    assert begun == learning_rate_schedule(config, [], Progress(), 64)
-    assert learning_rate_schedule(config, [], Progress(), 64)[0].lr_decay_iters == 40
+    begun, unbegun = rates(config, [entry(10)], Progress(), 64), rates(config, [], Progress(), 64)
+    assert vars(begun) == vars(unbegun)
+    assert unbegun.total == 40
 
 
 BAD_SCHEDULES = [
@@ -159,7 +185,7 @@ def test_a_growth_that_cannot_be_is_refused_before_training(
     growth: list[dict[str, Any]], keys: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        check_schedule(tiny(growth, **keys).with_vocabulary(300))
+        check(tiny(growth, **keys).with_vocabulary(300))
 
 
 @pytest.mark.parametrize(
@@ -182,13 +208,13 @@ def test_keys_of_a_stage_may_be_written_with_hyphens() -> None:
 
 def test_growths_by_iterations_and_by_tokens_are_put_in_one_order(capsys: pytest.CaptureFixture[str]) -> None:
     by_tokens = {**stage(0), "at_iteration": None, "at_tokens": 640}  # ten updates of 64 tokens
-    check_times(tiny([stage(4), by_tokens]), [], Progress(), 64)
-    check_times(tiny([by_tokens, stage(4)]), [], Progress(11, 704), 64)  # both are due
+    times(tiny([stage(4), by_tokens]), [], Progress(), 64)
+    times(tiny([by_tokens, stage(4)]), [], Progress(11, 704), 64)  # both are due
     with pytest.raises(UserError, match=r"growth\[1\]: comes at iteration 4, that before it at 10; sort the stages"):
-        check_times(tiny([by_tokens, stage(4)]), [], Progress(), 64)
-    check_times(tiny([by_tokens, stage(4)]), [entry(10, 640)], Progress(), 64)  # the first is made
+        times(tiny([by_tokens, stage(4)]), [], Progress(), 64)
+    times(tiny([by_tokens, stage(4)]), [entry(10, 640)], Progress(), 64)  # the first is made
     capsys.readouterr()
-    check_times(tiny([stage(50)], train_iters=49), [], Progress(), 64)
+    times(tiny([stage(50)], train_iters=49), [], Progress(), 64)
     assert "growth[0] is not made: it comes at iteration 50, train_iters is 49" in capsys.readouterr().out
 
 
@@ -196,17 +222,17 @@ def test_tokens_of_a_smaller_models_run_do_not_stretch_the_schedule() -> None:
     config = tiny([{**stage(0), "at_iteration": None, "at_tokens": 1000 + 5 * 64}], train_iters=60)
     since_growth = [{**entry(0, 1000), "scheduled": False}]
     for now in (Progress(0, 1000), Progress(3, 1000 + 3 * 64)):
-        first = LRSchedule(*learning_rate_schedule(config, since_growth, now, 64))
+        first = rates(config, since_growth, now, 64)
         assert first.total == 5 and first(5) == pytest.approx(1e-4)
 
 
 def test_a_checkpoints_own_configuration_goes_on_in_its_stage() -> None:
     config = tiny([stage(5, new_tokens_lr_scale=2.0), stage(9, ffn_slot_num=96)]).with_vocabulary(300)
-    grown = stage_config(config, 1)
-    written = load_config([], grown.flat()).with_vocabulary(300)
-    now = resumed_config(written, grown.model, [entry(5)])
+    grown = after(config, 1)
+    written = load_config([], config.replaced(model=grown.model, scaling=grown.scaling).flat()).with_vocabulary(300)
+    now = as_saved(written, grown.model, [entry(5)])
     assert now.model == grown.model and now.scaling.new_tokens_lr_scale == 2.0
-    check_schedule(now, already=1)
+    check(written.replaced(model=now.model, scaling=now.scaling), already=1)
 
 
 def test_a_growth_by_fewer_tokens_than_tensor_ranks_is_refused() -> None:
@@ -215,10 +241,10 @@ def test_a_growth_by_fewer_tokens_than_tensor_ranks_is_refused() -> None:
         ([stage(5)], {"ffn_slot_num": 71}),
     ):
         config = tiny(growth, **keys).with_vocabulary(300)
-        check_schedule(config)
+        check(config)
         parallel = config.parallel.model_copy(update={"model_parallel_size": 2})
         with pytest.raises(UserError, match="growth: ffn_slot_num grows by 1 where model_parallel_size is 2"):
-            check_schedule(config.model_copy(update={"parallel": parallel}))
+            check(config.model_copy(update={"parallel": parallel}))
 
 
 @pytest.mark.parametrize(
@@ -243,13 +269,13 @@ def test_a_grown_checkpoint_tells_which_stage_it_is_in() -> None:
     config = tiny([stage(5), stage(9, ffn_slot_num=80)]).with_vocabulary(300)
     lineage = [entry(5), entry(9)]
     for done in (0, 1, 2):
-        saved = stage_config(config, done).model
-        assert resumed_config(config, saved, lineage[:done]) == stage_config(config, done)
+        saved = after(config, done).model
+        assert as_saved(config, saved, lineage[:done]) == after(config, done)
 
 
 def test_an_edited_schedule_is_refused_after_growth() -> None:
     config = tiny([stage(5)]).with_vocabulary(300)
-    saved, lineage = stage_config(config, 1).model, [entry(5)]
+    saved, lineage = after(config, 1).model, [entry(5)]
     for edited, message in (
         (tiny([stage(5, ffn_slot_num=80)]), "the first 1 stages of the schedule do not lead to the model"),
         (tiny([stage(5, layers=[1])]), "the first 1 stages of the schedule do not lead to the model"),
@@ -258,6 +284,6 @@ def test_an_edited_schedule_is_refused_after_growth() -> None:
         (tiny([stage(5, ffn_slot_num=30)]), r"growth\[0\]: ffn_slot_num: 30 is fewer"),
     ):
         with pytest.raises(UserError, match=message):
-            resumed_config(edited.with_vocabulary(300), saved, lineage)
+            as_saved(edited.with_vocabulary(300), saved, lineage)
     with pytest.raises(UserError, match="the run has made 2 growths of its schedule, the configuration lists 1"):
-        resumed_config(config, saved, [*lineage, entry(9)])
+        as_saved(config, saved, [*lineage, entry(9)])
