@@ -23,6 +23,20 @@ FLOORS = {
     "tools": 6.5,  # tools are faces of everything below, eval_tasks included
     "deepy": 7, "train": 7, "eval": 7, "generate": 7, "prepare_data": 7,
 }  # fmt: skip
+# What a package must not know, whatever its floor.
+MUST_NOT_KNOW = {
+    "megatron.config": ("torch", "deepspeed"),
+    "megatron.mpu": ("megatron.config",),
+    "megatron.ops": ("megatron.config",),
+    "megatron.data": ("megatron.model",),
+    "megatron.model": ("yaml", "wandb"),
+    "megatron.growth": ("megatron.engine", "megatron.training"),
+    "megatron.evaluation": ("megatron.training", "megatron.engine"),
+    "megatron.inference": ("megatron.training", "megatron.engine"),
+    "megatron.planner": ("subprocess", "multiprocessing", "torch.distributed", "megatron.mpu.processes"),
+    "megatron.launch": ("megatron.model", "megatron.ops"),
+    "eval_tasks": ("megatron.training", "megatron.engine"),
+}
 ENTRY_SCRIPTS = ("deepy.py", "train.py", "eval.py", "generate.py", "prepare_data.py")
 
 
@@ -92,9 +106,21 @@ def test_one_file_calls_deepspeed_initialize() -> None:
     assert callers == [Path("megatron/engine/base.py")]
 
 
-def test_the_configuration_floor_needs_no_torch() -> None:
-    for path in (ROOT / "megatron" / "config").rglob("*.py"):
-        assert not any(name.partition(".")[0] in ("torch", "deepspeed") for name in imports(path)), path
+def names_in_imports(path: Path) -> Iterator[str]:
+    """All that a file imports, with what it takes from where: `from torch import distributed` is torch.distributed."""
+    yield from imports(path)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(("owner", "forbidden"), MUST_NOT_KNOW.items(), ids=lambda value: str(value))
+def test_a_package_does_not_know_what_is_not_its_business(owner: str, forbidden: tuple[str, ...]) -> None:
+    files = [path for path in source_files() if (name_of(path) + ".").startswith(owner + ".")]
+    assert files, f"{owner} is not there"
+    for path in files:
+        found = [n for n in names_in_imports(path) if any((n + ".").startswith(name + ".") for name in forbidden)]
+        assert not found, f"{name_of(path)} must not know {', '.join(found)}"
 
 
 @pytest.mark.parametrize("name", ENTRY_SCRIPTS)
