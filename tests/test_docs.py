@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 ROW = re.compile(r"^\| (?P<equation>.+) \| (?P<file>megatron/\S+\.py) \| `(?P<line>.+)` \|$", re.MULTILINE)
+EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
@@ -32,3 +34,15 @@ def test_named_configs_and_scripts_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for name in re.findall(r"\b(?:configs|requirements|tools|docs)/[\w./-]+\.(?:yml|txt|py|md|png)\b", text):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/growth.md"])
+def test_examples_run_as_they_are_printed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fenced blocks of a page, one after the other, as a reader would paste them."""
+    monkeypatch.chdir(ROOT)
+    blocks = EXAMPLE.findall((ROOT / name).read_text(encoding="utf-8"))
+    assert blocks, "the page has lost its example"
+    known: dict[str, object] = {}
+    with torch.random.fork_rng():
+        for block in blocks:
+            exec(compile(block, name, "exec"), known)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from megatron.config.load import Resolved
     from megatron.config.schema import RunConfig
     from megatron.config.sections.data import DataConfig
-    from megatron.launch import LaunchPlan
     from megatron.launch.supervise import LaunchPlan
 
 AXES_SECONDS = 90.0
