@@ -30,9 +30,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_named_configs_and_scripts_exist(page: Path) -> None:
+def test_named_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for name in re.findall(r"\b(?:configs|requirements|tools|docs)/[\w./-]+\.(?:yml|txt|py|md|png)\b", text):
+    for name in re.findall(
+        r"\b(?:configs|requirements|tools|docs|megatron|eval_tasks|tests)/[\w./-]+\.(?:yml|txt|py|md|png)\b", text
+    ):
         assert (ROOT / name).exists(), name
 
 
