@@ -10,7 +10,7 @@ from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.optimization import OptimizationConfig
 from megatron.config.sections.parallel import ParallelConfig, ZeroConfig
-from megatron.config.sections.scaling import GrowthStage, ScalingConfig
+from megatron.config.sections.scaling import ScalingConfig, ScheduledGrowth
 from megatron.errors import ConfigError
 
 
@@ -112,8 +112,8 @@ def _growing(options: CheckpointConfig) -> Iterator[ConfigError]:
         yield ConfigError("no_save_optim", reason, "set no_save_optim: false", beside=["growth"])
 
 
-def _scaled_by_age(stages: Sequence[ScalingConfig | GrowthStage]) -> Iterator[ConfigError]:
-    if any(stage.old_tokens_lr_scale != 1 or stage.new_tokens_lr_scale != 1 for stage in stages):
+def _scaled_by_age(growths: Sequence[ScalingConfig | ScheduledGrowth]) -> Iterator[ConfigError]:
+    if any(growth.old_tokens_lr_scale != 1 or growth.new_tokens_lr_scale != 1 for growth in growths):
         reason, beside = "Muon has no learning rates by age of tokens", ["optimizer.type"]
         yield ConfigError("new_tokens_lr_scale", reason, "use Adam", beside=beside)
 

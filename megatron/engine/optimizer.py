@@ -65,9 +65,9 @@ def parameter_groups(model: nn.Module, settings: EngineSettings) -> list[dict[st
         {
             "params": parameters,
             "weight_decay": 0.0 if is_vector else settings.optimization.weight_decay,
-            "lr_scale": scaling.new_tokens_lr_scale if newest and stage == newest else scaling.old_tokens_lr_scale,
+            "lr_scale": scaling.new_tokens_lr_scale if newest and growth == newest else scaling.old_tokens_lr_scale,
         }
-        for (stage, is_vector), parameters in sorted(members.items(), key=lambda item: item[0])
+        for (growth, is_vector), parameters in sorted(members.items(), key=lambda item: item[0])
     ]
 
 

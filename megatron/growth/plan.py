@@ -39,7 +39,7 @@ class TokenCounts:
 
 
 def segments_of(config: ModelSection, kind: Kind) -> list[list[int]]:
-    """For each block the tokens that each stage of growth gave it; a Transformer block has none."""
+    """For each block the tokens that each growth gave it; a Transformer block has none."""
     if config.token_segments:
         return [list(block) for block in config.token_segments[kind]]
     count = getattr(config, f"{kind}_slot_num") or 0
@@ -47,7 +47,7 @@ def segments_of(config: ModelSection, kind: Kind) -> list[list[int]]:
 
 
 def grown_config(config: Model, counts: TokenCounts) -> Model:
-    """The model with one more stage of growth: `counts` tokens in the layers that grow.
+    """The model with one more growth: `counts` tokens in the layers that grow.
 
     Raises: UserError when a count is smaller than what a layer has, a layer is not there or not a TokenFormer block,
         or the activation cannot grow to the count exactly with such keys.

@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple
 
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.optimization import OptimizationConfig
-from megatron.config.sections.scaling import GrowthStage, NewKeys, ScalingConfig
+from megatron.config.sections.scaling import NewKeys, ScalingConfig, ScheduledGrowth
 from megatron.errors import UserError
 from megatron.growth.plan import KINDS, Model, TokenCounts, describe, grown_config, segments_of
 from megatron.log import get_logger
@@ -58,7 +58,7 @@ def check_schedule(
         floor = options.min_lr if growth.min_lr is None else growth.min_lr
         if growth.lr_policy == "restart" and peak < floor:
             raise UserError(
-                f"growth[{number}]: lr {peak:g} is below min_lr {floor:g}; give the stage a lower min_lr too"
+                f"growth[{number}]: lr {peak:g} is below min_lr {floor:g}; give the growth a lower min_lr too"
             )
         model = _grown_once(model, growth, number)
         if growth.freeze_old_tokens and not any(block[-1] for kind in KINDS for block in segments_of(model, kind)):
@@ -73,7 +73,7 @@ def check_schedule(
 
 
 def check_times(
-    growths: Sequence[GrowthStage],
+    growths: Sequence[ScheduledGrowth],
     train_iters: int | None,
     lineage: Sequence[Mapping[str, Any]],
     now: Progress,
@@ -85,7 +85,7 @@ def check_times(
         begin = max(now.iteration, _start_of(growth, now, tokens_an_update))
         if begin < last:
             raise UserError(
-                f"growth[{number}]: comes at iteration {begin}, that before it at {last}; sort the stages by time"
+                f"growth[{number}]: comes at iteration {begin}, that before it at {last}; sort the growths by time"
             )
         if begin > (train_iters or begin):
             get_logger().info(
@@ -111,7 +111,7 @@ def after_growths(model: Model, scaling: ScalingConfig, done: int, already: int 
     return Grown(model, scaling.replaced(**{key: getattr(latest, key) for key in keys}))
 
 
-def _grown_once(model: Model, growth: GrowthStage, number: int) -> Model:
+def _grown_once(model: Model, growth: ScheduledGrowth, number: int) -> Model:
     layers = None if growth.layers is None else tuple(growth.layers)
     counts = TokenCounts(growth.qkv_slot_num, growth.proj_slot_num, growth.ffn_slot_num, layers, growth.new_keys)
     try:
@@ -128,7 +128,7 @@ def lineage_entry(
     Args:
         train_state: progress at the growth, as TrainState.state_dict gives it.
         new_keys: what the new keys started as.
-        scheduled: it is a stage of the run's own schedule.
+        scheduled: it is one of the run's own schedule.
     """
     iteration = train_state.get("iteration", 0)
     return {
@@ -178,7 +178,7 @@ def grown_as_saved(
     now = after_growths(_before_growths(model, saved, done), scaling, done)
     if now.model.token_segments != saved.token_segments:
         raise UserError(
-            f"growth: the first {done} stages of the schedule do not lead to the model of the checkpoint; give the "
+            f"growth: the first {done} growths of the schedule do not lead to the model of the checkpoint; give the "
             "schedule the run was started with"
         )
     return now
@@ -200,7 +200,7 @@ def _before_growths(model: Model, saved: ModelSection, done: int) -> Model:
     return type(model)(**{**model.model_dump(), "token_segments": segments})
 
 
-def is_due(growth: GrowthStage, iteration: int, consumed_tokens: int) -> bool:
+def is_due(growth: ScheduledGrowth, iteration: int, consumed_tokens: int) -> bool:
     """Is it time for a scheduled growth?"""
     if growth.at_iteration is not None:
         return iteration >= growth.at_iteration
@@ -208,7 +208,7 @@ def is_due(growth: GrowthStage, iteration: int, consumed_tokens: int) -> bool:
     return consumed_tokens >= growth.at_tokens
 
 
-def next_growth(growths: Sequence[GrowthStage], lineage: Sequence[Mapping[str, Any]]) -> GrowthStage | None:
+def next_growth(growths: Sequence[ScheduledGrowth], lineage: Sequence[Mapping[str, Any]]) -> ScheduledGrowth | None:
     """The first scheduled growth that the run has not made yet."""
     done = growths_done(lineage)
     return growths[done] if done < len(growths) else None
@@ -216,7 +216,7 @@ def next_growth(growths: Sequence[GrowthStage], lineage: Sequence[Mapping[str, A
 
 def learning_rate_settings(
     options: OptimizationConfig,
-    growths: Sequence[GrowthStage],
+    growths: Sequence[ScheduledGrowth],
     train_iters: int | None,
     lineage: Sequence[Mapping[str, Any]],
     now: Progress,
@@ -247,7 +247,7 @@ def learning_rate_settings(
     return options.replaced(lr_decay_iters=growth.lr_decay_iters or decay, **given), int(entry["updates"])
 
 
-def _start_of(growth: GrowthStage, since: Progress, tokens_an_update: int) -> int:
+def _start_of(growth: ScheduledGrowth, since: Progress, tokens_an_update: int) -> int:
     """The iteration at which a growth will be due, counted on from where the run is or was."""
     if growth.at_iteration is not None:
         return growth.at_iteration

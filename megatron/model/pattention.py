@@ -33,7 +33,7 @@ class Pattention(JointLayer):
     Args:
         in_features, out_features: widths of input and output.
         num_tokens: parameter tokens n, one number or one a segment. A later segment of 0 has no parameters: segment i
-            of all layers belongs to the same stage of growth, at which some layers may not have grown.
+            of all layers came with the same growth, in which some layers may not have grown.
         activation: l2_norm_gelu, gelu_l2_norm or softmax (see `megatron.ops.pattention.theta`).
         backend: auto, reference or fused.
         projection: which of a block's projections this is, for the roles of its parameters.

@@ -54,7 +54,7 @@ class Start:
     """What a run starts with.
 
     Attributes:
-        config: of the stage of growth the run is in.
+        config: the run's, with the model and scaling of its latest growth.
         state: progress; that of a new run unless there is a checkpoint.
         tensors: whole tensors of the model and its optimizer; None means the initial values.
         reader: the checkpoint that optimizer and random-number states come from, if any.

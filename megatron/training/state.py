@@ -18,7 +18,7 @@ class TrainState:
         epoch_blocks: per data set, the epochs that are shuffled together, in order. A longer run appends a block and
             keeps the order of the earlier ones. See megatron.data.Datasets.epoch_blocks.
         loss_scaler: dynamic loss scale of fp16.
-        lineage: one entry a growth stage: what was there and since which iteration.
+        lineage: one entry a growth: what was there and since which iteration.
         rollbacks: the iterations that `iteration` has rolled the run back to, in order.
 
     megatron.checkpoint.form checks what is read; a field added here is added there.

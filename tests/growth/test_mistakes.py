@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     ("keys", "message"),
     [
         ({"growth": [stage(5, qkv_slot_num=20)]}, "growth[0]: qkv_slot_num: 20 is fewer than the 24 tokens"),
-        ({"growth": [stage(5), stage(4)]}, "stages are out of order, at_iteration 4 follows 5"),
+        ({"growth": [stage(5), stage(4)]}, "entries are out of order, at_iteration 4 follows 5"),
         ({"growth": [stage(5)], "norm_activation_type": "softmax"}, "36 is no multiple of 24; choose 48"),
         ({"growth": [stage(5, new_keys="rotated")]}, "growth[0]: proj_slot_num: 36 are 12 more than the 24 tokens"),
         (
@@ -101,8 +101,8 @@ def test_another_model_cannot_be_grown_into_this_one(
     ("keys", "message"),
     [
         ({}, "qkv_slot_num: 24 in the configuration, 48 in the checkpoint; use the configuration the model was"),
-        ({"growth": [stage(2, ffn_slot_num=80)]}, "the first 1 stages of the schedule do not lead to the model"),
-        ({"growth": [stage(2, layers=[1])]}, "the first 1 stages of the schedule do not lead to the model"),
+        ({"growth": [stage(2, ffn_slot_num=80)]}, "the first 1 growths of the schedule do not lead to the model"),
+        ({"growth": [stage(2, layers=[1])]}, "the first 1 growths of the schedule do not lead to the model"),
         ({"growth": [stage(2), stage(5, qkv_slot_num=40)]}, "growth[1]: qkv_slot_num: 40 is fewer than the 48"),
         ({"growth": [stage(2)], "hidden_size": 64}, "hidden_size: 64 in the configuration, 32 in checkpoint"),
     ],

@@ -169,7 +169,10 @@ BAD_SCHEDULES = [
         id="Transformer",
     ),
     pytest.param(
-        [stage(5, lr=1e-5)], {}, r"growth\[0\]: lr 1e-05 is below min_lr 0.0001; give the stage a lower min_lr", id="lr"
+        [stage(5, lr=1e-5)],
+        {},
+        r"growth\[0\]: lr 1e-05 is below min_lr 0.0001; give the growth a lower min_lr",
+        id="lr",
     ),
     pytest.param(
         [stage(5), stage(9, freeze_old_tokens=True)],
@@ -210,7 +213,7 @@ def test_growths_by_iterations_and_by_tokens_are_put_in_one_order(capsys: pytest
     by_tokens = {**stage(0), "at_iteration": None, "at_tokens": 640}  # ten updates of 64 tokens
     times(tiny([stage(4), by_tokens]), [], Progress(), 64)
     times(tiny([by_tokens, stage(4)]), [], Progress(11, 704), 64)  # both are due
-    with pytest.raises(UserError, match=r"growth\[1\]: comes at iteration 4, that before it at 10; sort the stages"):
+    with pytest.raises(UserError, match=r"growth\[1\]: comes at iteration 4, that before it at 10; sort the growths"):
         times(tiny([by_tokens, stage(4)]), [], Progress(), 64)
     times(tiny([by_tokens, stage(4)]), [entry(10, 640)], Progress(), 64)  # the first is made
     capsys.readouterr()
@@ -277,8 +280,8 @@ def test_an_edited_schedule_is_refused_after_growth() -> None:
     config = tiny([stage(5)]).with_vocabulary(300)
     saved, lineage = after(config, 1).model, [entry(5)]
     for edited, message in (
-        (tiny([stage(5, ffn_slot_num=80)]), "the first 1 stages of the schedule do not lead to the model"),
-        (tiny([stage(5, layers=[1])]), "the first 1 stages of the schedule do not lead to the model"),
+        (tiny([stage(5, ffn_slot_num=80)]), "the first 1 growths of the schedule do not lead to the model"),
+        (tiny([stage(5, layers=[1])]), "the first 1 growths of the schedule do not lead to the model"),
         (tiny([]), "qkv_slot_num: 24 in the configuration, 48 in the checkpoint"),
         (tiny([stage(5)], ffn_slot_num=41), "ffn_slot_num: 41 in the configuration, 40 in the checkpoint before its 1"),
         (tiny([stage(5, ffn_slot_num=30)]), r"growth\[0\]: ffn_slot_num: 30 is fewer"),

@@ -13,7 +13,7 @@ NewKeys = Literal["zero", "rotated"]
 """What new keys start as; megatron.growth.grow says how."""
 
 
-class GrowthStage(Section):
+class ScheduledGrowth(Section):
     """One growth inside a run: when, to how many tokens, and how training goes on."""
 
     at_iteration: int | None = Field(default=None, gt=0)
@@ -42,7 +42,7 @@ class GrowthStage(Section):
     """zero: as in the paper. rotated: random rotations of the old keys with values of zero, which is as exact and
     learns faster; with l2_norm_gelu, by at least min(tokens, hidden_size) tokens."""
     freeze_old_tokens: bool = False
-    """Train the new tokens only, until the next stage."""
+    """Train the new tokens only, until the next growth."""
     old_tokens_lr_scale: float = Field(default=1.0, ge=0, le=MAX_FACTOR)
     """Factor on the learning rate of everything but the new tokens."""
     new_tokens_lr_scale: float = Field(default=1.0, ge=0, le=MAX_FACTOR)
@@ -56,7 +56,7 @@ class GrowthStage(Section):
         return {str(key).replace("-", "_"): value for key, value in values.items()}
 
     @model_validator(mode="after")
-    def _check(self) -> GrowthStage:
+    def _check(self) -> ScheduledGrowth:
         if (self.at_iteration is None) == (self.at_tokens is None):
             raise ConfigError("", "needs at_iteration or at_tokens, one of the two")
         if self.qkv_slot_num is None and self.proj_slot_num is None and self.ffn_slot_num is None:
@@ -71,7 +71,7 @@ class GrowthStage(Section):
 class ScalingConfig(Section):
     """Incremental scaling: growing the model by parameter tokens."""
 
-    growth: list[GrowthStage] = []
+    growth: list[ScheduledGrowth] = []
     """Growths inside the run, in order, for example [{at_iteration: 1000, qkv_slot_num: 1792, ffn_slot_num: 7168}]. The
     token counts of the model section are those before the first."""
     partial_init_policy: Literal["restart", "continue"] = "restart"
@@ -89,9 +89,9 @@ class ScalingConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> ScalingConfig:
         for key in ("at_iteration", "at_tokens"):
-            times = [value for stage in self.growth if (value := getattr(stage, key)) is not None]
+            times = [value for growth in self.growth if (value := getattr(growth, key)) is not None]
             for earlier, later in zip(times, times[1:], strict=False):
                 if later <= earlier:
-                    reason = f"stages are out of order, {key} {later} follows {earlier}"
+                    reason = f"entries are out of order, {key} {later} follows {earlier}"
                     raise ConfigError("growth", reason, "sort them by time")
         return self
