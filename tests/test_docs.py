@@ -11,6 +11,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 ROW = re.compile(r"^\| (?P<equation>.+) \| (?P<file>megatron/\S+\.py) \| `(?P<line>.+)` \|$", re.MULTILINE)
+DOTTED = re.compile(r"\bmegatron(?:\.[A-Za-z_]\w*)+")
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
@@ -36,6 +37,17 @@ def test_named_files_exist(page: Path) -> None:
         r"\b(?:configs|requirements|tools|docs|megatron|eval_tasks|tests)/[\w./-]+\.(?:yml|txt|py|md|png)\b", text
     ):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_modules_and_functions_exist(page: Path) -> None:
+    for dotted in DOTTED.findall(page.read_text(encoding="utf-8")):
+        *packages, last = dotted.split(".")
+        folder = ROOT.joinpath(*packages)
+        if (folder / last).is_dir() or (folder / f"{last}.py").is_file():
+            continue
+        home = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+        assert home.is_file() and re.search(rf"\b{last}\b", home.read_text(encoding="utf-8")), dotted
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/growth.md"])
