@@ -37,6 +37,12 @@ class Preprocessed:
     num_documents: int
     num_tokens: int
     num_empty: int
+    """Documents without text under one of the keys."""
+
+    def __str__(self) -> str:
+        skipped = f"; {self.num_empty} empty documents skipped" if self.num_empty else ""
+        pairs = ", ".join(self.prefixes.values())
+        return f"{self.num_documents} documents, {self.num_tokens} tokens to {pairs}.bin/.idx{skipped}"
 
 
 class Encoder:
@@ -88,8 +94,10 @@ def preprocess(
                 raise UserError(f"--input: no text under '{key}' in {', '.join(inputs)}; nothing was written")
         for builder in builders:
             builder.finalize()
-    total = sum(builder.num_documents for builder in builders)
-    return _reported(Preprocessed(prefixes, total, num_tokens, num_empty))
+    written = sum(builder.num_documents for builder in builders)
+    result = Preprocessed(prefixes, written, num_tokens, num_empty)
+    get_logger().info("wrote %s", result)
+    return result
 
 
 def _prefixes(output_prefix: str | Path, keys: Sequence[str], inputs: Sequence[str]) -> dict[str, str]:
@@ -100,15 +108,6 @@ def _prefixes(output_prefix: str | Path, keys: Sequence[str], inputs: Sequence[s
     for path in itertools.chain.from_iterable(map(output_files, prefixes.values())):
         refuse_inputs(path, "--input", inputs)
     return prefixes
-
-
-def _reported(result: Preprocessed) -> Preprocessed:
-    skipped = f"; {result.num_empty} empty documents skipped" if result.num_empty else ""
-    get_logger().info(
-        f"wrote {result.num_documents} documents, {result.num_tokens} tokens to {', '.join(result.prefixes.values())}"
-        f".bin/.idx{skipped}"
-    )
-    return result
 
 
 def prepare_dataset(
