@@ -16,6 +16,7 @@ from typing import Any
 from megatron.config.build import Builder, Check, keys_of
 from megatron.config.findings import Findings
 from megatron.config.neox_keys import ALIASES, RULES
+from megatron.config.neox_rules import apply_rules
 from megatron.config.paths import MAY_BE_EMPTY, PATH_KEYS, expand
 from megatron.config.schema import RunConfig
 from megatron.config.sections.base import Section
@@ -108,7 +109,7 @@ def resolve_config(
     ruled = [settings.pop(key) for key in list(settings) if key in RULES]
     where = " ".join(str(name) for name in files) or "the command line"
     config = Builder(settings, where, findings, model).build(checks)
-    ignored = _apply_rules(ruled, config, findings)
+    ignored = apply_rules(ruled, config, findings)
     findings.raise_any()
     config, derived = _derive(config)
     return Resolved(config, settings, ignored, derived)
@@ -172,21 +173,6 @@ def _expand_paths(settings: dict[str, Setting], findings: Findings) -> None:
             findings.add(setting.mistake(str(error)))
             findings.bad.add(key)
             del settings[key]
-
-
-def _apply_rules(settings: Iterable[Setting], config: RunConfig, findings: Findings) -> list[tuple[Setting, str]]:
-    """The settings of GPT-NeoX's keys that are ignored, with the reason; refused ones go to the findings."""
-    ignored = []
-    for setting in settings:
-        rule = RULES[setting.key]
-        if not rule.refused:
-            ignored.append((setting, rule.reason))
-        elif rule.is_harmless(setting.value) or (rule.is_void and rule.is_void(config, setting.value)):
-            ignored.append((setting, "asks for nothing"))
-        else:
-            value = str(setting.value).lower() if isinstance(setting.value, bool) else shortened(setting.value)
-            findings.add(setting.mistake(f"{value} is refused: {rule.reason}"))
-    return ignored
 
 
 def _model_section(settings: dict[str, Setting], findings: Findings) -> type[ModelSection]:

@@ -2,18 +2,14 @@
 
 The official TokenFormer code accepts 276 keys. None of them is unknown here; a test compares this file with the
 list. A key is *ignored* when leaving it out changes neither the model nor its training, and *refused* when it
-would: a refused key is an error, an ignored one a warning line. Values that ask for nothing are accepted silently.
+would: a refused key is an error, an ignored one a warning line. Values that ask for nothing are accepted silently;
+megatron.config.neox_rules says which do beside the other keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from megatron.config.schema import RunConfig
-    from megatron.config.sections.model import ModelConfig
+from typing import Any
 
 ALIASES: dict[str, str] = {
     "learning_rate": "optimizer.params.lr",
@@ -46,8 +42,6 @@ class Rule:
     reason: str
     harmless: tuple[Any, ...] = ()
     refused: bool = False
-    is_void: Callable[[RunConfig, Any], bool] | None = None
-    """Whether a value changes nothing beside the other keys."""
 
     def is_harmless(self, value: Any) -> bool:
         """Whether `value` asks for nothing: null, false, empty, a disabled table or a listed value."""
@@ -229,60 +223,24 @@ def _refused(reason: str, *keys: str | tuple[str, Any]) -> dict[str, Rule]:
     return _group(reason, *keys, refused=True)
 
 
-def _asks_only_for_ignored(value: Any) -> bool:
-    """Whether all keys of a table are such as are ignored at the top level."""
-    return isinstance(value, dict) and all(key in IGNORED for key in value)
-
-
-def _has_no_bias(model: ModelConfig) -> bool:
-    return "layernorm" not in (model.norm, model.final_norm_kind)
-
-
-def _divides(value: Any, number: int) -> bool:
-    return isinstance(value, int) and value is not True and value > 0 and number % value == 0
-
-
-_CONDITIONAL: dict[str, Rule] = {
-    "num_kv_heads": Rule(
-        "grouped-query attention is not supported; set it to num_attention_heads or remove it",
-        refused=True,
-        is_void=lambda config, value: value == config.model.num_attention_heads and value is not True,
-    ),
-    "use_bias_in_norms": Rule(
-        "norm and final_norm layernorm have a bias; set true, or norm: rmsnorm or layernorm_nonparam",
-        (True,),
-        refused=True,
-        is_void=lambda config, value: value is False and _has_no_bias(config.language),
-    ),
-    "use_bias_in_mlp": Rule(
-        "the feed-forward of Transformer blocks has biases; set true",
-        (True,),
-        refused=True,
-        is_void=lambda config, value: value is False and "global" not in config.model.layer_kinds,
-    ),
-    "mlp_multiple_of": Rule(
-        "the feed-forward is as wide as intermediate_size says, else 4 * hidden_size; set intermediate_size instead",
-        (1,),
-        refused=True,
-        is_void=lambda config, value: _divides(
-            value, config.language.intermediate_size or 4 * config.model.hidden_size
-        ),
-    ),
-    "fp32_allreduce": Rule(
-        "sums over tensor ranks are made in the precision of training; set false, or model_parallel_size: 1",
-        refused=True,
-        is_void=lambda config, value: config.parallel.model_parallel_size == 1,
-    ),
-    "deepspeed_extra_args": Rule(
-        "DeepSpeed's configuration is made here from the keys of this program; remove it",
-        refused=True,
-        is_void=lambda config, value: _asks_only_for_ignored(value),
-    ),
-}
-"""Refused keys whose values may change nothing beside the values of others."""
-
 REFUSED: dict[str, Rule] = {
-    **_CONDITIONAL,
+    **_refused("grouped-query attention is not supported; set it to num_attention_heads or remove it", "num_kv_heads"),
+    **_refused(
+        "norm and final_norm layernorm have a bias; set true, or norm: rmsnorm or layernorm_nonparam",
+        ("use_bias_in_norms", True),
+    ),
+    **_refused("the feed-forward of Transformer blocks has biases; set true", ("use_bias_in_mlp", True)),
+    **_refused(
+        "the feed-forward is as wide as intermediate_size says, else 4 * hidden_size; set intermediate_size instead",
+        ("mlp_multiple_of", 1),
+    ),
+    **_refused(
+        "sums over tensor ranks are made in the precision of training; set false, or model_parallel_size: 1",
+        "fp32_allreduce",
+    ),
+    **_refused(
+        "DeepSpeed's configuration is made here from the keys of this program; remove it", "deepspeed_extra_args"
+    ),
     **_refused("mixtures of experts are not supported; set 1", ("num_experts", 1), ("moe_num_experts", 1)),
     **_refused("muP is not supported; remove it", "use_mup"),
     **_refused("attention is always dense and causal; remove it", "sparse_attention", "sparsity_config"),
