@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import yaml
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -184,12 +183,19 @@ class CheckpointReader:
 
     def tensor(self, kind: str, name: str) -> Tensor:
         """A whole tensor, on the CPU, with storage of its own; DamagedCheckpoint when its file is damaged."""
+        return self._read(kind, name, lambda file: file.get_tensor(name))
+
+    def part(self, kind: str, name: str, *ranges: slice) -> Tensor:
+        """A range of the first dimensions of a tensor, mapped from its file. Raises what `tensor` does."""
+        return self._read(kind, name, lambda file: file.get_slice(name)[ranges])
+
+    def _read(self, kind: str, name: str, read: Callable[[Any], Tensor]) -> Tensor:
         file, dtype, shape = self._index[kind][name]
         try:
-            part = self._opened(file).get_slice(name)
-            if part.get_dtype() != SAFETENSORS_DTYPES[dtype] or part.get_shape() != shape:
+            found = self._opened(file).get_slice(name)
+            if found.get_dtype() != SAFETENSORS_DTYPES[dtype] or found.get_shape() != shape:
                 raise self.damaged(file, f"has {name[:80]} in another dtype or shape than the manifest")
-            tensor: torch.Tensor = self._open_files[file].get_tensor(name)
+            tensor = read(self._open_files[file])
         except (OSError, SafetensorError) as error:
             self._check(file)  # says what is wrong in most cases
             raise self.damaged(file, f"cannot be read: {error}") from error

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from megatron.checkpoint.state import ParameterSource
+from megatron.checkpoint.tensors import Tensors
 from megatron.engine.base import Engine
 from megatron.engine.grid import DeepSpeedGrid
 from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.settings import EngineSettings
 from megatron.engine.single_stage import SingleStageEngine
-from megatron.growth.grow import TensorSource
 from megatron.model.blocks import BuildOptions
 from megatron.model.build import build_model
-from megatron.model.pattention import Pattention
+from megatron.model.fill import fill
 from megatron.mpu import Layout
 from megatron.mpu.device import DTYPES, process_device
-from megatron.mpu.shard import allocate, take_share
+from megatron.mpu.shard import allocate
 from megatron.tasks import Task
 
 
-def build_engine(
-    settings: EngineSettings, task: Task[Any], layout: Layout, source: ParameterSource, tensors: TensorSource | None
-) -> Engine:
+def build_engine(settings: EngineSettings, task: Task[Any], layout: Layout, tensors: Tensors) -> Engine:
     """The engine of this process, with the model or its part of it on the training device. Collective.
 
     Args:
-        source: the whole fp32 value that each parameter starts with.
-        tensors: those of a checkpoint, for the buffers; None where they start anew.
+        tensors: whole fp32 values of parameters, and of buffers, to start with.
     """
+    source = partial(tensors.tensor, "model")
     options = BuildOptions(
         settings.pattention_backend, settings.attention_backend, layout=layout, gather_logits=False
     )  # fmt: skip
@@ -41,16 +39,16 @@ def build_engine(
         from megatron.engine.pipeline_model import PipelineModel
 
         stage = PipelineModel(settings.model, layout, options, device, settings.checkpoint_layers)
-        _fill(stage, layout, source, tensors)
+        fill(stage, tensors, layout)
         return PipelineEngine(settings, task, layout, stage, source)
     grid, in_parts = DeepSpeedGrid.of(layout), settings.zero_stage == 3
     place = torch.device("meta") if in_parts else device
     model = build_model(settings.model, options, device=place, checkpoint_layers=settings.checkpoint_layers)
     if not in_parts:
-        _fill(model, layout, source, tensors)
+        fill(model, tensors, layout)
     for name, part in model.parts() if in_parts else ():
         allocate(part, device)
-        _fill(part, layout, source, tensors, f"{name}.")
+        fill(part, tensors, layout, f"{name}.")
         partition_parameters(part, settings, layout, grid)
     return SingleStageEngine(settings, task, layout, model, source, grid)
 
@@ -67,21 +65,3 @@ def partition_parameters(
     module.to(DTYPES[settings.dtype])
     group = grid.get_data_parallel_group() if grid is not None else layout.data.group
     deepspeed.zero.Init(module=module, data_parallel_group=group, config_dict_or_path=settings.deepspeed, mpu=grid)
-
-
-@torch.no_grad()
-def _fill(
-    model: nn.Module, layout: Layout, source: ParameterSource, tensors: TensorSource | None, prefix: str = ""
-) -> None:
-    """Write this process's share of every parameter, and the buffers of a checkpoint or their first values.
-
-    `prefix` is where in the model this part of it is.
-    """
-    for name, parameter in model.named_parameters():
-        parameter.copy_(take_share(source(prefix + name), parameter, layout.tensor))
-    for part in model.modules():
-        if isinstance(part, Pattention):
-            part.reset_tau()
-    if tensors is not None:
-        for name, buffer in model.named_buffers():
-            buffer.copy_(tensors.tensor("model", prefix + name))

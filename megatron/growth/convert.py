@@ -13,12 +13,13 @@ from torch import Tensor
 from megatron.checkpoint.new_folder import new_folder, require_new
 from megatron.checkpoint.state import CanonicalState, TensorStream
 from megatron.checkpoint.store import save_checkpoint
+from megatron.checkpoint.tensors import Tensors
 from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.scaling import ScalingConfig
 from megatron.data.indexed import IndexedDataset
 from megatron.errors import UserError
-from megatron.growth.grow import GrownTensors, TensorSource
+from megatron.growth.grow import GrownTensors
 from megatron.growth.plan import TokenCounts, describe, grown_config
 from megatron.growth.proof import Difference, compare_logits
 from megatron.growth.schedule import lineage_entry, past_growths
@@ -95,7 +96,7 @@ def _streams(base: Base, tensors: GrownTensors) -> dict[str, TensorStream]:
     return streams
 
 
-def _stream(tensors: TensorSource, kind: str) -> TensorStream:
+def _stream(tensors: Tensors, kind: str) -> TensorStream:
     return ((name, tensors.tensor(kind, name)) for name in tensors.names(kind))
 
 

@@ -17,11 +17,11 @@ keys as the old ones have dimensions, min(n, d). Their first gradient comes thro
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.tensors import Tensors, TensorView
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.scaling import NewKeys
 from megatron.errors import UserError
@@ -33,20 +33,7 @@ from megatron.model.pattention import Pattention
 from megatron.mpu.roles import role_of
 
 
-class TensorSource(Protocol):
-    """Whole tensors by kind (`model`, `optimizer`) and canonical name: a CheckpointReader, or one that has grown."""
-
-    def names(self, kind: str) -> list[str]:
-        """Names of a kind."""
-
-    def shape(self, kind: str, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-
-    def tensor(self, kind: str, name: str) -> Tensor:
-        """A tensor, on the CPU."""
-
-
-class GrownTensors:
+class GrownTensors(TensorView):
     """The tensors of a checkpoint after one growth: the old ones as they are, and those of the new tokens.
 
     Optimizer state is that of the old tokens; new ones start without.
@@ -59,9 +46,10 @@ class GrownTensors:
     """
 
     def __init__(
-        self, source: TensorSource, before: ModelSection, after: ModelSection, seed: int, new_keys: NewKeys = "zero"
+        self, source: Tensors, before: ModelSection, after: ModelSection, seed: int, new_keys: NewKeys = "zero"
     ) -> None:
-        self.source, self.after, self.seed = source, after, seed
+        super().__init__(source)
+        self.after, self.seed = after, seed
         self._is_softmax = after.norm_activation_type == "softmax"
         self._has_scores = self._is_softmax or new_keys == "rotated"
         self._new = _new_parameters(before, after)
@@ -91,6 +79,12 @@ class GrownTensors:
             return keys.repeat(shape[0] // len(keys), 1)
         tau_tokens = self.source.tensor("model", f"{name.rpartition('.')[0]}.tau_tokens")
         return rotated_keys(keys, shape[0], shape[0] / tau_tokens.item(), name, self.seed)
+
+    def part(self, kind: str, name: str, *ranges: slice) -> Tensor:
+        """A range of the first dimensions of a tensor; of one that was there, it is read alone."""
+        if kind == "model" and (name in self._new or name in self._taus):
+            return self.tensor(kind, name)[ranges]
+        return self.source.part(kind, name, *ranges)
 
     def _old_keys(self, name: str, segment: int) -> Tensor:
         prefix = name.rpartition("_")[0]

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from megatron.checkpoint.tensors import Tensors
 from megatron.config.sections.model import ModelSection
 from megatron.errors import UserError
-from megatron.growth.grow import TensorSource
 from megatron.model.blocks import BuildOptions
 from megatron.model.build import layer_lists
+from megatron.model.fill import fill
 from megatron.model.layered import LayerSpec
 from megatron.mpu.collectives import max_over_ranks
 from megatron.mpu.device import ieee_products, products_are_exact
 from megatron.mpu.layout import SINGLE, Layout
-from megatron.mpu.shard import allocate, take_share
+from megatron.mpu.shard import allocate
 
 # Largest difference of logits, as a part of the largest logit, that rounding in fp32 explains.
 TOLERANCE = 1e-4
@@ -47,8 +48,8 @@ class Difference:
 
 @torch.no_grad()
 def compare_logits(
-    before: tuple[ModelSection, TensorSource],
-    after: tuple[ModelSection, TensorSource],
+    before: tuple[ModelSection, Tensors],
+    after: tuple[ModelSection, Tensors],
     inputs: Sequence[Tensor],
     layout: Layout = SINGLE,
     dtype: torch.dtype = torch.float32,
@@ -82,15 +83,10 @@ def compare_logits(
     return Difference(largest, scale)
 
 
-def _run(spec: LayerSpec, source: TensorSource, x: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+def _run(spec: LayerSpec, source: Tensors, x: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     """The layer's output, from tensors that are let go of at once."""
     module = spec.build()
     allocate(module, x.device)
     module.to(dtype).eval()
-    _fill(module, spec.name, source, layout)
+    fill(module, source, layout, f"{spec.name}.")
     return module(x) if spec.forward is None else spec.forward(module, x)
-
-
-def _fill(module: nn.Module, prefix: str, source: TensorSource, layout: Layout) -> None:
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        tensor.copy_(take_share(source.tensor("model", f"{prefix}.{name}"), tensor, layout.tensor))

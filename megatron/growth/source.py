@@ -13,14 +13,14 @@ from megatron.checkpoint.form import value_fault
 from megatron.checkpoint.official_folder import find_official_folder, read_official_folder
 from megatron.checkpoint.published import embedding_rows, read_flat_file, to_canonical
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
+from megatron.checkpoint.tensors import Tensors
 from megatron.config.sections.model import ModelConfig, language_section
 from megatron.errors import UserError
-from megatron.growth.grow import TensorSource
 from megatron.model import LanguageModel
 from megatron.model.compatibility import check_fit, saved_model_config
 
 
-class FlatTensors:
+class FlatTensors(Tensors):
     """Tensors of an official model; its tau_tokens are the token counts, and it has no optimizer state."""
 
     def __init__(self, tensors: dict[str, Tensor], config: ModelConfig) -> None:
@@ -49,7 +49,7 @@ class Base:
 
     folder: Path
     config: ModelConfig
-    tensors: TensorSource
+    tensors: Tensors
     reader: CheckpointReader | None
     """The training checkpoint; None for an official model."""
 

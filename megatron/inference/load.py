@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from megatron.checkpoint.form import dtype_name, value_fault
 from megatron.checkpoint.official_folder import find_official_folder, read_official_folder
 from megatron.checkpoint.published import EMBEDDING, embedding_rows, read_flat_file, to_canonical, weight_fault
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
+from megatron.checkpoint.tensors import Tensors
 from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelConfig, language_section
 from megatron.errors import UserError
@@ -29,9 +31,9 @@ from megatron.model.compatibility import (
     saved_model_config,
     tau_fault,
 )
+from megatron.model.fill import fill
 from megatron.mpu.layout import SINGLE, Layout
 from megatron.mpu.processes import first_rank_does
-from megatron.mpu.shard import take_share
 
 
 def load_model(
@@ -73,7 +75,7 @@ def load_model(
     check_fit(LanguageModel(model_config, device="meta"), {name: shape_of(name) for name in names}, str(path))
     model = LanguageModel(model_config, device=device, attention_backend=attention_backend, layout=layout)
     dtype = tensor_of(EMBEDDING).dtype if dtype == "saved" else dtype or torch.float32
-    _fill(model, names, lambda name: _usable(name, tensor_of(name), dtype, path))
+    fill(model, _Usable(names, shape_of, tensor_of, dtype, path), layout)
     return model.to(dtype).eval()
 
 
@@ -87,6 +89,8 @@ def _open_flat(path: Path, config: ModelConfig | None) -> _Opened:
     tensors = to_canonical(flat, config.num_layers, path)
     if config.padded_vocab_size is None:
         config = config.model_copy(update={"padded_vocab_size": embedding_rows(tensors, path)})
+    keys = [name for name in tensors if name.endswith(".key_tokens_0")]
+    tensors |= {name.replace("key_tokens_0", "tau_tokens"): torch.tensor(len(tensors[name])) for name in keys}
     return tensors, lambda name: tuple(tensors[name].shape), tensors.__getitem__, config
 
 
@@ -130,6 +134,29 @@ def _open_huggingface(path: Path, config: ModelConfig | None) -> _Opened:
     return found.names, found.shape, found.tensor, found.config
 
 
+@dataclass
+class _Usable(Tensors):
+    """Tensors that are looked at, whole, when they are read: all tensor ranks then stop alike."""
+
+    found: list[str]
+    shape_of: Callable[[str], tuple[int, ...]]
+    tensor_of: Callable[[str], Tensor]
+    dtype: torch.dtype
+    path: Path
+
+    def names(self, kind: str) -> list[str]:
+        """Names of the model's tensors."""
+        return self.found if kind == "model" else []
+
+    def shape(self, kind: str, name: str) -> tuple[int, ...]:
+        """Full shape of a tensor."""
+        return self.shape_of(name)
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """The tensor; UserError where a model in `dtype` could not compute with it."""
+        return _usable(name, self.tensor_of(name), self.dtype, self.path)
+
+
 def _usable(name: str, tensor: Tensor, dtype: torch.dtype, path: Path) -> Tensor:
     """The tensor; UserError where a model in `dtype` could not compute with it."""
     if name.endswith(".tau_tokens"):
@@ -139,7 +166,6 @@ def _usable(name: str, tensor: Tensor, dtype: torch.dtype, path: Path) -> Tensor
         fault = weight_fault(tensor)
     if fault := fault or value_fault("model", name, tensor):
         raise UserError(f"{path}: {name} {fault}; give a model that is whole")
-    # Looked at before it is shared, so that all tensor ranks stop alike.
     is_narrowed = tensor.is_floating_point() and torch.finfo(tensor.dtype).max > torch.finfo(dtype).max
     if is_narrowed and tensor.numel() and max(-tensor.min(), tensor.max()) > torch.finfo(dtype).max:
         raise UserError(
@@ -147,11 +173,3 @@ def _usable(name: str, tensor: Tensor, dtype: torch.dtype, path: Path) -> Tensor
             "choose bf16 or fp32"
         )
     return tensor
-
-
-@torch.no_grad()
-def _fill(model: LanguageModel, names: list[str], tensor_of: Callable[[str], Tensor]) -> None:
-    model.reset_tau()
-    targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name in names:
-        targets[name].copy_(take_share(tensor_of(name), targets[name], model.layout.tensor))

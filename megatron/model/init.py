@@ -19,7 +19,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from megatron.checkpoint.tensors import Tensors
 from megatron.config.sections.model import InitMethod, ModelSection
+from megatron.model.pattention import Pattention
 from megatron.mpu.layout import ALONE, Axis
 from megatron.mpu.roles import role_of
 from megatron.mpu.shard import take_share, whole_shape
@@ -61,6 +63,35 @@ def initial_value(name: str, parameter: Tensor, config: ModelSection, seed: int)
         bound = std * math.sqrt(3.0)
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     return torch.empty(shape).normal_(std=std, generator=generator) if std else torch.zeros(shape)
+
+
+class InitialTensors(Tensors):
+    """What a model starts with, as the tensors of a checkpoint: made when asked for, the same for every layout.
+
+    Args:
+        model: whole or a part of it; its parameters need no storage.
+        config: the model section.
+        seed: of the run.
+    """
+
+    def __init__(self, model: nn.Module, config: ModelSection, seed: int) -> None:
+        self._parameters, self._config, self._seed = dict(model.named_parameters()), config, seed
+        modules = {f"{name}.tau_tokens": part for name, part in model.named_modules()}
+        self._counts = {name: part.num_tokens for name, part in modules.items() if isinstance(part, Pattention)}
+
+    def names(self, kind: str) -> list[str]:
+        """Names of parameters and buffers; nothing but a model is there."""
+        return [*self._parameters, *self._counts] if kind == "model" else []
+
+    def shape(self, kind: str, name: str) -> tuple[int, ...]:
+        """Full shape of a tensor."""
+        return () if name in self._counts else tuple(whole_shape(self._parameters[name]))
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """The value: fp32, or the number of tokens that tau_tokens starts as."""
+        if name in self._counts:
+            return torch.tensor(self._counts[name])
+        return initial_value(name, self._parameters[name], self._config, self._seed)
 
 
 @torch.no_grad()

@@ -23,10 +23,13 @@ class ShardSpec:
     dim: int
     shape: torch.Size
 
+    def ranges(self, axis: Axis) -> tuple[slice, ...]:
+        """Where in the whole tensor this rank's part is: a range of each dimension up to `dim`."""
+        return (*(slice(None),) * self.dim, slice(*axis.share(self.shape[self.dim])))
+
     def take(self, whole: Tensor, axis: Axis) -> Tensor:
         """This rank's part of the whole tensor (a view)."""
-        start, stop = axis.share(self.shape[self.dim])
-        return whole.narrow(self.dim, start, stop - start)
+        return whole[self.ranges(axis)]
 
 
 def mark_sharded(parameter: Tensor, dim: int, shape: torch.Size | tuple[int, ...], axis: Axis) -> None:

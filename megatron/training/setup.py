@@ -8,8 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.state import ParameterSource
 from megatron.checkpoint.store import FolderLock
+from megatron.checkpoint.tensors import Tensors
 from megatron.config.schema import RunConfig
 from megatron.config.sections.training import TrainingConfig
 from megatron.config.update_size import UpdateSize
@@ -21,8 +21,9 @@ from megatron.engine.settings import EngineSettings
 from megatron.errors import UserError
 from megatron.growth.schedule import Progress, learning_rate_settings
 from megatron.log import get_logger, log_to_file
+from megatron.metrics import MetricsLog, Throughput
 from megatron.model.build import build_model
-from megatron.model.init import initial_value
+from megatron.model.init import InitialTensors
 from megatron.mpu import Layout
 from megatron.mpu.device import DTYPES, process_device
 from megatron.mpu.processes import first_rank_does
@@ -31,7 +32,6 @@ from megatron.tasks import Task, build_task
 from megatron.training.checkpointing import restore, warn_of_other_data
 from megatron.training.generators import seed_generators
 from megatron.training.hardware import peak_flops
-from megatron.training.metrics import MetricsLog, Throughput
 from megatron.training.run import Run
 from megatron.training.schedule import LRSchedule
 from megatron.training.start import Start, find_start
@@ -74,7 +74,7 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
     start.prove(task.held_out(datasets, _PROOF_SAMPLES), layout)
     settings = EngineSettings.of(config, update)
     with reused_groups(timedelta(minutes=config.launch.distributed_timeout_minutes)):
-        engine = build_engine(settings, task, layout, _first_values(start), start.tensors)
+        engine = build_engine(settings, task, layout, _first_tensors(start))
     if start.reader is not None:
         restore(config, engine, state, start.reader)
     if start.resumed and start.reader is not None:
@@ -129,13 +129,12 @@ def _claim_folders(config: RunConfig) -> FolderLock | None:
     return FolderLock(config.checkpoint.save) if config.checkpoint.save else None
 
 
-def _first_values(start: Start) -> ParameterSource:
+def _first_tensors(start: Start) -> Tensors:
     """Whole fp32 values by canonical name: those the run starts with, or the initial ones."""
-    tensors, config = start.tensors, start.config
-    if tensors is not None:
-        return lambda name: tensors.tensor("model", name)
-    whole = dict(build_model(config.model, device="meta").named_parameters())
-    return lambda name: initial_value(name, whole[name], config.model, config.training.seed)
+    model = start.config.model
+    if start.tensors is not None:
+        return start.tensors
+    return InitialTensors(build_model(model, device="meta"), model, start.config.training.seed)
 
 
 def _build_data(task: Task[Any], training: TrainingConfig, state: TrainState, global_batch: int) -> Datasets:

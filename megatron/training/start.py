@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.checkpoint.store import CheckpointReader
+from megatron.checkpoint.tensors import Tensors
 from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelSection, language_section
 from megatron.config.update_size import UpdateSize
 from megatron.errors import UserError
-from megatron.growth.grow import GrownTensors, TensorSource
+from megatron.growth.grow import GrownTensors
 from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config
 from megatron.growth.proof import Difference, compare_logits
 from megatron.growth.schedule import (
@@ -63,10 +64,10 @@ class Start:
 
     config: RunConfig
     state: TrainState
-    tensors: TensorSource | None = None
+    tensors: Tensors | None = None
     reader: CheckpointReader | None = None
     resumed: bool = False
-    _growths: list[tuple[ModelSection, TensorSource, ModelSection, TensorSource]] = field(default_factory=list)
+    _growths: list[tuple[ModelSection, Tensors, ModelSection, Tensors]] = field(default_factory=list)
 
     def grow(self, after: RunConfig, scheduled: bool) -> None:
         """Add the tokens that make this model that of `after`, and note it in the lineage."""
@@ -147,7 +148,7 @@ def _from_checkpoint(config: RunConfig, resumption: Resumption) -> Start:
     return Start(config, state, reader, reader, resumed=not config.checkpoint.finetune)
 
 
-def _check_fit(model: ModelSection, tensors: TensorSource, source: str) -> None:
+def _check_fit(model: ModelSection, tensors: Tensors, source: str) -> None:
     shapes = {name: tensors.shape("model", name) for name in tensors.names("model")}
     check_fit(build_model(model, device="meta"), shapes, source)
 
