@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.store import CheckpointReader, find_checkpoint
 from megatron.config import load_config
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
 from megatron.evaluation.batching import BatchSize
-from megatron.inference.load import load_model
+from megatron.exchange import Checkpoint, open_checkpoint
+from megatron.inference.load import model_of
 from megatron.inference.prepare import check_vocabulary
 from megatron.model import LanguageModel
 from megatron.text import suggestion
@@ -73,11 +73,12 @@ def load_pretrained(
     size: BatchSize = "auto" if str(batch_size).startswith("auto") else _positive("batch_size", batch_size)
     length = None if max_length is None else _positive("max_length", max_length)
     run = load_config(str(config)) if config else None
-    model = load_model(path, run, _DTYPES[dtype], _place(device))
+    checkpoint = open_checkpoint(path, run, key="pretrained")
+    model = model_of(checkpoint, run, _DTYPES[dtype], _place(device))
     if tokenizer:
         described = TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(tokenizer))
     else:
-        described = run.tokenizer if run else tokenizer_of(path)
+        described = run.tokenizer if run else _tokenizer_of(checkpoint)
     built = build_tokenizer(described)
     check_vocabulary(built, model)
     return Pretrained(model, built, size, length)
@@ -128,11 +129,10 @@ def _check_others(others: dict[str, Any]) -> None:
             raise UserError(f"model_args: unknown '{name}'; {meant}")
 
 
-def tokenizer_of(path: Path) -> TokenizerConfig:
-    """The tokenizer that a checkpoint was trained with, or that lies in a folder; UserError when there is none."""
-    if (path / "tokenizer.json").is_file():
-        return TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(path / "tokenizer.json"))
-    folder = find_checkpoint(path) if path.is_dir() else None
-    if folder is None:
-        raise UserError(f"tokenizer: {path} has none; add tokenizer=tokenizer.json or config=YAML to --model_args")
-    return CheckpointReader(folder, verify=False).section(TokenizerConfig)
+def _tokenizer_of(checkpoint: Checkpoint) -> TokenizerConfig:
+    found = checkpoint.tokenizer
+    if found is None:
+        raise UserError(
+            f"tokenizer: {checkpoint.folder} has none; add tokenizer=tokenizer.json or config=YAML to --model_args"
+        )
+    return found

@@ -130,19 +130,19 @@ class CheckpointReader:
         except (TypeError, OverflowError, MemoryError, RecursionError):
             raise self.damaged("config.yml", f"has impossible values for {cls.__name__}") from None
 
-    def verify(self, leave_out: tuple[str, ...] = ()) -> None:
-        """Compare every file with the manifest, and look at every value; DamagedCheckpoint names the first mistake.
+    def verify(self, *kinds: str) -> None:
+        """Compare files with the manifest, and look at values; DamagedCheckpoint names the first mistake.
 
         Args:
-            leave_out: kinds of tensors whose files are not read, for example `optimizer`.
+            kinds: of tensors whose files are read, for example `model`; default all.
         """
-        prefixes = tuple(f"{kind}-" for kind in leave_out)
+        looked_at = [kind for kind in self._index if not kinds or kind in kinds]
+        left_out = tuple(f"{kind}-" for kind in self._index if kind not in looked_at)
         for name in self._files:
-            if not (prefixes and name.startswith(prefixes)):
+            if not name.startswith(left_out):
                 self._check(name)
-        for kind in self._index:
-            if kind not in leave_out:
-                self._check_tensors(kind)
+        for kind in looked_at:
+            self._check_tensors(kind)
 
     def _check(self, name: str) -> None:
         path, expected = self.folder / name, self._files[name]

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.new_folder import new_folder, require_new
-from megatron.checkpoint.state import CanonicalState, TensorStream
-from megatron.checkpoint.store import save_checkpoint
-from megatron.checkpoint.tensors import Tensors
+from megatron.checkpoint.new_folder import require_new
 from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.scaling import ScalingConfig
 from megatron.data.indexed import IndexedDataset
 from megatron.errors import UserError
-from megatron.growth.grow import GrownTensors
+from megatron.exchange import canonical, open_checkpoint
+from megatron.growth.grow import grown_checkpoint
 from megatron.growth.plan import TokenCounts, describe, grown_config
 from megatron.growth.proof import Difference, compare_logits
 from megatron.growth.schedule import lineage_entry, past_growths
-from megatron.growth.source import Base, open_base
 
 # What the proof compares logits of.
 _PROOF_SEQUENCES, _PROOF_LENGTH = 2, 512
@@ -61,46 +58,31 @@ def grow_checkpoint(
     Raises: UserError for an impossible growth, a proof that fails, and files that cannot be read or written.
     """
     require_new(Path(target))
-    base = open_base(source, None if config is None else config.language, key="IN")
-    if base.reader is not None and config is not None:
+    base = open_checkpoint(source, config, key="IN")
+    if base.iteration is not None and config is not None:
         raise UserError(f"--config: {base.folder} has its own configuration; leave the flag off")
-    flat = base.reader.config if base.reader is not None else config.flat() if config is not None else {}
-    after = grown_config(base.config, counts)
-    seed = int(flat["seed"]) if seed is None else seed
-    tensors = GrownTensors(base.tensors, base.config, after, seed, counts.new_keys)
-    if (ids := _ids_of_data(flat, after)) is None:
+    base.verify()
+    settings, before = base.resolved(), base.language
+    after = grown_config(before, counts)
+    seed = int(settings["seed"]) if seed is None else seed
+    grown = grown_checkpoint(base, after, seed, counts.new_keys)
+    if (ids := _ids_of_data(settings, after)) is None:
         ids = _random_ids(after)
-    difference = compare_logits((base.config, base.tensors), (after, tensors), [ids])
-    difference.check(describe(base.config, after))
-    train_state = dict(base.reader.train_state) if base.reader is not None else {}
-    entry = lineage_entry(base.config, after, train_state, counts.new_keys, scheduled=False)
+    difference = compare_logits(base, grown, [ids])
+    difference.check(describe(before, after))
+    entry = lineage_entry(before, after, base.train_state, counts.new_keys, scheduled=False)
     entry["logit_difference"] = difference.largest
-    train_state["lineage"] = [*past_growths(train_state.get("lineage", [])), entry]
-    state = CanonicalState(
-        0 if base.reader is None else base.reader.iteration,
-        train_state,
-        _config_of_new_run(flat, after, str(target)),
-        _streams(base, tensors),
-        environment or {},
+    lineage = [*past_growths(base.train_state.get("lineage", [])), entry]
+    grown = replace(
+        grown,
+        settings=_settings_of_new_run(settings, after, str(target)),
+        train_state={**base.train_state, "lineage": lineage},
     )
-    with new_folder(target) as temporary:
-        save_checkpoint(temporary, state)
+    canonical.write(target, grown, environment)
     return GrownCheckpoint(entry, difference)
 
 
-def _streams(base: Base, tensors: GrownTensors) -> dict[str, TensorStream]:
-    """The tensors to write, each read when its turn comes."""
-    streams = {"model": _stream(tensors, "model")}
-    if base.reader is not None:
-        streams |= {kind: _stream(base.reader, kind) for kind in ("optimizer", "rng")}
-    return streams
-
-
-def _stream(tensors: Tensors, kind: str) -> TensorStream:
-    return ((name, tensors.tensor(kind, name)) for name in tensors.names(kind))
-
-
-def _config_of_new_run(flat: Mapping[str, Any], model: ModelConfig, folder: str) -> dict[str, Any]:
+def _settings_of_new_run(flat: Mapping[str, Any], model: ModelConfig, folder: str) -> dict[str, Any]:
     """The resolved configuration with the grown model, folders of its own, and no growth behind or before it."""
     folders = {"save": folder, "load": folder, "iteration": None, "pretrain_partial_init": None}
     return {**flat, **model.model_dump(mode="json"), **ScalingConfig().model_dump(mode="json"), **folders}

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.store import CheckpointReader, find_checkpoint
+from megatron.checkpoint.tensors import Tensors
 from megatron.config.sections.model import TOKENFORMER, ModelSection
 from megatron.errors import UserError
+from megatron.exchange import canonical, open_checkpoint
+from megatron.exchange.names import TAU, in_model_order, is_parameter, projection_of
 from megatron.growth.plan import KINDS, segments_of
-from megatron.model import Pattention
-from megatron.model.build import build_model
-from megatron.model.compatibility import saved_model_config
-from megatron.model.layered import LayeredModel
 
 _MODEL_KEYS = (
     "num_layers", "hidden_size", "num_attention_heads", "seq_length", "padded_vocab_size", "norm_activation_type",
@@ -31,73 +30,64 @@ def describe_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any
 
     Raises: UserError when there is no checkpoint or it is damaged.
     """
-    folder = find_checkpoint(path) if os.path.isdir(path) else None
+    folder = canonical.matches(Path(path)) if os.path.isdir(path) else None
     if folder is None:
         raise UserError(f"{path}: no checkpoint; give a run's folder or one of its global_step folders")
-    reader = CheckpointReader(folder, verify)
-    config, state = saved_model_config(reader), reader.train_state
-    model = build_model(config, device="meta")
+    checkpoint = open_checkpoint(folder)
+    if verify:
+        checkpoint.verify()
+    config, state, settings = checkpoint.model_config, checkpoint.train_state, checkpoint.resolved()
     return {
         "folder": str(folder),
-        "iteration": reader.iteration,
+        "iteration": checkpoint.iteration,
         "consumed_tokens": state.get("consumed_tokens", 0),
         "consumed_samples": state.get("consumed_samples", 0),
         "skipped_iterations": state.get("skipped_iterations", 0),
-        "parameters": model.num_parameters(),
-        "parameters_of": _parts(model, config),
+        "parameters": checkpoint.num_parameters,
+        "parameters_of": _parts(checkpoint.tensors, config),
         "model": {key: getattr(config, key) for key in _MODEL_KEYS},
         "blocks": dict(Counter(config.layer_kinds)),
         "segments": {kind: segments_of(config, kind) for kind in KINDS if TOKENFORMER in config.layer_kinds},
-        "tau_tokens": _tau_tokens(reader, model),
+        "tau_tokens": _tau_tokens(checkpoint.tensors),
         "lineage": state.get("lineage", []),
-        "optimizer": _optimizer(reader),
+        "optimizer": {"type": (settings.get("optimizer") or {}).get("type"), **_moments(checkpoint.tensors)},
         "bytes": {kind: sum(f.stat().st_size for f in folder.glob(f"{kind}*")) for kind in ("model", "optimizer", "")},
         "checksums": "hold" if verify else "not checked",
     }
 
 
-def _parts(model: LayeredModel, config: ModelSection) -> dict[str, int]:
+def _parts(tensors: Tensors, config: ModelSection) -> dict[str, int]:
     """Parameters by part of the model; blocks by their kind."""
     parts: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        part = name.split(".")[0]
-        is_block = part == "layers"
-        parts[f"{config.layer_kinds[int(name.split('.')[1])]} blocks" if is_block else part] += parameter.numel()
+    for name in filter(is_parameter, in_model_order(tensors.names("model"))):
+        part, _, rest = name.partition(".")
+        kind = f"{config.layer_kinds[int(rest.partition('.')[0])]} blocks" if part == "layers" else part
+        parts[kind] += math.prod(tensors.shape("model", name))
     return dict(parts)
 
 
-def _tau_tokens(reader: CheckpointReader, model: LayeredModel) -> dict[str, list[int]]:
+def _tau_tokens(tensors: Tensors) -> dict[str, list[int]]:
     """For each kind of layer, tau^2 block by block; q, k and v of a block are alike."""
     taus: dict[str, list[int]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Pattention):
-            kind = {"proj": "proj", "mlp": "ffn"}.get(name.rpartition(".")[2], "qkv")
-            if kind == "qkv" and not name.endswith("query"):
-                continue
-            taus.setdefault(kind, []).append(int(reader.tensor("model", f"{name}.tau_tokens")))
+    for name in in_model_order(tensors.names("model")):
+        layer = name.removesuffix(f".{TAU}")
+        if not is_parameter(name) and not layer.endswith((".key", ".value")):
+            taus.setdefault(projection_of(layer), []).append(int(tensors.tensor("model", name)))
     return taus
 
 
-def _optimizer(reader: CheckpointReader) -> dict[str, Any]:
-    """Its type, what it keeps, and for how many parameters (a frozen one has no state)."""
+def _moments(tensors: Tensors) -> dict[str, Any]:
+    """What the optimizer keeps, and for how many parameters (a frozen one has no state)."""
     moments: dict[str, set[str]] = {}
-    for full_name in reader.names("optimizer"):
+    for full_name in tensors.names("optimizer"):
         moment, _, name = full_name.partition("/")
         moments.setdefault(moment, set()).add(name)
-    shapes = {name: reader.shape("model", name) for name in set().union(*moments.values())}
+    with_state = set[str]().union(*moments.values())
     return {
-        "type": (reader.config.get("optimizer") or {}).get("type"),
         "state": sorted(moments),
-        "parameters_with_state": sum(_size(shape) for shape in shapes.values()),
-        "updates": sorted({int(reader.tensor("optimizer", f"step/{name}")) for name in moments.get("step", ())}),
+        "parameters_with_state": sum(math.prod(tensors.shape("model", name)) for name in with_state),
+        "updates": sorted({int(tensors.tensor("optimizer", f"step/{name}")) for name in moments.get("step", ())}),
     }
-
-
-def _size(shape: Sequence[int]) -> int:
-    product = 1
-    for length in shape:
-        product *= length
-    return product
 
 
 def as_text(facts: dict[str, Any]) -> str:

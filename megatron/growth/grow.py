@@ -17,6 +17,7 @@ keys as the old ones have dimensions, min(n, d). Their first gradient comes thro
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ from megatron.checkpoint.tensors import Tensors, TensorView
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.scaling import NewKeys
 from megatron.errors import UserError
-from megatron.growth.plan import TokenCounts, grown_config
+from megatron.exchange import Checkpoint
+from megatron.growth.plan import TokenCounts, grown_config, segments_of
 from megatron.model.build import build_model
 from megatron.model.init import initial_value, parameter_generator
 from megatron.model.layered import LayeredModel
@@ -40,20 +42,18 @@ class GrownTensors(TensorView):
 
     Args:
         source: tensors before.
-        before, after: model before and after (`grown_config`).
+        after: the model after (`grown_config`).
         seed: of the new values or rotations, each from a generator of its own (megatron.model.init).
         new_keys: what the new keys start as.
     """
 
-    def __init__(
-        self, source: Tensors, before: ModelSection, after: ModelSection, seed: int, new_keys: NewKeys = "zero"
-    ) -> None:
+    def __init__(self, source: Tensors, after: ModelSection, seed: int, new_keys: NewKeys = "zero") -> None:
         super().__init__(source)
         self.after, self.seed = after, seed
         self._is_softmax = after.norm_activation_type == "softmax"
         self._has_scores = self._is_softmax or new_keys == "rotated"
-        self._new = _new_parameters(before, after)
-        self._taus = _new_taus(before, after) if self._has_scores else {}
+        self._new, added = _new_parameters(after)
+        self._taus = added if self._has_scores else {}
 
     def names(self, kind: str) -> list[str]:
         """Names of a kind."""
@@ -90,7 +90,12 @@ class GrownTensors(TensorView):
         prefix = name.rpartition("_")[0]
         parts = [f"{prefix}_{i}" for i in range(segment)]
         known = set(self.source.names("model"))
-        return torch.cat([self.source.tensor("model", part) for part in parts if part in known])
+        return torch.cat([self.source.tensor("model", part).float() for part in parts if part in known])
+
+
+def grown_checkpoint(checkpoint: Checkpoint, after: ModelSection, seed: int, new_keys: NewKeys = "zero") -> Checkpoint:
+    """The checkpoint after one growth, made as it is read: nothing is written. Arguments are those of GrownTensors."""
+    return replace(checkpoint, model_config=after, tensors=GrownTensors(checkpoint.tensors, after, seed, new_keys))
 
 
 def rotated_keys(old: Tensor, size: int, ratio: float, name: str, seed: int) -> Tensor:
@@ -106,19 +111,13 @@ def rotated_keys(old: Tensor, size: int, ratio: float, name: str, seed: int) -> 
     return (math.sqrt(ratio) * torch.linalg.qr(random).Q @ triangle).to(old)
 
 
-def _new_parameters(before: ModelSection, after: ModelSection) -> dict[str, Tensor]:
-    """Parameters that a growth adds, without storage."""
-    old = {name for name, _ in build_model(before, device="meta").named_parameters()}
-    return {n: p for n, p in build_model(after, device="meta").named_parameters() if n not in old}
-
-
-def _new_taus(before: ModelSection, after: ModelSection) -> dict[str, int]:
-    """Tokens added, by the name of the layer's tau_tokens."""
-    counts = []
-    for config in (before, after):
-        modules = build_model(config, device="meta").named_modules()
-        counts.append({f"{name}.tau_tokens": m.num_tokens for name, m in modules if isinstance(m, Pattention)})
-    return {name: counts[1][name] - counts[0][name] for name in counts[1]}
+def _new_parameters(after: ModelSection) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """What the last growth of a model added: parameters, without storage, and tokens by the name of tau_tokens."""
+    model = build_model(after, device="meta")
+    growth = len(segments_of(after, "qkv")[0]) - 1
+    new: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if role_of(p).segment == growth}
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, Pattention))
+    return new, {f"{name}.tau_tokens": module.segment_sizes[growth] for name, module in layers}
 
 
 @torch.no_grad()
@@ -145,8 +144,8 @@ def grow(
     Raises: UserError for fewer tokens than there are, or a count that softmax or rotated keys cannot grow to; the
         model is unchanged.
     """
-    before, after = model.config, grown_config(model.config, TokenCounts(qkv, proj, ffn, layers, new_keys))
-    new = _new_parameters(before, after)
+    after = grown_config(model.config, TokenCounts(qkv, proj, ffn, layers, new_keys))
+    new, _ = _new_parameters(after)
     layers_by_name = {name: module for name, module in model.named_modules() if isinstance(module, Pattention)}
     value_names = {name: f"{name}.value_tokens_{len(module.segment_sizes)}" for name, module in layers_by_name.items()}
     sizes = {name: len(new[value]) if value in new else 0 for name, value in value_names.items()}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.tensors import Tensors
-from megatron.config.sections.model import ModelSection
 from megatron.errors import UserError
+from megatron.exchange import Checkpoint
 from megatron.model.blocks import BuildOptions
 from megatron.model.build import layer_lists
 from megatron.model.fill import fill
@@ -48,13 +48,13 @@ class Difference:
 
 @torch.no_grad()
 def compare_logits(
-    before: tuple[ModelSection, Tensors],
-    after: tuple[ModelSection, Tensors],
+    before: Checkpoint,
+    after: Checkpoint,
     inputs: Sequence[Tensor],
     layout: Layout = SINGLE,
     dtype: torch.dtype = torch.float32,
 ) -> Difference:
-    """Outputs of two sets of tensors, each with its configuration, for one input of each list of layers.
+    """Outputs of two checkpoints, which need not be on disk, for one input of each list of layers.
 
     For a language model these are the logits of ids [b, s].
 
@@ -70,12 +70,12 @@ def compare_logits(
         rounds = torch.tensor(not products_are_exact(device), dtype=torch.int32, device=device)
         if dtype == torch.float32 and max_over_ranks(rounds, plain.tensor):
             dtype = torch.float64
-        lists = (layer_lists(config, options).values() for config, _ in (before, after))
+        lists = (layer_lists(checkpoint.model_config, options).values() for checkpoint in (before, after))
         for x, old_specs, new_specs in zip(inputs, *lists, strict=True):
             old = new = x
             for old_spec, new_spec in zip(old_specs, new_specs, strict=True):
-                old = _run(old_spec, before[1], old, plain, dtype)
-                new = _run(new_spec, after[1], new, plain, dtype)
+                old = _run(old_spec, before.tensors, old, plain, dtype)
+                new = _run(new_spec, after.tensors, new, plain, dtype)
             found.append(torch.stack([(old - new).abs().max(), old.abs().max()]))
     # Not a number becomes infinite: a maximum over ranks may lose the former.
     extremes = torch.stack(found).nan_to_num(nan=math.inf, posinf=math.inf).amax(0)

@@ -8,13 +8,12 @@ from typing import Literal
 
 import torch
 
-from megatron.checkpoint.official_folder import find_official_folder
-from megatron.checkpoint.store import find_checkpoint
 from megatron.config.schema import RunConfig
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.errors import UserError
-from megatron.inference.huggingface_import import CONFIG
-from megatron.inference.load import load_model
+from megatron.exchange import open_checkpoint
+from megatron.exchange.opening import checkpoint_path
+from megatron.inference.load import model_of
 from megatron.log import get_logger
 from megatron.model import LanguageModel
 from megatron.mpu import SINGLE, Layout
@@ -27,20 +26,29 @@ def load_for_inference(config: RunConfig, layout: Layout = SINGLE) -> tuple[Lang
 
     Raises: UserError when no checkpoint is named or found, or the tokenizer does not fit the model.
     """
-    path = checkpoint_source(config.checkpoint)
+    path, key = _named(config.checkpoint)
+    checkpoint = open_checkpoint(path, config, config.checkpoint.iteration, key)
     device = process_device()
     dtype = inference_dtype(config.precision.dtype, device)
     tokenizer = build_tokenizer(config.tokenizer)
     attention = config.training.attention_backend
-    model = load_model(path, config, dtype, device, attention_backend=attention, layout=layout)
+    model = model_of(checkpoint, config, dtype, device, attention_backend=attention, layout=layout)
     check_vocabulary(tokenizer, model)
     name = str(dtype).removeprefix("torch.")
-    get_logger().info("model of %s: %s parameters, %s on %s", path, f"{model.num_parameters():,}", name, device)
+    get_logger().info(
+        "model of %s: %s parameters, %s on %s", checkpoint.folder, f"{model.num_parameters():,}", name, device
+    )
     return model, tokenizer
 
 
 def checkpoint_source(config: CheckpointConfig) -> Path:
     """The file or the folder of the one checkpoint that eval_ckpt, else load, and iteration name. Raises UserError."""
+    path, key = _named(config)
+    return checkpoint_path(path, config.iteration, key)
+
+
+def _named(config: CheckpointConfig) -> tuple[Path, str]:
+    """What eval_ckpt or load names, and which of them does."""
     key = "eval_ckpt" if config.eval_ckpt else "load"
     named = config.eval_ckpt or config.load
     if not named:
@@ -51,14 +59,7 @@ def checkpoint_source(config: CheckpointConfig) -> Path:
     path = Path(named)
     if not os.path.exists(path):  # Path.exists() raises where a name is too long
         raise UserError(f"{key}: {path} does not exist; train first, or name an existing checkpoint")
-    if path.is_file():
-        return path
-    if (path / CONFIG).is_file():
-        return path
-    found = find_official_folder(path, config.iteration) or find_checkpoint(path, config.iteration, key)
-    if found is None:
-        raise UserError(f"{key}: no checkpoint in {path}; train first, or name another folder or a pytorch_model.bin")
-    return found
+    return path, key
 
 
 def inference_dtype(name: Literal["fp32", "bf16", "fp16"], device: torch.device) -> torch.dtype:

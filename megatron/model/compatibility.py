@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
-from megatron.checkpoint.store import CheckpointReader
-from megatron.config.sections.model import ModelConfig, ModelSection, model_section
+from torch import nn
+
+from megatron.checkpoint.tensors import Tensors
+from megatron.config.sections.model import ModelSection
 from megatron.errors import UserError
 from megatron.model.build import build_model
 from megatron.model.layered import LayeredModel
@@ -31,13 +33,15 @@ def _key_of_missing(name: str) -> str:
     return "no_weight_tying" if name.startswith("head.") else "final_norm"
 
 
-def check_fit(model: LayeredModel, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Raise a UserError unless `shapes` holds every parameter of `model`, in its shape, and nothing else.
+def check_fit(model: nn.Module, tensors: Tensors, source: str) -> None:
+    """Raise a UserError unless `tensors` has every parameter of `model`, in its shape, and nothing else.
 
     Args:
-        shapes: canonical name -> shape; names of buffers are allowed and not checked.
+        model: without storage; see `described_model`.
+        tensors: those of kind `model` are meant. Buffers may be among them, see `tau_fault`.
         source: what is being loaded, for the message.
     """
+    shapes = {name: tensors.shape("model", name) for name in tensors.names("model")}
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     buffers = {name for name, _ in model.named_buffers()}
     for name, shape in expected.items():
@@ -77,44 +81,19 @@ def described_model(config: ModelSection) -> LayeredModel:
         raise ValueError(str(error).splitlines()[0][:200]) from None
 
 
-def tau_fault(tau_tokens: int, num_tokens: int) -> str | None:
-    """What is wrong with a layer's tau^2, which is a number of tokens it has, or had before it grew."""
-    return None if 1 <= tau_tokens <= num_tokens else f"is {tau_tokens} in a layer with {num_tokens} tokens"
-
-
-def saved_model_config(reader: CheckpointReader) -> ModelSection:
-    """The model section of the configuration in a canonical checkpoint.
-
-    Raises: DamagedCheckpoint unless the tensors are those of such a model.
-    """
-    names = reader.names("model")
-    layers = count_layers(names)
-    if reader.config.get("num_layers") != layers:  # seen to before a list of a billion layers is made
-        raise reader.damaged("config.yml", f"does not say num_layers {layers}, as the tensors do")
-    try:
-        section = model_section(reader.config.get("task", ModelConfig.task))
-    except ValueError as error:
-        raise reader.damaged("config.yml", f"cannot be used: {error}") from None
-    config = reader.section(section)
-    try:
-        model = described_model(config)
-    except ValueError as error:
-        raise reader.damaged("config.yml", f"describes no model: {error}") from None
-    try:
-        check_fit(model, {name: reader.shape("model", name) for name in names}, "the manifest")
-    except UserError as error:
-        raise reader.damaged("config.yml", f"describes another model: {error}") from None
-    for name, module in model.named_modules():
-        if isinstance(module, Pattention):
-            _check_tau(reader, f"{name}.tau_tokens", module.num_tokens)
-    return config
-
-
-def _check_tau(reader: CheckpointReader, name: str, num_tokens: int) -> None:
-    if name not in reader.names("model") or reader.shape("model", name):
-        raise reader.damaged("manifest.json", f"lacks {name}")
-    if fault := tau_fault(int(reader.tensor("model", name)), num_tokens):
-        raise reader.damaged("manifest.json", f"leads to {name} that {fault}")
+def tau_fault(model: nn.Module, tensors: Tensors) -> str | None:
+    """What is wrong with the layers' tau^2 among `tensors`, each a number of tokens its layer has, or once had."""
+    names = set(tensors.names("model"))
+    for layer, module in model.named_modules():
+        if not isinstance(module, Pattention):
+            continue
+        name = f"{layer}.tau_tokens"
+        if name not in names:
+            return f"has no tensor {name}, without which a layer computes something else"
+        tau = int(tensors.tensor("model", name))
+        if not 1 <= tau <= module.num_tokens:
+            return f"says that {name} is {tau} in a layer with {module.num_tokens} tokens"
+    return None
 
 
 def check_same_model(config: ModelSection, saved: ModelSection, folder: Path) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from functools import partial
 from pathlib import Path
 
 from megatron.checkpoint.state import CanonicalState, folder_name
-from megatron.checkpoint.store import CheckpointReader, list_iterations, remove_old, save_checkpoint
+from megatron.checkpoint.store import list_iterations, remove_old, save_checkpoint
 from megatron.config.schema import RunConfig
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.engine.base import Engine
 from megatron.errors import UserError
+from megatron.exchange import Checkpoint
 from megatron.log import get_logger
 from megatron.mpu.processes import first_rank_does
 from megatron.training.generators import random_states, restore_random_states
@@ -106,44 +108,49 @@ _DATA_KEYS = (
 )  # fmt: skip
 
 
-def data_differences(config: RunConfig, reader: CheckpointReader) -> list[str]:
+def data_differences(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
     """In which keys the data of a run is another than that of a checkpoint, `key old -> new`."""
-    now = config.flat()
-    return [f"{k} {reader.config.get(k)} -> {now[k]}" for k in _DATA_KEYS if reader.config.get(k) != now[k]]
+    now, saved = config.flat(), checkpoint.resolved()
+    return [f"{k} {saved.get(k)} -> {now[k]}" for k in _DATA_KEYS if saved.get(k) != now[k]]
 
 
-def warn_of_other_data(config: RunConfig, reader: CheckpointReader) -> None:
-    if changed := data_differences(config, reader):
+def warn_of_other_data(config: RunConfig, checkpoint: Checkpoint) -> None:
+    if changed := data_differences(config, checkpoint):
         get_logger().warning("data differs from the checkpoint's, samples may repeat: %s", "; ".join(changed))
 
 
 _ADAM_FAMILY = ("Adam", "AdamW", "FusedAdam", "ApexAdam", "CPU_Adam")
 
 
-def _restore_optimizer(config: RunConfig, engine: Engine, reader: CheckpointReader) -> None:
-    saved, now = reader.config["optimizer"]["type"], config.optimization.optimizer.type
+def _restore_optimizer(config: RunConfig, engine: Engine, checkpoint: Checkpoint) -> None:
+    settings, tensors = checkpoint.resolved(), checkpoint.tensors
+    saved, now = settings["optimizer"]["type"], config.optimization.optimizer.type
     if saved != now and not (saved in _ADAM_FAMILY and now in _ADAM_FAMILY):
         raise UserError(
-            f"optimizer.type: {now} cannot take over the state of {saved} in {reader.folder}; "
+            f"optimizer.type: {now} cannot take over the state of {saved} in {checkpoint.folder}; "
             "keep the optimizer, or set no_load_optim: true to start with a fresh state"
         )
-    if reader.config.get("no_save_optim") and reader.iteration > 0:
-        raise UserError(f"load: {reader.folder} has no optimizer state; set no_load_optim: true to go on without it")
-    names = reader.names("optimizer")
-    engine.state.write_optimizer_state(names, lambda name: reader.tensor("optimizer", name))
+    if settings.get("no_save_optim") and checkpoint.iteration:
+        raise UserError(
+            f"load: {checkpoint.folder} has no optimizer state; set no_load_optim: true to go on without it"
+        )
+    engine.state.write_optimizer_state(tensors.names("optimizer"), partial(tensors.tensor, "optimizer"))
 
 
-def restore(config: RunConfig, engine: Engine, state: TrainState, reader: CheckpointReader) -> None:
+def restore(config: RunConfig, engine: Engine, state: TrainState, checkpoint: Checkpoint | None) -> None:
     """Continue from a checkpoint whose weights the engine's model and whose progress `state` already hold.
 
-    Parameters that the checkpoint's optimizer does not know (new tokens) start without a state.
+    Parameters that the checkpoint's optimizer does not know (new tokens) start without a state. There is nothing to go
+    on from in a model that was no training checkpoint.
     """
     options = config.checkpoint
+    if checkpoint is None or checkpoint.iteration is None:
+        return
     if options.finetune:
-        get_logger().info("took the weights of %s; everything else starts anew (finetune)", reader.folder)
+        get_logger().info("took the weights of %s; everything else starts anew (finetune)", checkpoint.folder)
         return
     if not options.no_load_optim:
-        _restore_optimizer(config, engine, reader)
+        _restore_optimizer(config, engine, checkpoint)
     engine.loss_scaler = state.loss_scaler
     if not options.no_load_rng:
-        restore_random_states(config, reader, engine.layout)
+        restore_random_states(config, checkpoint, engine.layout)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.config.schema import RunConfig
+from megatron.exchange import Checkpoint
 from megatron.log import get_logger
 from megatron.mpu import Layout
 from megatron.mpu.device import uses_gpu
@@ -59,20 +60,20 @@ def seed_generators(seed: int, layout: Layout, iteration: int = 0) -> None:
     np.random.seed((seed + place) % 2**32)
 
 
-def restore_random_states(config: RunConfig, reader: CheckpointReader, layout: Layout) -> None:
+def restore_random_states(config: RunConfig, checkpoint: Checkpoint, layout: Layout) -> None:
     """Set this rank's generators as saved; seed them afresh when the run that saved had another grid."""
     keys = ("model_parallel_size", "pipe_parallel_size")
-    now = config.flat()
-    saved_ranks = {name.partition("/")[0] for name in reader.names("rng")}
-    same_axes = all(max(1, reader.config.get(key) or 1) == max(1, now[key]) for key in keys)
+    now, saved, tensors = config.flat(), checkpoint.resolved(), checkpoint.tensors
+    saved_ranks = {name.partition("/")[0] for name in tensors.names("rng")}
+    same_axes = all(max(1, saved.get(key) or 1) == max(1, now[key]) for key in keys)
     if not same_axes or len(saved_ranks) != layout.world_size:
-        seed_generators(config.training.seed, layout, reader.iteration)
+        seed_generators(config.training.seed, layout, checkpoint.iteration or 0)
         get_logger().info(
-            "%s has no random-number states of this process grid: going on from a new seed", reader.folder
+            "%s has no random-number states of this process grid: going on from a new seed", checkpoint.folder
         )
         return
     prefix = f"rank{layout.rank}/"
-    values = {n.removeprefix(prefix): reader.tensor("rng", n) for n in reader.names("rng") if n.startswith(prefix)}
+    values = {n.removeprefix(prefix): tensors.tensor("rng", n) for n in tensors.names("rng") if n.startswith(prefix)}
     torch.set_rng_state(values["torch"])
     random.setstate(_python_state(values["python"]))
     np.random.set_state(_numpy_state(values["numpy"]))

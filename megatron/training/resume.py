@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from megatron.config.checks import broken_promises
 from megatron.config.schema import RunConfig
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.errors import UserError
+from megatron.exchange import Checkpoint, open_checkpoint
 from megatron.log import get_logger
 from megatron.mpu import Layout
 from megatron.mpu.processes import first_rank_does
@@ -36,11 +37,19 @@ from megatron.training.soundness import require_sound
 class Resumption:
     """Where a run goes on.
 
-    reader: of its checkpoint.
     rollbacks: the iterations that the run was rolled back to so far, this start included.
     """
 
-    reader: CheckpointReader
+    checkpoint: Checkpoint
+    rollbacks: list[int]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What to go on from, before it is opened: a folder that has been looked through."""
+
+    folder: Path
+    iteration: int
     rollbacks: list[int]
 
 
@@ -57,7 +66,7 @@ def open_for_resume(config: RunConfig, layout: Layout) -> Resumption | None:
         _refuse_broken_promise(options, "load is not given")
         return None
     chosen = first_rank_does(lambda: _choose(options, Path(options.load or "")), layout)
-    told = [None if chosen is None else (chosen.reader.folder, chosen.rollbacks)]
+    told = [chosen]
     if layout.world_size > 1:
         dist.broadcast_object_list(told, src=0)
     found = told[0]
@@ -66,7 +75,7 @@ def open_for_resume(config: RunConfig, layout: Layout) -> Resumption | None:
         base = options.pretrain_partial_init
         get_logger().info("no checkpoint in %s: starting from %s", options.load, base or "scratch")
         return None
-    return Resumption(CheckpointReader(found[0], verify=False), found[1])
+    return Resumption(open_checkpoint(found.folder), found.rollbacks)
 
 
 def _refuse_broken_promise(options: CheckpointConfig, missing: str) -> None:
@@ -74,7 +83,7 @@ def _refuse_broken_promise(options: CheckpointConfig, missing: str) -> None:
         raise mistake
 
 
-def _choose(options: CheckpointConfig, root: Path) -> Resumption | None:
+def _choose(options: CheckpointConfig, root: Path) -> _Choice | None:
     """What to go on from, looked through; None where there is no checkpoint at all."""
     if root.exists() and not root.is_dir():
         raise UserError(f"load: {root} is a file; give the folder of the run's checkpoints")
@@ -98,11 +107,11 @@ def _choose(options: CheckpointConfig, root: Path) -> Resumption | None:
     return _newest_whole(options, root, [newest, *_others(known, newest)])
 
 
-def _whole(folder: Path) -> Resumption:
+def _whole(folder: Path) -> _Choice:
     """A checkpoint that has been looked through. Raises DamagedCheckpoint."""
     reader = CheckpointReader(folder, verify=False)
     require_sound(reader)
-    return Resumption(reader, list(reader.train_state.get("rollbacks", [])))
+    return _Choice(folder, reader.iteration, list(reader.train_state.get("rollbacks", [])))
 
 
 def _others(known: Sequence[int], newest: int) -> list[int]:
@@ -112,7 +121,7 @@ def _others(known: Sequence[int], newest: int) -> list[int]:
 
 def _newest_whole(
     options: CheckpointConfig, root: Path, candidates: Sequence[int], missing: str | None = None
-) -> Resumption:
+) -> _Choice:
     """The first of the candidates that is whole.
 
     Args:
@@ -133,7 +142,7 @@ def _newest_whole(
             damaged.append(folder)
             continue
         if faults:
-            found = Resumption(found.reader, _log_of_rollbacks(root, list_iterations(root)))
+            found = replace(found, rollbacks=_log_of_rollbacks(root, list_iterations(root)))
             _pass_over(options, root, faults, damaged, folder)
         return found
     known = ", ".join(map(str, list_iterations(root))) or "none"
@@ -186,7 +195,7 @@ def _rollbacks(root: Path, iteration: int) -> list[int] | None:
         return None
 
 
-def _rolled_back(options: CheckpointConfig, root: Path, iteration: int) -> Resumption | None:
+def _rolled_back(options: CheckpointConfig, root: Path, iteration: int) -> _Choice | None:
     """The checkpoint of `iteration`, None where there are none; once a run from it has saved, the newest of that run.
 
     A command that is run again and again, as a requeued job is, then does not start at `iteration` for ever.
@@ -198,12 +207,12 @@ def _rolled_back(options: CheckpointConfig, root: Path, iteration: int) -> Resum
     own = [i for i in reversed(known) if log[-1:] == [iteration] and _rollbacks(root, i) == log]
     if own and not options.finetune:
         found = _newest_whole(options, root, [*own, *([] if iteration in own else [iteration])])
-        if found.reader.iteration in own:
+        if found.iteration in own:
             get_logger().info(
                 "iteration: %d is where this run was rolled back to; going on from what it has saved since, %s",
-                iteration, found.reader.folder,
+                iteration, found.folder,
             )  # fmt: skip
         return found
     folder = find_checkpoint(root, iteration)
     assert folder is not None, "find_checkpoint raises where there is none"
-    return Resumption(_whole(folder).reader, [*log, iteration])
+    return replace(_whole(folder), rollbacks=[*log, iteration])

@@ -75,11 +75,10 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
     settings = EngineSettings.of(config, update)
     with reused_groups(timedelta(minutes=config.launch.distributed_timeout_minutes)):
         engine = build_engine(settings, task, layout, _first_tensors(start))
-    if start.reader is not None:
-        restore(config, engine, state, start.reader)
-    if start.resumed and start.reader is not None:
-        warn_of_other_data(config, start.reader)
-        get_logger().info("resumed from %s at iteration %d", start.reader.folder, state.iteration)
+    restore(config, engine, state, start.checkpoint)
+    if start.resumed and start.checkpoint is not None:
+        warn_of_other_data(config, start.checkpoint)
+        get_logger().info("resumed from %s at iteration %d", start.checkpoint.folder, state.iteration)
     device, dtype = process_device(), DTYPES[config.precision.dtype]
     # Counted without storage: ZeRO 3 has left empty parameters behind in the model itself.
     counted = build_model(config.model, device="meta")
@@ -132,8 +131,8 @@ def _claim_folders(config: RunConfig) -> FolderLock | None:
 def _first_tensors(start: Start) -> Tensors:
     """Whole fp32 values by canonical name: those the run starts with, or the initial ones."""
     model = start.config.model
-    if start.tensors is not None:
-        return start.tensors
+    if start.checkpoint is not None:
+        return start.checkpoint.tensors
     return InitialTensors(build_model(model, device="meta"), model, start.config.training.seed)
 
 

@@ -9,7 +9,7 @@ from megatron.checkpoint.reader import CheckpointReader
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.optimization import OptimizationConfig, OptimizerSpec
 from megatron.config.sections.parallel import ParallelConfig
-from megatron.model.compatibility import saved_model_config
+from megatron.exchange.canonical import model_config_of
 from megatron.training.generators import check_saved_states
 
 
@@ -19,7 +19,7 @@ def require_sound(reader: CheckpointReader) -> None:
     Checksums cannot tell of everything: contents may have been changed together with them.
     """
     reader.verify()
-    saved_model_config(reader)
+    model_config_of(reader)
     reader.section(ParallelConfig)
     if reader.iteration and "iteration" not in reader.train_state:
         raise reader.damaged("train_state.json", "is empty")

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron.checkpoint.store import CheckpointReader
-from megatron.checkpoint.tensors import Tensors
 from megatron.config.schema import RunConfig
-from megatron.config.sections.model import ModelSection, language_section
+from megatron.config.sections.model import ModelSection
 from megatron.config.update_size import UpdateSize
 from megatron.errors import UserError
-from megatron.growth.grow import GrownTensors
+from megatron.exchange import Checkpoint, open_checkpoint
+from megatron.growth.grow import grown_checkpoint
 from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config
 from megatron.growth.proof import Difference, compare_logits
 from megatron.growth.schedule import (
@@ -37,10 +36,8 @@ from megatron.growth.schedule import (
     next_growth,
     past_growths,
 )
-from megatron.growth.source import open_base
 from megatron.log import get_logger
-from megatron.model.build import build_model
-from megatron.model.compatibility import check_fit, check_same_model, saved_model_config
+from megatron.model.compatibility import check_fit, check_same_model, described_model
 from megatron.mpu import Layout
 from megatron.mpu.device import process_device
 from megatron.mpu.processes import first_rank_does
@@ -57,33 +54,29 @@ class Start:
     Attributes:
         config: the run's, with the model and scaling of its latest growth.
         state: progress; that of a new run unless there is a checkpoint.
-        tensors: whole tensors of the model and its optimizer; None means the initial values.
-        reader: the checkpoint that optimizer and random-number states come from, if any.
+        checkpoint: whose tensors the model and its optimizer have, growths included; None means the initial values.
         resumed: the run continues from its own checkpoint.
     """
 
     config: RunConfig
     state: TrainState
-    tensors: Tensors | None = None
-    reader: CheckpointReader | None = None
+    checkpoint: Checkpoint | None = None
     resumed: bool = False
-    _growths: list[tuple[ModelSection, Tensors, ModelSection, Tensors]] = field(default_factory=list)
+    _growths: list[tuple[Checkpoint, Checkpoint]] = field(default_factory=list)
 
     def grow(self, after: RunConfig, scheduled: bool) -> None:
         """Add the tokens that make this model that of `after`, and note it in the lineage."""
-        assert self.tensors is not None, "only a model that exists grows"
-        before, state = self.config.model, self.state
-        new_keys = after.scaling.new_keys
-        grown = GrownTensors(self.tensors, before, after.model, after.training.seed, new_keys)
-        self._growths.append((before, self.tensors, after.model, grown))
-        size = build_model(before, device="meta").num_parameters()
-        entry = lineage_entry(before, after.model, state.state_dict(), new_keys, scheduled=scheduled)
+        assert self.checkpoint is not None, "only a model that exists grows"
+        before, state, new_keys = self.checkpoint, self.state, after.scaling.new_keys
+        self.checkpoint = grown_checkpoint(before, after.model, after.training.seed, new_keys)
+        self._growths.append((before, self.checkpoint))
+        entry = lineage_entry(before.model_config, after.model, state.state_dict(), new_keys, scheduled=scheduled)
         get_logger().info(
             "growth at iteration %d: %s; %s to %s parameters",
-            state.iteration, entry["added"], f"{size:,}", f"{entry['parameters']:,}",
+            state.iteration, entry["added"], f"{before.num_parameters:,}", f"{entry['parameters']:,}",
         )  # fmt: skip
         state.lineage = [*state.lineage, entry]
-        self.config, self.tensors = after, grown
+        self.config = after
 
     def prove(self, inputs: Sequence[Tensor], layout: Layout) -> None:
         """Compare outputs for held-out inputs before and after each growth, and print the difference. Collective.
@@ -91,9 +84,9 @@ class Start:
         Raises: UserError on every rank when rounding does not explain it; nothing has been written by then.
         """
         device = process_device()
-        for number, (before, old, after, new) in enumerate(self._growths):
+        for number, (before, after) in enumerate(self._growths):
             numbers = torch.zeros(2, device=device)
-            compare = partial(compare_logits, (before, old), (after, new), [x.to(device) for x in inputs], layout)
+            compare = partial(compare_logits, before, after, [x.to(device) for x in inputs], layout)
             found = compare() if layout.rank and layout.data.rank == layout.pipeline.rank == 0 else None
             # The whole model is read twice: ranks that take no part wait where there is no limit of time.
             found = first_rank_does(compare, layout) or found
@@ -106,7 +99,7 @@ class Start:
                 "growth: logits of a held-out batch differ by %.2e (largest logit %.2e)",
                 difference.largest, difference.scale,
             )  # fmt: skip
-            difference.check(describe(before, after))
+            difference.check(describe(before.model_config, after.model_config))
             entry = self.state.lineage[len(self.state.lineage) - len(self._growths) + number]
             entry["logit_difference"] = difference.largest
         self._growths.clear()  # the models before need not be kept
@@ -134,63 +127,65 @@ def find_start(config: RunConfig, layout: Layout, update: UpdateSize) -> Start:
 
 
 def _from_checkpoint(config: RunConfig, resumption: Resumption) -> Start:
-    reader = resumption.reader
-    state, saved = TrainState(), saved_model_config(reader)
+    checkpoint = resumption.checkpoint
+    state, saved = TrainState(), checkpoint.model_config
     if config.checkpoint.finetune:
-        state.lineage = past_growths(reader.train_state.get("lineage", []))
+        state.lineage = past_growths(checkpoint.train_state.get("lineage", []))
     else:
-        state.load_state_dict(reader.train_state)
+        state.load_state_dict(checkpoint.train_state)
         state.rollbacks = resumption.rollbacks
     grown = grown_as_saved(config.model, config.scaling, saved, state.lineage)
     config = config.replaced(model=grown.model, scaling=grown.scaling)
-    check_same_model(config.model, saved, reader.folder)
-    _check_fit(config.model, reader, f"load: {reader.folder}")
-    return Start(config, state, reader, reader, resumed=not config.checkpoint.finetune)
+    check_same_model(config.model, saved, checkpoint.folder)
+    checkpoint = _configured(checkpoint, config.model, "load")
+    return Start(config, state, checkpoint, resumed=not config.checkpoint.finetune)
 
 
-def _check_fit(model: ModelSection, tensors: Tensors, source: str) -> None:
-    shapes = {name: tensors.shape("model", name) for name in tensors.names("model")}
-    check_fit(build_model(model, device="meta"), shapes, source)
+def _configured(checkpoint: Checkpoint, model: ModelSection, key: str) -> Checkpoint:
+    """The checkpoint as this model: lengths and dropout may be others than it was trained with. Raises UserError."""
+    check_fit(described_model(model), checkpoint.tensors, f"{key}: {checkpoint.folder}")
+    return replace(checkpoint, model_config=model)
 
 
 def _from_smaller_model(config: RunConfig, path: str, layout: Layout) -> Start:
-    base = open_base(Path(path), language_section(config.model), verify=False)
-    if base.reader is not None:
-        first_rank_does(partial(require_sound, base.reader), layout)
+    key = "pretrain_partial_init"
+    base = open_checkpoint(path, config, key=key)
+    if isinstance(base.tensors, CheckpointReader):
+        first_rank_does(partial(require_sound, base.tensors), layout)
     slots = {f"{kind}_slot_num": getattr(config.model, f"{kind}_slot_num") for kind in KINDS}
-    check_same_model(config.model, base.config.model_copy(update=slots), base.folder)
-    # Everything but the tokens is as configured: lengths and dropout may be others than the smaller model's.
-    tokens = {key: getattr(base.config, key) for key in (*slots, "token_segments")}
-    before = type(config.model)(**{**config.model.model_dump(), **tokens})
-    _check_fit(before, base.tensors, f"pretrain_partial_init: {base.folder}")
+    same = base.model_config.replaced(**slots, token_segments=None)
+    check_same_model(config.model, same, base.folder)
+    # Everything but the tokens is as configured.
+    tokens = {name: getattr(base.model_config, name) for name in (*slots, "token_segments")}
+    base = _configured(base, type(config.model)(**{**config.model.model_dump(), **tokens}), key)
     qkv, proj, ffn = (slots[f"{kind}_slot_num"] for kind in KINDS)
     counts = TokenCounts(qkv, proj, ffn, new_keys=config.scaling.new_keys)
-    after = config.model_copy(update={"model": grown_config(before, counts)})
+    after = config.replaced(model=grown_config(base.model_config, counts))
     state = TrainState()
-    if base.reader is not None:
-        _carry_over(state, config, base.reader)
-    start = Start(config.model_copy(update={"model": before}), state, base.tensors, base.reader)
+    if base.iteration is not None:
+        _carry_over(state, config, base)
+    start = Start(config.replaced(model=base.model_config), state, base)
     start.grow(after, scheduled=False)
     return start
 
 
-def _carry_over(state: TrainState, config: RunConfig, reader: CheckpointReader) -> None:
+def _carry_over(state: TrainState, config: RunConfig, base: Checkpoint) -> None:
     """Take over what a smaller model's run has reached: tokens, place in the data, lineage and, if asked for, time."""
     if config.checkpoint.finetune:
-        state.lineage = past_growths(reader.train_state.get("lineage", []))
+        state.lineage = past_growths(base.train_state.get("lineage", []))
         return
-    state.load_state_dict(reader.train_state)
+    state.load_state_dict(base.train_state)
     state.lineage, state.rollbacks = past_growths(state.lineage), []
     if config.scaling.partial_init_policy == "restart":
         state.iteration = state.skipped_iterations = 0
     elif state.iteration >= (config.training.train_iters or math.inf):
         raise UserError(
             f"train_iters: {config.training.train_iters} is not more than the {state.iteration} iterations of "
-            f"{reader.folder}; raise it, or set partial_init_policy: restart"
+            f"{base.folder}; raise it, or set partial_init_policy: restart"
         )
-    changed = data_differences(config, reader)
+    changed = data_differences(config, base)
     if changed:
-        get_logger().info("data starts anew, it differs from that of %s: %s", reader.folder, "; ".join(changed))
+        get_logger().info("data starts anew, it differs from that of %s: %s", base.folder, "; ".join(changed))
         state.consumed_samples, state.epoch_blocks = 0, {}
 
 

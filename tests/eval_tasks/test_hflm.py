@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 
 from eval_tasks.adapter import TokenFormerLM
 from megatron.config.sections.tokenizer import TokenizerConfig
-from megatron.inference.huggingface import export_huggingface
+from megatron.exchange.convert import export_huggingface
 from tests.random_models import make_model
 
 huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="needs transformers and accelerate")

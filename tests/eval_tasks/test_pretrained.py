@@ -12,10 +12,10 @@ import pytest
 
 from eval_tasks.__main__ import main
 from eval_tasks.adapter import TokenFormerLM
-from eval_tasks.pretrained import tokenizer_of
+from eval_tasks.pretrained import load_pretrained
 from megatron.errors import UserError, run_command
-from megatron.inference.convert import to_huggingface
-from megatron.inference.huggingface import export_huggingface
+from megatron.exchange import open_checkpoint
+from megatron.exchange.convert import export_huggingface, to_huggingface
 from tests.random_models import make_config, make_model, save_random_models
 from tests.training.test_damaged_checkpoints import forge, record
 
@@ -44,12 +44,12 @@ def test_the_command_line_evaluates_a_checkpoint(run_folder: Path, tmp_path: Pat
 def test_every_form_of_a_model_brings_its_tokenizer(run_folder: Path, tmp_path: Path, tokenizer_file: Path) -> None:
     lm = TokenFormerLM.create_from_arg_string(f"pretrained={run_folder},max_length=20", {"batch_size": "auto:4"})
     assert (lm.max_length, lm.batches.size, lm.tokenizer_name) == (20, None, "HFTokenizer-320")
-    export_huggingface(make_model(padded_vocab_size=384), tmp_path / "hf", tokenizer_of(run_folder))
+    export_huggingface(make_model(padded_vocab_size=384), tmp_path / "hf", open_checkpoint(run_folder).tokenizer)
     lm = TokenFormerLM.create_from_arg_obj({"pretrained": str(tmp_path / "hf")}, {"device": None, "batch_size": 3})
     assert (lm.max_length, lm.batches.size, lm.tokenizer_name) == (48, 3, "HFTokenizer-320")
     export_huggingface(make_model(padded_vocab_size=384), tmp_path / "bare")
     with pytest.raises(UserError, match="bare has none; add tokenizer=tokenizer.json or config=YAML"):
-        tokenizer_of(tmp_path / "bare")
+        load_pretrained(str(tmp_path / "bare"))
     arguments = {"pretrained": str(tmp_path / "bare"), "tokenizer": str(tokenizer_file)}
     assert TokenFormerLM.create_from_arg_obj(arguments).tokenizer_name == "HFTokenizer-320"
     with pytest.raises(UserError, match="dtype: 'int8' is not supported"):
@@ -90,7 +90,7 @@ def test_words_of_other_models_that_change_nothing_are_taken(run_folder: Path) -
 def test_a_damaged_tokenizer_section_is_named(run_folder: Path) -> None:
     forge(run_folder / "global_step7", record("config.yml", lambda config: config.update(tokenizer_type="Abacus")))
     with pytest.raises(UserError, match="config.yml cannot be used: tokenizer_type"):
-        tokenizer_of(run_folder)
+        load_pretrained(str(run_folder))
     with pytest.raises(UserError, match="config.yml cannot be used: tokenizer_type"):
         to_huggingface(run_folder, run_folder.parent / "hf")
 

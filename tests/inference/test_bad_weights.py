@@ -21,10 +21,11 @@ from megatron.config import RunConfig
 from megatron.errors import EXIT_USER_ERROR, UserError, run_command
 from megatron.evaluation.corpus import corpus_documents
 from megatron.evaluation.perplexity import perplexity
-from megatron.growth.source import open_base
-from megatron.inference.convert import from_official, official_tensors, to_huggingface
+from megatron.exchange import open_checkpoint
+from megatron.exchange.checkpoint import of_model
+from megatron.exchange.convert import export_huggingface, from_official, to_huggingface
+from megatron.exchange.official import official_tensors
 from megatron.inference.generate import generate
-from megatron.inference.huggingface import export_huggingface
 from megatron.inference.load import load_model
 from megatron.inference.modes import run_generation
 from megatron.tokenizer import CharLevelTokenizer, HFTokenizer
@@ -40,7 +41,7 @@ KEYS: dict[str, Any] = {"padded_vocab_size": None, "make_vocab_size_divisible_by
 
 def flat() -> dict[str, Tensor]:
     """The tensors of a random model under their official names."""
-    return official_tensors(make_model(dtype=torch.float32))
+    return official_tensors(of_model(make_model(dtype=torch.float32)))
 
 
 def edit(tensors: dict[Any, Any], value: float) -> dict[Any, Any]:
@@ -154,7 +155,7 @@ def test_a_file_that_is_no_dictionary_of_weights_is_one_line(kind: str, tmp_path
         with pytest.raises(UserError, match=message):
             load_model(path, config)
     with pytest.raises(UserError, match=message):
-        open_base(path, make_config().model)
+        open_checkpoint(path, make_config().model)
 
 
 def without(name: str) -> dict[str, Tensor]:
@@ -192,7 +193,7 @@ def test_a_bad_tensor_is_named(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         from_official(path, tmp_path / "run", make_config())
     with pytest.raises(UserError, match=message):
-        open_base(path, make_config(**KEYS).model)
+        open_checkpoint(path, make_config(**KEYS).model)
 
 
 def test_two_names_of_one_tensor_are_fine(tmp_path: Path) -> None:
@@ -295,7 +296,7 @@ def test_a_file_of_an_older_torch_is_read(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_none_of_torch_is_one_line(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(content)
-    for read in (load_model, open_base):
+    for read in (load_model, open_checkpoint):
         with pytest.raises(UserError, match=f"not a readable PyTorch file of tensors .{reason}") as error:
             read(tmp_path / "pytorch_model.bin", make_config().model)
         assert "\n" not in str(error.value)
@@ -316,7 +317,7 @@ def test_names_that_no_file_can_have_are_one_line(name: str, tmp_path: Path) -> 
         lambda: run_evaluation(make_config(load=str(tmp_path), eval_tasks=["a"], include_path=name)),
         lambda: list(corpus_documents(name, CharLevelTokenizer())),
         lambda: load_model(name),
-        lambda: open_base(name, None),
+        lambda: open_checkpoint(name, None),
         lambda: to_huggingface(name, tmp_path / "hf"),
         lambda: HFTokenizer(name),
         lambda: load_pretrained(pretrained=name),

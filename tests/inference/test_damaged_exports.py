@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron.config.sections.base import MAX_SIZE
 from megatron.errors import EXIT_USER_ERROR, UserError, run_command
+from megatron.exchange.convert import export_huggingface
 from megatron.inference import load_model
-from megatron.inference.huggingface import export_huggingface
 from megatron.model import LanguageModel
 from tests.damage import damaged
 from tests.random_models import make_model

@@ -12,9 +12,9 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron.errors import UserError
+from megatron.exchange.convert import export_huggingface
+from megatron.exchange.gpt_neox import canonical_names, neox_name
 from megatron.inference import load_model
-from megatron.inference.gpt_neox import canonical_names, neox_name
-from megatron.inference.huggingface import export_huggingface
 from tests.random_models import make_model
 
 IDS = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -20,10 +20,13 @@ from safetensors.torch import load_file
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
+from megatron.exchange import open_checkpoint
+from megatron.exchange.checkpoint import of_model
+from megatron.exchange.convert import export_huggingface
+from megatron.exchange.huggingface_source import configuration_source, modeling_source
+from megatron.exchange.joined import JoinedTensors
+from megatron.exchange.official import official_tensors
 from megatron.inference import generate, load_model
-from megatron.inference.convert import official_tensors
-from megatron.inference.huggingface import export_huggingface, joined_tensors
-from megatron.inference.huggingface_source import configuration_source, modeling_source
 from megatron.model import LanguageModel, Pattention
 from megatron.tokenizer import CharLevelTokenizer, build_tokenizer
 from tests.inference.loaded_exports import PROMPTS, loaded, padded, private_modules
@@ -63,7 +66,7 @@ def test_golden_logits_survive_every_form(name: str, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "saved_by_transformers")
     original = torch.load(GOLDEN / name / "pytorch_model.bin", weights_only=True)
     for folder in ("export", "saved_by_transformers"):
-        tensors = official_tensors(load_model(tmp_path / folder))
+        tensors = official_tensors(open_checkpoint(tmp_path / folder))
         assert tensors.keys() == original.keys()
         assert all(torch.equal(tensors[key], original[key]) for key in original)
 
@@ -153,7 +156,7 @@ def test_a_grown_model_is_joined_and_keeps_its_tau(tmp_path: Path) -> None:
     assert (back(ids) - model(ids)).abs().max() < 1e-9
     assert back.config.ffn_slot_num == 46
     with pytest.raises(UserError, match=r"layers\.0\.attention\.query: has 30 tokens and tau\^2 = 24"):
-        official_tensors(model)
+        official_tensors(of_model(model))
 
 
 def test_large_weights_are_spread_over_files(tmp_path: Path) -> None:
@@ -287,7 +290,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def full(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("megatron.inference.huggingface.save_file", full)
+    monkeypatch.setattr("megatron.exchange.huggingface_weights.save_file", full)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         export_huggingface(make_model(), tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
@@ -295,4 +298,4 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_joined_tensors_of_an_ungrown_model_are_its_own() -> None:
     model = make_model()
-    assert joined_tensors(model).keys() == model.state_dict().keys()
+    assert JoinedTensors(of_model(model).tensors).names("model") == list(model.state_dict())

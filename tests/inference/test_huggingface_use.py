@@ -15,8 +15,8 @@ import transformers
 from torch import Tensor, nn
 
 from megatron.config.sections.tokenizer import TokenizerConfig
+from megatron.exchange.convert import export_huggingface
 from megatron.inference import load_model
-from megatron.inference.huggingface import export_huggingface
 from tests.inference.loaded_exports import IDS, PROMPTS, loaded, private_modules
 from tests.random_models import make_model
 

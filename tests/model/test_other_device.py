@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils import backend_registration
 
+from megatron.checkpoint import tensors
 from megatron.engine.gradients import clip_gradients
 from megatron.engine.state import EngineState
 from megatron.evaluation.corpus import Document
 from megatron.evaluation.perplexity import corpus_perplexity
+from megatron.exchange import Checkpoint
+from megatron.exchange.convert import export_huggingface
 from megatron.growth.grow import grow
 from megatron.growth.proof import compare_logits
 from megatron.inference.generate import generate
-from megatron.inference.huggingface import export_huggingface
 from megatron.model import LanguageModel
 from megatron.mpu import SINGLE
 from megatron.ops.cross_entropy import cross_entropy
@@ -112,7 +114,7 @@ def decoding(name: str) -> None:
     assert found == pytest.approx(expected, rel=1e-9)
 
 
-class Tensors:
+class Tensors(tensors.Tensors):
     """A model's tensors, as a checkpoint gives them: on the CPU."""
 
     def __init__(self, model: LanguageModel) -> None:
@@ -131,12 +133,12 @@ class Tensors:
 def growing(name: str) -> None:
     model = made("l2_norm_gelu" if name == "rotated" else name, NAME, torch.float64).eval()
     ids = IDS.to(NAME)
-    old_config, old = model.config, Tensors(model)
+    old = Checkpoint(Path("before"), model.config, Tensors(model))
     with torch.no_grad():
         before = model(ids)
         grow(model, **GROWTHS[name])
         assert (model(ids) - before).abs().max().item() < 1e-9 * before.abs().max().item()
-    compare_logits((old_config, old), (model.config, Tensors(model)), [ids]).check("this growth")
+    compare_logits(old, Checkpoint(Path("after"), model.config, Tensors(model)), [ids]).check("this growth")
     trained(model, ids)
 
 

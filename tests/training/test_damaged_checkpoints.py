@@ -67,7 +67,8 @@ def outcome(config: RunConfig) -> CheckpointReader:
     start = time.monotonic()
     found = open_for_resume(config, SINGLE)
     assert time.monotonic() - start < SECONDS_A_FILE and found is not None
-    return found.reader
+    assert isinstance(found.checkpoint.tensors, CheckpointReader)
+    return found.checkpoint.tensors
 
 
 def test_a_damaged_file_costs_one_warning_and_the_checkpoint_before_is_taken(

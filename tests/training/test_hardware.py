@@ -150,13 +150,10 @@ def test_processes_of_a_node_build_one_after_the_other(tmp_path: Path) -> None:
 
 def test_a_growth_is_proven_in_fp64_where_products_keep_being_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config([], {**TINY, "padded_vocab_size": 64}).model
+    from megatron.exchange.checkpoint import of_model
     from megatron.model import LanguageModel
 
     model = LanguageModel(config, seed=0)
-
-    class Tensors:
-        def tensor(self, kind: str, name: str) -> torch.Tensor:
-            return model.state_dict()[name]
 
     seen: list[torch.dtype] = []
     original = proof._run
@@ -166,10 +163,10 @@ def test_a_growth_is_proven_in_fp64_where_products_keep_being_rounded(monkeypatc
         return original(*args)
 
     monkeypatch.setattr(proof, "_run", record)
-    pair: Any = (config, Tensors())
+    checkpoint = of_model(model)
     for exact, dtype in ((True, torch.float32), (False, torch.float64)):
         monkeypatch.setattr(proof, "products_are_exact", lambda device, exact=exact: exact)
-        assert proof.compare_logits(pair, pair, [torch.zeros(1, 4, dtype=torch.int64)]).largest == 0
+        assert proof.compare_logits(checkpoint, checkpoint, [torch.zeros(1, 4, dtype=torch.int64)]).largest == 0
         assert set(seen) == {dtype}
         seen.clear()
 

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
 
     from megatron.config import load_config
-    from megatron.inference import convert
+    from megatron.exchange import convert
 
     config = load_config(args.config) if getattr(args, "config", None) else None
     if args.command == "to-hf":

@@ -14,13 +14,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from megatron.checkpoint.published import canonical_name
 from megatron.checkpoint.store import CheckpointReader, find_checkpoint
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import run_command
+from megatron.exchange.convert import export_huggingface
+from megatron.exchange.official import canonical_name, official_name
 from megatron.inference import load_model
-from megatron.inference.convert import official_name
-from megatron.inference.huggingface import export_huggingface
 from tests.random_models import make_config, save_random_models
 from tools.ckpts.convert import main
 

@@ -18,7 +18,7 @@ from megatron.checkpoint.store import save_checkpoint
 from megatron.config import load_config
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import run_command
-from megatron.growth import convert
+from megatron.exchange import canonical
 from megatron.growth import proof as growth_proof
 from megatron.inference import load_model
 from megatron.training import train
@@ -214,7 +214,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
         ([str(base), str(out), "--qkv", "48", "--layers", "0,2"], "layers: 2 is not a tokenformer block"),
         ([str(base), str(out), "--qkv", "48", "--layers", "0-x"], "--layers: 0-x is no list of blocks"),
         ([str(tmp_path / "none"), str(out), *FLAGS], "IN: no checkpoint in "),
-        ([flat, str(out), *FLAGS], "--config: "),
+        ([flat, str(out), *FLAGS], "holds tensors only; give the YAML configuration of its model too (--config YAML)"),
         ([str(base), str(out), *FLAGS, "--config", str(golden_yaml)], "leave the flag off"),
     ):
         assert message in failure(grow_tool, arguments, capsys), arguments
@@ -234,7 +234,7 @@ def test_a_disk_that_refuses_leaves_nothing_half_written(
         real(root, *arguments)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert, "save_checkpoint", full)
+    monkeypatch.setattr(canonical, "save_checkpoint", full)
     assert "No space left" in failure(grow_tool, [str(base), str(tmp_path / "out"), *FLAGS], capsys)
     assert list(tmp_path.iterdir()) == []
 

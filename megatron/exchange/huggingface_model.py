@@ -1,6 +1,6 @@
 """The model as transformers wants it: the root of the modeling_tokenformer.py that an export carries.
 
-megatron.inference.huggingface_source inlines everything that this file imports from the package, so the export runs
+megatron.exchange.huggingface_source inlines everything that this file imports from the package, so the export runs
 without it, and puts the export's TokenFormerConfig in the place of ModelConfig. A function defined here replaces the
 package's function of the same name: an export has one implementation of Pattention and of attention, free of kernels,
 and runs in one process, so that nothing is shared with other ranks.
@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from megatron.config.sections.model import ModelConfig
-from megatron.inference.huggingface_attention import AttentionCall, TokenFormerAttention, token_positions
+from megatron.exchange.huggingface_attention import AttentionCall, TokenFormerAttention, token_positions
 from megatron.model.blocks import Block, BuildOptions
 from megatron.model.embedding import Embedding
 from megatron.model.norms import RMSNorm, build_norm

@@ -20,16 +20,16 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron.checkpoint.published import check_flat, load_file, read_flat_file
 from megatron.errors import UserError
+from megatron.exchange.torch_file import check_flat, load_file, read_flat_file
 from megatron.files import read_errors
 
 _LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _ZERO3 = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 _TAG = re.compile(r"\w[\w.-]{0,200}")
-_FLAT = "pytorch_model.bin"
-_INDEX = f"{_FLAT}.index.json"
+FLAT_FILE = "pytorch_model.bin"
+_INDEX = f"{FLAT_FILE}.index.json"
 
 
 def find_official_folder(path: str | Path, iteration: int | None = None) -> Path | None:
@@ -50,15 +50,15 @@ def _latest_tag(path: Path) -> list[str]:
 def _is_official(folder: Path) -> bool:
     if not os.path.isdir(folder):
         return False
-    patterns = (_LAYER, _MODEL, _ZERO3, re.compile(rf"{_FLAT}|{_INDEX}"))
+    patterns = (_LAYER, _MODEL, _ZERO3, re.compile(rf"{FLAT_FILE}|{_INDEX}"))
     return any(pattern.fullmatch(file.name) for file in folder.iterdir() for pattern in patterns if file.is_file())
 
 
-def read_official_folder(folder: Path, key: str = "eval_ckpt") -> dict[str, Tensor]:
+def read_official_folder(folder: Path, key: str) -> dict[str, Tensor]:
     """All tensors with the names of the flat file; UserError, which starts with `key`, for a split or damaged model."""
     names = sorted(file.name for file in folder.iterdir())
-    if (folder / _FLAT).is_file():
-        return read_flat_file(folder / _FLAT, key)
+    if (folder / FLAT_FILE).is_file():
+        return read_flat_file(folder / FLAT_FILE, key)
     if (folder / _INDEX).is_file():
         return _read_shards(folder, key)
     layers = [match for name in names if (match := _LAYER.fullmatch(name))]
@@ -69,7 +69,7 @@ def read_official_folder(folder: Path, key: str = "eval_ckpt") -> dict[str, Tens
     models = [match for name in names if (match := _MODEL.fullmatch(name))]
     if not models:
         raise UserError(
-            f"{key}: {folder} holds ZeRO stage 3 shards; run its zero_to_fp32.py and name the {_FLAT} it writes"
+            f"{key}: {folder} holds ZeRO stage 3 shards; run its zero_to_fp32.py and name the {FLAT_FILE} it writes"
         )
     _refuse_split(folder, max(int(match[1]) for match in models) + 1, key)
     return _read_module(folder / models[0].string, key)

@@ -1,4 +1,4 @@
-"""Transformer models in the Hugging Face GPT-NeoX format (Pythia and others): configuration and tensor names.
+"""Transformer models in the Hugging Face GPT-NeoX format (Pythia and others): a folder that needs no code of its own.
 
 GPTNeoXForCausalLM                                        canonical name
     gpt_neox.embed_in.weight                              embedding.word_embeddings.weight
@@ -15,14 +15,27 @@ query_key_value is fused head by head: its rows are [heads, 3, head_dim].
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.tensors import Tensors
 from megatron.config.sections.model import TOKENFORMER, ModelConfig
 from megatron.errors import UserError
+from megatron.exchange.checkpoint import Checkpoint
+from megatron.exchange.huggingface_folder import (
+    CONFIG,
+    SHARD_BYTES,
+    architectures,
+    is_tied,
+    open_folder,
+    read_json,
+    write_folder,
+)
+from megatron.exchange.names import in_model_order
 
 ARCHITECTURE = "GPTNeoXForCausalLM"
 _LAYER_PARTS = {
@@ -37,6 +50,35 @@ _QKV = ("query", "key", "value")
 _SPLIT = re.compile(r"^(layers\.\d+\.)attention\.(query|key|value)\.(weight|bias)$")
 # Masks and rotary tables that older versions saved.
 _CONSTANT = re.compile(r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$")
+
+
+def matches(path: Path, iteration: int | None = None, key: str = "load") -> Path | None:
+    """`path` if it is a folder with a config.json that names this architecture."""
+    return path if ARCHITECTURE in architectures(path) else None
+
+
+def open(path: Path, config: object = None, key: str = "load") -> Checkpoint:
+    """A GPT-NeoX model, which says for itself what it is. Raises UserError for one that is damaged or not expressible.
+
+    The fused tensors are split as they are read.
+    """
+
+    def split(name: str, stored: Tensor, num_heads: int) -> Tensor:
+        return split_fused(name, stored, num_heads) if _SPLIT.match(name) else stored
+
+    return open_folder(path, _keys(read_json(path / CONFIG), str(path / CONFIG)), canonical_names, split)
+
+
+def write(
+    target: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a folder that GPTNeoXForCausalLM loads, for a model that `is_expressible`; complete or not at all.
+
+    Args and errors: those of megatron.exchange.huggingface.write.
+    """
+    config = checkpoint.language
+    tensors = neox_tensors(checkpoint.tensors, config.num_attention_heads)
+    write_folder(target, checkpoint, tensors, neox_config(config), dtype, shard_bytes)
 
 
 def neox_name(canonical: str) -> str:
@@ -76,18 +118,16 @@ def split_fused(name: str, fused: Tensor, num_heads: int) -> Tensor:
     return by_head[:, _QKV.index(split[2])].flatten(0, 1).contiguous()
 
 
-def neox_tensors(tensors: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor]:
+def neox_tensors(tensors: Tensors, num_heads: int) -> Iterator[tuple[str, Tensor]]:
     """Canonical tensors under GPT-NeoX names, query, key and value fused."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name in in_model_order(tensors.names("model")):
         split = _SPLIT.match(name)
         if split is None:
-            renamed[neox_name(name)] = tensor
+            yield neox_name(name), tensors.tensor("model", name)
         elif split[2] == "query":
-            parts = [tensors[f"{split[1]}attention.{part}.{split[3]}"] for part in _QKV]
+            parts = [tensors.tensor("model", f"{split[1]}attention.{part}.{split[3]}") for part in _QKV]
             by_head = torch.stack([part.unflatten(0, (num_heads, -1)) for part in parts], 1)  # [h, 3, head_dim, ..]
-            renamed[neox_name(name)] = by_head.flatten(0, 2)
-    return renamed
+            yield neox_name(name), by_head.flatten(0, 2)
 
 
 def is_expressible(config: ModelConfig) -> bool:
@@ -120,6 +160,18 @@ def neox_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _keys(found: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """`model_config`, with a UserError for whatever is wrong with the file."""
+    try:
+        return model_config(found, source)
+    except KeyError as error:
+        raise UserError(f"{source}: key {error} is missing; the file is not complete") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{source}: cannot be used: {error}; give the file of a model") from None
+
+
 def model_config(found: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Keys of ModelConfig from a GPT-NeoX config.json.
 
@@ -141,14 +193,6 @@ def model_config(found: Mapping[str, Any], source: str) -> dict[str, Any]:
         "use_bias_in_attn_linear": get("attention_bias", True), "init_method_std": get("initializer_range", 0.02),
         "attention_dropout": get("attention_dropout", 0.0), "hidden_dropout": get("hidden_dropout", 0.0),
     }  # fmt: skip
-
-
-def is_tied(found: Mapping[str, Any], default: bool, source: str) -> bool:
-    """tie_word_embeddings of a config.json. Raises UserError where it is not a truth value."""
-    tied = found.get("tie_word_embeddings")
-    if tied is not None and not isinstance(tied, bool):
-        raise UserError(f"{source}: tie_word_embeddings: {str(tied)[:40]!r} is neither true nor false")
-    return default if tied is None else tied
 
 
 def _plain_rotary(found: Mapping[str, Any], source: str) -> dict[str, Any]:

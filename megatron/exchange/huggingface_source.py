@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron.config.sections.model import ModelConfig, ModelSection
 
 _PACKAGE = "megatron"
-_MODEL, _CONFIG = "megatron.inference.huggingface_model", ModelConfig.__module__
+_MODEL, _CONFIG = "megatron.exchange.huggingface_model", ModelConfig.__module__
 _CONFIG_CLASS = "TokenFormerConfig"
 CONFIGURATION, MODELING = "configuration_tokenformer", "modeling_tokenformer"
 

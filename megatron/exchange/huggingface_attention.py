@@ -1,6 +1,6 @@
 """Attention of an exported model: by the functions, masks and caches of transformers.
 
-A part of modeling_tokenformer.py, see megatron.inference.huggingface_model.
+A part of modeling_tokenformer.py, see megatron.exchange.huggingface_model.
 
 Legend: b batch, s new tokens, s_kv cached slots, h heads.
 """

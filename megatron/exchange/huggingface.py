@@ -1,0 +1,105 @@
+"""TokenFormer in Hugging Face's form: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
+
+The folder carries its own code (see megatron.exchange.huggingface_source). The tokens of a grown layer are joined into
+one segment; its tau_tokens is kept.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.config.sections.model import ModelConfig
+from megatron.errors import UserError
+from megatron.exchange.checkpoint import Checkpoint
+from megatron.exchange.huggingface_folder import (
+    CONFIG,
+    SHARD_BYTES,
+    architectures,
+    is_tied,
+    open_folder,
+    write_folder,
+)
+from megatron.exchange.huggingface_source import (
+    CONFIGURATION,
+    EXPORT_NAMES,
+    MODELING,
+    configuration_source,
+    modeling_source,
+)
+from megatron.exchange.huggingface_weights import read_json
+from megatron.exchange.joined import JoinedTensors, joined_config
+from megatron.exchange.names import HEAD
+
+ARCHITECTURE = "TokenFormerForCausalLM"
+
+
+def matches(path: Path, iteration: int | None = None, key: str = "load") -> Path | None:
+    """`path` if it is a folder with a config.json, of whichever architecture."""
+    return path if os.path.isfile(path / CONFIG) else None
+
+
+def open(path: Path, config: object = None, key: str = "load") -> Checkpoint:
+    """An export, which says for itself what it is. Raises UserError for a damaged one or another architecture."""
+    source, named = path / CONFIG, architectures(path)
+    if ARCHITECTURE not in named:
+        raise UserError(
+            f"{source}: architecture {', '.join(named) or 'unknown'} is not supported; "
+            f"{ARCHITECTURE} and GPTNeoXForCausalLM are"
+        )
+    found = read_json(source)
+    keys = {name: found[name] for name in ModelConfig.model_fields if name in found}
+    keys["vocab_size"] = found.get("tokenizer_vocab_size")
+    keys["no_weight_tying"] = not is_tied(found, True, str(source))
+    return open_folder(path, keys, lambda name: [_canonical_name(name)], layers_key="num_layers")
+
+
+def write(
+    target: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a folder that transformers loads; complete or not at all.
+
+    Args:
+        target: must not exist or be empty.
+        checkpoint: any. HFTokenizer and GPT2BPETokenizer are written too, so that AutoTokenizer works; of other kinds
+            only the end-of-document id is.
+        dtype: of the parameters in the files; default the checkpoint's, bit for bit.
+        shard_bytes: size from which weights are spread over several files.
+
+    Raises: UserError when the folder is not empty or cannot be written, and for tensors without usable values.
+    """
+    joined = JoinedTensors(checkpoint.tensors)
+    config = joined_config(checkpoint.language, joined)
+    checkpoint = replace(checkpoint, model_config=config, tensors=joined)
+    tensors = ((_export_name(name), joined.tensor("model", name)) for name in joined.names("model"))
+    sources = {f"{MODELING}.py": modeling_source(), f"{CONFIGURATION}.py": configuration_source()}
+    write_folder(target, checkpoint, tensors, _own_config(config), dtype, shard_bytes, sources)
+
+
+def _export_name(canonical: str) -> str:
+    return "lm_head.weight" if canonical == HEAD else f"model.{canonical}"
+
+
+def _canonical_name(exported: str) -> str:
+    return HEAD if exported.startswith("lm_head.weight") else exported.removeprefix("model.")
+
+
+def _own_config(config: ModelConfig) -> dict[str, Any]:
+    keys = {key: value for key, value in config.model_dump(mode="json").items() if key not in EXPORT_NAMES}
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "tokenformer",
+        "auto_map": {
+            "AutoConfig": f"{CONFIGURATION}.TokenFormerConfig",
+            "AutoModel": f"{MODELING}.TokenFormerModel",
+            "AutoModelForCausalLM": f"{MODELING}.{ARCHITECTURE}",
+        },
+        **keys,
+        "max_position_embeddings": config.max_position_embeddings or config.seq_length,
+        "tokenizer_vocab_size": config.vocab_size,
+        "tie_word_embeddings": not config.no_weight_tying,
+    }
