@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.state import CanonicalState
+from megatron.checkpoint.state import CanonicalState, whole_pieces
 from megatron.checkpoint.store import save_checkpoint
 from megatron.config import RunConfig
 from megatron.config.build import SECTION_OF
@@ -44,5 +44,6 @@ def save_random_models(root: Path, config: RunConfig, iterations: tuple[int, ...
     """A run's checkpoints, each with random weights of its own."""
     for iteration in iterations:
         network = LanguageModel(config.model, seed=iteration)
-        state = CanonicalState(iteration, {}, config.flat(), {"model": network.state_dict().items()})
+        pieces = whole_pieces({"model": network.state_dict().items()})
+        state = CanonicalState(iteration, {}, config.flat(), pieces)
         save_checkpoint(root, state)

@@ -31,6 +31,7 @@ SAFETENSORS_DTYPES = {
 
 _MANIFEST_KEYS = {"format", "version", "iteration", "files", "tensors"}
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_KIND = re.compile(r"[a-z][a-z0-9_]{0,30}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _LARGEST = 2**53
 """No count of samples, tokens or bytes is larger; all of them fit into 64 bits with room to add."""
@@ -74,9 +75,11 @@ def _files_fault(files: Any) -> str | None:
 
 
 def _tensors_fault(tensors: Any, files: Mapping[str, Any]) -> str | None:
-    if not isinstance(tensors, dict) or set(tensors) != set(TENSOR_KINDS):
+    if not isinstance(tensors, dict) or not tensors.keys() >= set(TENSOR_KINDS):
         return f"has no tables of {', '.join(TENSOR_KINDS)} tensors"
     for kind, index in tensors.items():
+        if not _KIND.fullmatch(kind):
+            return f"has a kind of tensors that is no name: '{kind[:40]}'"
         if not isinstance(index, dict):
             return f"has no table of {kind} tensors"
         for name, entry in index.items():
@@ -218,7 +221,7 @@ def _values(value: Any, depth: int) -> Any:
 
 def value_fault(kind: str, name: str, tensor: Tensor) -> str | None:
     """What is wrong with the values of a tensor of kind model or optimizer: no run can go on from them."""
-    if kind == "rng" or not tensor.numel():
+    if kind not in ("model", "optimizer") or not tensor.numel():
         return None
     if tensor.is_floating_point():
         lowest, highest = (extreme.item() for extreme in torch.aminmax(tensor.detach()))

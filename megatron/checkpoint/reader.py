@@ -174,8 +174,8 @@ class CheckpointReader:
             del self._open_files[file]
 
     def names(self, kind: str) -> list[str]:
-        """Names of the tensors of a kind: model, optimizer or rng."""
-        return list(self._index[kind])
+        """Names of the tensors of a kind; none of a kind that is not there."""
+        return list(self._index.get(kind, ()))
 
     def shape(self, kind: str, name: str) -> tuple[int, ...]:
         """Full shape of a tensor, without reading it."""

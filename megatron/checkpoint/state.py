@@ -9,6 +9,7 @@ A checkpoint is a folder `global_step{iteration}`:
 | model-*.safetensors     | parameters, full shapes, fp32 (masters), and buffers such as tau_tokens (int64)  |
 | optimizer-*.safetensors | moments and step counts, named `{moment}/{parameter}`                            |
 | rng-*.safetensors       | random-number states of every rank, named `rank{r}/{generator}`                  |
+| {kind}-*.safetensors    | tensors of further kinds; who does not know a kind leaves it alone               |
 | train_state.json        | iteration, consumed samples, data order, lineage                                 |
 | config.yml              | the resolved configuration, flat as the YAML files are                           |
 | environment.json        | git revision and package versions                                                |
@@ -19,7 +20,7 @@ in LanguageModel. Loading at any layout, growth, export and inference are functi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,22 +30,64 @@ FORMAT = "tokenformer-canonical"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TENSOR_KINDS = ("model", "optimizer", "rng")
+"""Kinds of tensors that every checkpoint has a table of, be it empty. There may be more."""
 SMALL_FILES = ("train_state.json", "config.yml")
 
 # A stream of whole tensors. Every process of the run must walk it to its end (gathering is collective).
 TensorStream = Iterable[tuple[str, Tensor]]
+
 # Looks a whole fp32 parameter up by its canonical name.
 ParameterSource = Callable[[str], Tensor]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part of a tensor to be saved, or all of it, from whichever rank has it.
+
+    Attributes:
+        kind, name: of the tensor.
+        shape: of the whole tensor.
+        offset: where in the whole tensor the part begins, in each dimension.
+        tensor: the part. Parts of a tensor do not overlap.
+    """
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensor: Tensor
+
+    @property
+    def is_whole(self) -> bool:
+        """Is it all of the tensor?"""
+        return tuple(self.tensor.shape) == self.shape
+
+    @property
+    def ranges(self) -> tuple[slice, ...]:
+        """Where in the whole tensor it is."""
+        sizes = self.tensor.shape
+        return tuple(slice(start, start + size) for start, size in zip(self.offset, sizes, strict=True))
+
+
+def whole_pieces(tensors: Mapping[str, TensorStream]) -> Iterator[Piece]:
+    """Whole tensors, by kind, as a piece each."""
+    for kind, stream in tensors.items():
+        for name, tensor in stream:
+            shape = tuple(tensor.shape)
+            yield Piece(kind, name, shape, (0,) * len(shape), tensor)
+
+
 @dataclass
 class CanonicalState:
-    """A checkpoint about to be written: tensor streams by kind, and the JSON parts."""
+    """A checkpoint about to be written: its tensors in pieces, best kind after kind, and the JSON parts.
+
+    Every process of the run must walk the pieces to their end (gathering is collective).
+    """
 
     iteration: int
     train_state: Mapping[str, Any]
     config: Mapping[str, Any]
-    tensors: Mapping[str, TensorStream] = field(default_factory=dict)
+    pieces: Iterable[Piece] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -25,7 +25,6 @@ from megatron.checkpoint.state import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
-    TENSOR_KINDS,
     CanonicalState,
     folder_iteration,
     folder_name,
@@ -47,16 +46,15 @@ _LONGEST_NAME = 255
 def save_checkpoint(root: str | Path, state: CanonicalState, write: bool = True) -> Path:
     """Write `state` under `root` and make it the latest checkpoint.
 
-    Every process of the run calls this, because the tensor streams may gather; one has `write` true.
+    Every process of the run calls this, because the pieces may be gathered; one has `write` true.
 
     Returns: the checkpoint's folder. Raises UserError when the file system refuses (full, read-only) or a tensor has
         values that are not finite; what was there before is then as it was.
     """
     target = Path(root) / folder_name(state.iteration)
     if not write:
-        for kind in TENSOR_KINDS:
-            for _ in state.tensors.get(kind, ()):
-                pass
+        for _ in state.pieces:
+            pass
         return target
     try:
         _write_checkpoint(target, state)
@@ -92,10 +90,7 @@ def _write_checkpoint(target: Path, state: CanonicalState) -> None:
 def _write_files(folder: Path, state: CanonicalState) -> None:
     if fault := train_state_fault(state.train_state, state.iteration):
         raise BadValues(f"train_state.json {fault}")
-    index, files = {}, {}
-    for kind in TENSOR_KINDS:
-        index[kind], written = write_tensors(folder, kind, state.tensors.get(kind, ()))
-        files.update(written)
+    index, files = write_tensors(folder, state.pieces)
     texts = {
         "train_state.json": json.dumps(dict(state.train_state), indent=1),
         "config.yml": yaml.safe_dump(dict(state.config), sort_keys=False),

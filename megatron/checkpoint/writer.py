@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.form import SAFETENSORS_DTYPES, dtype_name, value_fault
-from megatron.checkpoint.state import TensorStream
+from megatron.checkpoint.state import TENSOR_KINDS, Piece
 from megatron.errors import UserError
 
 SHARD_BYTES = 2 * 1024**3
@@ -55,25 +57,48 @@ def write_text(path: Path, text: str) -> dict[str, Any]:
     return file.close()
 
 
-def write_tensors(folder: Path, kind: str, stream: TensorStream) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write a stream in files of about SHARD_BYTES.
+def write_tensors(folder: Path, pieces: Iterable[Piece]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write tensors in files of about SHARD_BYTES, each of one kind.
 
-    Returns: the manifest's index {name: [file, dtype, shape]} and its entries of the files. Raises BadValues.
+    Returns: the manifest's index {kind: {name: [file, dtype, shape]}} and its entries of the files. Raises BadValues.
     """
-    index: dict[str, Any] = {}
+    index: dict[str, dict[str, Any]] = {kind: {} for kind in TENSOR_KINDS}
     files: dict[str, Any] = {}
-    for number, shard in enumerate(_shards(kind, stream)):
-        file = f"{kind}-{number:05d}.safetensors"
-        files[file] = write_safetensors(folder / file, shard)
-        for name, tensor in shard.items():
-            index[name] = [file, dtype_name(tensor), list(tensor.shape)]
+    numbers = defaultdict[str, Iterator[int]](count)
+    for kind, tensors in groupby(_put_together(pieces), key=lambda found: found[0]):
+        for shard in _shards(tensors):
+            file = f"{kind}-{next(numbers[kind]):05d}.safetensors"
+            files[file] = write_safetensors(folder / file, shard)
+            entries = {name: [file, dtype_name(tensor), list(tensor.shape)] for name, tensor in shard.items()}
+            index.setdefault(kind, {}).update(entries)
     return index, files
 
 
-def _shards(kind: str, stream: TensorStream) -> Iterator[dict[str, Tensor]]:
+def _put_together(pieces: Iterable[Piece]) -> Iterator[tuple[str, str, Tensor]]:
+    """(kind, name, whole tensor) of each once all of its pieces have come. Raises BadValues where some do not."""
+    begun: dict[tuple[str, str], tuple[Tensor, int]] = {}
+    for piece in pieces:
+        key = piece.kind, piece.name
+        if piece.is_whole:
+            yield *key, piece.tensor
+            continue
+        if key not in begun:
+            begun[key] = torch.empty(piece.shape, dtype=piece.tensor.dtype), 0
+        whole, filled = begun.pop(key)
+        whole[piece.ranges] = piece.tensor.detach()
+        filled += piece.tensor.numel()
+        if filled < whole.numel():
+            begun[key] = whole, filled
+        else:
+            yield *key, whole
+    for (kind, name), (whole, filled) in begun.items():
+        raise BadValues(f"{name} ({kind}) has {filled:,} of its {whole.numel():,} values only")
+
+
+def _shards(tensors: Iterable[tuple[str, str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
-    for name, tensor in stream:
+    for kind, name, tensor in tensors:
         if fault := value_fault(kind, name, tensor):
             raise BadValues(f"{name} ({kind}) {fault}")
         shard[name] = tensor.detach().cpu().contiguous()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron.checkpoint.new_folder import new_folder
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.checkpoint.state import TENSOR_KINDS, CanonicalState
+from megatron.checkpoint.state import TENSOR_KINDS, CanonicalState, whole_pieces
 from megatron.checkpoint.store import find_checkpoint, save_checkpoint
 from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelConfig, ModelSection, model_section
@@ -103,9 +103,9 @@ def write(target: str | Path, checkpoint: Checkpoint, environment: Mapping[str, 
     with new_folder(target) as temporary:
         if checkpoint.settings is None and checkpoint.tokenizer is not None:
             checkpoint = _with_tokenizer(checkpoint, checkpoint.tokenizer, temporary, Path(target))
-        tensors = {kind: _whole(checkpoint, kind) for kind in TENSOR_KINDS}
+        pieces = whole_pieces({kind: _whole(checkpoint, kind) for kind in TENSOR_KINDS})
         state = CanonicalState(
-            checkpoint.iteration or 0, checkpoint.train_state, checkpoint.resolved(), tensors, environment or {}
+            checkpoint.iteration or 0, checkpoint.train_state, checkpoint.resolved(), pieces, environment or {}
         )
         name = save_checkpoint(temporary, state).name
     return Path(target) / name

@@ -8,7 +8,7 @@ import subprocess
 from functools import partial
 from pathlib import Path
 
-from megatron.checkpoint.state import CanonicalState, folder_name
+from megatron.checkpoint.state import CanonicalState, folder_name, whole_pieces
 from megatron.checkpoint.store import list_iterations, remove_old, save_checkpoint
 from megatron.config.schema import RunConfig
 from megatron.config.sections.checkpoint import CheckpointConfig
@@ -43,11 +43,13 @@ def save(config: RunConfig, engine: Engine, state: TrainState) -> None:
     options, rank = config.checkpoint, engine.layout.rank
     assert options.save is not None, "the loop saves only where there is a folder"
     state.loss_scaler = engine.loss_scaler
-    tensors = {"model": engine.model_tensors(), "rng": random_states(engine.layout, engine.device)}
-    if not options.no_save_optim:
-        tensors["optimizer"] = engine.state.optimizer_state()
+    tensors = {
+        "model": engine.model_tensors(),
+        "optimizer": () if options.no_save_optim else engine.state.optimizer_state(),
+        "rng": random_states(engine.layout, engine.device),
+    }
     canonical = CanonicalState(
-        state.iteration, state.state_dict(), config.flat(), tensors, environment() if rank == 0 else {}
+        state.iteration, state.state_dict(), config.flat(), whole_pieces(tensors), environment() if rank == 0 else {}
     )
     if rank:
         save_checkpoint(options.save, canonical, write=False)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint import CanonicalState, CheckpointReader, find_checkpoint, save_checkpoint
+from megatron.checkpoint import CanonicalState, CheckpointReader, find_checkpoint, save_checkpoint, whole_pieces
 from megatron.checkpoint import store as store_module
 from megatron.checkpoint import writer as writer_module
 from megatron.checkpoint.form import manifest_checksum
@@ -29,7 +29,8 @@ def state(iteration: int, value: float = 1.0) -> CanonicalState:
         "model": [("layer.weight", torch.full((4, 3), value)), ("layer.tau_tokens", torch.tensor(4))],
         "optimizer": [("exp_avg/layer.weight", torch.ones(4, 3)), ("step/layer.weight", torch.tensor(7.0))],
     }
-    return CanonicalState(iteration, {**PROGRESS, "iteration": iteration}, {"num_layers": 1}, tensors, {"python": "3"})
+    progress, pieces = {**PROGRESS, "iteration": iteration}, whole_pieces(tensors)
+    return CanonicalState(iteration, progress, {"num_layers": 1}, pieces, {"python": "3"})
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -50,7 +51,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 def test_large_states_are_written_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "SHARD_BYTES", 64)
     stream = [(f"w{i}", torch.full((8,), float(i))) for i in range(10)]
-    folder = save_checkpoint(tmp_path, CanonicalState(1, {}, {}, {"model": stream}))
+    folder = save_checkpoint(tmp_path, CanonicalState(1, {}, {}, whole_pieces({"model": stream})))
     assert len(list(folder.glob("model-*.safetensors"))) == 5
     reader = CheckpointReader(folder)
     assert all(torch.equal(reader.tensor("model", name), tensor) for name, tensor in stream)
@@ -270,7 +271,7 @@ def test_ranks_that_do_not_write_walk_every_stream(tmp_path: Path) -> None:
         yield "w", torch.ones(1)
         walked.append("end")
 
-    save_checkpoint(tmp_path, CanonicalState(1, {}, {}, {"model": stream()}), write=False)
+    save_checkpoint(tmp_path, CanonicalState(1, {}, {}, whole_pieces({"model": stream()})), write=False)
     assert walked == ["model", "end"] and list_iterations(tmp_path) == []
 
 

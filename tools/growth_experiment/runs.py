@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 
-from megatron.checkpoint.state import CanonicalState
+from megatron.checkpoint.state import CanonicalState, whole_pieces
 from megatron.checkpoint.store import find_checkpoint, list_iterations, save_checkpoint
 from megatron.config import load_config
 from megatron.config.sections.model import ModelConfig
@@ -200,7 +200,7 @@ def _write_facts(output: Path, trial: Trial) -> None:
             flat = {key: value for key, value in trial.config(output, 1).items()}
             flat |= config.model_dump(mode="json")
             tensors = list(grown.state_dict().items())
-            save_checkpoint(folder / "start", CanonicalState(0, {}, flat, {"model": tensors}))
+            save_checkpoint(folder / "start", CanonicalState(0, {}, flat, whole_pieces({"model": tensors})))
     (folder / "trial.json").write_text(json.dumps(facts, indent=1))
 
 
