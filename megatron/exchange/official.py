@@ -37,6 +37,8 @@ _FIRST_BLOCK = 2
 _OFFICIAL_TOKENS, _CANONICAL_TOKENS = re.compile(r"(key|value)_param_tokens$"), re.compile(r"(key|value)_tokens_0$")
 # Rotary frequencies follow from the configuration; the official code saves them where it is told to.
 _DERIVED = ".rotary_emb.inv_freq"
+# Queries, keys and values in one: what GPT-NeoX's own Transformer has, and no model of the official code.
+_NEOX_ONLY = "attention.query_key_value"
 
 
 def matches(path: Path, iteration: int | None = None, key: str = "load") -> Path | None:
@@ -58,6 +60,11 @@ def open(path: Path, config: RunConfig | ModelConfig | None = None, key: str = "
         )
     described = config.language if isinstance(config, RunConfig) else config
     flat = read_flat_file(path, key) if path.is_file() else read_official_folder(path, key)
+    if any(_NEOX_ONLY in name for name in flat):
+        raise UserError(
+            f"{key}: {path} is a model of GPT-NeoX itself (it has {_NEOX_ONLY}); convert it with its "
+            "tools/ckpts/convert_neox_to_hf.py, and name the folder that this writes"
+        )
     tensors = _OfficialTensors(to_canonical(flat, described.num_layers, path, key), f"{key}: {path}")
     model_config = _with_counts_of(described, tensors, f"{key}: {path}")
     check_fit(described_model(model_config), tensors, f"{key}: {path}")
