@@ -16,7 +16,6 @@ from megatron.checkpoint.new_folder import new_folder
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.state import TENSOR_KINDS, CanonicalState, whole_pieces
 from megatron.checkpoint.store import find_checkpoint, save_checkpoint
-from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelConfig, ModelSection, model_section
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
@@ -34,7 +33,7 @@ def matches(path: Path, iteration: int | None = None, key: str = "load") -> Path
     return find_checkpoint(path, iteration, key)
 
 
-def open(path: Path, config: RunConfig | ModelConfig | None = None, key: str = "load") -> Checkpoint:
+def open(path: Path, config: object = None, key: str = "load") -> Checkpoint:
     """A training checkpoint, which says for itself what it is: `config` is not looked at.
 
     Raises: DamagedCheckpoint where its records, its sizes and its tensors do not belong together. Tensors and

@@ -13,6 +13,7 @@ import torch
 
 from megatron.checkpoint.new_folder import require_new
 from megatron.config.schema import RunConfig
+from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
 from megatron.exchange import canonical, gpt_neox, huggingface, official
@@ -42,7 +43,7 @@ def to_huggingface(
         iteration: which of a run's checkpoints; default the latest.
     """
     checkpoint = open_checkpoint(source, config, iteration)
-    _check_same(config, checkpoint)
+    _check_same(None if config is None else config.language, checkpoint)
     checkpoint.verify("model")
     tokenizer = _present(checkpoint.tokenizer if config is None else config.tokenizer)
     _write_huggingface(folder, replace(checkpoint, find_tokenizer=lambda: tokenizer), DTYPES[dtype])
@@ -81,7 +82,7 @@ def from_official(source: str | Path, root: str | Path, config: RunConfig) -> Pa
         raise UserError(f"{source}: no such file; give an official pytorch_model.bin or global_step folder")
     require_new(Path(root))
     checkpoint = open_checkpoint(source, config)
-    _check_same(config, checkpoint)
+    _check_same(config.language, checkpoint)
     return canonical.write(root, checkpoint)
 
 
@@ -95,11 +96,11 @@ def to_official(source: str | Path, target: str | Path, iteration: int | None = 
     return official.write(target, checkpoint)
 
 
-def _check_same(config: RunConfig | None, checkpoint: Checkpoint) -> None:
+def _check_same(model: ModelConfig | None, checkpoint: Checkpoint) -> None:
     """Raise a UserError for another model than the checkpoint's; a schedule may have led to its token counts."""
-    if config is None:
+    saved = checkpoint.language
+    if model is None:
         return
-    model, saved = config.language, checkpoint.language
     if saved.token_segments is not None:
         counts = {key: getattr(saved, key) for key in ("qkv_slot_num", "proj_slot_num", "ffn_slot_num")}
         model = model.replaced(token_segments=None, **counts)

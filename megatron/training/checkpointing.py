@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron.checkpoint.state import CanonicalState, folder_name, whole_pieces
 from megatron.checkpoint.store import list_iterations, remove_old, save_checkpoint
@@ -87,12 +89,11 @@ def environment() -> dict[str, str | dict[str, str]]:
     return {"git_revision": revision, "python": platform.python_version(), "packages": packages}
 
 
-def check_save_folder(config: RunConfig, has_checkpoint: bool) -> None:
+def check_save_folder(options: CheckpointConfig, has_checkpoint: bool) -> None:
     """Raise a UserError rather than mix this run's checkpoints with those of a run it does not continue.
 
     has_checkpoint: `load` has one to start from.
     """
-    options = config.checkpoint
     if options.save is None or not list_iterations(options.save):
         return
     continues = has_checkpoint and not options.finetune
@@ -110,23 +111,25 @@ _DATA_KEYS = (
 )  # fmt: skip
 
 
-def data_differences(config: RunConfig, checkpoint: Checkpoint) -> list[str]:
-    """In which keys the data of a run is another than that of a checkpoint, `key old -> new`."""
-    now, saved = config.flat(), checkpoint.resolved()
+def data_differences(now: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
+    """In which keys the data of a run, by its flat configuration, is another than a checkpoint's: `key old -> new`."""
+    saved = checkpoint.resolved()
     return [f"{k} {saved.get(k)} -> {now[k]}" for k in _DATA_KEYS if saved.get(k) != now[k]]
 
 
-def warn_of_other_data(config: RunConfig, checkpoint: Checkpoint) -> None:
-    if changed := data_differences(config, checkpoint):
+def warn_of_other_data(now: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Log in which keys the data of a run that goes on differs from before."""
+    if changed := data_differences(now, checkpoint):
         get_logger().warning("data differs from the checkpoint's, samples may repeat: %s", "; ".join(changed))
 
 
 _ADAM_FAMILY = ("Adam", "AdamW", "FusedAdam", "ApexAdam", "CPU_Adam")
 
 
-def _restore_optimizer(config: RunConfig, engine: Engine, checkpoint: Checkpoint) -> None:
+def _restore_optimizer(now: str, engine: Engine, checkpoint: Checkpoint) -> None:
+    """Take over the state of the optimizer that the checkpoint was trained with, if one of type `now` can."""
     settings, tensors = checkpoint.resolved(), checkpoint.tensors
-    saved, now = settings["optimizer"]["type"], config.optimization.optimizer.type
+    saved = settings["optimizer"]["type"]
     if saved != now and not (saved in _ADAM_FAMILY and now in _ADAM_FAMILY):
         raise UserError(
             f"optimizer.type: {now} cannot take over the state of {saved} in {checkpoint.folder}; "
@@ -152,7 +155,7 @@ def restore(config: RunConfig, engine: Engine, state: TrainState, checkpoint: Ch
         get_logger().info("took the weights of %s; everything else starts anew (finetune)", checkpoint.folder)
         return
     if not options.no_load_optim:
-        _restore_optimizer(config, engine, checkpoint)
+        _restore_optimizer(config.optimization.optimizer.type, engine, checkpoint)
     engine.loss_scaler = state.loss_scaler
     if not options.no_load_rng:
-        restore_random_states(config, checkpoint, engine.layout)
+        restore_random_states(config.training.seed, checkpoint, engine.layout)

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.config.schema import RunConfig
 from megatron.exchange import Checkpoint
 from megatron.log import get_logger
 from megatron.mpu import Layout
@@ -60,14 +59,14 @@ def seed_generators(seed: int, layout: Layout, iteration: int = 0) -> None:
     np.random.seed((seed + place) % 2**32)
 
 
-def restore_random_states(config: RunConfig, checkpoint: Checkpoint, layout: Layout) -> None:
+def restore_random_states(seed: int, checkpoint: Checkpoint, layout: Layout) -> None:
     """Set this rank's generators as saved; seed them afresh when the run that saved had another grid."""
-    keys = ("model_parallel_size", "pipe_parallel_size")
-    now, saved, tensors = config.flat(), checkpoint.resolved(), checkpoint.tensors
+    saved, tensors = checkpoint.resolved(), checkpoint.tensors
+    axes = {"model_parallel_size": layout.tensor, "pipe_parallel_size": layout.pipeline}
     saved_ranks = {name.partition("/")[0] for name in tensors.names("rng")}
-    same_axes = all(max(1, saved.get(key) or 1) == max(1, now[key]) for key in keys)
+    same_axes = all(max(1, saved.get(key) or 1) == axis.size for key, axis in axes.items())
     if not same_axes or len(saved_ranks) != layout.world_size:
-        seed_generators(config.training.seed, layout, checkpoint.iteration or 0)
+        seed_generators(seed, layout, checkpoint.iteration or 0)
         get_logger().info(
             "%s has no random-number states of this process grid: going on from a new seed", checkpoint.folder
         )

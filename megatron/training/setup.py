@@ -77,7 +77,7 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
         engine = build_engine(settings, task, layout, _first_tensors(start))
     restore(config, engine, state, start.checkpoint)
     if start.resumed and start.checkpoint is not None:
-        warn_of_other_data(config, start.checkpoint)
+        warn_of_other_data(config.flat(), start.checkpoint)
         get_logger().info("resumed from %s at iteration %d", start.checkpoint.folder, state.iteration)
     device, dtype = process_device(), DTYPES[config.precision.dtype]
     # Counted without storage: ZeRO 3 has left empty parameters behind in the model itself.

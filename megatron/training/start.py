@@ -111,7 +111,7 @@ def find_start(config: RunConfig, layout: Layout, update: UpdateSize) -> Start:
     Raises: UserError for a checkpoint that is damaged or does not fit, and for an impossible growth.
     """
     resumption = open_for_resume(config, layout)
-    check_save_folder(config, resumption is not None)
+    check_save_folder(config.checkpoint, resumption is not None)
     if resumption is not None:
         start = _from_checkpoint(config, resumption)
     elif config.checkpoint.pretrain_partial_init:
@@ -183,7 +183,7 @@ def _carry_over(state: TrainState, config: RunConfig, base: Checkpoint) -> None:
             f"train_iters: {config.training.train_iters} is not more than the {state.iteration} iterations of "
             f"{base.folder}; raise it, or set partial_init_policy: restart"
         )
-    changed = data_differences(config, base)
+    changed = data_differences(config.flat(), base)
     if changed:
         get_logger().info("data starts anew, it differs from that of %s: %s", base.folder, "; ".join(changed))
         state.consumed_samples, state.epoch_blocks = 0, {}
