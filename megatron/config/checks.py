@@ -63,7 +63,7 @@ def find_training_mistakes(config: RunConfig) -> Iterator[ConfigError]:
     needed = {
         "train_iters": training.train_iters,
         "train_micro_batch_size_per_gpu": training.train_micro_batch_size_per_gpu or training.train_batch_size,
-        "data_path": data.data_path or data.train_data_paths,
+        "data_path": data.data_path or data.train_data_paths or (None if config.model.needs_data else "none"),
     }
     names = [name for name, value in needed.items() if value is None]
     if names:

@@ -185,8 +185,6 @@ def _model_section(settings: dict[str, Setting], findings: Findings) -> type[Mod
     except ValueError as error:
         findings.add_unread(setting.mistake(str(error)))
         return ModelConfig
-    if "task" in found.model_fields:  # so that a checkpoint says it
-        settings["task"] = setting
     return found
 
 

@@ -54,7 +54,9 @@ class RunConfig(Section):
     @field_validator("model", mode="before")
     @classmethod
     def _of_its_task(cls, value: Any) -> Any:
-        return model_section(value.get("task", ModelConfig.task))(**value) if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        return model_section(value.get("task", ModelConfig.task))(**{k: v for k, v in value.items() if k != "task"})
 
     @property
     def lr_decay_iters(self) -> int:
@@ -95,4 +97,6 @@ class RunConfig(Section):
 
     def flat(self) -> dict[str, Any]:
         """All keys in the flat form of the YAML files, ready to be dumped and loaded again."""
-        return {key: value for name in SECTIONS for key, value in getattr(self, name).model_dump(mode="json").items()}
+        task = {} if isinstance(self.model, ModelConfig) else {"task": self.model.task}
+        sections = (getattr(self, name).model_dump(mode="json") for name in SECTIONS)
+        return task | {key: value for section in sections for key, value in section.items()}

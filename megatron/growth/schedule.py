@@ -189,7 +189,7 @@ def _before_growths(model: Model, saved: ModelSection, done: int) -> Model:
     first = {kind: [block[: len(block) - done] for block in segments_of(saved, kind)] for kind in KINDS}
     for kind in KINDS:
         key = f"{kind}_slot_num"
-        asked, total = getattr(model, key), max(map(sum, first[kind]))
+        asked, total = getattr(model, key), max(map(sum, first[kind])) or None
         if asked != total:
             raise UserError(
                 f"{key}: {asked} in the configuration, {total} in the checkpoint"

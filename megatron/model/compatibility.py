@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -68,9 +70,13 @@ _FREE_KEYS = {
 }  # fmt: skip
 
 
+_BLOCK = re.compile(r"(.*\.)?layers\.\d+(?=\.)")
+
+
 def count_layers(names: Iterable[str]) -> int:
-    """Of how many blocks there are tensors among these canonical names."""
-    return len({name.split(".")[1] for name in names if name.startswith("layers.")})
+    """Of how many blocks there are tensors among these canonical names, in the longest of the model's lists."""
+    blocks = {match[0] for name in names if (match := _BLOCK.match(name))}
+    return max(Counter(block.rpartition(".")[0] for block in blocks).values(), default=0)
 
 
 def described_model(config: ModelSection) -> LayeredModel:
@@ -96,10 +102,15 @@ def tau_fault(model: nn.Module, tensors: Tensors) -> str | None:
     return None
 
 
-def check_same_model(config: ModelSection, saved: ModelSection, folder: Path) -> None:
-    """Raise a UserError that names the first key in which `config` is another model than the one in `folder`."""
+def check_same_task(config: ModelSection, saved: ModelSection, folder: Path) -> None:
+    """Raise a UserError unless the checkpoint in `folder` is of a model that learns what `config` learns."""
     if config.task != saved.task:
         raise UserError(f"task: {config.task} in the configuration, {saved.task} in checkpoint {folder}; set the same")
+
+
+def check_same_model(config: ModelSection, saved: ModelSection, folder: Path) -> None:
+    """Raise a UserError that names the first key in which `config` is another model than the one in `folder`."""
+    check_same_task(config, saved, folder)
     for key in type(saved).model_fields:
         if key not in _FREE_KEYS and getattr(config, key) != getattr(saved, key):
             raise UserError(

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.config.schema import RunConfig
-from megatron.config.sections.model import MODEL_SECTIONS
+from megatron.config.sections.model import MODEL_SECTIONS, ModelSection
 from megatron.model.build import ARCHITECTURES
 from megatron.tasks.language import LanguageTask
 from megatron.tasks.task import Task
 
-__all__ = ["LanguageTask", "Task", "build_task", "register"]
+__all__ = ["LanguageTask", "Task", "build_task", "register", "task_of"]
 
 _TASKS: dict[str, type[Task[Any]]] = {}
 
@@ -30,6 +30,11 @@ def register(task: type[Task[Any]]) -> type[Task[Any]]:
 register(LanguageTask)
 
 
+def task_of(model: ModelSection) -> type[Task[Any]]:
+    """What a model of this section learns."""
+    return _TASKS[model.task]
+
+
 def build_task(config: RunConfig) -> Task[Any]:
     """What the run of `config` learns. Raises UserError for what the task needs and does not find."""
-    return _TASKS[config.model.task](config)
+    return task_of(config.model)(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelConfig, ModelSection
-from megatron.data import build_datasets
+from megatron.data import IndexedDataset, build_datasets
 from megatron.data.datasets import Datasets
 from megatron.errors import RankError, UserError
 from megatron.model.build import LANGUAGE, Architecture
@@ -21,6 +22,7 @@ from megatron.ops.cross_entropy import cross_entropy
 from megatron.tasks.task import Task, Tensors
 from megatron.tokenizer import build_tokenizer
 
+_LONGEST_EXAMPLE = 512
 _LARGEST_EXPONENT = 80.0  # a perplexity beyond e^80 says no more
 
 
@@ -83,6 +85,12 @@ class LanguageTask(Task[Tensor]):
         loss = sums["loss"] / sums["count"]
         return {f"{split}_lm_loss": loss, f"{split}_perplexity": math.exp(min(loss, _LARGEST_EXPONENT))}
 
+    @classmethod
+    def example_inputs(cls, model: Any, settings: Mapping[str, Any], size: int) -> Tensors:
+        """The first tokens [b, s] of the run's data; random ones where it is not there or of another tokenizer."""
+        found = _ids_of_data(settings, model, size)
+        return (_random_ids(model, size) if found is None else found,)
+
     def held_out(self, datasets: Datasets, size: int) -> Tensors:
         """Sequences [b, s] of the validation set, else of the training set.
 
@@ -96,3 +104,26 @@ class LanguageTask(Task[Tensor]):
         ids = torch.stack(rows).long()
         self._check_ids(ids, UserError)
         return (ids,)
+
+
+def _ids_of_data(settings: Mapping[str, Any], model: ModelConfig, size: int) -> Tensor | None:
+    prefix = settings.get("data_path") or (settings.get("train_data_paths") or [None])[0]
+    if prefix is None or not Path(f"{prefix}.idx").is_file():
+        return None
+    length = min(model.seq_length, _LONGEST_EXAMPLE)
+    ids: list[int] = []
+    dataset = IndexedDataset(prefix)
+    for number in range(len(dataset)):
+        ids.extend(dataset.get(number, length=size * length - len(ids)).tolist())
+        if len(ids) == size * length:
+            break
+    rows = len(ids) // length
+    found = torch.tensor(ids[: rows * length]).view(rows, length)
+    return found if rows and int(found.max()) < (model.padded_vocab_size or 0) else None
+
+
+def _random_ids(model: ModelConfig, size: int) -> Tensor:
+    vocabulary = model.vocab_size or model.padded_vocab_size
+    assert vocabulary is not None, "a model with tensors has an embedding"
+    shape = (size, min(model.seq_length, _LONGEST_EXAMPLE))
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))

@@ -91,6 +91,16 @@ class Task(ABC, Generic[Batch]):
         """An evaluation's metrics from the sums of `measures`; `split` is valid or test."""
         return {f"{split}_loss": sums["loss"] / sums["count"]}
 
+    @classmethod
+    @abstractmethod
+    def example_inputs(cls, model: Any, settings: Mapping[str, Any], size: int) -> Tensors:
+        """Inputs of a model of this section, for the proof of a growth outside a run.
+
+        Args:
+            settings: the configuration that the model was trained with, flat.
+            size: number of samples, at most.
+        """
+
     @abstractmethod
     def held_out(self, datasets: Datasets, size: int) -> Tensors:
         """The model's inputs for up to `size` samples that were not trained on, for the proof that a growth is exact.

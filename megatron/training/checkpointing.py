@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron.errors import UserError
 from megatron.exchange import Checkpoint
 from megatron.log import get_logger
 from megatron.mpu.processes import first_rank_does
+from megatron.tasks import Task
 from megatron.training.generators import random_states, restore_random_states
 from megatron.training.state import TrainState
 
@@ -106,20 +106,21 @@ def check_save_folder(options: CheckpointConfig, has_checkpoint: bool) -> None:
 
 # Changing one of these gives the samples another order, in which the consumed ones are not a prefix.
 _DATA_KEYS = (
-    "seed", "seq_length", "data_path", "train_data_paths", "train_data_weights", "split", "weight_by_num_documents",
+    "seed", "data_path", "train_data_paths", "train_data_weights", "split", "weight_by_num_documents",
     "weighted_sampler_alpha",
 )  # fmt: skip
 
 
-def data_differences(now: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
-    """In which keys the data of a run, by its flat configuration, is another than a checkpoint's: `key old -> new`."""
-    saved = checkpoint.resolved()
-    return [f"{k} {saved.get(k)} -> {now[k]}" for k in _DATA_KEYS if saved.get(k) != now[k]]
+def data_differences(task: Task[Any], checkpoint: Checkpoint) -> list[str]:
+    """In which keys the data of a run is another than a checkpoint's: `key old -> new`."""
+    now, saved = task.config.flat(), checkpoint.resolved()
+    keys = (*task.data_keys, *_DATA_KEYS)
+    return [f"{k} {saved.get(k)} -> {now[k]}" for k in keys if saved.get(k) != now[k]]
 
 
-def warn_of_other_data(now: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+def warn_of_other_data(task: Task[Any], checkpoint: Checkpoint) -> None:
     """Log in which keys the data of a run that goes on differs from before."""
-    if changed := data_differences(now, checkpoint):
+    if changed := data_differences(task, checkpoint):
         get_logger().warning("data differs from the checkpoint's, samples may repeat: %s", "; ".join(changed))
 
 

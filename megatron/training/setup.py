@@ -68,7 +68,7 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
     seed_generators(config.training.seed, layout)
     task = build_task(config)
     update = config.update_size(layout.data.size)
-    start = find_start(task.config, layout, update)
+    start = find_start(task, layout, update)
     config, state = start.config, start.state
     datasets = _build_data(task, config.training, state, update.samples)
     start.prove(task.held_out(datasets, _PROOF_SAMPLES), layout)
@@ -77,7 +77,7 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
         engine = build_engine(settings, task, layout, _first_tensors(start))
     restore(config, engine, state, start.checkpoint)
     if start.resumed and start.checkpoint is not None:
-        warn_of_other_data(config.flat(), start.checkpoint)
+        warn_of_other_data(task, start.checkpoint)
         get_logger().info("resumed from %s at iteration %d", start.checkpoint.folder, state.iteration)
     device, dtype = process_device(), DTYPES[config.precision.dtype]
     # Counted without storage: ZeRO 3 has left empty parameters behind in the model itself.

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,10 +38,11 @@ from megatron.growth.schedule import (
     past_growths,
 )
 from megatron.log import get_logger
-from megatron.model.compatibility import check_fit, check_same_model, described_model
+from megatron.model.compatibility import check_fit, check_same_model, check_same_task, described_model
 from megatron.mpu import Layout
 from megatron.mpu.device import process_device
 from megatron.mpu.processes import first_rank_does
+from megatron.tasks import Task
 from megatron.training.checkpointing import check_save_folder, data_differences
 from megatron.training.resume import Resumption, open_for_resume
 from megatron.training.soundness import require_sound
@@ -105,17 +107,18 @@ class Start:
         self._growths.clear()  # the models before need not be kept
 
 
-def find_start(config: RunConfig, layout: Layout, update: UpdateSize) -> Start:
-    """What the run of `config` starts with; growths that are due are made, but not proven yet.
+def find_start(task: Task[Any], layout: Layout, update: UpdateSize) -> Start:
+    """What the run that learns `task` starts with; growths that are due are made, but not proven yet.
 
     Raises: UserError for a checkpoint that is damaged or does not fit, and for an impossible growth.
     """
+    config = task.config
     resumption = open_for_resume(config, layout)
     check_save_folder(config.checkpoint, resumption is not None)
     if resumption is not None:
         start = _from_checkpoint(config, resumption)
     elif config.checkpoint.pretrain_partial_init:
-        start = _from_smaller_model(config, config.checkpoint.pretrain_partial_init, layout)
+        start = _from_smaller_model(task, config.checkpoint.pretrain_partial_init, layout)
     else:
         start = Start(config, TrainState())
     tensor_ranks, done = config.parallel.model_parallel_size, growths_done(start.state.lineage)
@@ -134,6 +137,7 @@ def _from_checkpoint(config: RunConfig, resumption: Resumption) -> Start:
     else:
         state.load_state_dict(checkpoint.train_state)
         state.rollbacks = resumption.rollbacks
+    check_same_task(config.model, saved, checkpoint.folder)
     grown = grown_as_saved(config.model, config.scaling, saved, state.lineage)
     config = config.replaced(model=grown.model, scaling=grown.scaling)
     check_same_model(config.model, saved, checkpoint.folder)
@@ -147,8 +151,8 @@ def _configured(checkpoint: Checkpoint, model: ModelSection, key: str) -> Checkp
     return replace(checkpoint, model_config=model)
 
 
-def _from_smaller_model(config: RunConfig, path: str, layout: Layout) -> Start:
-    key = "pretrain_partial_init"
+def _from_smaller_model(task: Task[Any], path: str, layout: Layout) -> Start:
+    config, key = task.config, "pretrain_partial_init"
     base = open_checkpoint(path, config, key=key)
     if isinstance(base.tensors, CheckpointReader):
         first_rank_does(partial(require_sound, base.tensors), layout)
@@ -163,14 +167,15 @@ def _from_smaller_model(config: RunConfig, path: str, layout: Layout) -> Start:
     after = config.replaced(model=grown_config(base.model_config, counts))
     state = TrainState()
     if base.iteration is not None:
-        _carry_over(state, config, base)
+        _carry_over(state, task, base)
     start = Start(config.replaced(model=base.model_config), state, base)
     start.grow(after, scheduled=False)
     return start
 
 
-def _carry_over(state: TrainState, config: RunConfig, base: Checkpoint) -> None:
+def _carry_over(state: TrainState, task: Task[Any], base: Checkpoint) -> None:
     """Take over what a smaller model's run has reached: tokens, place in the data, lineage and, if asked for, time."""
+    config = task.config
     if config.checkpoint.finetune:
         state.lineage = past_growths(base.train_state.get("lineage", []))
         return
@@ -183,7 +188,7 @@ def _carry_over(state: TrainState, config: RunConfig, base: Checkpoint) -> None:
             f"train_iters: {config.training.train_iters} is not more than the {state.iteration} iterations of "
             f"{base.folder}; raise it, or set partial_init_policy: restart"
         )
-    changed = data_differences(config.flat(), base)
+    changed = data_differences(task, base)
     if changed:
         get_logger().info("data starts anew, it differs from that of %s: %s", base.folder, "; ".join(changed))
         state.consumed_samples, state.epoch_blocks = 0, {}

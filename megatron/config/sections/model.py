@@ -41,6 +41,8 @@ class ModelSection(Section):
 
     task: ClassVar[str]
     """The name under which megatron.tasks knows what such a model learns."""
+    needs_data: ClassVar[bool] = True
+    """Is a run of no use without data_path or train_data_paths?"""
 
     num_layers: int = Field(gt=0, le=10_000)
     """Number of blocks L."""
