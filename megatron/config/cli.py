@@ -82,7 +82,7 @@ class _Parser(argparse.ArgumentParser):
             if name in OTHER_WORDS:
                 message += f"; {name}: {OTHER_WORDS[name]}"
                 continue
-            if name.startswith("--") and name[2:] in _key_names():
+            if name.startswith("--") and name[2:] in {key.name for key in all_keys()}:
                 message += f"; {name[2:]} is a key: --set {name[2:]}=VALUE"
                 continue
             if name.startswith("-") and name not in known and (meant := suggestion(name, known)):
@@ -92,10 +92,6 @@ class _Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         return f"{super().format_help()}\n{describe_keys()}\n"
-
-
-def _key_names() -> set[str]:
-    return {key.name for key in all_keys()}
 
 
 def build_parser(prog: str, with_script: bool = False) -> argparse.ArgumentParser:
@@ -218,13 +214,9 @@ def resolve_arguments(args: Namespace, prog: str, checks: Sequence[Check] = ()) 
     for flag, key in FLAG_KEYS.items():
         text = getattr(args, flag)
         if text is not None:
-            overrides.append(Setting(key, _flag_value(text, key), f"--{flag}", key))
+            is_number = key in _NUMBER_KEYS and _WHOLE_NUMBER.fullmatch(text)  # else the sections say what is wrong
+            overrides.append(Setting(key, int(text) if is_number else text, f"--{flag}", key))
     return resolve_config(args.conf_file, overrides, args.conf_dir, checks)
-
-
-def _flag_value(text: Any, key: str) -> Any:
-    """Flags of number keys become numbers where they can; the schema reports the others."""
-    return int(text) if key in _NUMBER_KEYS and _WHOLE_NUMBER.fullmatch(text) else text
 
 
 def is_training(script: str) -> bool:

@@ -97,7 +97,7 @@ def resolve_config(
         paths: YAML files, `.yml` may be left off.
         overrides: {key: value}, or lines `key=value` whose value is YAML; keys may be dotted (optimizer.params.lr).
         config_dir: folder the files are looked up in first.
-        checks: what a command needs besides; each gives its mistakes as `key: what is wrong`.
+        checks: what a command needs besides; each gives its mistakes.
     """
     files = [paths] if isinstance(paths, (str, Path)) else list(paths)
     findings, settings = Findings(), dict[str, Setting]()
@@ -109,7 +109,7 @@ def resolve_config(
     ruled = [settings.pop(key) for key in list(settings) if key in RULES]
     where = " ".join(str(name) for name in files) or "the command line"
     config = Builder(settings, where, findings, model).build(checks)
-    ignored = apply_rules(ruled, config, findings)
+    ignored = apply_rules(ruled, config.model, config.parallel, findings)
     findings.raise_any()
     config, derived = _derive(config)
     return Resolved(config, settings, ignored, derived)

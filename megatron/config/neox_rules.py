@@ -6,21 +6,22 @@ from collections.abc import Iterable
 
 from megatron.config.findings import Findings
 from megatron.config.neox_keys import IGNORED, RULES
-from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelConfig, ModelSection
 from megatron.config.sections.parallel import ParallelConfig
 from megatron.config.yaml_file import Setting
 from megatron.text import shortened
 
 
-def apply_rules(settings: Iterable[Setting], config: RunConfig, findings: Findings) -> list[tuple[Setting, str]]:
+def apply_rules(
+    settings: Iterable[Setting], model: ModelSection, parallel: ParallelConfig, findings: Findings
+) -> list[tuple[Setting, str]]:
     """The settings of GPT-NeoX's keys that are ignored, with the reason; refused ones go to the findings."""
     ignored = []
     for setting in settings:
         rule = RULES[setting.key]
         if not rule.refused:
             ignored.append((setting, rule.reason))
-        elif rule.is_harmless(setting.value) or _asks_for_nothing(setting, config.model, config.parallel):
+        elif rule.is_harmless(setting.value) or _asks_for_nothing(setting, model, parallel):
             ignored.append((setting, "asks for nothing"))
         else:
             value = str(setting.value).lower() if isinstance(setting.value, bool) else shortened(setting.value)

@@ -34,16 +34,12 @@ def type_mistakes(values: Mapping[str, Any]) -> Iterator[ConfigError]:
     for key, value in values.items():
         if value is None:
             continue
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_whole = value.is_integer() if isinstance(value, float) else type(value) is int
         if key in _SWITCHES and not isinstance(value, bool):
             yield ConfigError(key, "expected true or false", value=value)
-        elif key in (*_NUMBERS, "stage") and not (is_number and value == int(value) if _is_finite(value) else False):
+        elif key in (*_NUMBERS, "stage") and not is_whole:
             yield ConfigError(key, "expected a whole number", value=value)
         elif key in _NUMBERS and (value < 0 or value > 2**63):
             yield ConfigError(key, "must be at least 0, and below 2^63", value=value)
         elif key in _TABLES and not isinstance(value, dict):
             yield ConfigError(key, "expected a table {key: value}", value=value)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, float) and abs(value) < float("inf"))

@@ -44,9 +44,15 @@ def make_plan(
     work = [script, *arguments]
     # Two runs started together would both find the default port free: only a port that was asked for is kept.
     port = config.master_port if "master_port" in resolved.settings else None
-    if not (len(hosts) > 1 or config.force_multi or config.deepspeed_slurm):
-        options = _local_options(config, hosts, env, port or free_port())
-        return LaunchPlan([*_RUNNER, *options, WORKER, *work], env, signal_depth=2)
+    if len(hosts) > 1 or config.force_multi or config.deepspeed_slurm:
+        return _multi_node_plan(config, hosts, work, env, port, to_run)
+    options = _local_options(config, hosts, env, port or free_port())
+    return LaunchPlan([*_RUNNER, *options, WORKER, *work], env, signal_depth=2)
+
+
+def _multi_node_plan(
+    config: LaunchConfig, hosts: Mapping[str, int], work: list[str], env: dict[str, str], port: int | None, to_run: bool
+) -> LaunchPlan:
     launcher = "slurm" if config.deepspeed_slurm else config.launcher
     _check_multi_node(config, launcher, hosts, env)
     program = _LAUNCHER_PROGRAMS[launcher]
