@@ -17,11 +17,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from megatron.checkpoint.state import ParameterSource
+from megatron.config.mistakes import mistakes
 from megatron.engine.grid import DeepSpeedGrid
 from megatron.engine.optimizer import build_optimizer, freeze_old_parameters
 from megatron.engine.settings import EngineSettings
 from megatron.engine.state import EngineState
-from megatron.errors import UserError
+from megatron.errors import ConfigError, UserError
 from megatron.mpu import Layout
 from megatron.mpu.device import process_device, uses_gpu
 from megatron.mpu.shard import take_share
@@ -94,9 +95,10 @@ class Engine(ABC):
                 dist_init_required=False,
             )
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            raise UserError(f"zero_optimization.{key}: {first['msg']}; got {first.get('input')!r}") from error
+            first = mistakes(error)[0]
+            raise ConfigError(
+                f"zero_optimization.{first.key}", first.reason, first.advice, value=first.value
+            ) from error
         except (AssertionError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"zero_optimization: DeepSpeed cannot run these settings: {reason}") from error

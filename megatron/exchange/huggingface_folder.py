@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megatron.checkpoint.new_folder import new_folder
+from megatron.config.mistakes import config_error
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
@@ -122,9 +123,7 @@ def _validated(keys: Mapping[str, Any], source: Path) -> ModelConfig:
     try:
         config = ModelConfig(**keys)
     except ValidationError as error:
-        first = error.errors()[0]
-        reason = ".".join(map(str, first["loc"])) + f": {first['msg'].removeprefix('Value error, ')}"
-        raise UserError(f"{source}: {reason.removeprefix(': ')}") from None
+        raise config_error(error, str(source)) from None
     if config.padded_vocab_size is None:
         raise UserError(f"{source}: the size of the vocabulary is missing; the file is not complete")
     return config

@@ -71,7 +71,7 @@ def _request_of(line: str, where: str, options: GenerationConfig) -> Request:
     _refuse_unknown(values, where)
     try:
         seed = _OwnSeed(seed=values.pop("seed", None)).seed
-        own = GenerationConfig(**{**options.model_dump(), **values})
+        own = options.replaced(**values)
         count = next((getattr(own, name) for name in _COUNTS if name in values), options.samples_per_prompt)
         return Request(prompt, sampling_of(own, count, seed))
     except ValidationError as error:
