@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import megatron.training.setup as setup_module
+import megatron.training.setup as training_setup
 from megatron.config import RunConfig
 from megatron.training import train
 from megatron.training.setup import start_run
@@ -88,13 +88,13 @@ def test_nothing_is_left_on_two_ranks(tiny_config: MakeConfig) -> None:
 def test_a_run_that_grows_holds_one_engine_at_a_time(
     tiny_config: MakeConfig, tmp_path: Path, single_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, build = [], setup_module.build_engine
+    found, build = [], training_setup.build_engine
 
     def counting_build(*arguments: Any) -> Any:
         found.append(live_bytes())
         return build(*arguments)
 
-    monkeypatch.setattr(setup_module, "build_engine", counting_build)
+    monkeypatch.setattr(training_setup, "build_engine", counting_build)
     folders = {"save": str(tmp_path), "load": str(tmp_path)}
     growth = [{"at_iteration": UPDATES, "ffn_slot_num": 48, **CONTINUE}]
     config = tiny_config(**FAST, **folders, growth=growth, train_iters=UPDATES + 1, zero_optimization={"stage": 3})

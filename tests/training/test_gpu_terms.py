@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import megatron.training.loop as loop_module
-import megatron.training.setup as setup_module
+import megatron.training.setup as training_setup
 from megatron.config import RunConfig
 from megatron.engine.base import StepResult
 from megatron.training import train
@@ -82,14 +82,14 @@ def fp16_on_the_cpu() -> Iterator[None]:
     """Let fp16 through where there is no GPU."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-    join = setup_module.initialize_distributed
+    join = training_setup.initialize_distributed
 
     def join_in_fp32(config: RunConfig) -> Any:
         return join(config.model_copy(update={"precision": type(config.precision)(precision="fp32")}))
 
     with (
         patch.object(CPU_Accelerator, "is_fp16_supported", lambda self: True),
-        patch.object(setup_module, "initialize_distributed", join_in_fp32),
+        patch.object(training_setup, "initialize_distributed", join_in_fp32),
     ):
         yield
 
