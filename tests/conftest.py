@@ -116,7 +116,7 @@ def single_process() -> Iterator[None]:
 # Files in the order in which they are worth starting, so that no process is left with a long one at the end.
 _LONGEST = (
     "growth/test_layouts.py", "training/test_layouts.py", "growth/test_runs.py", "test_resume.py",
-    "eval_tasks/test_ranks.py", "test_launch.py", "growth/test_kills.py", "test_pretrain.py",
+    "eval_tasks/test_ranks.py", "launch/test_supervise.py", "growth/test_kills.py", "test_pretrain.py",
     "test_preflight.py",
 )  # fmt: skip
 
