@@ -7,7 +7,7 @@ REQ := requirements/requirements
 INSTALLED := $(VENV)/.installed
 DEMO := demo_output
 SOAK := tests/faults tests/config/test_fuzz.py tests/data/test_damaged_files.py tests/training/test_damaged_checkpoints.py \
-	tests/inference/test_damaged_exports.py
+	tests/exchange/test_damaged_exports.py
 
 .PHONY: demo test test-fast soak check format clean
 

@@ -29,7 +29,7 @@ from megatron.exchange.official import official_tensors
 from megatron.inference import generate, load_model
 from megatron.model import LanguageModel, Pattention
 from megatron.tokenizer import CharLevelTokenizer, build_tokenizer
-from tests.inference.loaded_exports import PROMPTS, loaded, padded, private_modules
+from tests.exchange.loaded_exports import PROMPTS, loaded, padded, private_modules
 from tests.random_models import make_model
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"

@@ -29,7 +29,7 @@ from megatron.inference.generate import generate
 from megatron.inference.load import load_model
 from megatron.inference.modes import run_generation
 from megatron.tokenizer import CharLevelTokenizer, HFTokenizer
-from tests.checkpoint.test_official_folder import pipeline_names, write_layers, write_model_file, write_shards
+from tests.exchange.test_official_folder import pipeline_names, write_layers, write_model_file, write_shards
 from tests.random_models import make_config, make_model, save_random_models
 from tests.training.test_damaged_checkpoints import forge, tensors
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.exchange.convert import export_huggingface
 from megatron.inference import load_model
-from tests.inference.loaded_exports import IDS, PROMPTS, loaded, private_modules
+from tests.exchange.loaded_exports import IDS, PROMPTS, loaded, private_modules
 from tests.random_models import make_model
 
 KINDS: dict[str, dict[str, Any]] = {
