@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.test_architecture import FLOORS
+
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 ROW = re.compile(r"^\| (?P<equation>.+) \| (?P<file>megatron/\S+\.py) \| `(?P<line>.+)` \|$", re.MULTILINE)
@@ -37,6 +39,13 @@ def test_named_files_exist(page: Path) -> None:
         r"\b(?:configs|requirements|tools|docs|megatron|eval_tasks|tests)/[\w./-]+\.(?:yml|txt|py|md|png)\b", text
     ):
         assert (ROOT / name).exists(), name
+
+
+def test_the_page_on_architecture_has_every_floor() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    for name in FLOORS:
+        place = name.rpartition(".")[2]
+        assert name == "megatron" or re.search(rf"`(?:megatron/)?{place}(?:\.py)?`", page), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
