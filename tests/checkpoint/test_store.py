@@ -11,11 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint import CanonicalState, CheckpointReader, find_checkpoint, save_checkpoint, whole_pieces
 from megatron.checkpoint import store as store_module
 from megatron.checkpoint import writer as writer_module
 from megatron.checkpoint.form import manifest_checksum
-from megatron.checkpoint.store import FolderLock, list_iterations, remove_old
+from megatron.checkpoint.state import CanonicalState, whole_pieces
+from megatron.checkpoint.store import (
+    CheckpointReader,
+    FolderLock,
+    find_checkpoint,
+    list_iterations,
+    remove_old,
+    save_checkpoint,
+)
 from megatron.errors import UserError
 
 PROGRESS = {

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from megatron.checkpoint import CanonicalState, CheckpointReader, Piece, find_checkpoint, save_checkpoint, whole_pieces
-from megatron.checkpoint.store import list_iterations
+from megatron.checkpoint.state import CanonicalState, Piece, whole_pieces
+from megatron.checkpoint.store import CheckpointReader, find_checkpoint, list_iterations, save_checkpoint
 from megatron.checkpoint.writer import write_safetensors
 from megatron.errors import UserError
 

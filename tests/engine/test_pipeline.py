@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint import CheckpointReader
+from megatron.checkpoint.store import CheckpointReader
 from megatron.config import RunConfig
 from megatron.errors import UserError
 from megatron.model import LanguageModel

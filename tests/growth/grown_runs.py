@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint import CheckpointReader
+from megatron.checkpoint.store import CheckpointReader
 from megatron.config import RunConfig
 from megatron.inference import load_model
 from megatron.training import train

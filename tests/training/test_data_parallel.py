@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.checkpoint import CheckpointReader
+from megatron.checkpoint.store import CheckpointReader
 from megatron.config import RunConfig
 from megatron.training import train
 from tests.ranks import run_ranks

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint import CheckpointReader
+from megatron.checkpoint.store import CheckpointReader
 from megatron.config import RunConfig
 from megatron.mpu.shard import shard_spec
 from megatron.training import train

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint import CheckpointReader, find_checkpoint
-from megatron.checkpoint.store import FolderLock
+from megatron.checkpoint.store import CheckpointReader, FolderLock, find_checkpoint
 from megatron.config import RunConfig
 from megatron.engine.state import EngineState
 from megatron.errors import UserError

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.checkpoint import CheckpointReader
+from megatron.checkpoint.store import CheckpointReader
 from megatron.config import RunConfig
 from megatron.data import GPTDataset, IndexedDataset
 from megatron.model import LanguageModel

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megatron.checkpoint import CheckpointReader, find_checkpoint
+from megatron.checkpoint.store import CheckpointReader, find_checkpoint
 from megatron.config import load_config
 from megatron.data import IndexedDataset
 from megatron.errors import UserError, run_command

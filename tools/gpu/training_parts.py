@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from megatron.checkpoint import CheckpointReader
+from megatron.checkpoint.store import CheckpointReader
 from megatron.engine.optimizer import build_optimizer
 from megatron.engine.settings import EngineSettings
 from megatron.model import LanguageModel
