@@ -125,7 +125,7 @@ class CheckpointReader:
         try:
             return cls(**{key: self.config[key] for key in cls.model_fields if key in self.config})
         except ValidationError as error:
-            reason = str(config_error(error, cls.__name__))[:280]
+            reason = str(config_error(error, ""))[:280]
             raise self.damaged("config.yml", f"cannot be used: {reason}") from None
         except (TypeError, OverflowError, MemoryError, RecursionError):
             raise self.damaged("config.yml", f"has impossible values for {cls.__name__}") from None

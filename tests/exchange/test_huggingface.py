@@ -272,7 +272,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     for change, message in (
         ({"architectures": ["LlamaForCausalLM"]}, "architecture LlamaForCausalLM is not supported"),
         ({"qkv_slot_num": 25}, r"query\.key_tokens_0 has shape \[24, 32\].*qkv_slot_num: 25"),
-        ({"norm": "batchnorm"}, r"config\.json: norm: 'batchnorm' is not supported; choose one of"),
+        ({"norm": "batchnorm"}, r"config\.json: norm: .batchnorm. is not supported; choose one of layernorm, "),
     ):
         (folder / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=message):
