@@ -65,7 +65,7 @@ def grow_checkpoint(
     grown = grown_checkpoint(base, after, seed, counts.new_keys)
     difference = compare_logits(base, grown, task_of(before).example_inputs(before, settings, _PROOF_SAMPLES))
     difference.check(describe(before, after))
-    entry = lineage_entry(before, after, base.train_state, counts.new_keys, scheduled=False)
+    entry = lineage_entry(base, grown, base.train_state, counts.new_keys, scheduled=False)
     entry["logit_difference"] = difference.largest
     lineage = [*past_growths(base.train_state.get("lineage", [])), entry]
     grown = replace(

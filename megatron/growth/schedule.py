@@ -14,9 +14,9 @@ from megatron.config.sections.model import ModelSection
 from megatron.config.sections.optimization import OptimizationConfig
 from megatron.config.sections.scaling import NewKeys, ScalingConfig, ScheduledGrowth
 from megatron.errors import UserError
+from megatron.exchange import Checkpoint
 from megatron.growth.plan import KINDS, Model, TokenCounts, describe, grown_config, segments_of
 from megatron.log import get_logger
-from megatron.model.build import build_model
 
 
 class Progress(NamedTuple):
@@ -121,25 +121,26 @@ def _grown_once(model: Model, growth: ScheduledGrowth, number: int) -> Model:
 
 
 def lineage_entry(
-    before: ModelSection, after: ModelSection, train_state: Mapping[str, Any], new_keys: NewKeys, *, scheduled: bool
+    before: Checkpoint, after: Checkpoint, train_state: Mapping[str, Any], new_keys: NewKeys, *, scheduled: bool
 ) -> dict[str, Any]:
     """What TrainState.lineage says about a growth.
 
     Args:
+        before, after: what grew, and what it became.
         train_state: progress at the growth, as TrainState.state_dict gives it.
         new_keys: what the new keys started as.
         scheduled: it is one of the run's own schedule.
     """
-    iteration = train_state.get("iteration", 0)
+    iteration, model = train_state.get("iteration", 0), after.model_config
     return {
         "scheduled": scheduled,
         "iteration": iteration,
         "updates": iteration - train_state.get("skipped_iterations", 0),
         "consumed_tokens": train_state.get("consumed_tokens", 0),
-        "added": describe(before, after),
+        "added": describe(before.model_config, model),
         "new_keys": new_keys,
-        "parameters": build_model(after, device="meta").num_parameters(),
-        **{f"{kind}_slot_num": getattr(after, f"{kind}_slot_num") for kind in KINDS},
+        "parameters": after.num_parameters,
+        **{f"{kind}_slot_num": getattr(model, f"{kind}_slot_num") for kind in KINDS},
     }
 
 

@@ -70,15 +70,14 @@ class Start:
         """Add the tokens that make this model that of `after`, and note it in the lineage."""
         assert self.checkpoint is not None, "only a model that exists grows"
         before, state, new_keys = self.checkpoint, self.state, after.scaling.new_keys
-        self.checkpoint = grown_checkpoint(before, after.model, after.training.seed, new_keys)
-        self._growths.append((before, self.checkpoint))
-        entry = lineage_entry(before.model_config, after.model, state.state_dict(), new_keys, scheduled=scheduled)
+        grown = grown_checkpoint(before, after.model, after.training.seed, new_keys)
+        entry = lineage_entry(before, grown, state.state_dict(), new_keys, scheduled=scheduled)
         get_logger().info(
             "growth at iteration %d: %s; %s to %s parameters",
-            state.iteration, entry["added"], f"{before.num_parameters:,}", f"{entry['parameters']:,}",
+            state.iteration, entry["added"], f"{before.num_parameters:,}", f"{grown.num_parameters:,}",
         )  # fmt: skip
         state.lineage = [*state.lineage, entry]
-        self.config = after
+        self.config, self.checkpoint, self._growths = after, grown, [*self._growths, (before, grown)]
 
     def prove(self, inputs: Sequence[Tensor], layout: Layout) -> None:
         """Compare outputs for held-out inputs before and after each growth, and print the difference. Collective.
