@@ -12,11 +12,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megatron.checkpoint.store import CheckpointReader, find_checkpoint
 from megatron.config import load_config
 from megatron.data import IndexedDataset
 from megatron.errors import UserError, run_command
 from megatron.evaluation.perplexity import perplexity
+from megatron.exchange import open_checkpoint
 from megatron.inference import load_model
 from megatron.tokenizer import build_tokenizer
 from tools.demo.ngrams import bigram_loss, unigram_loss
@@ -113,9 +113,8 @@ def report(folder: Path) -> None:
         console.print(f"[bold]{sample['context']}[/bold]{sample['text']}", highlight=False)
     figure = folder / "loss_curves.png"
     draw_curves(metrics, {"unigram model": unigram, "bigram model": bigram}, figure)
-    latest = find_checkpoint(folder / "checkpoints")
-    assert latest is not None
-    console.print(f"checkpoint: {latest} (iteration {CheckpointReader(latest).iteration})\nloss curves: {figure}")
+    latest = open_checkpoint(folder / "checkpoints")
+    console.print(f"checkpoint: {latest.folder} (iteration {latest.iteration})\nloss curves: {figure}")
 
 
 if __name__ == "__main__":
