@@ -32,9 +32,9 @@ from megatron.exchange.huggingface_folder import (
     architectures,
     is_tied,
     open_folder,
-    read_json,
     write_folder,
 )
+from megatron.exchange.huggingface_weights import read_json
 from megatron.exchange.names import in_model_order
 
 ARCHITECTURE = "GPTNeoXForCausalLM"
@@ -60,13 +60,12 @@ def matches(path: Path, iteration: int | None = None, key: str = "load") -> Path
 def open(path: Path, config: object = None, key: str = "load") -> Checkpoint:
     """A GPT-NeoX model, which says for itself what it is. Raises UserError for one that is damaged or not expressible.
 
-    The fused tensors are split as they are read.
+    Fused tensors are split as they are read.
     """
-
-    def split(name: str, stored: Tensor, num_heads: int) -> Tensor:
-        return split_fused(name, stored, num_heads) if _SPLIT.match(name) else stored
-
-    return open_folder(path, _keys(read_json(path / CONFIG), str(path / CONFIG)), canonical_names, split)
+    keys = _keys(read_json(path / CONFIG), str(path / CONFIG))
+    return open_folder(
+        path, keys, canonical_names, lambda name, fused: split_fused(name, fused, int(keys["num_attention_heads"]))
+    )
 
 
 def write(

@@ -30,8 +30,8 @@ _MOST_SUPPRESSED = 1024
 
 NamesIn = Callable[[str], list[str]]
 """Canonical names of what is in a tensor of the folder, by its name there."""
-Split = Callable[[str, Tensor, int], Tensor]
-"""The part of a tensor of the folder that a canonical name means, in a model of so many heads."""
+Split = Callable[[str, Tensor], Tensor]
+"""What a canonical name means of a tensor of the folder in which there is more."""
 
 
 def architectures(path: Path) -> list[str]:
@@ -47,7 +47,7 @@ class _FolderTensors(CheckedTensors):
 
     def __init__(self, folder: Path, names_in: NamesIn, split: Split | None) -> None:
         super().__init__(str(folder))
-        self._weights, self._names_in, self._split, self.num_heads = Weights(folder), names_in, split, 1
+        self._weights, self._names_in, self._split = Weights(folder), names_in, split
         if not self._weights.files:
             raise UserError(f"{folder}: its weights have no tensors; get the whole folder")
         self.origins: dict[str, str] = {}
@@ -68,8 +68,8 @@ class _FolderTensors(CheckedTensors):
         return (shape[0] // parts, *shape[1:]) if shape and not shape[0] % parts else shape
 
     def _stored(self, name: str) -> Tensor:
-        stored = self._weights.tensor(self.origins[name])
-        return stored if self._split is None else self._split(name, stored, self.num_heads)
+        stored, is_alone = self._weights.tensor(self.origins[name]), len(self._names_in(self.origins[name])) == 1
+        return stored if is_alone or self._split is None else self._split(name, stored)
 
     def drop_tied_head(self) -> None:
         """A head beside a tied embedding may only repeat it: which of the two was meant cannot be known."""
@@ -104,7 +104,6 @@ def open_folder(
         told = str(keys.get("num_layers"))[:40]
         raise UserError(f"{source}: {layers_key}: {told} does not fit the weights, which are of {layers} layers")
     config = _validated(keys, source)
-    tensors.num_heads = config.num_attention_heads
     if not config.no_weight_tying:
         tensors.drop_tied_head()
     try:
