@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,13 +13,19 @@ from typing import Any
 from megatron.checkpoint.tensors import Tensors
 from megatron.config.sections.model import TOKENFORMER, ModelSection
 from megatron.errors import UserError
-from megatron.exchange import canonical, open_checkpoint
-from megatron.exchange.names import TAU, in_model_order, is_parameter, projection_of
+from megatron.exchange import Checkpoint, canonical, open_checkpoint
+from megatron.exchange.names import TAU, in_model_order, is_parameter
 from megatron.growth.plan import KINDS, segments_of
+from megatron.model import Pattention
+from megatron.model.build import build_model
+from megatron.mpu.roles import role_of
 
 _MODEL_KEYS = (
     "num_layers", "hidden_size", "num_attention_heads", "seq_length", "padded_vocab_size", "norm_activation_type",
 )  # fmt: skip
+
+_SIZES = {"seq_length": "positions", "padded_vocab_size": "embedding rows"}
+_BLOCK = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
 
 
 def describe_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]:
@@ -45,10 +52,10 @@ def describe_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any
         "skipped_iterations": state.get("skipped_iterations", 0),
         "parameters": checkpoint.num_parameters,
         "parameters_of": _parts(checkpoint.tensors, config),
-        "model": {key: getattr(config, key) for key in _MODEL_KEYS},
+        "model": {key: getattr(config, key) for key in _MODEL_KEYS if key in type(config).model_fields},
         "blocks": dict(Counter(config.layer_kinds)),
         "segments": {kind: segments_of(config, kind) for kind in KINDS if TOKENFORMER in config.layer_kinds},
-        "tau_tokens": _tau_tokens(checkpoint.tensors),
+        "tau_tokens": _tau_tokens(checkpoint),
         "lineage": state.get("lineage", []),
         "optimizer": {"type": (settings.get("optimizer") or {}).get("type"), **_moments(checkpoint.tensors)},
         "bytes": {kind: sum(f.stat().st_size for f in folder.glob(f"{kind}*")) for kind in ("model", "optimizer", "")},
@@ -60,19 +67,19 @@ def _parts(tensors: Tensors, config: ModelSection) -> dict[str, int]:
     """Parameters by part of the model; blocks by their kind."""
     parts: Counter[str] = Counter()
     for name in filter(is_parameter, in_model_order(tensors.names("model"))):
-        part, _, rest = name.partition(".")
-        kind = f"{config.layer_kinds[int(rest.partition('.')[0])]} blocks" if part == "layers" else part
+        block = _BLOCK.match(name)
+        kind = f"{config.layer_kinds[int(block[1])]} blocks" if block else name.partition(".")[0]
         parts[kind] += math.prod(tensors.shape("model", name))
     return dict(parts)
 
 
-def _tau_tokens(tensors: Tensors) -> dict[str, list[int]]:
+def _tau_tokens(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """For each kind of layer, tau^2 block by block; q, k and v of a block are alike."""
     taus: dict[str, list[int]] = {}
-    for name in in_model_order(tensors.names("model")):
-        layer = name.removesuffix(f".{TAU}")
-        if not is_parameter(name) and not layer.endswith((".key", ".value")):
-            taus.setdefault(projection_of(layer), []).append(int(tensors.tensor("model", name)))
+    for layer, module in build_model(checkpoint.model_config, device="meta").named_modules():
+        if isinstance(module, Pattention) and not layer.endswith((".key", ".value")):
+            kind = role_of(module.get_parameter("key_tokens_0")).projection or ""
+            taus.setdefault(kind, []).append(int(checkpoint.tensors.tensor("model", f"{layer}.{TAU}")))
     return taus
 
 
@@ -101,8 +108,8 @@ def as_text(facts: dict[str, Any]) -> str:
         f"  parameters   {facts['parameters']:,}: "
         + ", ".join(f"{part} {count:,}" for part, count in facts["parameters_of"].items()),
         f"  model        {blocks} blocks of width {model['hidden_size']}, {model['num_attention_heads']} heads, "
-        f"{model['seq_length']} positions, {model['padded_vocab_size']} embedding rows, "
-        f"{model['norm_activation_type']}",
+        + "".join(f"{model[key]} {what}, " for key, what in _SIZES.items() if key in model)
+        + model["norm_activation_type"],
         *_token_lines(facts),
         *_lineage_lines(facts["lineage"]),
         f"  optimizer    {_optimizer_text(optimizer)}",

@@ -12,6 +12,7 @@ from megatron.config import RunConfig, load_config
 from megatron.errors import UserError
 from megatron.exchange import open_checkpoint
 from megatron.growth.convert import grow_checkpoint
+from megatron.growth.describe import as_text, describe_checkpoint
 from megatron.growth.plan import TokenCounts
 from megatron.inference import load_model
 from megatron.tasks import Task, register
@@ -86,6 +87,13 @@ def test_it_trains_and_grows_alike_in_every_layout(tmp_path: Path, grown: Path) 
     for name in LAYOUTS:
         assert metrics(tmp_path / name, "loss") == pytest.approx(metrics(grown, "loss"), rel=1e-4), name
         assert metrics(tmp_path / name, "valid_loss") == pytest.approx(metrics(grown, "valid_loss"), rel=1e-4), name
+
+
+def test_its_checkpoint_is_described(grown: Path) -> None:
+    facts = describe_checkpoint(grown)
+    assert facts["tau_tokens"] == {"ffn": [24, 24]} and facts["segments"]["ffn"] == [[24, 16], [24, 16]]
+    assert facts["parameters_of"] == {"tokenformer blocks": 2 * 2 * 40 * 16}
+    assert "2 tokenformer blocks of width 16, 2 heads, l2_norm_gelu" in as_text(facts)
 
 
 def test_its_checkpoint_grows_outside_a_run(tmp_path: Path, grown: Path) -> None:
