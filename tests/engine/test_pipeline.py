@@ -19,7 +19,7 @@ from megatron.training import train
 from megatron.training.run import Run
 from megatron.training.setup import start_run
 from tests.ranks import run_ranks
-from tests.training.test_layouts import Case, metrics
+from tests.training.cases import Case, metrics
 
 pytestmark = pytest.mark.processes
 

@@ -16,8 +16,8 @@ from eval_tasks.pretrained import load_pretrained
 from megatron.errors import UserError, run_command
 from megatron.exchange import open_checkpoint
 from megatron.exchange.convert import export_huggingface, to_huggingface
+from tests.checkpoint.forged import forge, record
 from tests.random_models import make_config, make_model, save_random_models
-from tests.training.test_damaged_checkpoints import forge, record
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "eval"

@@ -16,8 +16,8 @@ from megatron.evaluation.batching import Batches
 from megatron.evaluation.corpus import corpus_documents
 from megatron.evaluation.perplexity import corpus_perplexity, perplexity, sliding_windows
 from megatron.tokenizer import CharLevelTokenizer
-from tests.inference.test_stops import train as train_tokenizer
 from tests.random_models import make_model
+from tests.tokenizer.special_tokens import train as train_tokenizer
 
 TOKENS = np.random.RandomState(0).randint(0, 512, 101).astype(np.uint16)
 

@@ -29,9 +29,9 @@ from megatron.inference.generate import generate
 from megatron.inference.load import load_model
 from megatron.inference.modes import run_generation
 from megatron.tokenizer import CharLevelTokenizer, HFTokenizer
-from tests.exchange.test_official_folder import pipeline_names, write_layers, write_model_file, write_shards
+from tests.checkpoint.forged import forge, tensors
+from tests.exchange.official_folders import pipeline_names, write_layers, write_model_file, write_shards
 from tests.random_models import make_config, make_model, save_random_models
-from tests.training.test_damaged_checkpoints import forge, tensors
 
 PROJ = "sequential.3.attention.proj.value_param_tokens"
 EMBEDDING = "sequential.0.word_embeddings.weight"

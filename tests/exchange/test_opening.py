@@ -23,7 +23,7 @@ from megatron.growth.plan import TokenCounts, grown_config
 from megatron.inference import load_model
 from megatron.inference.load import model_of
 from megatron.model import LanguageModel
-from tests.exchange.test_official_folder import write_layers
+from tests.exchange.official_folders import write_layers
 from tests.random_models import make_config, make_model, save_random_models
 
 KINDS = {

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron.inference.decoding import Decoder, Text
 from megatron.inference.generate import generate, start_texts
@@ -15,26 +13,7 @@ from megatron.inference.interactive import Session, stream
 from megatron.inference.sampling import Sampling
 from megatron.tokenizer import HFTokenizer
 from tests.random_models import make_model
-
-EOD, TURN = "<|endoftext|>", "<|im_end|>"
-CORPUS = ["the people of the united states and the congress of the states, caf\u00e9 \U0001f600 " * 20]
-
-
-def train(path: Path, kind: str) -> HFTokenizer:
-    """A BPE of bytes, or of words that bring their space along, with two special tokens."""
-    tokenizer, alphabet = tokenizers.Tokenizer(models.BPE()), list[str]()
-    if kind == "metaspace":
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=[EOD, TURN], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.save(str(path))
-    return HFTokenizer(str(path))
+from tests.tokenizer.special_tokens import CORPUS, EOD, TURN, train
 
 
 @pytest.fixture(params=["bytes", "metaspace"])

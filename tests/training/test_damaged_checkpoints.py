@@ -14,10 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file, save_file
 
-from megatron.checkpoint.form import dtype_name, manifest_checksum
 from megatron.checkpoint.reader import CheckpointReader, DamagedCheckpoint, file_sha256
 from megatron.config import RunConfig
 from megatron.errors import UserError
@@ -27,6 +24,7 @@ from megatron.mpu import SINGLE
 from megatron.training import train
 from megatron.training.resume import open_for_resume
 from megatron.training.soundness import require_sound
+from tests.checkpoint.forged import Change, forge, in_manifest, record, tensors, text
 from tests.damage import damaged
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -126,55 +124,6 @@ def test_damaged_metrics_are_kept_and_those_that_can_be_read_go_on(run: Path, ti
         assert not kept or kept[0].read_bytes() == changed
         for file in kept:
             file.unlink()
-
-
-Change = Callable[[Path, dict[str, Any]], object]
-
-
-def forge(folder: Path, change: Change) -> None:
-    """Change files and manifest of a checkpoint, and make all its checksums right."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    change(folder, manifest)
-    for name in manifest["files"] if isinstance(manifest["files"], dict) else ():
-        if (folder / name).is_file():
-            path = folder / name
-            manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    text = json.dumps({**manifest, "sha256": manifest_checksum(manifest)})
-    (folder / "manifest.json").write_text(text)
-
-
-def record(file: str, change: Callable[[dict[str, Any]], object]) -> Change:
-    """Change what train_state.json or config.yml holds."""
-
-    def apply(folder: Path, manifest: dict[str, Any]) -> None:
-        path = folder / file
-        values = json.loads(path.read_text()) if file.endswith("json") else yaml.safe_load(path.read_text())
-        change(values)
-        path.write_text(json.dumps(values) if file.endswith("json") else yaml.safe_dump(values))
-
-    return apply
-
-
-def tensors(kind: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
-    """Change tensors, and the manifest with them."""
-
-    def apply(folder: Path, manifest: dict[str, Any]) -> None:
-        file = f"{kind}-00000.safetensors"
-        values = load_file(folder / file)
-        change(values)
-        (folder / file).unlink()
-        save_file({name: tensor.contiguous() for name, tensor in values.items()}, folder / file)
-        manifest["tensors"][kind] = {n: [file, dtype_name(t), list(t.shape)] for n, t in values.items()}
-
-    return apply
-
-
-def in_manifest(change: Callable[[dict[str, Any]], object]) -> Change:
-    return lambda folder, manifest: change(manifest)
-
-
-def text(file: str, content: str) -> Change:
-    return lambda folder, manifest: (folder / file).write_text(content)
 
 
 NORM, KEYS = "final_norm.weight", "layers.0.mlp.key_tokens_0"
