@@ -99,6 +99,13 @@ def signals_as_before() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def processes_are_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make test-fast` goes by the marks: a test that joins processes without one fails."""
+    if request.node.get_closest_marker("processes") is None:
+        monkeypatch.setattr("tests.ranks._context", lambda: pytest.fail("mark this test: @pytest.mark.processes"))
+
+
 @pytest.fixture(scope="session")
 def single_process() -> Iterator[None]:
     """This process as a process group of one, shared by every test that builds an engine here."""

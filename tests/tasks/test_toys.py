@@ -82,6 +82,7 @@ def test_it_resumes_bit_for_bit(tmp_path: Path, grown: Path) -> None:
         assert all(whole.tensor(kind, name).equal(parts.tensor(kind, name)) for name in whole.names(kind))
 
 
+@pytest.mark.processes
 def test_it_trains_and_grows_alike_in_every_layout(tmp_path: Path, grown: Path) -> None:
     run_ranks(2, train_all, [config_of(tmp_path / name, growth=GROWTH, **keys) for name, keys in LAYOUTS.items()])
     for name in LAYOUTS:
@@ -103,6 +104,7 @@ def test_its_checkpoint_grows_outside_a_run(tmp_path: Path, grown: Path) -> None
     assert larger.model_config.task == "vectors" and larger.model_config.ffn_slot_num == 64
 
 
+@pytest.mark.processes
 def test_a_loss_over_all_data_ranks_is_that_of_one_process(tmp_path: Path, single_process: None) -> None:
     train(config_of(tmp_path / "one", task="pairs"))
     zero = [config_of(tmp_path / str(stage), task="pairs", zero_optimization={"stage": stage}) for stage in (0, 1, 3)]
@@ -128,6 +130,7 @@ def refusal_of(config: RunConfig) -> str:
     return str(error.value)
 
 
+@pytest.mark.processes
 def test_a_model_of_two_lists_of_layers_is_not_cut_into_stages(tmp_path: Path) -> None:
     for message in run_ranks(2, refusal_of, config_of(tmp_path, task="pairs", pipe_parallel_size=2)):
         assert message.startswith("pipe_parallel_size: a model of the lists left, right cannot be cut into stages")
