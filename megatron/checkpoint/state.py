@@ -42,20 +42,18 @@ ParameterSource = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a tensor to be saved, or all of it, from whichever rank has it.
-
-    Attributes:
-        kind, name: of the tensor.
-        shape: of the whole tensor.
-        offset: where in the whole tensor the part begins, in each dimension.
-        tensor: the part. Parts of a tensor do not overlap.
-    """
+    """A part of a tensor to be saved, or all of it, from whichever rank has it."""
 
     kind: str
+    """Kind of the tensor: model, optimizer, or another."""
     name: str
+    """Name of the tensor."""
     shape: tuple[int, ...]
+    """Shape of the whole tensor."""
     offset: tuple[int, ...]
+    """Where in the whole tensor the part begins, in each dimension."""
     tensor: Tensor
+    """The part. Parts of a tensor do not overlap."""
 
     @property
     def is_whole(self) -> bool:

@@ -45,19 +45,16 @@ LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Expected:
-    """What the configuration asks of a node.
-
-    Attributes:
-        packages: {name: pinned version}.
-        gpu_request: the setting that needs a GPU, as `key: value`.
-        gpus: how many each node has to have; a node is not in it where that is not known.
-        written: labels of folders that have to be writable.
-    """
+    """What the configuration asks of a node."""
 
     packages: Mapping[str, str] = field(default_factory=dict)
+    """{name: pinned version}."""
     gpu_request: str | None = None
+    """The setting that needs a GPU, as `key: value`."""
     gpus: Mapping[str, int] = field(default_factory=dict)
+    """How many each node has to have; a node is not in it where that is not known."""
     written: tuple[str, ...] = ("save", "temporary")
+    """Labels of folders that have to be writable."""
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,16 @@ _PASSED_ON = ("NCCL", "PYTHON", "MV2", "UCX")  # what DeepSpeed hands to the nod
 
 @dataclass
 class Report:
-    """What one node said.
-
-    Attributes:
-        checks: {name: {"state": ..., "value": ...}}; no check is left as started once the node is done.
-        ended: did it come to its end?
-        delay: the least time in seconds between a line being written and being heard, by the clocks of both machines.
-        error: the last line that it wrote to standard error.
-    """
+    """What one node said."""
 
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """{name: {"state": ..., "value": ...}}; no check is left as started once the node is done."""
     ended: bool = False
+    """Did it come to its end?"""
     delay: float | None = None
+    """The least time in seconds between a line being written and being heard, by the clocks of both machines."""
     error: str = ""
+    """The last line that it wrote to standard error."""
 
     @property
     def answered(self) -> bool:

@@ -29,24 +29,21 @@ AXES_SECONDS = 90.0
 
 @dataclass(frozen=True)
 class Target:
-    """The machines of a run.
-
-    Attributes:
-        launcher: what starts a process on a node: slurm, pdsh, openmpi, mvapich, or local on this machine.
-        arguments: the configuration's launcher_args.
-        folders: {label: folder to look at}, None for each node's temporary folder.
-        files: data and tokenizer files that every node has to see.
-        expected: what is asked of every node.
-        axes: starts the processes of the layout; None where there is only one, or no configuration.
-    """
+    """The machines of a run."""
 
     nodes: tuple[str, ...]
     launcher: str = "local"
+    """What starts a process on a node: slurm, pdsh, openmpi, mvapich, or local on this machine."""
     arguments: str = ""
+    """The configuration's launcher_args."""
     folders: Mapping[str, str | None] | None = None
+    """{label: folder to look at}, None for each node's temporary folder."""
     files: tuple[str, ...] = ()
+    """Data and tokenizer files that every node has to see."""
     expected: Expected = Expected()
+    """What is asked of every node."""
     axes: LaunchPlan | None = None
+    """Starts the processes of the layout; None where there is only one, or no configuration."""
 
     def commands(self, shared: Mapping[str, str] | None, env: Mapping[str, str]) -> dict[str, list[str]]:
         """The command of the probe on each node. shared: from disks.held_folder()."""

@@ -16,29 +16,28 @@ from megatron.mpu.device import uses_gpu
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """The part of a configuration that the engine goes by.
-
-    Attributes:
-        model: the model section, of the stage of growth that is trained.
-        dtype: fp32, bf16 or fp16.
-        zero_stage: ZeRO stage.
-        deepspeed: DeepSpeed's JSON configuration.
-        optimization, scaling: these sections.
-        pattention_backend, attention_backend: of the layers.
-        checkpoint_layers: blocks recomputed together; 0 keeps all activations.
-        allow_nonfinite_loss: go on after a loss or gradient norm that is not finite.
-    """
+    """The part of a configuration that the engine goes by."""
 
     model: ModelSection
+    """The model section, of the stage of growth that is trained."""
     dtype: str
+    """`fp32`, `bf16` or `fp16`."""
     zero_stage: int
+    """ZeRO stage."""
     deepspeed: dict[str, Any]
+    """DeepSpeed's JSON configuration."""
     optimization: OptimizationConfig
+    """Optimizer, decay, clipping and learning-rate schedule."""
     scaling: ScalingConfig
+    """Growth: what is frozen, and factors on learning rates."""
     pattention_backend: str
+    """Implementation of Pattention."""
     attention_backend: str
+    """Implementation of attention."""
     checkpoint_layers: int
+    """Blocks recomputed together; 0 keeps all activations."""
     allow_nonfinite_loss: bool
+    """Go on after a loss or gradient norm that is not finite."""
 
     @classmethod
     def of(cls, config: RunConfig, update: UpdateSize) -> EngineSettings:

@@ -27,25 +27,22 @@ WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk, and what is known of the run it comes from.
-
-    Attributes:
-        folder: where it is; a file in the case of a flat `pytorch_model.bin`.
-        model_config: the model that the tensors are.
-        tensors: read when asked for. Values that no model can compute with raise a UserError then.
-        settings: the resolved configuration of its run, flat as the YAML files are; None where it has none.
-        iteration: of a training checkpoint; None for other forms, which have no progress.
-        train_state: of a training checkpoint, as TrainState.state_dict gives it.
-        find_tokenizer: looks up what `tokenizer` says.
-    """
+    """A model on disk, and what is known of the run it comes from."""
 
     folder: Path
+    """Where it is; a file in the case of a flat `pytorch_model.bin`."""
     model_config: ModelSection
+    """Section of the model."""
     tensors: Tensors
+    """Its tensors, read when asked for. Values that no model can compute with raise a UserError then."""
     settings: Mapping[str, Any] | None = None
+    """The resolved configuration of its run, flat as the YAML files are; None where it has none."""
     iteration: int | None = None
+    """Iteration of a training checkpoint; None for other forms, which have no progress."""
     train_state: Mapping[str, Any] = field(default_factory=dict)
+    """Progress of a training checkpoint, as TrainState.state_dict gives it."""
     find_tokenizer: Callable[[], TokenizerConfig | None] = lambda: None
+    """Looks up what `tokenizer` says."""
 
     @property
     def tokenizer(self) -> TokenizerConfig | None:

@@ -17,20 +17,18 @@ KINDS: tuple[Kind, ...] = ("qkv", "proj", "ffn")
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """What layers grow to.
-
-    Attributes:
-        qkv, proj, ffn: tokens afterwards of each query, key and value, of proj, and of the feed-forward; None: as many
-            as there are.
-        layers: blocks that grow, from 0; None means all TokenFormer blocks.
-        new_keys: what the new keys start as.
-    """
+    """What layers grow to."""
 
     qkv: int | None = None
+    """Tokens afterwards of each query, key and value; None: as many as there are."""
     proj: int | None = None
+    """The same of the attention output projection."""
     ffn: int | None = None
+    """The same of the feed-forward."""
     layers: tuple[int, ...] | None = None
+    """Blocks that grow, from 0; None means all TokenFormer blocks."""
     new_keys: NewKeys = "zero"
+    """What the new keys start as."""
 
     def of(self, kind: Kind) -> int | None:
         """The count called `kind`."""

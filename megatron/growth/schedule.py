@@ -32,15 +32,12 @@ class Progress(NamedTuple):
 
 
 class Grown(NamedTuple, Generic[Model]):
-    """The two sections of a configuration that a growth changes.
-
-    Attributes:
-        model: with the tokens of all growths made.
-        scaling: new keys, frozen tokens and learning-rate factors are those of the latest growth.
-    """
+    """The two sections of a configuration that a growth changes."""
 
     model: Model
+    """The model with the tokens of all growths made."""
     scaling: ScalingConfig
+    """New keys, frozen tokens and learning-rate factors are those of the latest growth."""
 
 
 def check_schedule(

@@ -16,15 +16,12 @@ from megatron.model.layered import LayeredModel, LayerLists
 
 @dataclass(frozen=True)
 class Architecture:
-    """How the models of one kind of section are made.
-
-    Attributes:
-        lists: (section, options) -> the lists of layers.
-        model: (section, options, keywords of LayeredModel) -> the model; default LayeredModel of the lists.
-    """
+    """How the models of one kind of section are made."""
 
     lists: Callable[[Any, BuildOptions], LayerLists]
+    """(section, options) -> the lists of layers."""
     model: Callable[..., LayeredModel] | None = None
+    """(section, options, keywords of LayeredModel) -> the model; default LayeredModel of the lists."""
 
 
 def _language_model(config: ModelConfig, options: BuildOptions, **keywords: Any) -> LanguageModel:

@@ -26,18 +26,15 @@ _BLOCKS = "layers"
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A layer that is not built yet.
-
-    Attributes:
-        name: canonical prefix of its parameters. Blocks, whose activations may be recomputed, are `layers.{i}`.
-        build: makes the module.
-        tied_weight: what it shares with the other layer of the same name, the path of a parameter in the module; the
-            second one calls `forward(module, x)` instead of module(x).
-    """
+    """A layer that is not built yet."""
 
     name: str
+    """Canonical prefix of its parameters. Blocks, whose activations may be recomputed, are `layers.{i}`."""
     build: Callable[[], nn.Module]
+    """Makes the module."""
     tied_weight: str | None = None
+    """What it shares with the other layer of the same name, the path of a parameter in the module; the second one
+    calls `forward(module, x)` instead of module(x)."""
     forward: Callable[[Any, Tensor], Tensor] | None = None
 
     @property

@@ -18,17 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Axis:
-    """Processes that share something, and this one's place among them. `Axis()` is this process alone.
-
-    Attributes:
-        size: number of processes.
-        rank: this process, 0 <= rank < size.
-        group: through which they communicate; None until `Layout.connect`, and for an axis of one.
-    """
+    """Processes that share something, and this one's place among them. `Axis()` is this process alone."""
 
     size: int = 1
+    """Number of processes."""
     rank: int = 0
+    """The place of this process, 0 <= rank < size."""
     group: ProcessGroup | None = field(default=None, compare=False, repr=False)
+    """What they communicate through; None until `Layout.connect`, and for an axis of one."""
 
     @property
     def is_last(self) -> bool:
@@ -49,21 +46,20 @@ _MODEL_AXES = ("tensor", "pipeline")  # along which one copy of the model is div
 
 @dataclass(frozen=True)
 class Layout:
-    """This process's place in the grid. `Layout()` is a single process and needs no process group.
-
-    Attributes:
-        rank: this process, 0 <= rank < world_size.
-        tensor, data, pipeline: the processes that differ from this one on one axis only.
-        replica: those that hold one copy of the model, on the tensor and the pipeline axis.
-        sequence_parallel: between the projections, activations are sharded by tokens over the tensor axis.
-    """
+    """This process's place in the grid. `Layout()` is a single process and needs no process group."""
 
     rank: int = 0
+    """The place of this process, 0 <= rank < world_size."""
     tensor: Axis = ALONE
+    """The processes that differ from this one on the tensor axis only."""
     data: Axis = ALONE
+    """The same of the data axis."""
     pipeline: Axis = ALONE
+    """The same of the pipeline axis."""
     replica: Axis = ALONE
+    """The processes that hold one copy of the model, on the tensor and the pipeline axis."""
     sequence_parallel: bool = False
+    """Between the projections, activations are sharded by tokens over the tensor axis."""
 
     @classmethod
     def for_world(

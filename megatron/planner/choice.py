@@ -7,25 +7,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout, a ZeRO stage, a division of the update into micro-batches, and whether blocks are recomputed.
-
-    Attributes:
-        tensor, pipeline, data: lengths of the axes (t, p, d in formulas).
-        sequence_parallel: activations between the projections are sharded by tokens over the tensor axis.
-        zero_stage: DeepSpeed's ZeRO stage.
-        micro_batch: samples of a micro-batch on one data rank.
-        accumulation: micro-batches of an update (m in formulas).
-        recompute: checkpoint_activations.
-    """
+    """A layout, a ZeRO stage, a division of the update into micro-batches, and whether blocks are recomputed."""
 
     tensor: int
+    """Length of the tensor axis (t in formulas)."""
     pipeline: int
+    """Number of pipeline stages (p in formulas)."""
     data: int
+    """Length of the data axis (d in formulas)."""
     sequence_parallel: bool
+    """Activations between the projections are sharded by tokens over the tensor axis."""
     zero_stage: int
+    """DeepSpeed's ZeRO stage."""
     micro_batch: int
+    """Samples of a micro-batch on one data rank."""
     accumulation: int
+    """Micro-batches of an update (m in formulas)."""
     recompute: bool
+    """Whether blocks are recomputed in the backward pass (checkpoint_activations)."""
 
     @property
     def gpus(self) -> int:

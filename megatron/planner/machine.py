@@ -18,39 +18,38 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Machine:
-    """A cluster of equal nodes.
-
-    Attributes:
-        name: what reports call it.
-        memory_bytes: memory of one GPU.
-        peak_flops: dense 16-bit FLOP/s of one GPU.
-        memory_bandwidth: bytes/s of one GPU's memory.
-        gpus_per_node: GPUs joined by the fast links.
-        intra_node_bandwidth: bytes/s that one GPU sends within its node, one direction.
-        inter_node_bandwidth: bytes/s that one GPU sends out of its node, one direction; GPUs of a node add up.
-        intra_node_latency, inter_node_latency: seconds of one step of a collective.
-        compute_fraction, bandwidth_fraction, link_fraction: parts of peak_flops, of memory_bandwidth and of the link
-            bandwidths that long kernels and messages reach.
-        kernel_seconds: time that a kernel loses while it starts and ends.
-        launch_seconds: host time of one operation; kernels that are shorter wait for it.
-        memory_fraction: part of memory_bytes that tensors can use; the rest is the CUDA context, NCCL and fragments.
-    """
+    """A cluster of equal nodes."""
 
     name: str
+    """What reports call it."""
     memory_bytes: float
+    """Memory of one GPU."""
     peak_flops: float
+    """Dense 16-bit FLOP/s of one GPU."""
     memory_bandwidth: float
+    """Bytes/s of one GPU's memory."""
     gpus_per_node: int = 8
+    """GPUs joined by the fast links."""
     intra_node_bandwidth: float = 450e9
+    """Bytes/s that one GPU sends within its node, one direction."""
     inter_node_bandwidth: float = 50e9
+    """Bytes/s that one GPU sends out of its node, one direction; GPUs of a node add up."""
     intra_node_latency: float = 5e-6
+    """Seconds of one step of a collective within a node."""
     inter_node_latency: float = 15e-6
+    """Seconds of one step of a collective between nodes."""
     compute_fraction: float = 0.75
+    """Part of peak_flops that long kernels reach."""
     bandwidth_fraction: float = 0.85
+    """Part of memory_bandwidth that long kernels reach."""
     link_fraction: float = 0.8
+    """Part of the links' bandwidths that long messages reach."""
     kernel_seconds: float = 2e-6
+    """Time that a kernel loses while it starts and ends."""
     launch_seconds: float = 8e-6
+    """Host time of one operation; kernels that are shorter wait for it."""
     memory_fraction: float = 0.92
+    """Part of memory_bytes that tensors can use; the rest is the CUDA context, NCCL and fragments."""
 
     @property
     def usable_bytes(self) -> float:

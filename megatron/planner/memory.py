@@ -35,29 +35,26 @@ _BUCKET, _LIVE, _SUB_GROUP = 500_000_000, 1_000_000_000, 1_000_000_000  # DeepSp
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU of the fullest pipeline stage.
-
-    Attributes:
-        weights: parameters in the training dtype.
-        master: fp32 copies of 16-bit (or ZeRO) parameters.
-        moments: optimizer moments.
-        gradients: accumulated gradients.
-        buckets: ZeRO's communication buffers and gathered parameters.
-        kept: activations that wait for their backward pass.
-        head: final norm, logits and loss of one micro-batch (last stage).
-        block: recomputed blocks, and what the backward pass of a block has in flight.
-        update: fp32 gradients of the optimizer's partition.
-    """
+    """Bytes of one GPU of the fullest pipeline stage."""
 
     weights: float
+    """Parameters in the training dtype."""
     master: float
+    """fp32 copies of 16-bit (or ZeRO) parameters."""
     moments: float
+    """Optimizer moments."""
     gradients: float
+    """Accumulated gradients."""
     buckets: float
+    """ZeRO's communication buffers and gathered parameters."""
     kept: float
+    """Activations that wait for their backward pass."""
     head: float
+    """Final norm, logits and loss of one micro-batch (last stage)."""
     block: float
+    """Recomputed blocks, and what the backward pass of a block has in flight."""
     update: float
+    """fp32 gradients of the optimizer's partition."""
 
     @property
     def states(self) -> float:

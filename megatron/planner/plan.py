@@ -19,23 +19,20 @@ LARGEST_MICRO_BATCH = 64
 
 @dataclass(frozen=True)
 class Candidate:
-    """A choice with its predictions.
-
-    Attributes:
-        choice: the layout.
-        memory: bytes of the fullest GPU.
-        time: seconds of an update.
-        tokens_per_second: of all GPUs together.
-        mfu: predicted model FLOPs utilisation.
-        fits: the memory is there.
-    """
+    """A choice with its predictions."""
 
     choice: Choice
+    """The layout."""
     memory: Memory
+    """Bytes of the fullest GPU."""
     time: StepTime
+    """Seconds of an update."""
     tokens_per_second: float
+    """Tokens a second of all GPUs together."""
     mfu: float
+    """Predicted model FLOPs utilisation."""
     fits: bool
+    """Whether the memory is there."""
 
 
 def plan(work: Workload, machine: Machine, gpus: int) -> list[Candidate]:

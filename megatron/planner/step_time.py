@@ -43,23 +43,20 @@ _FP32_SLOWDOWN = 16
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one update, by what the slowest stage does.
-
-    Attributes:
-        compute: matrix products and memory traffic of all micro-batches.
-        tensor: collectives of the tensor axis.
-        pipeline: activations and gradients sent to the neighbouring stages.
-        bubble: waiting for the pipeline to fill and to drain.
-        data: reduction of gradients and gathering of parameters that nothing hides.
-        update: the optimizer.
-    """
+    """Seconds of one update, by what the slowest stage does."""
 
     compute: float
+    """Matrix products and memory traffic of all micro-batches."""
     tensor: float
+    """Collectives of the tensor axis."""
     pipeline: float
+    """Activations and gradients sent to the neighbouring stages."""
     bubble: float
+    """Waiting for the pipeline to fill and to drain."""
     data: float
+    """Reduction of gradients and gathering of parameters that nothing hides."""
     update: float
+    """The optimizer."""
 
     @property
     def total(self) -> float:

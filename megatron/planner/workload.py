@@ -19,21 +19,18 @@ from megatron.planner.choice import Choice
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, and how the configuration asks for it; a `Choice` is one of the ways to run it.
-
-    Attributes:
-        model: its padded_vocab_size has to be known for bytes and FLOPs.
-        dtype: precision of parameters and activations: fp32, bf16 or fp16.
-        optimizer: its type and arguments.
-        parallel: the axes that are asked for, and the ZeRO settings.
-        training: batch keys, recomputation and the Pattention backend that are asked for.
-    """
+    """What is trained, and how the configuration asks for it; a `Choice` is one of the ways to run it."""
 
     model: ModelConfig
+    """Its padded_vocab_size has to be known for bytes and FLOPs."""
     dtype: str
+    """Precision of parameters and activations: fp32, bf16 or fp16."""
     optimizer: OptimizerSpec
+    """Its type and arguments."""
     parallel: ParallelConfig
+    """The axes that are asked for, and the ZeRO settings."""
     training: TrainingConfig
+    """Batch keys, recomputation and the Pattention backend that are asked for."""
 
     @classmethod
     def of(cls, config: RunConfig) -> Workload:

@@ -24,31 +24,30 @@ class Task(ABC, Generic[Batch]):
 
     Made once a process, before there is a model. A Batch is what `collate` makes of samples, with its tensors on the
     CPU: a tensor, or tensors in a tuple or dictionary.
-
-    Attributes:
-        name: value of the key `task`.
-        section: its model section, whose `task` is this name.
-        architecture: the model that such a section describes.
-        loss_name: what metrics call the loss.
-        measures: what `measure` gives, in order.
-        console: formats of its metrics in a line of the log, by name.
-        data_keys: configuration keys on which the order of the samples depends, besides those of the data section.
-        evaluates_every_sample: an evaluation reads a whole data set once; else eval_iters updates' worth of it.
-        config: the run's configuration, with what the data decides filled in.
     """
 
     name: ClassVar[str]
+    """Value of the key `task`."""
     section: ClassVar[type[ModelSection]]
+    """Its model section, whose `task` is this name."""
     architecture: ClassVar[Architecture]
+    """The model that such a section describes."""
     loss_name: ClassVar[str] = "loss"
+    """What metrics call the loss."""
     measures: ClassVar[tuple[str, ...]] = ("loss", "count")
+    """What `measure` gives, in order."""
     console: ClassVar[Mapping[str, str]] = {
         "loss": "loss {:.4f}",
         "valid_loss": "validation loss {:.4f}",
         "test_loss": "test loss {:.4f}",
     }
+    """Formats of its metrics in a line of the log, by name."""
     data_keys: ClassVar[tuple[str, ...]] = ()
+    """Configuration keys on which the order of the samples depends, besides those of the data section."""
     evaluates_every_sample: ClassVar[bool] = False
+    """An evaluation reads a whole data set once; else eval_iters updates' worth of it."""
+    config: RunConfig
+    """The run's configuration, with what the data decides filled in."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

@@ -51,19 +51,16 @@ from megatron.training.state import TrainState
 
 @dataclass
 class Start:
-    """What a run starts with.
-
-    Attributes:
-        config: the run's, with the model and scaling of its latest growth.
-        state: progress; that of a new run unless there is a checkpoint.
-        checkpoint: whose tensors the model and its optimizer have, growths included; None means the initial values.
-        resumed: the run continues from its own checkpoint.
-    """
+    """What a run starts with."""
 
     config: RunConfig
+    """The configuration, with the model and scaling of its latest growth."""
     state: TrainState
+    """Progress; that of a new run unless there is a checkpoint."""
     checkpoint: Checkpoint | None = None
+    """Its tensors, growths included, are those of the model and its optimizer; None means the initial values."""
     resumed: bool = False
+    """The run continues from its own checkpoint."""
     _growths: list[tuple[Checkpoint, Checkpoint]] = field(default_factory=list)
 
     def grow(self, after: RunConfig, scheduled: bool) -> None:

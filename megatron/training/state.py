@@ -11,27 +11,26 @@ from typing import Any
 class TrainState:
     """Progress of a run; saved in every checkpoint as train_state.json.
 
-    Attributes:
-        iteration: finished iterations, skipped updates included.
-        skipped_iterations: updates that fp16 loss scaling skipped; the schedule does not count them.
-        consumed_samples, consumed_tokens: training data read so far.
-        epoch_blocks: per data set, the epochs that are shuffled together, in order. A longer run appends a block and
-            keeps the order of the earlier ones. See megatron.data.Datasets.epoch_blocks.
-        loss_scaler: dynamic loss scale of fp16.
-        lineage: one entry a growth: what was there and since which iteration.
-        rollbacks: the iterations that `iteration` has rolled the run back to, in order.
-
     megatron.checkpoint.form checks what is read; a field added here is added there.
     """
 
     iteration: int = 0
+    """Finished iterations, skipped updates included."""
     skipped_iterations: int = 0
+    """Updates that fp16 loss scaling skipped; the schedule does not count them."""
     consumed_samples: int = 0
+    """Training samples read so far."""
     consumed_tokens: int = 0
+    """Training tokens read so far."""
     epoch_blocks: dict[str, list[int]] = field(default_factory=dict)
+    """Per data set, the epochs that are shuffled together, in order. A longer run appends a block and keeps the
+    order of the earlier ones. See megatron.data.Datasets.epoch_blocks."""
     loss_scaler: dict[str, float] = field(default_factory=dict)
+    """Dynamic loss scale of fp16."""
     lineage: list[dict[str, Any]] = field(default_factory=list)
+    """One entry a growth: what was there and since which iteration."""
     rollbacks: list[int] = field(default_factory=list)
+    """The iterations that `iteration` has rolled the run back to, in order."""
 
     @property
     def updates(self) -> int:

@@ -28,19 +28,16 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What every part is told.
-
-    Attributes:
-        device: `cuda` or `cpu`.
-        folder: scratch folder that all parts share.
-        quick: two minutes instead of ten.
-        toy: models of a size that a CPU trains in a second.
-    """
+    """What every part is told."""
 
     device: str
+    """`cuda` or `cpu`."""
     folder: str
+    """Scratch folder that all parts share."""
     quick: bool = False
+    """Two minutes instead of ten."""
     toy: bool = False
+    """Models of a size that a CPU trains in a second."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +52,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Part:
-    """A function `module.name(settings)` that yields (check, ok, figure), on `world` processes; rank 0 reports.
-
-    Attributes:
-        seconds: after which it counts as hung.
-        on_cpu: it computes on the CPU whatever the machine has.
-    """
+    """A function `module.name(settings)` that yields (check, ok, figure), on `world` processes; rank 0 reports."""
 
     name: str
     module: str
     seconds: float = 180.0
+    """Seconds after which it counts as hung."""
     world: int = 1
     on_cpu: bool = False
+    """It computes on the CPU whatever the machine has."""
 
 
 def run_part(part: Part, settings: Settings) -> Iterator[Row]:

@@ -15,19 +15,17 @@ from tools.growth_experiment.trials import PARTS
 
 @dataclass(frozen=True)
 class Result:
-    """A finished trial.
-
-    Attributes:
-        facts: of trial.json.
-        tokens_before, flops_before: what the trials it started from took in all.
-        curve: held-out loss by updates of this trial; update 0 of a grown model is the moment of growth.
-    """
+    """A finished trial."""
 
     folder: str
     facts: dict[str, Any]
+    """What trial.json says."""
     tokens_before: int
+    """Tokens that the trials it started from took in all."""
     flops_before: float
+    """FLOPs that the trials it started from took in all."""
     curve: list[tuple[int, float]]
+    """Held-out loss by updates of this trial; update 0 of a grown model is the moment of growth."""
 
     @property
     def key(self) -> tuple[str, str, str]:

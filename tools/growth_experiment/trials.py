@@ -57,17 +57,15 @@ Kind = Literal["tokenformer", "transformer"]
 
 @dataclass(frozen=True)
 class Size:
-    """One size of both kinds of model.
-
-    Attributes:
-        slots: TokenFormer's tokens of each projection; its feed-forward has four times as many.
-        width, inner: the Transformer's hidden and feed-forward widths.
-    """
+    """One size of both kinds of model."""
 
     name: str
     slots: int
+    """TokenFormer's tokens of each projection; its feed-forward has four times as many."""
     width: int
+    """The Transformer's hidden width."""
     inner: int
+    """The inner width of the Transformer's feed-forward."""
 
 
 SIZES = (
@@ -97,31 +95,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run.
-
-    Attributes:
-        part: of the experiment, one of PARTS.
-        folder: below the output folder.
-        seed: of initialisation and data order.
-        size: of the trained model.
-        updates: length of the run.
-        start: what it starts from; all but `scratch` need `parent`.
-        parent: folder of the trial whose last checkpoint it starts from.
-        label: how long it trains after a growth (FRACTIONS), or variant of part f.
-        options: what differs from the other trials: lr (peak rate), slots, start, and configuration keys.
-        kind: of model.
-    """
+    """One training run."""
 
     part: str
+    """Part of the experiment, one of PARTS."""
     folder: str
+    """Its folder below the output folder."""
     seed: int
+    """Seed of initialisation and data order."""
     size: Size
+    """Size of the trained model."""
     updates: int
+    """Length of the run."""
     start: Start = "scratch"
+    """What it starts from; all but `scratch` need `parent`."""
     parent: str | None = None
+    """Folder of the trial whose last checkpoint it starts from."""
     label: str = ""
+    """How long it trains after a growth (FRACTIONS), or variant of part f."""
     options: dict[str, Any] = field(default_factory=dict)
+    """What differs from the other trials: lr (peak rate), slots, start, and configuration keys."""
     kind: Kind = "tokenformer"
+    """Kind of the model."""
 
     @property
     def validation(self) -> str:
