@@ -81,16 +81,16 @@ def read_errors(where: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Output:
-    """A file that a user named for output; find_output() has checked it.
-
-    key: the flag or key that named it, for messages. target: the file itself, links followed. is_stream: it is written
-    to, not replaced, and what was written before is not read again.
-    """
+    """A file that a user named for output; find_output() has checked it."""
 
     key: str
+    """The flag or key that named it, for messages."""
     path: Path
+    """As the user wrote it."""
     target: Path
+    """The file itself, links followed."""
     is_stream: bool
+    """It is written to, not replaced, and what was written before is not read again."""
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:

@@ -13,22 +13,22 @@ class CheckpointConfig(Section):
     """Saving and loading."""
 
     save: str | None = None
-    """Folder for checkpoints; none are saved without it."""
+    """Folder for checkpoints; without it none are saved."""
     load: str | None = None
-    """Folder of checkpoints to resume from; an empty or missing one means: start from scratch."""
+    """Folder of checkpoints to resume from; if it is empty or missing, the run starts from scratch."""
     iteration: int | None = Field(default=None, ge=0)
-    """Iteration to load instead of the latest one: the run is rolled back to it. Once that has saved, the same
-    configuration goes on from what it saved."""
+    """Iteration to load instead of the latest one: the run is rolled back to it. Once the run has saved again, the
+    same configuration goes on from what it saved."""
     strict_load: bool = False
     """true: stop where the latest checkpoint is missing or damaged, instead of going on from the newest whole one."""
     checkpoint_factor: int | None = Field(default=None, gt=0)
     """Iterations between checkpoints (checkpoint_scale linear), or the factor between them (log)."""
     checkpoint_scale: Literal["linear", "log"] = "linear"
-    """Checkpoints at multiples of checkpoint_factor, or at its powers."""
+    """Save at multiples of checkpoint_factor (linear), or at its powers (log)."""
     extra_save_iters: list[Annotated[int, Field(ge=0, strict=False)]] | None = None
-    """Further iterations to save at; these checkpoints are never removed."""
+    """Additional iterations to save at; these checkpoints are never removed."""
     keep_last_n_checkpoints: int | None = Field(default=None, gt=0)
-    """Remove older checkpoints than this many; extra_save_iters stay."""
+    """Keep this many of the latest checkpoints and remove older ones; those of extra_save_iters stay."""
     finetune: bool = False
     """Take only the weights of the loaded checkpoint: iteration, optimizer and data start anew."""
     no_load_optim: bool = False

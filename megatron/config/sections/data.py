@@ -24,16 +24,16 @@ class DataConfig(Section):
     test_data_paths: list[str] | None = None
     """Prefixes of test sets."""
     train_data_weights: list[ListedNumber] | None = None
-    """Blending weights of train_data_paths; default equal."""
+    """Blending weights of train_data_paths. Default: equal."""
     valid_data_weights: list[ListedNumber] | None = None
-    """Blending weights of valid_data_paths; default equal."""
+    """Blending weights of valid_data_paths. Default: equal."""
     test_data_weights: list[ListedNumber] | None = None
-    """Blending weights of test_data_paths; default equal."""
+    """Blending weights of test_data_paths. Default: equal."""
     weight_by_num_documents: bool = False
     """Derive the blending weights from the number of documents."""
     weighted_sampler_alpha: float = Field(default=1.0, ge=0, le=1)
-    """With weight_by_num_documents: weights follow p^alpha (1 - p), p a set's share of documents; below 1 lifts small
-    sets."""
+    """With weight_by_num_documents: weights follow p^alpha (1 - p), where p is a set's share of the documents;
+    below 1 it lifts small sets."""
     split: str = "969, 30, 1"
     """Shares of data_path's documents for training, validation and test."""
     data_impl: Literal["mmap", "infer"] = "mmap"

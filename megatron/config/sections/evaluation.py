@@ -20,16 +20,16 @@ class EvaluationConfig(Section):
     eval_batch_size: int | Literal["auto"] = 8
     """Requests evaluated together, or auto: as many as fit in memory."""
     num_fewshot: int | None = Field(default=None, ge=0)
-    """Examples in the prompt. Default: as the task says."""
+    """Examples in the prompt. Default: what the task says."""
     eval_limit: int | None = Field(default=None, gt=0)
-    """Documents per task; all without it."""
+    """Most documents evaluated per task. Default: all."""
     include_path: str | None = None
-    """Folder with further task YAMLs."""
+    """Folder with additional task YAMLs."""
     perplexity_data: str | None = None
     """Text whose perplexity eval.py measures: the prefix of a .bin/.idx pair, or a .txt or .jsonl file."""
     perplexity_stride: int | None = Field(default=None, gt=0)
-    """Tokens by which the window moves on, at most seq_length; a smaller one gives each token a longer context and
-    takes longer. Default: half of seq_length."""
+    """Tokens by which the window moves on, at most seq_length; a smaller stride gives each token a longer context
+    and takes longer. Default: half of seq_length."""
 
     @field_validator("eval_batch_size", mode="before")
     @classmethod

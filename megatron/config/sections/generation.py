@@ -13,37 +13,39 @@ class GenerationConfig(Section):
     """Text generation."""
 
     text_gen_type: Literal["unconditional", "input-file", "interactive"] | None = None
-    """What generate.py does."""
+    """What generate.py does: texts from nothing, from a file of prompts, or in a dialogue."""
     maximum_tokens: int = Field(default=64, gt=0)
-    """Most tokens generated for a prompt."""
+    """Most tokens generated per prompt."""
     prompt_end: str = Field(default="\n", min_length=1)
     """End of each prompt, in a file of prompts and in interactive mode."""
     temperature: float = Field(default=0.0, ge=0, le=MAX_FACTOR)
     """Softmax temperature; 0 means greedy, whatever the filters say."""
     top_k: int = Field(default=0, ge=0)
-    """Sample among this many most probable tokens; 0 is off."""
+    """Sample among this many most probable tokens; 0 turns it off."""
     top_p: float = Field(default=0.0, ge=0, le=1)
-    """Sample among the most probable tokens of this total probability; 0 is off."""
+    """Sample among the most probable tokens that together have this probability; 0 turns it off."""
     min_p: float = Field(default=0.0, ge=0, le=1)
-    """Sample among tokens at least this times as probable as the most probable one; 0 is off."""
+    """Sample among the tokens that are at least this many times as probable as the most probable one; 0 turns it
+    off."""
     repetition_penalty: float = Field(default=1.0, gt=0, le=MAX_FACTOR)
-    """Positive logits of tokens seen before are divided by it, negative ones multiplied; 1 is off."""
+    """Positive logits of tokens seen before are divided by it, negative ones multiplied; 1 turns it off."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
-    """Strings that end a text, one or a list; the text is cut before the first of them."""
+    """Strings that end a text, one or a list of them; the text is cut before the first."""
     logprobs: bool = False
-    """Write the log-probability of each generated token too."""
+    """Also write the log-probability of each generated token."""
     recompute: bool = False
     """Generate without a key-value cache (slow; for checks)."""
     num_samples: int = Field(default=1, gt=0)
-    """Texts of unconditional generation."""
+    """Number of texts that unconditional generation writes."""
     samples_per_prompt: int = Field(default=1, gt=0)
-    """Texts of each prompt of a file."""
+    """Number of texts for each prompt of a file."""
     interactive_history: bool = True
-    """Answer a typed prompt in the context of the earlier ones; false answers each on its own, as GPT-NeoX does."""
+    """true: answer a typed prompt in the context of the earlier ones; false: answer each on its own, as GPT-NeoX
+    does."""
     sample_input_file: str | None = None
-    """File of prompts that end with prompt_end; a .jsonl file has objects with a prompt and settings of its own."""
+    """File of prompts, each ended by prompt_end; in a .jsonl file, objects with a prompt and settings of its own."""
     sample_output_file: str = "samples.txt"
-    """File the texts are written to, one JSON object a line."""
+    """File that the texts are written to, one JSON object a line."""
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -16,11 +16,11 @@ class LaunchConfig(Section):
     """How deepy.py starts processes."""
 
     launcher: Literal["local", "pdsh", "openmpi", "mvapich", "slurm"] = "pdsh"
-    """Launcher for several nodes; on one node processes start locally whatever it says."""
+    """Launcher for several nodes; on one node processes are started locally whatever it says."""
     deepspeed_slurm: bool = False
     """true: start through Slurm even without a hostfile."""
     hostfile: str | None = None
-    """Hostfile of the nodes (`name slots=8` a line). Default: DLTS_HOSTFILE in the environment."""
+    """Hostfile of the nodes (`name slots=8` a line). Default: what DLTS_HOSTFILE in the environment names."""
     include: str | None = None
     """Nodes and slots to use, in DeepSpeed's syntax."""
     exclude: str | None = None
@@ -34,21 +34,21 @@ class LaunchConfig(Section):
     master_port: int = Field(default=29500, gt=0, lt=65536)
     """Port of the first node."""
     no_ssh_check: bool = False
-    """Do not test ssh to the nodes first."""
+    """Do not test the ssh connections to the nodes first."""
     force_multi: bool = False
-    """Use the multi-node launcher for one node too."""
+    """Use the multi-node launcher even for one node."""
     launcher_args: str = ""
-    """Further arguments of the multi-node launcher (srun, mpirun or pdsh), as on a shell command line."""
+    """Additional arguments of the multi-node launcher (srun, mpirun or pdsh), as on a shell command line."""
     comment: str | None = None
     """Comment for the Slurm job."""
     account: str | None = None
     """Account of the Slurm job."""
     distributed_backend: Literal["nccl", "gloo", "mpi"] | None = None
-    """Backend of torch.distributed. nccl asks for GPUs: without one training is refused. gloo lets it run on CPUs.
+    """Backend of torch.distributed. nccl asks for GPUs: without one, training is refused. gloo also runs on CPUs.
     Default: nccl where there is a GPU, gloo elsewhere."""
     distributed_timeout_minutes: int = Field(default=10, gt=0, le=1_000_000)
-    """How long a collective of training waits for a rank before the run ends. Work that one rank does for all, such as
-    reading a checkpoint's checksums, does not count."""
+    """How long a collective of training waits for a rank before the run ends. Work that one rank does for all, such
+    as reading a checkpoint's checksums, does not count."""
     ranks_per_gpu: int = Field(default=1, gt=0, le=1024)
     """Processes that share a GPU, for tests of layouts on one card; above 1 only with distributed_backend: gloo."""
 

@@ -13,13 +13,13 @@ class LoggingConfig(Section):
     log_interval: int = Field(default=100, gt=0)
     """Iterations between log lines."""
     steps_per_print: int = Field(default=10, gt=0)
-    """Handed to DeepSpeed, whose own progress lines are off; log_interval rules."""
+    """Passed to DeepSpeed, whose own progress lines are off; log_interval decides."""
     log_dir: str | None = None
     """Folder for metrics.jsonl (default: `save`) and for train.log, a copy of the console log (default: none)."""
     tensorboard_dir: str | None = None
-    """Folder for TensorBoard event files; none without it."""
+    """Folder for TensorBoard event files; without it none are written."""
     use_wandb: bool = False
-    """Log to Weights & Biases (pip install wandb); WANDB_MODE=offline works."""
+    """Log to Weights & Biases (pip install wandb); WANDB_MODE=offline works too."""
     wandb_project: str = "neox"
     """Weights & Biases project."""
     wandb_group: str | None = None
@@ -31,5 +31,5 @@ class LoggingConfig(Section):
     wall_clock_breakdown: bool = False
     """DeepSpeed's timers of forward, backward and step."""
     peak_tflops: float | None = Field(default=None, gt=0)
-    """Peak TFLOP/s of one device that MFU is measured against. Default: the data sheet's dense 16-bit rate of a known
-    GPU; MFU is left out elsewhere (CPUs, fp32, MIG slices, unknown GPUs)."""
+    """Peak TFLOP/s of one device, which MFU is measured against. Default: the data sheet's dense 16-bit rate of a
+    known GPU; elsewhere (CPUs, fp32, MIG slices, unknown GPUs) MFU is left out."""

@@ -26,14 +26,14 @@ InitMethod = Literal[
 
 @dataclass(frozen=True)
 class Initialisation:
-    """How matrices start (megatron.model.init), those apart that write to the residual stream.
-
-    std: of normal and the methods that scale it.
-    """
+    """How matrices start (megatron.model.init)."""
 
     method: InitMethod
+    """That of matrices in general."""
     output: InitMethod
+    """That of matrices whose output joins the residual stream."""
     std: float
+    """Standard deviation of normal, and of the methods that scale it."""
 
 
 class ModelSection(Section):
@@ -51,9 +51,9 @@ class ModelSection(Section):
     num_attention_heads: int = Field(gt=0, le=MAX_SIZE)
     """Number of attention heads; must divide hidden_size."""
     attention_config: list[Any] | None = None
-    """Kind of each block in GPT-NeoX form, for example [[["tokenformer"], 12]]; kinds are tokenformer and
-    global (a Transformer block; flash means the same). The number may be "all". Default: tokenformer where
-    the token counts are given, else global."""
+    """Kind of each block in GPT-NeoX form, for example [[["tokenformer"], 12]]. The kinds are tokenformer and
+    global (a Transformer block; flash means the same); the number may be "all". Default: tokenformer where token
+    counts are given, else global."""
     qkv_slot_num: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Parameter tokens of each of the query, key and value projections (TokenFormer blocks)."""
     proj_slot_num: int | None = Field(default=None, gt=0, le=MAX_SIZE)
@@ -61,8 +61,8 @@ class ModelSection(Section):
     ffn_slot_num: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Parameter tokens of the feed-forward Pattention (TokenFormer blocks)."""
     token_segments: dict[Literal["qkv", "proj", "ffn"], list[list[Annotated[int, Field(ge=0)]]]] | None = None
-    """Written by growth, not by hand: for each block the tokens it was made with and those that each growth added. The
-    slot numbers are then the largest sums."""
+    """Written by growth, not by hand: for each block, the tokens it was made with and those that each growth added.
+    The slot numbers are then the largest of these sums."""
     norm_activation_type: PattentionActivation = "l2_norm_gelu"
     """How Pattention turns scores into weights (theta of the paper). l2_norm_gelu is the published form."""
 
@@ -122,23 +122,24 @@ class ModelConfig(ModelSection):
     seq_length: int = Field(gt=0, le=MAX_SIZE)
     """Tokens a training sample holds; also the context length at evaluation and generation."""
     max_position_embeddings: int | None = Field(default=None, gt=0, le=MAX_SIZE)
-    """Positions the rotary tables are made for at first (65,536 at most); they grow on demand. Default: seq_length."""
+    """Positions that the rotary tables are first built for (65,536 at most); they grow on demand. Default:
+    seq_length."""
     pos_emb: Literal["rotary", "none"] = "rotary"
     """Position information: rotary embeddings or none."""
     rotary_pct: float = Field(default=1.0, gt=0, le=1)
-    """Part of each head's dimensions that is rotated; published TokenFormer and Pythia use 0.25."""
+    """Fraction of each head's dimensions that is rotated; the published TokenFormer and Pythia models use 0.25."""
     rotary_emb_base: float = Field(default=10000, gt=0, le=1e12)
     """Base of the rotary frequencies."""
     norm: Norm = "layernorm"
-    """Norm of the blocks; layernorm_nonparam (published TokenFormer) has no weight and no bias."""
+    """Norm of the blocks; layernorm_nonparam (published TokenFormer) has neither weight nor bias."""
     final_norm: Norm | None = None
     """Norm before the logits. Default: the block norm."""
     layernorm_epsilon: float = Field(default=1e-5, gt=0, le=1)
-    """Epsilon of layernorm, inside the root."""
+    """Epsilon of layernorm, inside the square root."""
     rms_norm_epsilon: float = Field(default=1e-8, ge=0, le=1)
-    """Epsilon of rmsnorm, added to the root mean square outside the root."""
+    """Epsilon of rmsnorm, added to the root mean square outside the square root."""
     no_weight_tying: bool = False
-    """true: logits come from a matrix of their own; false: from the transposed embedding."""
+    """true: the logits come from a matrix of their own; false: from the transposed embedding."""
     gpt_j_residual: bool = False
     """true: attention and feed-forward read the same input in parallel (Pythia, GPT-J); false: one after the other."""
     use_bias_in_attn_linear: bool = True
@@ -154,15 +155,16 @@ class ModelConfig(ModelSection):
     init_method: InitMethod = "normal"
     """Initialisation of keys, embedding and Transformer input matrices."""
     output_layer_init_method: InitMethod = "scaled_normal"
-    """Initialisation of Pattention values and Transformer output matrices; the published one is wang_init.
-    scaled_normal is normal with its deviation over sqrt(2 * num_layers), single_residual_scaled_normal over
-    sqrt(num_layers)."""
+    """Initialisation of Pattention values and Transformer output matrices; the published models use wang_init.
+    scaled_normal is normal with its standard deviation divided by sqrt(2 * num_layers),
+    single_residual_scaled_normal by sqrt(num_layers)."""
     init_method_std: float = Field(default=0.02, gt=0, le=1000)
     """Standard deviation of normal and scaled_normal."""
     make_vocab_size_divisible_by: int = Field(default=128, gt=0, le=MAX_SIZE)
     """The vocabulary is padded to a multiple of this, whatever the layout of the run."""
     vocab_size: int | None = Field(default=None, gt=0, le=MAX_SIZE)
-    """Number of token ids of the tokenizer; filled in from it, rarely given by hand: a larger one makes more rows."""
+    """Number of token ids of the tokenizer. Filled in from the tokenizer and rarely given by hand; a larger number
+    makes more rows."""
     padded_vocab_size: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Rows of the embedding. Default: vocab_size padded to make_vocab_size_divisible_by."""
 

@@ -15,13 +15,13 @@ class OptimizerParams(Section):
     """Arguments of the optimizer."""
 
     lr: float = Field(default=6e-4, ge=0, le=1000)
-    """Peak learning rate (alias at top level: learning_rate, lr)."""
+    """Peak learning rate (also accepted at the top level, as learning_rate or lr)."""
     betas: tuple[ListedNumber, ListedNumber] = Field(default=(0.9, 0.999), strict=False)
     """Decay rates of Adam's and Lion's moments."""
     eps: float = Field(default=1e-8, ge=0, le=1)
     """Term added to Adam's denominator."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Momentum of SGD and Muon (Muon: 0 means its usual 0.95)."""
+    """Momentum of SGD and Muon (for Muon, 0 means its usual 0.95)."""
 
     @field_validator("betas")
     @classmethod
@@ -43,7 +43,7 @@ class OptimizerSpec(Section):
     """Which optimizer and its arguments."""
 
     type: OptimizerType = "Adam"
-    """Adam and AdamW: AdamW of torch, fused where the device has it. FusedAdam: DeepSpeed's. ApexAdam: NVIDIA
+    """Adam and AdamW: torch's AdamW, fused where the device has it. FusedAdam: DeepSpeed's. ApexAdam: NVIDIA
     apex's. CPU_Adam: DeepSpeed's for offloaded states. Lion, Muon, SGD."""
     params: OptimizerParams = OptimizerParams()
     """Its arguments."""
@@ -63,14 +63,14 @@ class OptimizationConfig(Section):
     optimizer: OptimizerSpec = OptimizerSpec()
     """The optimizer, for example {type: Adam, params: {lr: 6.0e-4, betas: [0.9, 0.95], eps: 1.0e-8}}."""
     weight_decay: float = Field(default=0.1, ge=0, le=1000)
-    """Decoupled decay of every matrix; vectors (norms, biases) have none."""
+    """Decoupled weight decay of every matrix; vectors (norms, biases) have none."""
     gradient_clipping: float = Field(default=1.0, ge=0, le=1e12)
-    """Largest global gradient norm; 0 switches clipping off."""
+    """Largest global gradient norm; 0 turns clipping off."""
     min_lr: float = Field(default=0.0, ge=0, le=1000)
-    """Learning rate at the end of the decay and afterwards."""
+    """Learning rate at the end of the decay and from then on."""
     lr_decay_style: Literal["linear", "cosine", "exponential", "constant"] = "linear"
     """Shape of the decay after the warm-up."""
     lr_decay_iters: int | None = Field(default=None, gt=0)
     """Iterations until min_lr is reached. Default: train_iters."""
     warmup: float = Field(default=0.01, ge=0, le=1)
-    """Part of lr_decay_iters with a linear warm-up from 0."""
+    """Fraction of lr_decay_iters spent on a linear warm-up from 0."""

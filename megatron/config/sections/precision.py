@@ -16,21 +16,21 @@ class Fp16(Section):
     enabled: bool = False
     """Train in fp16 (GPU only)."""
     fp16: bool | None = None
-    """Repeats `enabled` in official files; no effect of its own."""
+    """Repeats `enabled` in official files; has no effect of its own."""
     type: Literal["fp16", "bfloat16"] = "fp16"
-    """bfloat16: `enabled` asks for bf16, as in a file of Pythia."""
+    """bfloat16: `enabled` asks for bf16, as in Pythia's files."""
     loss_scale: float = Field(default=0, ge=0, le=2**32)
     """Fixed loss scale; 0 means dynamic."""
     initial_scale_power: int = Field(default=16, ge=0, le=32)
-    """The dynamic scale starts at 2 to this power."""
+    """The dynamic scale starts at 2 to the power of this."""
     loss_scale_window: int = Field(default=1000, gt=0)
-    """Updates without overflow before the scale doubles."""
+    """Updates without an overflow before the scale doubles."""
     hysteresis: int = Field(default=2, gt=0)
     """Overflows before the scale halves."""
     min_loss_scale: float = Field(default=1, gt=0, le=2**32)
     """Smallest dynamic scale."""
     consecutive_hysteresis: bool = False
-    """Refill the hysteresis at every update without overflow."""
+    """Refill the hysteresis at every update without an overflow."""
 
 
 class Bf16(Section):
@@ -39,14 +39,14 @@ class Bf16(Section):
     enabled: bool = False
     """Train in bf16 with fp32 master weights."""
     bf16: bool | None = None
-    """Repeats `enabled` in files of GPT-NeoX; no effect of its own."""
+    """Repeats `enabled` in GPT-NeoX's files; has no effect of its own."""
 
 
 class PrecisionConfig(Section):
     """Number format of parameters and activations; master weights and moments are always fp32."""
 
     precision: Literal["fp32", "bf16", "bfloat16", "fp16"] | None = None
-    """fp32, bf16 or fp16; wins over the fp16 and bf16 tables. Default: what these say, else fp32."""
+    """fp32, bf16 or fp16; takes precedence over the fp16 and bf16 tables. Default: what those say, else fp32."""
     fp16: Fp16 = Fp16()
     """fp16 settings, for example {enabled: true, loss_scale: 0, initial_scale_power: 12}."""
     bf16: Bf16 = Bf16()

@@ -21,13 +21,13 @@ class ScheduledGrowth(Section):
     at_tokens: int | None = Field(default=None, gt=0)
     """Grow once this many tokens of training data have been consumed; instead of at_iteration."""
     qkv_slot_num: int | None = Field(default=None, gt=0, le=MAX_SIZE)
-    """Tokens afterwards of each query, key and value. Default: as many as before."""
+    """Tokens of each query, key and value projection after the growth. Default: as many as before."""
     proj_slot_num: int | None = Field(default=None, gt=0, le=MAX_SIZE)
-    """Tokens afterwards of the attention output projection. Default: as many as before."""
+    """Tokens of the attention output projection after the growth. Default: as many as before."""
     ffn_slot_num: int | None = Field(default=None, gt=0, le=MAX_SIZE)
-    """Tokens afterwards of the feed-forward. Default: as many as before."""
+    """Tokens of the feed-forward after the growth. Default: as many as before."""
     layers: Annotated[list[Annotated[int, Field(ge=0, strict=False)]], Field(min_length=1)] | None = None
-    """Blocks that grow, from 0. Default: all."""
+    """Blocks that grow, counted from 0. Default: all."""
     lr_policy: Literal["restart", "continue"] = "restart"
     """restart: a schedule of its own, warm-up included; continue: the schedule goes on as if nothing had happened."""
     lr: float | None = Field(default=None, ge=0, le=1000)
@@ -35,14 +35,14 @@ class ScheduledGrowth(Section):
     min_lr: float | None = Field(default=None, ge=0, le=1000)
     """Learning rate at the end of a restart's decay. Default: that of the run."""
     warmup: float | None = Field(default=None, ge=0, le=1)
-    """Part of a restart's lr_decay_iters with a linear warm-up. Default: that of the run."""
+    """Fraction of a restart's lr_decay_iters spent on a linear warm-up. Default: that of the run."""
     lr_decay_iters: int | None = Field(default=None, gt=0)
     """Iterations of a restart's decay. Default: until the next restart or train_iters."""
     new_keys: NewKeys = "zero"
-    """zero: as in the paper. rotated: random rotations of the old keys with values of zero, which is as exact and
-    learns faster; with l2_norm_gelu, by at least min(tokens, hidden_size) tokens."""
+    """zero: as in the paper. rotated: random rotations of the old keys with values of zero, which is just as exact
+    and learns faster; with l2_norm_gelu, by at least min(tokens, hidden_size) tokens."""
     freeze_old_tokens: bool = False
-    """Train the new tokens only, until the next growth."""
+    """Train only the new tokens, until the next growth."""
     old_tokens_lr_scale: float = Field(default=1.0, ge=0, le=MAX_FACTOR)
     """Factor on the learning rate of everything but the new tokens."""
     new_tokens_lr_scale: float = Field(default=1.0, ge=0, le=MAX_FACTOR)
@@ -75,10 +75,10 @@ class ScalingConfig(Section):
     """Growths inside the run, in order, for example [{at_iteration: 1000, qkv_slot_num: 1792, ffn_slot_num: 7168}]. The
     token counts of the model section are those before the first."""
     partial_init_policy: Literal["restart", "continue"] = "restart"
-    """With pretrain_partial_init: iterations and learning-rate schedule start anew, or go on."""
+    """With pretrain_partial_init: whether iterations and learning-rate schedule start anew or go on."""
     new_keys: NewKeys = "zero"
-    """What the new keys of pretrain_partial_init start as: zero as in the paper, or random rotations of the old keys
-    (l2_norm_gelu), which is as exact and learns faster."""
+    """What the new keys of pretrain_partial_init start as: zero as in the paper, or rotated, random rotations of
+    the old keys (l2_norm_gelu), which is just as exact and learns faster."""
     freeze_old_tokens: bool = False
     """Train only the tokens of the latest growth."""
     old_tokens_lr_scale: float = Field(default=1.0, ge=0, le=MAX_FACTOR)

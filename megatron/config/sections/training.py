@@ -14,25 +14,25 @@ class TrainingConfig(Section):
     """Length and batches of a run."""
 
     train_iters: int | None = Field(default=None, gt=0)
-    """Optimizer updates in the whole run, those before a resume included."""
+    """Optimizer updates of the whole run, including those before a resume."""
     train_micro_batch_size_per_gpu: int | None = Field(default=None, gt=0, le=MAX_SIZE)
-    """Samples a process takes through one forward and backward pass."""
+    """Samples that a process takes through one forward and backward pass."""
     gradient_accumulation_steps: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Micro-batches accumulated for one update. Default: from train_batch_size, else 1."""
     train_batch_size: int | None = Field(default=None, gt=0, le=MAX_SIZE)
-    """Samples of one update over all data-parallel processes; follows from the other two if not given."""
+    """Samples of one update over all data-parallel processes; follows from the other two if it is not given."""
     seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seed of initialisation, data order and dropout, below 2^32."""
     eval_interval: int = Field(default=1000, gt=0)
     """Iterations between validations."""
     eval_iters: int = Field(default=100, ge=0)
-    """Batches of a validation, always the same ones; 0 switches validation off."""
+    """Batches of a validation, the same ones every time; 0 turns validation off."""
     exit_interval: int | None = Field(default=None, gt=0)
     """Save and stop after this many iterations of the run; resuming continues."""
     checkpoint_activations: bool = False
     """Recompute blocks in the backward pass instead of keeping their activations."""
     checkpoint_num_layers: int = Field(default=1, gt=0, le=10_000)
-    """Blocks recomputed together."""
+    """Number of blocks that are recomputed together."""
     eod_mask_loss: bool = False
     """Leave predictions made from an end-of-document token out of the loss."""
     pattention_backend: Literal["auto", "reference", "fused"] = "auto"
@@ -40,8 +40,8 @@ class TrainingConfig(Section):
     attention_backend: Literal["sdpa", "flash_attn"] = "sdpa"
     """Causal attention: torch's scaled_dot_product_attention or the flash-attn package."""
     deterministic: bool = False
-    """true: only kernels that give the same bits every time, so that a resumed run on the same GPUs equals one that was
-    not interrupted bit for bit. Attention and its backward pass are slower."""
+    """true: only kernels that give the same bits every time, so that a resumed run on the same GPUs equals an
+    uninterrupted one bit for bit. Attention and its backward pass become slower."""
     allow_nonfinite_loss: bool = False
     """false: a loss that is not finite stops the run before the update."""
 
