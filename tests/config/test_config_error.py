@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from megatron.config import load_config
+from megatron.config import load_config, resolve_config
 from megatron.config.mistakes import config_error
+from megatron.config.places import places_named
 from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.scaling import ScalingConfig
 from megatron.errors import ConfigError, UserErrors
@@ -41,6 +42,17 @@ def test_several_keep_theirs(tmp_path: Path) -> None:
     with pytest.raises(UserErrors) as errors:
         load_config(tmp_path / "a.yml")
     assert [error.key for error in errors.value.errors if isinstance(error, ConfigError)] == ["seed", "warmup"]
+
+
+def test_one_that_is_found_later_gets_its_place(tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text(f"{MODEL}batch-size: 3\n")
+    resolved = resolve_config(tmp_path / "a.yml")
+    with pytest.raises(ConfigError) as error, places_named(resolved.settings):
+        raise ConfigError("train_micro_batch_size_per_gpu", "3 do not fit in memory", "lower it")
+    assert str(error.value) == f"{tmp_path}/a.yml:5: batch-size: 3 do not fit in memory; lower it"
+    with pytest.raises(ConfigError) as error, places_named(resolved.settings):
+        raise ConfigError("seed", "is its default")
+    assert str(error.value) == "seed: is its default"
 
 
 def test_it_survives_the_way_to_another_process() -> None:
