@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron.checkpoint.new_folder import require_new
+from megatron.checkpoint.tensors import TensorView
 from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.tokenizer import TokenizerConfig
@@ -19,6 +20,7 @@ from megatron.errors import UserError
 from megatron.exchange import canonical, gpt_neox, huggingface, official
 from megatron.exchange.checkpoint import Checkpoint, of_model
 from megatron.exchange.huggingface_folder import CONFIG, SHARD_BYTES
+from megatron.exchange.names import in_model_order
 from megatron.exchange.opening import open_checkpoint
 from megatron.log import get_logger
 from megatron.model import LanguageModel
@@ -73,7 +75,7 @@ def from_huggingface(source: str | Path, root: str | Path) -> Path:
     if not os.path.isfile(Path(source) / CONFIG):
         raise UserError(f"{source}: has no config.json; give a folder in Hugging Face's form")
     require_new(Path(root))
-    return canonical.write(root, open_checkpoint(source))
+    return _write_run(root, open_checkpoint(source))
 
 
 def from_official(source: str | Path, root: str | Path, config: RunConfig) -> Path:
@@ -83,7 +85,19 @@ def from_official(source: str | Path, root: str | Path, config: RunConfig) -> Pa
     require_new(Path(root))
     checkpoint = open_checkpoint(source, config)
     _check_same(config.language, checkpoint)
-    return canonical.write(root, checkpoint)
+    return _write_run(root, checkpoint)
+
+
+class _InModelOrder(TensorView):
+    """Tensors that are listed in the order in which a run that starts with them will list them."""
+
+    def names(self, kind: str) -> list[str]:
+        """Names of the tensors of a kind."""
+        return in_model_order(super().names(kind))
+
+
+def _write_run(root: str | Path, checkpoint: Checkpoint) -> Path:
+    return canonical.write(root, replace(checkpoint, tensors=_InModelOrder(checkpoint.tensors)))
 
 
 def to_official(source: str | Path, target: str | Path, iteration: int | None = None) -> Path:

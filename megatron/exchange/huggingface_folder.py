@@ -18,7 +18,7 @@ from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
 from megatron.exchange.checkpoint import CheckedTensors, Checkpoint
 from megatron.exchange.huggingface_weights import Weights, read_json, write_json, write_weights
-from megatron.exchange.names import EMBEDDING, HEAD, in_model_order
+from megatron.exchange.names import EMBEDDING, HEAD
 from megatron.model.compatibility import check_fit, count_layers, described_model, tau_fault
 from megatron.tokenizer import GPT2BPETokenizer, HFTokenizer, Tokenizer, build_tokenizer
 from megatron.tokenizer.base import END_OF_TEXT
@@ -59,8 +59,8 @@ class _FolderTensors(CheckedTensors):
                 self.origins[name] = theirs
 
     def names(self, kind: str) -> list[str]:
-        """Canonical names of the model's tensors."""
-        return in_model_order(self.origins) if kind == "model" else []
+        """Canonical names of the model's tensors, as the folder lists what they are in."""
+        return list(self.origins) if kind == "model" else []
 
     def shape(self, kind: str, name: str) -> tuple[int, ...]:
         """Full shape of a tensor."""

@@ -27,7 +27,7 @@ from megatron.config.sections.model import ModelConfig
 from megatron.errors import UserError
 from megatron.exchange.checkpoint import CheckedTensors, Checkpoint, weight_fault
 from megatron.exchange.joined import JoinedTensors, joined_config
-from megatron.exchange.names import EMBEDDING, TAU, in_model_order, is_parameter, projection_of
+from megatron.exchange.names import EMBEDDING, TAU, is_parameter, projection_of
 from megatron.exchange.official_folder import FLAT_FILE, find_official_folder, read_official_folder
 from megatron.exchange.torch_file import read_flat_file
 from megatron.model.compatibility import check_fit, described_model
@@ -84,8 +84,8 @@ class _OfficialTensors(CheckedTensors):
         self._tensors = {**tensors, **taus}
 
     def names(self, kind: str) -> list[str]:
-        """Names of the model's tensors."""
-        return in_model_order(self._tensors) if kind == "model" else []
+        """Names of the model's tensors, as the file lists them."""
+        return list(self._tensors) if kind == "model" else []
 
     def shape(self, kind: str, name: str) -> tuple[int, ...]:
         """Full shape of a tensor."""
