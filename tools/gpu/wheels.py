@@ -62,7 +62,7 @@ def pinned_versions() -> dict[str, str]:
     return dict(line.split("==") for line in lines if re.match(r"[\w-]+==", line))
 
 
-def fill(folder: Path, python: str, with_numpy: bool) -> int:
+def collect(folder: Path, python: str, with_numpy: bool) -> int:
     """Download the wheels; returns their size in MiB. Raises CalledProcessError where pip cannot."""
     folder.mkdir(parents=True, exist_ok=True)
     pins, pip = pinned_versions(), [sys.executable, "-m", "pip", "--disable-pip-version-check"]
@@ -104,7 +104,7 @@ def main() -> int:
     parser.add_argument("--python", default="3.12", metavar="3.X", help="Python of the other machine (default 3.12)")
     parser.add_argument("--with-numpy", action="store_true", help="numpy too, where the other machine has none")
     options = parser.parse_args()
-    size = fill(options.folder, options.python, options.with_numpy)
+    size = collect(options.folder, options.python, options.with_numpy)
     print(f"{options.folder}: {len(list(options.folder.glob('*.whl')))} wheels, {size} MiB")
     return 0 if size <= _LIMIT_MIB else 1
 
