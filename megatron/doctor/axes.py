@@ -15,36 +15,36 @@ AXES = ("tensor", "pipeline", "data")
 _GPU_BYTES, _CPU_BYTES, _ROUNDS = 256 << 20, 16 << 20, 4
 
 
-def run_axes(plan: dict[str, Any]) -> int:
+def run_axes(request: dict[str, Any]) -> int:
     """Join the processes of the run, measure, and say what this one found.
 
-    plan: pipeline, tensor, backend, ranks_per_gpu, seconds; made by target.axes_plan.
+    request: pipeline, tensor, backend, ranks_per_gpu, seconds; made by target._axes_launch.
     """
     from megatron.mpu.environment import ensure_process_environment
 
-    signal.alarm(int(plan["seconds"]))  # the others may never come
+    signal.alarm(int(request["seconds"]))  # the others may never come
     ensure_process_environment()
     from megatron.mpu.processes import abandoned_on_error, leave
 
     with abandoned_on_error():
-        for found in measure(plan):
+        for found in measure(request):
             say(f"{found['axis']} axis, rank {found['rank']}", DONE, found)
     leave()
     say(BYE, DONE)
     return 0
 
 
-def measure(plan: dict[str, Any]) -> list[dict[str, Any]]:
+def measure(request: dict[str, Any]) -> list[dict[str, Any]]:
     """Per axis of this process: axis, ranks of its group, rank, host, rate (bytes/s of the bus). Collective."""
     import torch.distributed as dist
 
     from megatron.mpu import Layout
     from megatron.mpu.processes import connect_world
 
-    wait = timedelta(seconds=plan["seconds"])
-    connect_world(plan["backend"], wait, plan["ranks_per_gpu"])
+    wait = timedelta(seconds=request["seconds"])
+    connect_world(request["backend"], wait, request["ranks_per_gpu"])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    layout = Layout.for_world(rank, world, plan["pipeline"], plan["tensor"]).connect(wait)
+    layout = Layout.for_world(rank, world, request["pipeline"], request["tensor"]).connect(wait)
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     found = []
     for axis in AXES:

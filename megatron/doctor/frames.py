@@ -45,9 +45,9 @@ def heard(line: str) -> dict[str, Any] | None:
     return frame if isinstance(frame, dict) and {"check", "state", "value", "time"} <= frame.keys() else None
 
 
-def pack(plan: Any) -> str:
-    """`plan` as one word of a command line that no shell reads anything into."""
-    return base64.urlsafe_b64encode(json.dumps(plan).encode()).decode()
+def pack(request: Any) -> str:
+    """`request` as one word of a command line that no shell reads anything into."""
+    return base64.urlsafe_b64encode(json.dumps(request).encode()).decode()
 
 
 def unpack(word: str) -> Any:

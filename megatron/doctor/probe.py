@@ -16,28 +16,31 @@ TORCH_PROCESS = "torch process"
 _TORCH_SECONDS, _LIFE_SECONDS = 120, 300
 
 
-def probe(plan: dict[str, Any]) -> int:
-    """Run all checks of `plan` (made by target.probe_plan) on this node and say what they found."""
+def probe(request: dict[str, Any]) -> int:
+    """Run all checks of `request` (made by Target.commands) on this node and say what they found."""
     signal.alarm(_LIFE_SECONDS)  # nobody may be left to end it
     say(HELLO, DONE)
-    run_checks(_checks(plan))
+    run_checks(_checks(request))
     say(BYE, DONE)
     sys.stdout.flush()
     os._exit(0)  # not waiting for a check that hangs
 
 
-def _checks(plan: dict[str, Any]) -> list[Check]:
-    shared = plan["shared"]
+def _checks(request: dict[str, Any]) -> list[Check]:
+    shared = request["shared"]
     return [
         Check("python", 10, machine.python),
-        Check("packages", 20, partial(machine.packages, plan["packages"])),
+        Check("packages", 20, partial(machine.packages, request["packages"])),
         Check("source", 30, machine.source),
         Check("environment", 10, machine.environment),
         Check("limits", 10, machine.limits),
         Check("gpus", 30, machine.gpus),
         *([Check("shared folder", 20, partial(disks.look_at_shared, **shared))] if shared else []),
-        *([Check("data files", 20, partial(disks.file_sizes, plan["files"]))] if plan["files"] else []),
-        *(Check(f"{name} folder", 30, partial(disks.look_at_folder, path)) for name, path in plan["folders"].items()),
+        *([Check("data files", 20, partial(disks.file_sizes, request["files"]))] if request["files"] else []),
+        *(
+            Check(f"{name} folder", 30, partial(disks.look_at_folder, path))
+            for name, path in request["folders"].items()
+        ),
         Check(TORCH_PROCESS, _TORCH_SECONDS + 5, run_torch_checks),
     ]
 
@@ -64,6 +67,6 @@ def run_in_torch_process() -> int:
     os._exit(0)
 
 
-def worker_words(kind: str, plan: Any) -> list[str]:
+def worker_words(kind: str, request: Any) -> list[str]:
     """The words after the interpreter that start one of the doctor's own processes."""
-    return [str(machine.ROOT / "deepy.py"), "doctor", kind, pack(plan)]
+    return [str(machine.ROOT / "deepy.py"), "doctor", kind, pack(request)]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from megatron.config.load import Resolved
     from megatron.config.schema import RunConfig
     from megatron.config.sections.data import DataConfig
-    from megatron.launch.supervise import LaunchPlan
+    from megatron.launch.supervise import LauncherCall
 
 AXES_SECONDS = 90.0
 
@@ -42,18 +42,18 @@ class Target:
     """Data and tokenizer files that every node has to see."""
     expected: Expected = Expected()
     """What is asked of every node."""
-    axes: LaunchPlan | None = None
+    axes: LauncherCall | None = None
     """Starts the processes of the layout; None where there is only one, or no configuration."""
 
     def commands(self, shared: Mapping[str, str] | None, env: Mapping[str, str]) -> dict[str, list[str]]:
         """The command of the probe on each node. shared: from disks.held_folder()."""
-        plan = {
+        request = {
             "packages": list(self.expected.packages),
             "files": self.files,
             "folders": self.folders,
             "shared": shared,
         }
-        words = [sys.executable, *worker_words("--probe", plan)]
+        words = [sys.executable, *worker_words("--probe", request)]
         if self.launcher == "local":
             return {node: words for node in self.nodes}
         return {node: on_node(self.launcher, node, self.arguments, words, env) for node in self.nodes}
@@ -118,21 +118,21 @@ def _data_files(data: DataConfig) -> tuple[str, ...]:
     return tuple(str(Path(prefix + ending).absolute()) for prefix in prefixes for ending in (".bin", ".idx"))
 
 
-def _axes_launch(resolved: Resolved, processes: int | None) -> LaunchPlan | None:
-    from megatron.launch.command import check_world, make_plan
+def _axes_launch(resolved: Resolved, processes: int | None) -> LauncherCall | None:
+    from megatron.launch.command import check_world, make_call
 
     config, is_training = resolved.config, resolved.config.training.train_iters is not None
     check_world(config, "train.py" if is_training else "eval.py", processes)
     if processes == 1:
         return None
-    plan = {
+    request = {
         "pipeline": config.parallel.pipeline_stages if is_training else 1,
         "tensor": config.parallel.model_parallel_size,
         "backend": config.launch.distributed_backend, "ranks_per_gpu": config.launch.ranks_per_gpu,
         "seconds": AXES_SECONDS,
     }  # fmt: skip
-    script, *words = worker_words("--axes", plan)
-    return make_plan(resolved, script, words, os.environ)
+    script, *words = worker_words("--axes", request)
+    return make_call(resolved, script, words, os.environ)
 
 
 # ---- requirements ----

@@ -22,7 +22,7 @@ from megatron.config.schema import RunConfig
 from megatron.config.sections.launch import LaunchConfig
 from megatron.errors import ConfigError, UserError
 from megatron.launch.hosts import SlotFilter, count_processes, find_hosts, write_hostfile
-from megatron.launch.supervise import WORKER, LaunchPlan
+from megatron.launch.supervise import WORKER, LauncherCall
 from megatron.mpu.environment import free_port, has_accelerator, job_port
 from megatron.mpu.layout import Layout
 
@@ -31,9 +31,9 @@ _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")  # what DeepSpeed sends t
 _LAUNCHER_PROGRAMS = {"pdsh": "pdsh", "openmpi": "ompi_info", "mvapich": "mpiname", "slurm": "sinfo"}
 
 
-def make_plan(
+def make_call(
     resolved: Resolved, script: str, arguments: list[str], environment: Mapping[str, str], to_run: bool = True
-) -> LaunchPlan:
+) -> LauncherCall:
     """The launcher command that runs `script arguments` as the launch keys of the config say.
 
     Raises: UserError when it cannot, or when a program that it needs is not installed and it is `to_run`.
@@ -45,14 +45,14 @@ def make_plan(
     # Two runs started together would both find the default port free: only a port that was asked for is kept.
     port = config.master_port if "master_port" in resolved.settings else None
     if len(hosts) > 1 or config.force_multi or config.deepspeed_slurm:
-        return _multi_node_plan(config, hosts, work, env, port, to_run)
+        return _multi_node_call(config, hosts, work, env, port, to_run)
     options = _local_options(config, hosts, env, port or free_port())
-    return LaunchPlan([*_RUNNER, *options, WORKER, *work], env, signal_depth=2)
+    return LauncherCall([*_RUNNER, *options, WORKER, *work], env, signal_depth=2)
 
 
-def _multi_node_plan(
+def _multi_node_call(
     config: LaunchConfig, hosts: Mapping[str, int], work: list[str], env: dict[str, str], port: int | None, to_run: bool
-) -> LaunchPlan:
+) -> LauncherCall:
     launcher = "slurm" if config.deepspeed_slurm else config.launcher
     _check_multi_node(config, launcher, hosts, env)
     program = _LAUNCHER_PROGRAMS[launcher]
@@ -67,8 +67,8 @@ def _multi_node_plan(
     command = [*_RUNNER, "--hostfile", file, "--launcher", launcher, *_multi_node_options(config, launcher, hosts, env)]
     if launcher == "pdsh":
         stop = _pdsh_stop(config, hosts, work)
-        return LaunchPlan([*command, *_remote_words(work)], env, stop_command=stop, written=written)
-    return LaunchPlan([*command, *work], env, 1, stop_signal=signal.SIGUSR1, written=written)
+        return LauncherCall([*command, *_remote_words(work)], env, stop_command=stop, written=written)
+    return LauncherCall([*command, *work], env, 1, stop_signal=signal.SIGUSR1, written=written)
 
 
 def check_world(config: RunConfig, script: str, processes: int | None) -> None:

@@ -15,9 +15,9 @@ from megatron.config.hostfile import missing_hostfile
 from megatron.config.load import Resolved
 from megatron.config.places import places_named
 from megatron.errors import UserError
-from megatron.launch.command import make_plan
+from megatron.launch.command import make_call
 from megatron.launch.hosts import count_processes, find_hosts
-from megatron.launch.supervise import run_plan
+from megatron.launch.supervise import run_call
 from megatron.log import get_logger
 
 
@@ -46,7 +46,7 @@ def _launch(resolved: Resolved, args: Namespace, script: str, arguments: list[st
         return _dry_run(resolved, script, without_plan_flags(arguments), args.gpus, args.machine)
     if note:
         get_logger().warning(note)
-    return run_plan(make_plan(resolved, script, arguments, os.environ))
+    return run_call(make_call(resolved, script, arguments, os.environ))
 
 
 def _check_script(script: str | None, prog: str) -> str:
@@ -86,13 +86,13 @@ def _print_command(
     processes = count_processes(resolved.config.launch, hosts, os.environ) or 1
     try:
         grid = world(Workload.of(resolved.config).configured(processes), max(1, len(hosts)))
-        plan = make_plan(resolved, script, arguments, os.environ, to_run=False)
+        call = make_call(resolved, script, arguments, os.environ, to_run=False)
     except UserError as error:
         if gpus is None:  # else this machine is not the one that is planned for
             raise
         print(f"command: none here: {error}")
     else:
-        print(f"command: {shlex.join(plan.command)}\nworld: {grid}")
-        if plan.written:
-            Path(plan.written).unlink(missing_ok=True)
+        print(f"command: {shlex.join(call.command)}\nworld: {grid}")
+        if call.written:
+            Path(call.written).unlink(missing_ok=True)
     return gpus or processes

@@ -21,7 +21,7 @@ WORKER = str(Path(__file__).with_name("worker.py"))
 
 
 @dataclass(frozen=True)
-class LaunchPlan:
+class LauncherCall:
     """One call of DeepSpeed's launcher."""
 
     command: list[str]
@@ -41,20 +41,20 @@ class LaunchPlan:
         return self.signal_depth == 2
 
 
-def run_plan(plan: LaunchPlan) -> int:
+def run_call(call: LauncherCall) -> int:
     """Run the launcher until it and its workers have ended; returns their exit code.
 
     The first of STOP_SIGNALS asks the workers to save and stop, once; SIGINT or SIGTERM again ends everything, and the
     exit code is 128 and the signal's number. The launcher has a session of its own, which a Ctrl-C does not reach, and
     a local one is deaf to signals: DeepSpeed would kill the workers 30 seconds after it heard one.
     """
-    environment = {**plan.environment, LAUNCHER_PID: str(os.getpid()), LAUNCHER_HOST: socket.gethostname()}
-    stopper = _Stopper(plan)
+    environment = {**call.environment, LAUNCHER_PID: str(os.getpid()), LAUNCHER_HOST: socket.gethostname()}
+    stopper = _Stopper(call)
     numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, stopper.receive) for number in numbers}
     try:
-        with blocked() if plan.is_local else nullcontext():
-            process = subprocess.Popen(plan.command, env=environment, start_new_session=True)
+        with blocked() if call.is_local else nullcontext():
+            process = subprocess.Popen(call.command, env=environment, start_new_session=True)
             stopper.session = process.pid
         if stopper.received:  # before there was anything to stop
             stopper.act(process.pid)
@@ -66,15 +66,15 @@ def run_plan(plan: LaunchPlan) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        if plan.written:
-            Path(plan.written).unlink(missing_ok=True)
+        if call.written:
+            Path(call.written).unlink(missing_ok=True)
 
 
 class _Stopper:
-    """Stops the workers of a plan, whose launcher leads `session` once it has been started."""
+    """Stops the workers of a call, whose launcher leads `session` once it has been started."""
 
-    def __init__(self, plan: LaunchPlan) -> None:
-        self.plan, self.received, self.code = plan, list[int](), 0
+    def __init__(self, call: LauncherCall) -> None:
+        self.call, self.received, self.code = call, list[int](), 0
         self.session: int | None = None
         self._asked = False
 
@@ -91,11 +91,11 @@ class _Stopper:
         if insisted > 1:
             get_logger().info("%s again: stopped at once, without what was not saved yet", name)
             # Those of other nodes are reached through the launcher only, which has to stay for that.
-            self._end(session, number, signal.SIGKILL if self.plan.is_local or insisted > 2 else signal.SIGTERM)
+            self._end(session, number, signal.SIGKILL if self.call.is_local or insisted > 2 else signal.SIGTERM)
         elif not self._asked:
             self._asked = True
             get_logger().info("%s: asking the workers to save and stop", name)
-            if not _stop_workers(self.plan, session):
+            if not _stop_workers(self.call, session):
                 self._end(session, number, signal.SIGKILL)
 
     def _end(self, session: int, number: int, kind: signal.Signals) -> None:
@@ -105,7 +105,7 @@ class _Stopper:
 
     def wait_for_workers(self, session: int, interval: float = 0.2) -> None:
         """Wait for workers that have lost their launcher, after they have been asked to save and stop."""
-        workers = _left_behind(session) if self.plan.is_local else []
+        workers = _left_behind(session) if self.call.is_local else []
         if workers and not self.received:
             self.code = 128 + signal.SIGKILL
             get_logger().error("the launcher was killed: asking the workers to save and stop")
@@ -134,19 +134,19 @@ def _shell_code(code: int) -> int:
     return 128 + 256 - code if code > 192 else code
 
 
-def _stop_workers(plan: LaunchPlan, pid: int) -> bool:
+def _stop_workers(call: LauncherCall, pid: int) -> bool:
     """Ask the workers of the launcher `pid` to save and stop; false where it has started none yet."""
     import psutil  # comes with deepspeed
 
-    if plan.stop_command:
-        subprocess.Popen(plan.stop_command, env=plan.environment, start_new_session=True)
+    if call.stop_command:
+        subprocess.Popen(call.stop_command, env=call.environment, start_new_session=True)
         return True
     with suppress(psutil.NoSuchProcess):
         level = [psutil.Process(pid)]
-        for _ in range(plan.signal_depth):
-            level = [child for parent in level for child in parent.children()] or ([] if plan.is_local else level)
+        for _ in range(call.signal_depth):
+            level = [child for parent in level for child in parent.children()] or ([] if call.is_local else level)
         for process in level:
             with suppress(psutil.NoSuchProcess):
-                process.send_signal(plan.stop_signal)
+                process.send_signal(call.stop_signal)
         return bool(level)
     return False

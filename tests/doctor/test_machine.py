@@ -239,8 +239,12 @@ def test_the_nodes_of_a_hostfile_are_reached_through_the_launcher(
     assert "wandb" in target.expected.packages and "torch" in target.expected.packages
     command = target.commands(None, {})["n2"]
     assert command[:8] == ["pdsh", "-S", "-R", "ssh", "-w", "n2", "-u", "5"]
-    plan = unpack(command[-1].split()[-1])
-    assert plan["folders"] == {"working": str(Path.cwd()), "data": str(Path(corpus_prefix).parent), "temporary": None}
+    request = unpack(command[-1].split()[-1])
+    assert request["folders"] == {
+        "working": str(Path.cwd()),
+        "data": str(Path(corpus_prefix).parent),
+        "temporary": None,
+    }
     assert target.axes and target.axes.command[-3:-1] == ["doctor", "--axes"]
     assert unpack(target.axes.command[-1])["tensor"] == 2
 
@@ -254,16 +258,16 @@ def test_requirement_files_exist_and_follow_the_configuration() -> None:
     assert requirement_files(load_config([], TINY)) == ["requirements.txt"]
 
 
-def _measure(plan: dict[str, Any]) -> list[dict[str, Any]]:
+def _measure(request: dict[str, Any]) -> list[dict[str, Any]]:
     from megatron.doctor.axes import measure
 
-    return measure(plan)
+    return measure(request)
 
 
 @pytest.mark.processes
 def test_every_axis_of_a_layout_is_measured() -> None:
-    plan = {"pipeline": 2, "tensor": 2, "backend": "gloo", "ranks_per_gpu": 1, "seconds": 60}
-    answers = run_ranks(4, _measure, plan)
+    request = {"pipeline": 2, "tensor": 2, "backend": "gloo", "ranks_per_gpu": 1, "seconds": 60}
+    answers = run_ranks(4, _measure, request)
     assert [[(found["axis"], found["ranks"]) for found in answer] for answer in answers] == [
         [("tensor", [0, 1]), ("pipeline", [0, 2])], [("tensor", [0, 1]), ("pipeline", [1, 3])],
         [("tensor", [2, 3]), ("pipeline", [0, 2])], [("tensor", [2, 3]), ("pipeline", [1, 3])],

@@ -16,47 +16,47 @@ from megatron.errors import UserError
 from megatron.launch import command as command_module
 from megatron.launch import launch
 from megatron.launch import start as start_module
-from megatron.launch.command import make_plan
-from megatron.launch.supervise import LaunchPlan
+from megatron.launch.command import make_call
+from megatron.launch.supervise import LauncherCall
 from megatron.mpu import environment as process_environment
-from tests.launch.plans import DEMO, option, plan_of
+from tests.launch.calls import DEMO, call_of, option
 
 
 def test_a_cpu_machine_gets_one_local_process() -> None:
-    plan = plan_of([])
-    assert plan.command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
-    assert "--no_local_rank" in plan.command
-    assert option(plan.command, "--num_gpus") == "1"
-    assert plan.command[-4:] == ["train.py", "a.yml", "--set", "x=1"]
-    assert plan.environment == {"DS_ACCELERATOR": "cpu"}
+    call = call_of([])
+    assert call.command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+    assert "--no_local_rank" in call.command
+    assert option(call.command, "--num_gpus") == "1"
+    assert call.command[-4:] == ["train.py", "a.yml", "--set", "x=1"]
+    assert call.environment == {"DS_ACCELERATOR": "cpu"}
 
 
 def test_a_gpu_machine_is_left_to_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_environment, "_DEVICE_FILES", ("/dev/null",))
-    plan = plan_of([])
-    assert "--num_gpus" not in plan.command and plan.environment == {}
-    assert option(plan_of(["num_gpus=4"]).command, "--num_gpus") == "4"
-    assert option(plan_of(["include='localhost:0,1'"]).command, "--include") == "localhost:0,1"
+    call = call_of([])
+    assert "--num_gpus" not in call.command and call.environment == {}
+    assert option(call_of(["num_gpus=4"]).command, "--num_gpus") == "4"
+    assert option(call_of(["include='localhost:0,1'"]).command, "--include") == "localhost:0,1"
 
 
 def test_slurm_launcher_of_published_configs_starts_locally() -> None:
-    plan = plan_of(["launcher=slurm", "deepspeed_slurm=false"])
-    assert "--launcher" not in plan.command
+    call = call_of(["launcher=slurm", "deepspeed_slurm=false"])
+    assert "--launcher" not in call.command
 
 
 def test_runs_on_one_machine_get_ports_of_their_own_unless_one_is_given() -> None:
-    ports = {option(plan_of([]).command, "--master_port") for _ in range(3)}
+    ports = {option(call_of([]).command, "--master_port") for _ in range(3)}
     assert len(ports) > 1 and "29500" not in ports
-    assert option(plan_of(["master_port=29501"]).command, "--master_port") == "29501"
+    assert option(call_of(["master_port=29501"]).command, "--master_port") == "29501"
 
 
 @pytest.mark.usefixtures("all_launchers")
 def test_several_hosts_use_the_launcher(hostfile: str) -> None:
-    plan = plan_of([f"hostfile={hostfile}", "launcher=pdsh", "no_ssh_check=true"])
-    assert option(plan.command, "--launcher") == "pdsh"
-    assert option(plan.command, "--master_addr") == "node1"
-    assert "--force_multi" in plan.command and "--no_ssh_check" in plan.command
-    assert plan_of([f"hostfile={hostfile}", "launcher=pdsh"], {"MASTER_ADDR": "10.0.0.1"}).environment == {
+    call = call_of([f"hostfile={hostfile}", "launcher=pdsh", "no_ssh_check=true"])
+    assert option(call.command, "--launcher") == "pdsh"
+    assert option(call.command, "--master_addr") == "node1"
+    assert "--force_multi" in call.command and "--no_ssh_check" in call.command
+    assert call_of([f"hostfile={hostfile}", "launcher=pdsh"], {"MASTER_ADDR": "10.0.0.1"}).environment == {
         "MASTER_ADDR": "10.0.0.1",
         "MASTER_PORT": "29500",
     }
@@ -64,29 +64,29 @@ def test_several_hosts_use_the_launcher(hostfile: str) -> None:
 
 @pytest.mark.usefixtures("all_launchers")
 def test_slurm_places_ranks_evenly(hostfile: str) -> None:
-    plan = plan_of([f"hostfile={hostfile}", "deepspeed_slurm=true", "comment='two words'", "launcher_args=--exclusive"])
-    extra = next(word for word in plan.command if word.startswith("--launcher_args="))
+    call = call_of([f"hostfile={hostfile}", "deepspeed_slurm=true", "comment='two words'", "launcher_args=--exclusive"])
+    extra = next(word for word in call.command if word.startswith("--launcher_args="))
     assert extra == (
         "--launcher_args=--nodes=2 --ntasks-per-node=2 --kill-on-bad-exit=1 '--comment=two words' --exclusive"
     )
     # srun kills its tasks on SIGTERM and passes SIGUSR1 on to them.
-    assert plan.signal_depth == 1 and plan.stop_signal == signal.SIGUSR1
+    assert call.signal_depth == 1 and call.stop_signal == signal.SIGUSR1
 
 
 @pytest.mark.usefixtures("all_launchers")
 def test_nodes_and_gpus_can_be_limited_together(hostfile: str) -> None:
-    plan = plan_of([f"hostfile={hostfile}", "launcher=pdsh", "num_nodes=2", "num_gpus=1"])
-    assert (option(plan.command, "--num_nodes"), option(plan.command, "--num_gpus")) == ("2", "1")
-    one = plan_of([f"hostfile={hostfile}", "num_nodes=1"])
+    call = call_of([f"hostfile={hostfile}", "launcher=pdsh", "num_nodes=2", "num_gpus=1"])
+    assert (option(call.command, "--num_nodes"), option(call.command, "--num_gpus")) == ("2", "1")
+    one = call_of([f"hostfile={hostfile}", "num_nodes=1"])
     assert option(one.command, "--num_nodes") == "1" and "--launcher" not in one.command
 
 
 @pytest.mark.usefixtures("all_launchers")
 def test_pdsh_stops_the_workers_of_this_run_and_no_others(hostfile: str) -> None:
-    plan = plan_of([f"hostfile={hostfile}", "launcher=pdsh"])
-    assert plan.stop_command is not None
-    assert plan.stop_command[:5] == ["pdsh", "-R", "ssh", "-w", "node1"], "one rank is enough"
-    pattern = shlex.split(plan.stop_command[-1])[-1]
+    call = call_of([f"hostfile={hostfile}", "launcher=pdsh"])
+    assert call.stop_command is not None
+    assert call.stop_command[:5] == ["pdsh", "-R", "ssh", "-w", "node1"], "one rank is enough"
+    pattern = shlex.split(call.stop_command[-1])[-1]
     worker = f"{sys.executable} -u train.py a.yml --set x=1"
     assert re.search(pattern, worker)
     launcher = f"{sys.executable} -u -m deepspeed.launcher.launch --node_rank=0 train.py a.yml --set x=1"
@@ -100,7 +100,7 @@ def test_pdsh_stops_the_workers_of_this_run_and_no_others(hostfile: str) -> None
 def test_what_is_no_host_name_does_not_reach_a_shell_or_pdsh(tmp_path: Path, name: str) -> None:
     (tmp_path / "hosts").write_text(f"node1 slots=2\n{name} slots=2\n")
     with pytest.raises(UserError, match=f":2: '{re.escape(name)}' is no host name"):
-        plan_of([f"hostfile={tmp_path / 'hosts'}", "launcher=pdsh"])
+        call_of([f"hostfile={tmp_path / 'hosts'}", "launcher=pdsh"])
 
 
 @pytest.mark.usefixtures("all_launchers")
@@ -108,17 +108,17 @@ def test_other_words_that_pdsh_gives_to_a_remote_shell_are_checked(
     hostfile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = [f"hostfile={hostfile}", "launcher=pdsh"]
-    assert plan_of(keys, {"NCCL_IB_HCA": "^mlx5_2:1,=a", "OTHER": "a;b"}).stop_command
+    assert call_of(keys, {"NCCL_IB_HCA": "^mlx5_2:1,=a", "OTHER": "a;b"}).stop_command
     for extra, env, name in (
         (["master_addr='n;id'"], {}, "MASTER_ADDR 'n;id'"), ([], {"NCCL_DEBUG": "$(id)"}, "NCCL_DEBUG"),
         ([], {"PYTHONPATH": "/a b"}, "PYTHONPATH"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=re.escape(name)):
-            plan_of([*keys, *extra], env)
+            call_of([*keys, *extra], env)
     (tmp_path / "a b").mkdir()
     monkeypatch.chdir(tmp_path / "a b")
     with pytest.raises(UserError, match="working folder"):
-        plan_of(keys)
+        call_of(keys)
 
 
 @pytest.mark.launches
@@ -141,7 +141,7 @@ def test_arguments_reach_the_workers_of_pdsh_as_they_are(word: str) -> None:
 )
 def test_impossible_launches_are_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        plan_of(overrides)
+        call_of(overrides)
 
 
 def test_a_layout_that_does_not_fit_the_processes_is_refused_before_any_starts(
@@ -149,45 +149,45 @@ def test_a_layout_that_does_not_fit_the_processes_is_refused_before_any_starts(
 ) -> None:
     nodes = [f"hostfile={hostfile}", "launcher=pdsh"]
     monkeypatch.setattr(command_module.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert plan_of([*nodes, "model_parallel_size=2", "pipe_parallel_size=2"]).stop_command
+    assert call_of([*nodes, "model_parallel_size=2", "pipe_parallel_size=2"]).stop_command
     for keys, processes in ((["num_nodes=1"], 2), (["include='node1@node2:1'"], 3), (["exclude='node2:0'"], 3)):
         with pytest.raises(UserError, match=f"{processes} processes cannot hold pipe_parallel_size 2 x model_parallel"):
-            plan_of([*nodes, *keys, "model_parallel_size=2", "pipe_parallel_size=2"])
+            call_of([*nodes, *keys, "model_parallel_size=2", "pipe_parallel_size=2"])
     with pytest.raises(UserError, match="1 process cannot hold"):
-        plan_of(["model_parallel_size=2"])
+        call_of(["model_parallel_size=2"])
 
 
 def test_a_batch_that_does_not_fit_the_processes_is_refused_before_any_starts() -> None:
     keys = ["train_batch_size=12", "train_micro_batch_size_per_gpu=2"]
-    plan_of([*keys, "num_gpus=3"])
-    plan_of([*keys, "num_gpus=6", "pipe_parallel_size=2"])
+    call_of([*keys, "num_gpus=3"])
+    call_of([*keys, "num_gpus=6", "pipe_parallel_size=2"])
     with pytest.raises(UserError, match="train_batch_size: 12 is not micro-batch 2 x accumulation 1 x 4 data-parallel"):
-        plan_of([*keys, "num_gpus=4"])
+        call_of([*keys, "num_gpus=4"])
 
 
 @pytest.mark.parametrize("script", ["eval.py", "tools/../generate.py"])
 def test_evaluation_ignores_the_pipeline_and_the_batch(script: str) -> None:
-    def plan(*overrides: str) -> LaunchPlan:
-        return make_plan(resolve_config(DEMO, list(overrides)), script, [], {})
+    def call(*overrides: str) -> LauncherCall:
+        return make_call(resolve_config(DEMO, list(overrides)), script, [], {})
 
-    plan("num_gpus=2", "pipe_parallel_size=2", "model_parallel_size=2", "train_batch_size=7")
+    call("num_gpus=2", "pipe_parallel_size=2", "model_parallel_size=2", "train_batch_size=7")
     with pytest.raises(UserError, match="1 process cannot hold .* model_parallel_size 2"):
-        plan("num_gpus=1", "pipe_parallel_size=2", "model_parallel_size=2")
+        call("num_gpus=1", "pipe_parallel_size=2", "model_parallel_size=2")
     if script == "eval.py":
         with pytest.raises(UserError, match="3 processes cannot hold .* model_parallel_size 2"):
-            plan("num_gpus=3", "model_parallel_size=2")
+            call("num_gpus=3", "model_parallel_size=2")
     else:  # generation needs one copy of the model
-        plan("num_gpus=3", "model_parallel_size=2")
+        call("num_gpus=3", "model_parallel_size=2")
 
 
 def test_missing_launcher_program_is_named(hostfile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command_module.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="launcher: pdsh needs the program `pdsh`"):
-        plan_of([f"hostfile={hostfile}", "launcher=pdsh"])
+        call_of([f"hostfile={hostfile}", "launcher=pdsh"])
 
 
 def test_errors_come_before_any_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(start_module, "run_plan", lambda plan: pytest.fail("a process was started"))
+    monkeypatch.setattr(start_module, "run_call", lambda call: pytest.fail("a process was started"))
     script = tmp_path / "train.py"
     script.touch()
     with pytest.raises(UserError, match="sede: unknown key; did you mean seed"):

@@ -13,17 +13,17 @@ from megatron.errors import UserError
 from megatron.launch import launch
 from megatron.launch import start as start_module
 from megatron.launch.hosts import count_processes, find_hosts, read_hostfile
-from megatron.launch.supervise import LaunchPlan, run_plan
+from megatron.launch.supervise import LauncherCall, run_call
 from megatron.mpu import environment as process_environment
-from tests.launch.plans import DEMO, ROOT, option, plan_of
+from tests.launch.calls import DEMO, ROOT, call_of, option
 
 
 def test_one_host_in_a_hostfile_is_this_machine(tmp_path: Path) -> None:
     (tmp_path / "one").write_text("node1 slots=2\n")
-    plan = plan_of([], {"DLTS_HOSTFILE": str(tmp_path / "one")})
-    assert option(plan.command, "--hostfile") == str(tmp_path / "one")
-    assert option(plan.command, "--master_addr") == "127.0.0.1"
-    assert "--no_ssh_check" in plan.command and "--force_multi" not in plan.command
+    call = call_of([], {"DLTS_HOSTFILE": str(tmp_path / "one")})
+    assert option(call.command, "--hostfile") == str(tmp_path / "one")
+    assert option(call.command, "--master_addr") == "127.0.0.1"
+    assert "--no_ssh_check" in call.command and "--force_multi" not in call.command
 
 
 @pytest.mark.usefixtures("all_launchers")
@@ -32,11 +32,11 @@ def test_slurm_hosts_come_from_the_allocation(tmp_path: Path, monkeypatch: pytes
     program.write_text("#!/bin/sh\necho node1\necho node2\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    plan = plan_of(["deepspeed_slurm=true"], {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS_PER_NODE": "4"})
-    written = option(plan.command, "--hostfile")
+    call = call_of(["deepspeed_slurm=true"], {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS_PER_NODE": "4"})
+    written = option(call.command, "--hostfile")
     assert read_hostfile(written) == {"node1": 4, "node2": 4}
-    finished = LaunchPlan([sys.executable, "-c", ""], {}, written=plan.written)
-    assert run_plan(finished) == 0 and not Path(written).exists()
+    finished = LauncherCall([sys.executable, "-c", ""], {}, written=call.written)
+    assert run_call(finished) == 0 and not Path(written).exists()
 
 
 @pytest.mark.usefixtures("all_launchers")
@@ -58,7 +58,7 @@ def test_slurm_hosts_come_from_the_allocation(tmp_path: Path, monkeypatch: pytes
 )
 def test_mistakes_with_hosts_are_one_line(hostfile: str, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        plan_of([f"hostfile={hostfile}", *overrides])
+        call_of([f"hostfile={hostfile}", *overrides])
 
 
 @pytest.mark.parametrize("given", ["key", "environment"])
@@ -69,10 +69,10 @@ def test_a_hostfile_that_is_not_there_means_this_machine(
     overrides = ["hostfile=/mock_path"] if given == "key" else []
     if given == "environment":
         monkeypatch.setenv("DLTS_HOSTFILE", "/mock_path")
-    plan = plan_of(overrides, dict(os.environ))
-    assert option(plan.command, "--hostfile") == "/mock_path" and "--launcher" not in plan.command
+    call = call_of(overrides, dict(os.environ))
+    assert option(call.command, "--hostfile") == "/mock_path" and "--launcher" not in call.command
     started: list[object] = []
-    monkeypatch.setattr(start_module, "run_plan", lambda plan: started.append(plan) or 0)
+    monkeypatch.setattr(start_module, "run_call", lambda call: started.append(call) or 0)
     flags = [f"--set={override}" for override in overrides]
     assert launch(["train.py", "configs/demo.yml", *flags]) == 0 and len(started) == 1
     assert launch(["train.py", "configs/demo.yml", *flags, "--dry-run"]) == 0
@@ -93,7 +93,7 @@ def test_a_hostfile_that_is_not_there_means_this_machine(
 )
 def test_a_hostfile_that_is_not_there_is_refused_where_other_keys_need_it(override: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        plan_of(["hostfile=/mock_path", override])
+        call_of(["hostfile=/mock_path", override])
     assert str(error.value).startswith(message)
 
 

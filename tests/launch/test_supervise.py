@@ -15,7 +15,7 @@ import pytest
 
 from megatron.launch import supervise
 from megatron.mpu.environment import free_port
-from tests.launch.plans import DEMO, ROOT
+from tests.launch.calls import DEMO, ROOT
 from tests.launched import deepy, environment, training_lines, wait_until, write_config
 
 SCRIPT = """

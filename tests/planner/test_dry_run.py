@@ -17,7 +17,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("megatron.mpu.environment._DEVICE_FILES", ())
     monkeypatch.setattr("megatron.config.hostfile.CLUSTER_HOSTFILE", "/nonexistent/hostfile")
-    monkeypatch.setattr("megatron.launch.start.run_plan", lambda plan: pytest.fail("a process was started"))
+    monkeypatch.setattr("megatron.launch.start.run_call", lambda call: pytest.fail("a process was started"))
     monkeypatch.delenv("DLTS_HOSTFILE", raising=False)
 
 

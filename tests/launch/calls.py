@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron.config import resolve_config
-from megatron.launch.command import make_plan
-from megatron.launch.supervise import LaunchPlan
+from megatron.launch.command import make_call
+from megatron.launch.supervise import LauncherCall
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs/demo.yml"
 
 
-def plan_of(overrides: list[str], env: dict[str, str] | None = None) -> LaunchPlan:
-    return make_plan(resolve_config(DEMO, overrides), "train.py", ["a.yml", "--set", "x=1"], env or {})
+def call_of(overrides: list[str], env: dict[str, str] | None = None) -> LauncherCall:
+    return make_call(resolve_config(DEMO, overrides), "train.py", ["a.yml", "--set", "x=1"], env or {})
 
 
 def option(command: list[str], name: str) -> str:
