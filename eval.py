@@ -20,13 +20,13 @@ def main() -> int:
     config, args = parse_run(sys.argv[1:], "eval.py")
     from eval_tasks.run import run_evaluation
     from megatron.config.places import places_named
-    from megatron.mpu.processes import abandoned_on_error, join, leave
+    from megatron.mpu.processes import abandoned_on_error, join, leave_world
 
     launch = config.launch
     with places_named(args.settings), abandoned_on_error():
         layout = join(config.parallel.model_parallel_size, launch.distributed_backend, launch.ranks_per_gpu)
         run_evaluation(config, layout)
-    leave()
+    leave_world()
     return 0
 
 

@@ -16,7 +16,7 @@ def main() -> int:
     stop_with_launcher()
     config, args = parse_run(sys.argv[1:], "generate.py")
     from megatron.config.places import places_named
-    from megatron.mpu.processes import abandoned_on_error, join_one_copy, leave
+    from megatron.mpu.processes import abandoned_on_error, join_one_copy, leave_world
 
     launch = config.launch
     with places_named(args.settings), abandoned_on_error():
@@ -26,7 +26,7 @@ def main() -> int:
 
             run_generation(config, layout)
     if layout is not None:
-        leave()
+        leave_world()
     return 0
 
 

@@ -24,12 +24,12 @@ def run_axes(request: dict[str, Any]) -> int:
 
     signal.alarm(int(request["seconds"]))  # the others may never come
     ensure_process_environment()
-    from megatron.mpu.processes import abandoned_on_error, leave
+    from megatron.mpu.processes import abandoned_on_error, leave_world
 
     with abandoned_on_error():
         for found in measure(request):
             say(f"{found['axis']} axis, rank {found['rank']}", DONE, found)
-    leave()
+    leave_world()
     say(BYE, DONE)
     return 0
 

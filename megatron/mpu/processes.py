@@ -211,7 +211,7 @@ def _wait_for_readers(store: dist.Store, key: str, count: int, seconds: float = 
         time.sleep(0.02)
 
 
-def leave() -> None:
+def leave_world() -> None:
     """Leave the process group once all its processes have come here, so that no communication thread outlives them."""
     global _watch
     if not dist.is_initialized():

@@ -10,7 +10,7 @@ from megatron.config.schema import RunConfig
 from megatron.engine.base import StepResult
 from megatron.log import get_logger
 from megatron.metrics import Metrics
-from megatron.mpu.processes import leave
+from megatron.mpu.processes import leave_world
 from megatron.signals import StopRequest
 from megatron.training.checkpointing import save, should_save
 from megatron.training.hardware import memory_gib
@@ -194,4 +194,4 @@ def _evaluate(run: Run, split: str, stop: StopRequest) -> bool:
 
 def shut_down() -> None:
     """Leave the process group so that no communication thread outlives the interpreter."""
-    leave()
+    leave_world()

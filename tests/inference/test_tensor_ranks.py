@@ -17,7 +17,7 @@ from megatron.inference.generate import generate
 from megatron.inference.load import load_model
 from megatron.inference.modes import run_generation
 from megatron.mpu.environment import ensure_process_environment
-from megatron.mpu.processes import join, leave
+from megatron.mpu.processes import join, leave_world
 from megatron.tokenizer import CharLevelTokenizer
 from tests.random_models import make_config, make_model, save_random_models
 from tests.ranks import run_ranks
@@ -97,5 +97,5 @@ def test_a_share_of_a_checkpoint_is_loaded(tmp_path: Path) -> None:
 
 def share_sizes(folder: str) -> tuple[int, int]:
     model = load_model(folder, layout=join(2, "gloo"))
-    leave()  # the first rank keeps what the other still has to read
+    leave_world()  # the first rank keeps what the other still has to read
     return model.num_parameters(), sum(parameter.numel() for parameter in model.parameters())

@@ -164,7 +164,7 @@ def _end_of_ranks(keys: dict[str, Any], poison: bool) -> tuple[str, list[str]]:
     except UserError as error:
         return str(error), warnings
     finally:
-        processes.leave()
+        processes.leave_world()
 
 
 @pytest.mark.processes
@@ -211,7 +211,7 @@ def _slow_write(folder: str, keys: dict[str, Any]) -> str:
     try:
         return f"iteration {train(load_config([], {**given, **changes})).iteration}"
     finally:
-        processes.leave()
+        processes.leave_world()
 
 
 class Killed(BaseException):
