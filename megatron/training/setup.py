@@ -120,9 +120,8 @@ def _claim_folders(config: RunConfig) -> FolderLock | None:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            if (
-                error.errno not in _BROKEN_DISK
-            ):  # what goes wrong later is a warning, and so it is on a run's next start
+            # A disk that breaks later costs a warning, and so it does on the run's next start.
+            if error.errno not in _BROKEN_DISK:
                 reason = error.strerror
                 raise UserError(f"{key}: {folder} cannot be written: {reason}; choose another folder") from error
     return FolderLock(config.checkpoint.save) if config.checkpoint.save else None
