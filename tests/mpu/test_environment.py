@@ -11,7 +11,7 @@ import pytest
 
 from megatron.errors import UserError
 from megatron.mpu.environment import ensure_process_environment, job_port
-from tests.launch.plans import ROOT
+from tests.launched import ROOT
 
 
 @pytest.fixture(autouse=True)
