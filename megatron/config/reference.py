@@ -36,6 +36,8 @@ underscores are equal (`vocab-file`, `vocab_file`), `.yml` may be left off on th
   by key; lists and plain values are replaced; `key: null` takes an earlier value back.
 - `include: base.yml` (or a list) merges other files first; paths are relative to the including file, and a file that
   was merged before is not merged again. An `include` that names no YAML file is the launcher's (nodes to use).
+- `task` says what a run learns: `language`, which needs not be said, or a task of your own (see CONTRIBUTING.md), whose
+  model section is in the place of the one here.
 - `--set key=value` overrides everything; the value is YAML and the key may be dotted: `--set optimizer.params.lr=1e-3`.
 - `--explain` prints every value with the file and line it came from, what is ignored and why.
 - Paths of data, checkpoints and tokenizers are relative to the working directory. `~`, `$NAME` and `${NAME}` in them,
