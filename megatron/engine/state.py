@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from megatron.checkpoint.state import ParameterSource
 from megatron.errors import UserError
 from megatron.mpu import SINGLE, Layout
+from megatron.mpu.collectives import gather_objects
 from megatron.mpu.shard import shard_spec, take_share, whole_shape
 
 Entry = TypeVar("Entry")
@@ -98,12 +99,8 @@ class EngineState:
 
     def _of_all_stages(self, mine: Mapping[str, Entry]) -> dict[str, tuple[int, Entry]]:
         """name -> (first pipeline stage that has it, its entry there), in the same order on every stage. Collective."""
-        stages: list[Mapping[str, Entry]] = [mine]
-        if self.layout.pipeline.group is not None:
-            stages = [{}] * self.layout.pipeline.size
-            dist.all_gather_object(stages, mine, group=self.layout.pipeline.group)
         merged: dict[str, tuple[int, Entry]] = {}
-        for stage, entries in enumerate(stages):
+        for stage, entries in enumerate(gather_objects(mine, self.layout.pipeline)):
             for name, entry in entries.items():
                 merged.setdefault(name, (stage, entry))
         return merged
