@@ -23,7 +23,6 @@ from megatron.errors import UserError
 from megatron.model.blocks import BuildOptions
 from megatron.model.build import layer_lists
 from megatron.model.layered import LayerSpec, run_layers
-from megatron.model.pattention import Pattention
 from megatron.model.stages import partition
 from megatron.mpu import Layout
 from megatron.mpu.roles import role_of
@@ -54,9 +53,6 @@ def _build(spec: LayerSpec, device: torch.device) -> nn.Module:
     """The layer with storage on `device`; its parameters hold nothing yet."""
     module = spec.build()
     allocate(module, device)
-    for part in module.modules():
-        if isinstance(part, Pattention):
-            part.reset_tau()
     return module
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,8 +15,9 @@ from megatron.errors import UserError
 from megatron.exchange import Checkpoint, canonical, open_checkpoint
 from megatron.exchange.names import TAU, in_model_order, is_parameter
 from megatron.growth.plan import KINDS, segments_of
-from megatron.model import Pattention
 from megatron.model.build import build_model
+from megatron.model.layered import block_of
+from megatron.model.pattention import named_pattentions
 from megatron.mpu.roles import role_of
 
 _MODEL_KEYS = (
@@ -25,7 +25,6 @@ _MODEL_KEYS = (
 )  # fmt: skip
 
 _SIZES = {"seq_length": "positions", "padded_vocab_size": "embedding rows"}
-_BLOCK = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
 
 
 def describe_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any]:
@@ -67,8 +66,8 @@ def _parts(tensors: Tensors, config: ModelSection) -> dict[str, int]:
     """Parameters by part of the model; blocks by their kind."""
     parts: Counter[str] = Counter()
     for name in filter(is_parameter, in_model_order(tensors.names("model"))):
-        block = _BLOCK.match(name)
-        kind = f"{config.layer_kinds[int(block[1])]} blocks" if block else name.partition(".")[0]
+        block = block_of(name)
+        kind = f"{config.layer_kinds[block[1]]} blocks" if block else name.partition(".")[0]
         parts[kind] += math.prod(tensors.shape("model", name))
     return dict(parts)
 
@@ -76,8 +75,8 @@ def _parts(tensors: Tensors, config: ModelSection) -> dict[str, int]:
 def _tau_tokens(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """For each kind of layer, tau^2 block by block; q, k and v of a block are alike."""
     taus: dict[str, list[int]] = {}
-    for layer, module in build_model(checkpoint.model_config, device="meta").named_modules():
-        if isinstance(module, Pattention) and not layer.endswith((".key", ".value")):
+    for layer, module in named_pattentions(build_model(checkpoint.model_config, device="meta")):
+        if not layer.endswith((".key", ".value")):
             kind = role_of(module.get_parameter("key_tokens_0")).projection or ""
             taus.setdefault(kind, []).append(int(checkpoint.tensors.tensor("model", f"{layer}.{TAU}")))
     return taus

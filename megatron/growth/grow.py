@@ -31,7 +31,7 @@ from megatron.growth.plan import TokenCounts, grown_config, segments_of
 from megatron.model.build import build_model
 from megatron.model.init import initial_value, parameter_generator
 from megatron.model.layered import LayeredModel
-from megatron.model.pattention import Pattention
+from megatron.model.pattention import Pattention, named_pattentions
 from megatron.mpu.roles import role_of
 
 
@@ -116,8 +116,7 @@ def _new_parameters(after: ModelSection) -> tuple[dict[str, Tensor], dict[str, i
     model = build_model(after, device="meta")
     growth = len(segments_of(after, "qkv")[0]) - 1
     new: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if role_of(p).segment == growth}
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, Pattention))
-    return new, {f"{name}.tau_tokens": module.segment_sizes[growth] for name, module in layers}
+    return new, {f"{name}.tau_tokens": layer.segment_sizes[growth] for name, layer in named_pattentions(model)}
 
 
 @torch.no_grad()
@@ -146,7 +145,7 @@ def grow(
     """
     after = grown_config(model.config, TokenCounts(qkv, proj, ffn, layers, new_keys))
     new, _ = _new_parameters(after)
-    layers_by_name = {name: module for name, module in model.named_modules() if isinstance(module, Pattention)}
+    layers_by_name = dict(named_pattentions(model))
     value_names = {name: f"{name}.value_tokens_{len(module.segment_sizes)}" for name, module in layers_by_name.items()}
     sizes = {name: len(new[value]) if value in new else 0 for name, value in value_names.items()}
     has_scores = after.norm_activation_type == "softmax" or new_keys == "rotated"

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from megatron.checkpoint.tensors import Tensors
 from megatron.config.sections.model import ModelSection
 from megatron.errors import UserError
 from megatron.model.build import build_model
-from megatron.model.layered import LayeredModel
-from megatron.model.pattention import Pattention
+from megatron.model.layered import LayeredModel, block_of
+from megatron.model.pattention import named_pattentions
+from megatron.mpu.roles import role_of
 
 
-def _responsible_keys(name: str) -> tuple[str, str]:
+def _responsible_keys(name: str, parameter: Tensor) -> tuple[str, str]:
     """The configuration keys that set the first and the second dimension of a parameter."""
-    if "word_embeddings" in name or "final_linear" in name:
+    role = role_of(parameter)
+    if role.what in ("embedding", "head"):
         return "padded_vocab_size", "hidden_size"
-    if "_tokens_" in name:
-        slot = "ffn_slot_num" if ".mlp." in name else "proj_slot_num" if ".proj." in name else "qkv_slot_num"
-        return slot, "hidden_size"
+    if role.what in ("key_tokens", "value_tokens"):
+        return f"{role.projection}_slot_num", "hidden_size"
     if "fc_in" in name:
         return "intermediate_size", "hidden_size"
     return "hidden_size", "intermediate_size" if "fc_out" in name else "hidden_size"
@@ -44,14 +44,14 @@ def check_fit(model: nn.Module, tensors: Tensors, source: str) -> None:
         source: what is being loaded, for the message.
     """
     shapes = {name: tensors.shape("model", name) for name in tensors.names("model")}
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    expected = dict(model.named_parameters())
     buffers = {name for name, _ in model.named_buffers()}
-    for name, shape in expected.items():
+    for name, parameter in expected.items():
         if name not in shapes:
             raise UserError(f"{source} has no tensor {name}; does {_key_of_missing(name)} fit this checkpoint?")
-        found = shapes[name]
+        found, shape = shapes[name], tuple(parameter.shape)
         if found != shape:
-            keys = _responsible_keys(name)
+            keys = _responsible_keys(name, parameter)
             axis = next((i for i, (a, b) in enumerate(zip(found, shape, strict=False)) if a != b), 0)
             raise UserError(
                 f"{source}: {name} has shape {list(found)}, the configuration makes it {list(shape)}; "
@@ -70,13 +70,10 @@ _FREE_KEYS = {
 }  # fmt: skip
 
 
-_BLOCK = re.compile(r"(.*\.)?layers\.\d+(?=\.)")
-
-
 def count_layers(names: Iterable[str]) -> int:
     """Of how many blocks there are tensors among these canonical names, in the longest of the model's lists."""
-    blocks = {match[0] for name in names if (match := _BLOCK.match(name))}
-    return max(Counter(block.rpartition(".")[0] for block in blocks).values(), default=0)
+    blocks = {block for name in names if (block := block_of(name)) is not None}
+    return max(Counter(prefix for prefix, _ in blocks).values(), default=0)
 
 
 def described_model(config: ModelSection) -> LayeredModel:
@@ -90,9 +87,7 @@ def described_model(config: ModelSection) -> LayeredModel:
 def tau_fault(model: nn.Module, tensors: Tensors) -> str | None:
     """What is wrong with the layers' tau^2 among `tensors`, each a number of tokens its layer has, or once had."""
     names = set(tensors.names("model"))
-    for layer, module in model.named_modules():
-        if not isinstance(module, Pattention):
-            continue
+    for layer, module in named_pattentions(model):
         name = f"{layer}.tau_tokens"
         if name not in names:
             return f"has no tensor {name}, without which a layer computes something else"

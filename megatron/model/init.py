@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.tensors import Tensors
 from megatron.config.sections.model import InitMethod, ModelSection
-from megatron.model.pattention import Pattention
-from megatron.mpu.layout import ALONE, Axis
+from megatron.model.pattention import named_pattentions
 from megatron.mpu.roles import role_of
-from megatron.mpu.shard import take_share, whole_shape
+from megatron.mpu.shard import whole_shape
 
 _OUTPUTS = ("value_tokens", "output_matrix")
 
@@ -76,8 +75,7 @@ class InitialTensors(Tensors):
 
     def __init__(self, model: nn.Module, config: ModelSection, seed: int) -> None:
         self._parameters, self._config, self._seed = dict(model.named_parameters()), config, seed
-        modules = {f"{name}.tau_tokens": part for name, part in model.named_modules()}
-        self._counts = {name: part.num_tokens for name, part in modules.items() if isinstance(part, Pattention)}
+        self._counts = {f"{name}.tau_tokens": layer.num_tokens for name, layer in named_pattentions(model)}
 
     def names(self, kind: str) -> list[str]:
         """Names of parameters and buffers; nothing but a model is there."""
@@ -92,11 +90,3 @@ class InitialTensors(Tensors):
         if name in self._counts:
             return torch.tensor(self._counts[name])
         return initial_value(name, self._parameters[name], self._config, self._seed)
-
-
-@torch.no_grad()
-def initialize(model: nn.Module, config: ModelSection, seed: int, axis: Axis = ALONE) -> None:
-    """Fill every parameter of `model`, or this tensor rank's share of it, by the table above."""
-    for name, parameter in model.named_parameters():
-        whole = initial_value(name, parameter, config, seed)
-        parameter.copy_(take_share(whole, parameter, axis))

@@ -6,8 +6,10 @@ Names of parameters are the layers' names: they belong to the checkpoint and are
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +17,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron.config.sections.model import ModelSection
+from megatron.model.fill import fill
 from megatron.model.flops import matmul_parameters
-from megatron.model.init import initialize
-from megatron.model.pattention import Pattention
+from megatron.model.init import InitialTensors
+from megatron.model.pattention import named_pattentions
 from megatron.mpu.layout import SINGLE, Layout
 from megatron.mpu.shard import allocate, whole_shape
 
-_BLOCKS = "layers"
+_BLOCK = re.compile(r"(?P<list>.*\.)?layers\.(?P<number>\d{1,9})(\..+)?")
+
+
+def block_of(name: str) -> tuple[str, int] | None:
+    """(what its list's names begin with, number) of the block that a layer or tensor of this name is, or is in."""
+    match = _BLOCK.fullmatch(name)
+    return (match["list"] or "", int(match["number"])) if match else None
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class LayerSpec:
     @property
     def is_block(self) -> bool:
         """Is it one of the blocks?"""
-        return _BLOCKS in self.name.split(".")
+        return block_of(self.name) is not None
 
 
 LayerLists = Mapping[str, Sequence[LayerSpec]]
@@ -83,7 +92,7 @@ class LayeredModel(nn.Module):
             allocate(self, device or "cpu")  # layers come without storage: their own default init would be thrown away
             self.reset_tau()
         if seed is not None:
-            initialize(self, config, seed, layout.tensor)
+            fill(self, InitialTensors(self, config, seed), layout)
 
     def _in_file_order(self, specs: list[LayerSpec]) -> list[LayerSpec]:
         """The order in which parameters are listed, and written to checkpoints."""
@@ -106,7 +115,7 @@ class LayeredModel(nn.Module):
         calls = []
         for name, function, is_block in layers:
             module = self.get_submodule(name)
-            calls.append((module if function is None else _bound(function, module), is_block))
+            calls.append((module if function is None else partial(function, module), is_block))
         return run_layers(calls, x, self.checkpoint_layers if self.training else 0)
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
@@ -116,9 +125,8 @@ class LayeredModel(nn.Module):
 
     def reset_tau(self) -> None:
         """Write every layer's tau_tokens as given at construction (needed after `to_empty`)."""
-        for module in self.modules():
-            if isinstance(module, Pattention):
-                module.reset_tau()
+        for _, layer in named_pattentions(self):
+            layer.reset_tau()
 
     def num_parameters(self) -> int:
         """Number of parameters, those of all tensor ranks; a tied one counts once."""
@@ -127,10 +135,6 @@ class LayeredModel(nn.Module):
     def flops_per_token(self, tokens: int) -> float:
         """Training FLOPs of one of a sample's `tokens`: 6 per entry of a matrix that each of them meets."""
         return 6.0 * matmul_parameters(self)
-
-
-def _bound(function: Callable[[Any, Tensor], Tensor], module: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: function(module, x)
 
 
 def run_layers(layers: Sequence[tuple[Callable[[Tensor], Tensor], bool]], x: Tensor, recomputed: int) -> Tensor:

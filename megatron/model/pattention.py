@@ -5,7 +5,7 @@ Needs only torch: `Pattention(768, 768, num_tokens=3072)` works in a notebook.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -167,3 +167,8 @@ class Pattention(JointLayer):
             f"in_features={self.in_features}, out_features={self.out_features}, num_tokens={self.num_tokens}, "
             f"activation={self.activation}"
         )
+
+
+def named_pattentions(model: nn.Module) -> Iterator[tuple[str, Pattention]]:
+    """(name, layer) of every Pattention in a model."""
+    yield from ((name, module) for name, module in model.named_modules() if isinstance(module, Pattention))

@@ -15,6 +15,7 @@ from megatron.growth.convert import grow_checkpoint
 from megatron.growth.describe import as_text, describe_checkpoint
 from megatron.growth.plan import TokenCounts
 from megatron.inference import load_model
+from megatron.model.compatibility import check_fit, described_model
 from megatron.tasks import Task, register
 from megatron.training import train
 from tests.ranks import run_ranks
@@ -145,6 +146,13 @@ def test_a_checkpoint_of_another_task_is_not_continued(grown: Path) -> None:
     other = {key: value for key, value in KEYS.items() if key not in ("train_iters",)}
     with pytest.raises(UserError, match="task: pairs in the configuration, vectors in checkpoint"):
         train(load_config([], {**other, "task": "pairs", "load": str(grown), "train_iters": 9}))
+
+
+def test_other_token_counts_than_a_checkpoint_has_are_blamed_on_their_key(grown: Path) -> None:
+    checkpoint = open_checkpoint(grown)
+    model = described_model(checkpoint.model_config.replaced(ffn_slot_num=64, token_segments={"ffn": [[48, 16]] * 2}))
+    with pytest.raises(UserError, match=r"layers.0.key_tokens_0 has shape .*; ffn_slot_num: 48 does not fit"):
+        check_fit(model, checkpoint.tensors, "it")
 
 
 def test_an_unknown_task_is_one_line() -> None:
