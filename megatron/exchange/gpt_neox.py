@@ -14,6 +14,7 @@ query_key_value is fused head by head: its rows are [heads, 3, head_dim].
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -54,7 +55,8 @@ _CONSTANT = re.compile(r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$")
 
 def matches(path: Path, iteration: int | None = None, key: str = "load") -> Path | None:
     """`path` if it is a folder with a config.json that names this architecture."""
-    return path if ARCHITECTURE in architectures(path) else None
+    is_ours = os.path.isfile(path / CONFIG) and ARCHITECTURE in architectures(read_json(path / CONFIG))
+    return path if is_ours else None
 
 
 def open(path: Path, config: object = None, key: str = "load") -> Checkpoint:

@@ -45,13 +45,13 @@ def matches(path: Path, iteration: int | None = None, key: str = "load") -> Path
 
 def open(path: Path, config: object = None, key: str = "load") -> Checkpoint:
     """An export, which says for itself what it is. Raises UserError for a damaged one or another architecture."""
-    source, named = path / CONFIG, architectures(path)
-    if ARCHITECTURE not in named:
+    source = path / CONFIG
+    found = read_json(source)
+    if ARCHITECTURE not in (named := architectures(found)):
         raise UserError(
             f"{source}: architecture {', '.join(named) or 'unknown'} is not supported; "
             f"{ARCHITECTURE} and GPTNeoXForCausalLM are"
         )
-    found = read_json(source)
     keys = {name: found[name] for name in ModelConfig.model_fields if name in found}
     keys["vocab_size"] = found.get("tokenizer_vocab_size")
     keys["no_weight_tying"] = not is_tied(found, True, str(source))

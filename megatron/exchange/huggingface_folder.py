@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
 from megatron.exchange.checkpoint import CheckedTensors, Checkpoint
-from megatron.exchange.huggingface_weights import Weights, read_json, write_json, write_weights
+from megatron.exchange.huggingface_weights import Weights, write_json, write_weights
 from megatron.exchange.names import EMBEDDING, HEAD
 from megatron.model.compatibility import check_fit, count_layers, described_model, tau_fault
 from megatron.tokenizer import GPT2BPETokenizer, HFTokenizer, Tokenizer, build_tokenizer
@@ -34,11 +33,9 @@ Split = Callable[[str, Tensor], Tensor]
 """What a canonical name means of a tensor of the folder in which there is more."""
 
 
-def architectures(path: Path) -> list[str]:
-    """What a folder's config.json says its model is: [] without any. UserError for a file that cannot be read."""
-    if not os.path.isfile(path / CONFIG):
-        return []
-    named = read_json(path / CONFIG).get("architectures")
+def architectures(found: Mapping[str, Any]) -> list[str]:
+    """What a config.json says its model is; [] where it does not."""
+    named = found.get("architectures")
     return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
 
 

@@ -25,8 +25,8 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = self._find()
         self._open: dict[str, Any] = {}
+        self.files = self._find()
 
     def _find(self) -> dict[str, str]:
         """Tensor name -> file name."""
@@ -35,7 +35,7 @@ class Weights:
             if index.is_file():
                 return self._indexed(index)
             if (self.folder / name).is_file():
-                self._open = {name: self._read(name)}
+                self._open[name] = self._read(name)
                 return dict.fromkeys(self._open[name].keys(), name)
         raise UserError(f"{self.folder}: has neither {WEIGHTS} nor {_OLD_WEIGHTS}, nor an index of several such files")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron.checkpoint.tensors import TensorView
@@ -16,6 +16,7 @@ from megatron.errors import UserError
 from megatron.exchange import Checkpoint, huggingface, open_checkpoint
 from megatron.exchange.checkpoint import of_model
 from megatron.exchange.convert import export_huggingface, from_huggingface, from_official, to_huggingface, to_official
+from megatron.exchange.huggingface_weights import Weights
 from megatron.exchange.names import in_model_order
 from megatron.exchange.opening import FORMATS, checkpoint_path
 from megatron.growth.grow import grow, grown_checkpoint
@@ -161,3 +162,18 @@ def test_growth_is_a_view(new_keys: str, forms: dict[str, tuple[Path, Checkpoint
             part = grown.tensors.part("model", name, slice(5, 11))
             assert torch.equal(part, grown.tensors.tensor("model", name)[5:11])
         assert grown.num_parameters == model.num_parameters()
+
+
+@pytest.mark.parametrize("in_safetensors", [True, False])
+def test_the_weights_of_a_folder_are_opened_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_safetensors: bool
+) -> None:
+    tensors, opened = {"a": torch.ones(2), "b": torch.zeros(3)}, []
+    if in_safetensors:
+        save_file(tensors, tmp_path / "model.safetensors")
+    else:
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    read = Weights._read
+    monkeypatch.setattr(Weights, "_read", lambda self, file: opened.append(file) or read(self, file))
+    weights = Weights(tmp_path)
+    assert weights.shape("a") == (2,) and weights.tensor("b").equal(tensors["b"]) and len(opened) == 1
