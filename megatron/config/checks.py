@@ -60,11 +60,12 @@ def _tensor_axis(model: ModelSection, ranks: int, sequence_parallel: bool) -> It
 def find_training_mistakes(config: RunConfig) -> Iterator[ConfigError]:
     """What a run cannot be trained without, or with; evaluation and generation do not mind."""
     training, data, options = config.training, config.data, config.checkpoint
-    needed = {
+    needed: dict[str, Any] = {
         "train_iters": training.train_iters,
         "train_micro_batch_size_per_gpu": training.train_micro_batch_size_per_gpu or training.train_batch_size,
-        "data_path": data.data_path or data.train_data_paths or (None if config.model.needs_data else "none"),
     }
+    if config.model.needs_data:
+        needed["data_path"] = data.data_path or data.train_data_paths
     names = [name for name, value in needed.items() if value is None]
     if names:
         advice = f"add to a YAML file, or give --set {names[0]}=VALUE"

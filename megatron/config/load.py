@@ -8,7 +8,7 @@ the file; `~` and environment variables in them are replaced.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from megatron.config.neox_rules import apply_rules
 from megatron.config.paths import MAY_BE_EMPTY, PATH_KEYS, expand
 from megatron.config.schema import RunConfig
 from megatron.config.sections.base import Section
-from megatron.config.sections.model import ModelConfig, ModelSection, model_section
+from megatron.config.sections.model import MODEL_SECTIONS, ModelConfig, ModelSection, model_section
 from megatron.config.sections.optimization import OptimizerParams, OptimizerSpec
 from megatron.config.sections.precision import Bf16, Fp16
 from megatron.config.yaml_file import (
@@ -104,7 +104,7 @@ def resolve_config(
     for setting in (*_read_files(files, config_dir, findings), *_read_overrides(overrides or {}, findings)):
         _merge(settings, setting, findings)
     model = _model_section(settings, findings)
-    _find_unknown(settings, findings, model)
+    _find_unknown(settings, findings, [model])
     _expand_paths(settings, findings)
     ruled = [settings.pop(key) for key in list(settings) if key in RULES]
     where = " ".join(str(name) for name in files) or "the command line"
@@ -156,7 +156,7 @@ def _merge(settings: dict[str, Setting], setting: Setting, findings: Findings) -
     if setting.value is None:
         for name in [name for name in settings if name == key or name.startswith(f"{key}.")]:
             del settings[name]
-        _find_unknown({key: setting}, findings)
+        _find_unknown({key: setting}, findings, MODEL_SECTIONS.values())  # which task it is may be said later
     elif key in TABLES:
         got = shortened(setting.value)
         findings.add(setting.mistake(f"expected a table such as {{enabled: true}} or {{stage: 1}}, got '{got}'"))
@@ -181,31 +181,34 @@ def _model_section(settings: dict[str, Setting], findings: Findings) -> type[Mod
     if setting is None:
         return ModelConfig
     try:
-        found = model_section(setting.value)
+        return model_section(setting.value)
     except ValueError as error:
         findings.add_unread(setting.mistake(str(error)))
         return ModelConfig
-    return found
 
 
-def known_keys(table: str = "", model: type[ModelSection] = ModelConfig) -> list[str]:
-    """Every accepted key of the top level, or of a table (dotted), with aliases and GPT-NeoX keys."""
+def known_keys(table: str = "", models: Iterable[type[ModelSection]] = (ModelConfig,)) -> list[str]:
+    """Every accepted key of the top level, or of a table (dotted), with aliases and GPT-NeoX keys.
+
+    models: the model sections that a run may have.
+    """
     others = [key for key in (*ALIASES, *RULES)]
     if table == "zero_optimization":
         return [f"{table}.{key}" for key in ZERO_KEYS]
     if table:
         own = [f"{table}.{key}" for key in _TABLE_MODELS[table].model_fields]
         return own + [key for key in others if key.startswith(f"{table}.")]
-    return ["task", *keys_of(model), *(key for key in others if "." not in key)]
+    keys = dict.fromkeys(key for model in models for key in keys_of(model))
+    return ["task", *keys, *(key for key in others if "." not in key)]
 
 
-def _find_unknown(settings: dict[str, Setting], findings: Findings, model: type[ModelSection] = ModelConfig) -> None:
-    """Take keys that nobody knows out of `settings`, to the findings."""
+def _find_unknown(settings: dict[str, Setting], findings: Findings, models: Collection[type[ModelSection]]) -> None:
+    """Take keys that runs with none of these model sections have out of `settings`, to the findings."""
     for key in list(settings):
         setting, table = settings[key], key.rpartition(".")[0]
         if table.startswith("zero_optimization."):
             continue
-        known = known_keys(table if table in TABLES else "", model)
+        known = known_keys(table if table in TABLES else "", models)
         if key in known:
             continue
         del settings[key]

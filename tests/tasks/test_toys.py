@@ -160,6 +160,13 @@ def test_an_unknown_task_is_one_line() -> None:
         load_config([], {**KEYS, "task": "vektors"})
 
 
+def test_a_key_of_a_task_can_be_taken_back(tmp_path: Path) -> None:
+    base, later = tmp_path / "base.yml", tmp_path / "later.yml"
+    base.write_text("task: vectors\nnoise: 0.5\n")
+    later.write_text("noise: null\n")
+    assert load_config([base, later], {key: value for key, value in KEYS.items() if key != "task"}).flat()["noise"] == 0
+
+
 def test_a_name_is_given_once() -> None:
     class Other(VectorsTask):
         pass
