@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelConfig, ModelSection
 from megatron.data import IndexedDataset, build_datasets
 from megatron.data.datasets import Datasets
+from megatron.data.loader import tokens_of
 from megatron.errors import RankError, UserError
 from megatron.model.build import LANGUAGE, Architecture
 from megatron.mpu.layout import Layout
@@ -55,7 +55,7 @@ class LanguageTask(Task[Tensor]):
 
     def collate(self, samples: list[Any], size: int) -> Tensor:
         """Token ids, int64 [size, s + 1]."""
-        return torch.from_numpy(np.stack(samples))
+        return tokens_of(samples, size)["tokens"]
 
     def check(self, batch: Tensor) -> None:
         """Raise a RankError for a token id that the embedding has no row for."""
@@ -88,8 +88,10 @@ class LanguageTask(Task[Tensor]):
     @classmethod
     def example_inputs(cls, model: Any, settings: Mapping[str, Any], size: int) -> Tensors:
         """The first tokens [b, s] of the run's data; random ones where it is not there or of another tokenizer."""
-        found = _ids_of_data(settings, model, size)
-        return (_random_ids(model, size) if found is None else found,)
+        if (found := _ids_of_data(settings, model, size)) is None:
+            vocabulary = model.vocab_size or model.padded_vocab_size
+            found = _random_ids(vocabulary, size, min(model.seq_length, _LONGEST_EXAMPLE))
+        return (found,)
 
     def held_out(self, datasets: Datasets, size: int) -> Tensors:
         """Sequences [b, s] of the validation set, else of the training set.
@@ -98,8 +100,7 @@ class LanguageTask(Task[Tensor]):
         """
         dataset = datasets.valid if datasets.valid is not None and len(datasets.valid) else datasets.train
         if dataset is None:
-            generator = torch.Generator().manual_seed(0)
-            return (torch.randint(self._rows or 1, (size, self._length), generator=generator),)
+            return (_random_ids(self._rows or 1, size, self._length),)
         rows = [torch.as_tensor(dataset[i])[:-1] for i in range(min(size, len(dataset)))]
         ids = torch.stack(rows).long()
         self._check_ids(ids, UserError)
@@ -122,8 +123,5 @@ def _ids_of_data(settings: Mapping[str, Any], model: ModelConfig, size: int) -> 
     return found if rows and int(found.max()) < (model.padded_vocab_size or 0) else None
 
 
-def _random_ids(model: ModelConfig, size: int) -> Tensor:
-    vocabulary = model.vocab_size or model.padded_vocab_size
-    assert vocabulary is not None, "a model with tensors has an embedding"
-    shape = (size, min(model.seq_length, _LONGEST_EXAMPLE))
-    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+def _random_ids(vocabulary: int, size: int, length: int) -> Tensor:
+    return torch.randint(vocabulary, (size, length), generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.store import FolderLock
-from megatron.checkpoint.tensors import Tensors
 from megatron.config.schema import RunConfig
 from megatron.config.sections.training import TrainingConfig
 from megatron.config.update_size import UpdateSize
@@ -34,7 +33,7 @@ from megatron.training.generators import seed_generators
 from megatron.training.hardware import peak_flops
 from megatron.training.run import Run
 from megatron.training.schedule import LRSchedule
-from megatron.training.start import Start, find_start
+from megatron.training.start import find_start
 from megatron.training.state import TrainState
 
 _PROOF_SAMPLES = 4
@@ -65,7 +64,8 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
         raise UserError("train_iters: missing; give the number of updates of the run")
     if config.logging.log_dir and layout.rank == 0:
         log_to_file(Path(config.logging.log_dir) / "train.log")
-    seed_generators(config.training.seed, layout)
+    seed = config.training.seed
+    seed_generators(seed, layout)
     task = build_task(config)
     update = config.update_size(layout.data.size)
     start = find_start(task, layout, update)
@@ -73,19 +73,20 @@ def _assemble(config: RunConfig, layout: Layout) -> Run:
     datasets = _build_data(task, config.training, state, update.samples)
     start.prove(task.held_out(datasets, _PROOF_SAMPLES), layout)
     settings = EngineSettings.of(config, update)
+    # Described without storage: ZeRO 3 leaves empty parameters behind in the model itself.
+    described = build_model(config.model, device="meta")
+    tensors = start.checkpoint.tensors if start.checkpoint else InitialTensors(described, config.model, seed)
     with reused_groups(timedelta(minutes=config.launch.distributed_timeout_minutes)):
-        engine = build_engine(settings, task, layout, _first_tensors(start))
+        engine = build_engine(settings, task, layout, tensors)
     restore(config, engine, state, start.checkpoint)
     if start.resumed and start.checkpoint is not None:
         warn_of_other_data(task, start.checkpoint)
         get_logger().info("resumed from %s at iteration %d", start.checkpoint.folder, state.iteration)
     device, dtype = process_device(), DTYPES[config.precision.dtype]
-    # Counted without storage: ZeRO 3 has left empty parameters behind in the model itself.
-    counted = build_model(config.model, device="meta")
-    flops = counted.flops_per_token(config.model.tokens_per_sample())
+    flops = described.flops_per_token(config.model.tokens_per_sample())
     peak, origin = peak_flops(device, dtype, config.logging.peak_tflops)
     measure = origin if peak is None else f"MFU against {peak / 1e12:.1f} TFLOP/s a device ({origin})"
-    _report(config, layout, counted.num_parameters(), update, measure)
+    _report(config, layout, described.num_parameters(), update, measure)
     metrics = MetricsLog(config, layout.rank, state.iteration, task.console)
     return Run(
         config,
@@ -125,14 +126,6 @@ def _claim_folders(config: RunConfig) -> FolderLock | None:
                 reason = error.strerror
                 raise UserError(f"{key}: {folder} cannot be written: {reason}; choose another folder") from error
     return FolderLock(config.checkpoint.save) if config.checkpoint.save else None
-
-
-def _first_tensors(start: Start) -> Tensors:
-    """Whole fp32 values by canonical name: those the run starts with, or the initial ones."""
-    model = start.config.model
-    if start.checkpoint is not None:
-        return start.checkpoint.tensors
-    return InitialTensors(build_model(model, device="meta"), model, start.config.training.seed)
 
 
 def _build_data(task: Task[Any], training: TrainingConfig, state: TrainState, global_batch: int) -> Datasets:
