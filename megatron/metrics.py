@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from megatron.config.schema import RunConfig
 from megatron.errors import UserError
 from megatron.files import replaced_file
@@ -287,6 +289,26 @@ class MetricsLog:
         for sink in self.sinks:
             with self._guarded(sink.name):
                 sink.close()
+
+
+class RunningMean:
+    """Mean of a scalar over the steps since it was last asked for; adding does not wait for the device."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, value: Tensor) -> None:
+        """Count one step's value, a scalar."""
+        self._sum = value if self._sum is None else self._sum + value
+        self._count += 1
+
+    def take(self) -> Tensor:
+        """The mean, on the values' device, at least one of which was added; then it starts anew."""
+        assert self._sum is not None, "called after at least one step"
+        mean = self._sum / self._count
+        self._sum, self._count = None, 0
+        return mean
 
 
 class Throughput:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.state import CanonicalState, whole_pieces
-from megatron.checkpoint.store import save_checkpoint
+from megatron.checkpoint.store import RunFolder
 from megatron.config import RunConfig
 from megatron.config.build import SECTION_OF
 from megatron.config.schema import SECTIONS
@@ -46,4 +46,4 @@ def save_random_models(root: Path, config: RunConfig, iterations: tuple[int, ...
         network = LanguageModel(config.model, seed=iteration)
         pieces = whole_pieces({"model": network.state_dict().items()})
         state = CanonicalState(iteration, {}, config.flat(), pieces)
-        save_checkpoint(root, state)
+        RunFolder(root).save(state)

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: atomic save, `latest`, retention, finding one.
+"""A run's checkpoints on disk: atomic save, `latest`, retention, finding one.
 
 Saving writes a temporary folder, puts checksums in its manifest, renames it, and only then moves `latest`. A process
 killed at any point leaves the previous checkpoint loadable and at most a folder whose name starts with a dot, which the
@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -33,58 +33,175 @@ from megatron.checkpoint.writer import BadValues, write_tensors, write_text
 from megatron.errors import UserError
 from megatron.files import read_errors, replaced_file
 
-__all__ = [
-    "CheckpointReader", "DamagedCheckpoint", "FolderLock", "checkpoint_folder", "file_sha256", "find_checkpoint",
-    "latest_name", "list_iterations", "remove_old", "save_checkpoint", "set_aside", "set_latest",
-]  # fmt: skip
+__all__ = ["CheckpointReader", "DamagedCheckpoint", "FolderLock", "RunFolder", "file_sha256", "set_aside"]
 
 LATEST = "latest"
 _TEMPORARY, _REPLACED, _DAMAGED = ".saving-", ".replaced-", "damaged-"
 _LONGEST_NAME = 255
 
 
-def save_checkpoint(root: str | Path, state: CanonicalState, write: bool = True) -> Path:
-    """Write `state` under `root` and make it the latest checkpoint.
+class RunFolder:
+    """The folder of a run's checkpoints, which need not be there.
 
-    Every process of the run calls this, because the pieces may be gathered; one has `write` true.
-
-    Returns: the checkpoint's folder. Raises UserError when the file system refuses (full, read-only) or a tensor has
-        values that are not finite; what was there before is then as it was.
+    Args:
+        path: the folder; `find` also takes that of a single checkpoint.
+        key: what names it, for messages.
     """
-    target = Path(root) / folder_name(state.iteration)
-    if not write:
-        for _ in state.pieces:
-            pass
-        return target
-    try:
-        _write_checkpoint(target, state)
-    except (OSError, SafetensorError, BadValues) as error:
-        shutil.rmtree(target.parent / f"{_TEMPORARY}{target.name}", ignore_errors=True)
-        if isinstance(error, BadValues):
+
+    def __init__(self, path: str | Path, key: str = "load") -> None:
+        self.path, self._key = Path(path), key
+
+    def save(self, state: CanonicalState, write: bool = True) -> Path:
+        """Write `state` and make it the latest checkpoint.
+
+        Every process of the run calls this, because the pieces may be gathered; one has `write` true.
+
+        Returns: the checkpoint's folder. Raises UserError when the file system refuses (full, read-only) or a tensor
+            has values that are not finite; what was there before is then as it was.
+        """
+        target = self.path / folder_name(state.iteration)
+        if not write:
+            for _ in state.pieces:
+                pass
+            return target
+        try:
+            self._write(target, state)
+        except (OSError, SafetensorError, BadValues) as error:
+            shutil.rmtree(self.path / f"{_TEMPORARY}{target.name}", ignore_errors=True)
+            if isinstance(error, BadValues):
+                raise UserError(
+                    f"save: checkpoint {target} is not written: {error}; earlier checkpoints are intact, resume from "
+                    "one with a smaller lr, a larger eps or another seed"
+                ) from error
             raise UserError(
-                f"save: checkpoint {target} is not written: {error}; earlier checkpoints are intact, resume from one "
-                "with a smaller lr, a larger eps or another seed"
+                f"save: cannot write checkpoint {target}: {error}; earlier checkpoints are intact, "
+                "free space or change `save` and resume"
             ) from error
-        raise UserError(
-            f"save: cannot write checkpoint {target}: {error}; earlier checkpoints are intact, "
-            "free space or change `save` and resume"
-        ) from error
-    return target
+        return target
 
+    def _write(self, target: Path, state: CanonicalState) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._remove_leftovers()
+        temporary, replaced = (self.path / f"{prefix}{target.name}" for prefix in (_TEMPORARY, _REPLACED))
+        temporary.mkdir()
+        _write_files(temporary, state)
+        if os.path.lexists(target):
+            os.rename(target, replaced)
+        os.rename(temporary, target)
+        self.set_latest(state.iteration)
+        _remove(replaced)
 
-def _write_checkpoint(target: Path, state: CanonicalState) -> None:
-    root = target.parent
-    root.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(root)
-    temporary = root / f"{_TEMPORARY}{target.name}"
-    temporary.mkdir()
-    _write_files(temporary, state)
-    replaced = root / f"{_REPLACED}{target.name}"
-    if os.path.lexists(target):
-        os.rename(target, replaced)
-    os.rename(temporary, target)
-    set_latest(root, state.iteration)
-    _remove(replaced)
+    def _remove_leftovers(self) -> None:
+        for folder in self.path.glob(".*"):
+            is_replaced = folder.name.startswith(_REPLACED) and (self.path / folder.name[len(_REPLACED) :]).exists()
+            if folder.name.startswith(_TEMPORARY) or is_replaced:
+                _remove(folder)
+
+    def set_latest(self, iteration: int) -> None:
+        """Point `latest` at an iteration, atomically."""
+        with replaced_file(self.path / LATEST) as file:
+            file.write(f"{folder_name(iteration)}\n".encode())
+        _sync(self.path)
+
+    def latest_name(self) -> str | None:
+        """What `latest` says: the name of a folder beside it; None without such a file, "" where it names none.
+
+        Raises UserError when it cannot be read.
+        """
+        path = self.path / LATEST
+        try:
+            if not path.is_file():
+                return None
+            with path.open("rb") as file:
+                name = file.read(_LONGEST_NAME + 2).decode("utf-8", errors="replace").strip()
+        except OSError as error:
+            reason = error.strerror
+            raise UserError(f"{self._key}: {path} cannot be read: {reason}; check its permissions and disk") from error
+        return name if folder_iteration(name) is not None else ""
+
+    def iterations(self) -> list[int]:
+        """Iterations of the complete checkpoints, ascending."""
+        folders = self.path.iterdir() if self.path.is_dir() else ()
+        found = (folder_iteration(f.name) for f in folders if (f / MANIFEST).is_file())
+        return sorted(iteration for iteration in found if iteration is not None)
+
+    def described(self) -> str:
+        """The iterations as a message lists them."""
+        return ", ".join(map(str, self.iterations())) or "none"
+
+    def checkpoint(self, iteration: int) -> Path | None:
+        """The folder of an iteration, also where a save that would have replaced it was killed; None without one."""
+        name = folder_name(iteration)
+        folders = (self.path / name, self.path / f"{_REPLACED}{name}")
+        return next((folder for folder in folders if (folder / MANIFEST).is_file()), None)
+
+    def find(self, iteration: int | None = None) -> Path | None:
+        """The folder of one checkpoint: this one, or the `iteration` or latest one in it; None if there is none.
+
+        Raises UserError when `latest` or `iteration` names a checkpoint that is not there, or the path cannot be read.
+        """
+        with read_errors(f"{self._key}: {self.path}"):
+            if (self.path / MANIFEST).is_file() and iteration is None:
+                return self.path
+            name = folder_name(iteration) if iteration is not None else self.latest_name()
+            if name is None:
+                return None
+            number = folder_iteration(name)
+            if number is not None and (folder := self.checkpoint(number)) is not None:
+                return folder
+            other = "set `iteration`" if self._key == "load" else "name the folder of one"
+            named = f"{self.path / name} is not a complete checkpoint"
+            what = named if name else f"{self.path / LATEST} does not name a checkpoint"
+            raise UserError(f"{self._key}: {what}; iterations found there: {self.described()}; {other}")
+
+    def remove_old(self, keep: int, protected: Collection[int] = ()) -> list[int]:
+        """Remove all but the `keep` checkpoints saved last, never those of `protected` iterations; returns what went.
+
+        Last saved, not highest iteration: a run that was rolled back saves lower iterations than it finds.
+        """
+
+        def saved_at(iteration: int) -> int:
+            return (self.path / folder_name(iteration) / MANIFEST).stat().st_mtime_ns
+
+        candidates = sorted((i for i in self.iterations() if i not in protected), key=saved_at)
+        removed = sorted(candidates[: max(0, len(candidates) - keep)])
+        for iteration in removed:
+            name = folder_name(iteration)
+            # Renamed first, so that a kill while deleting leaves no half checkpoint under a valid name.
+            doomed = self.path / f"{_TEMPORARY}removing-{name}"
+            os.rename(self.path / name, doomed)
+            _remove(doomed)
+        return removed
+
+    def rollbacks(self, iteration: int) -> list[int] | None:
+        """The iterations that the run had been rolled back to by a checkpoint; None where that cannot be read."""
+        folder = self.checkpoint(iteration)
+        try:
+            return list(CheckpointReader(folder, verify=False).train_state.get("rollbacks", [])) if folder else None
+        except UserError:
+            return None
+
+    def rollback_log(self, iterations: Sequence[int] | None = None) -> list[int]:
+        """The iterations that the run was rolled back to. Each checkpoint has the log up to its time."""
+        known = self.iterations() if iterations is None else iterations
+        return max((self.rollbacks(iteration) or [] for iteration in known), key=len, default=[])
+
+    def of_same_run(self, candidates: Sequence[int], has_head: bool) -> Iterator[Path]:
+        """The folders of the candidates, without those that a rollback has left behind.
+
+        A run that was rolled back to 4 while it had 6 goes on with 5, and 6 is none of its checkpoints any more.
+
+        Args:
+            has_head: the first one is what is asked for; it counts, whatever it is.
+        """
+        folders = {iteration: self.checkpoint(iteration) for iteration in candidates}
+        if has_head and (head := folders[candidates[0]]):
+            yield head
+        log = self.rollback_log(candidates)
+        for iteration in candidates[1:] if has_head else candidates:
+            mine, folder = self.rollbacks(iteration), folders[iteration]
+            if folder and (mine is None or iteration <= min(log[len(mine) :], default=iteration)):
+                yield folder
 
 
 def _write_files(folder: Path, state: CanonicalState) -> None:
@@ -112,56 +229,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_leftovers(root: Path) -> None:
-    for folder in root.glob(".*"):
-        is_replaced = folder.name.startswith(_REPLACED) and (root / folder.name.removeprefix(_REPLACED)).exists()
-        if folder.name.startswith(_TEMPORARY) or is_replaced:
-            _remove(folder)
-
-
 def _remove(path: Path) -> None:
     """Remove a folder of ours; of a link that has its name only the link."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def set_latest(root: Path, iteration: int) -> None:
-    """Point `latest` at an iteration, atomically."""
-    with replaced_file(root / LATEST) as file:
-        file.write(f"{folder_name(iteration)}\n".encode())
-    _sync(root)
-
-
-def latest_name(root: str | Path, key: str = "load") -> str | None:
-    """What `latest` says: the name of a folder beside it; None without such a file, "" where it names none.
-
-    Raises UserError when it cannot be read.
-    """
-    path = Path(root) / LATEST
-    try:
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            name = file.read(_LONGEST_NAME + 2).decode("utf-8", errors="replace").strip()
-    except OSError as error:
-        raise UserError(f"{key}: {path} cannot be read: {error.strerror}; check its permissions and disk") from error
-    return name if folder_iteration(name) is not None else ""
-
-
-def list_iterations(root: str | Path) -> list[int]:
-    """Iterations of the complete checkpoints under `root`, ascending."""
-    folders = Path(root).iterdir() if Path(root).is_dir() else ()
-    found = (folder_iteration(f.name) for f in folders if (f / MANIFEST).is_file())
-    return sorted(iteration for iteration in found if iteration is not None)
-
-
-def checkpoint_folder(root: str | Path, iteration: int) -> Path | None:
-    """The folder of an iteration, also where a save that would have replaced it was killed; None without one."""
-    name = folder_name(iteration)
-    folders = (Path(root) / name, Path(root) / f"{_REPLACED}{name}")
-    return next((folder for folder in folders if (folder / MANIFEST).is_file()), None)
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -172,49 +245,3 @@ def set_aside(folder: Path) -> Path | None:
         os.rename(folder, target)
         return target
     return None
-
-
-def remove_old(root: str | Path, keep: int, protected: Collection[int] = ()) -> list[int]:
-    """Remove all but the `keep` checkpoints saved last, never those of `protected` iterations; returns what went.
-
-    Last saved, not highest iteration: a run that was rolled back saves lower iterations than it finds.
-    """
-
-    def saved_at(iteration: int) -> int:
-        return (Path(root) / folder_name(iteration) / MANIFEST).stat().st_mtime_ns
-
-    candidates = sorted((i for i in list_iterations(root) if i not in protected), key=saved_at)
-    removed = sorted(candidates[: max(0, len(candidates) - keep)])
-    for iteration in removed:
-        folder = Path(root) / folder_name(iteration)
-        # Renamed first, so that a kill while deleting leaves no half checkpoint under a valid name.
-        doomed = Path(root) / f"{_TEMPORARY}removing-{folder.name}"
-        os.rename(folder, doomed)
-        _remove(doomed)
-    return removed
-
-
-def find_checkpoint(path: str | Path, iteration: int | None = None, key: str = "load") -> Path | None:
-    """The checkpoint folder meant by `path`: itself, or the `iteration` or latest one under it; None if there is none.
-
-    `key` is what names the path, for messages.
-
-    Raises UserError when `latest` or `iteration` names a checkpoint that is not there, or the path cannot be read.
-    """
-    with read_errors(f"{key}: {path}"):
-        return _found_checkpoint(Path(path), iteration, key)
-
-
-def _found_checkpoint(path: Path, iteration: int | None, key: str) -> Path | None:
-    if (path / MANIFEST).is_file() and iteration is None:
-        return path
-    name = folder_name(iteration) if iteration is not None else latest_name(path, key)
-    if name is None:
-        return None
-    number = folder_iteration(name)
-    if number is not None and (folder := checkpoint_folder(path, number)) is not None:
-        return folder
-    known = ", ".join(map(str, list_iterations(path))) or "none"
-    other = "set `iteration`" if key == "load" else "name the folder of one"
-    what = f"{path / name} is not a complete checkpoint" if name else f"{path / LATEST} does not name a checkpoint"
-    raise UserError(f"{key}: {what}; iterations found there: {known}; {other}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron.checkpoint.new_folder import new_folder
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.state import TENSOR_KINDS, CanonicalState, whole_pieces
-from megatron.checkpoint.store import find_checkpoint, save_checkpoint
+from megatron.checkpoint.store import RunFolder
 from megatron.config.sections.model import ModelConfig, ModelSection, model_section
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
@@ -30,7 +30,7 @@ def matches(path: Path, iteration: int | None = None, key: str = "load") -> Path
 
     Raises: UserError when `latest` or `iteration` names one that is not there, or the path cannot be read.
     """
-    return find_checkpoint(path, iteration, key)
+    return RunFolder(path, key).find(iteration)
 
 
 def open(path: Path, config: object = None, key: str = "load") -> Checkpoint:
@@ -106,7 +106,7 @@ def write(target: str | Path, checkpoint: Checkpoint, environment: Mapping[str, 
         state = CanonicalState(
             checkpoint.iteration or 0, checkpoint.train_state, checkpoint.resolved(), pieces, environment or {}
         )
-        name = save_checkpoint(temporary, state).name
+        name = RunFolder(temporary).save(state).name
     return Path(target) / name
 
 

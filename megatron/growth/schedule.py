@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, Protocol
 
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.optimization import OptimizationConfig
@@ -18,17 +19,19 @@ from megatron.exchange import Checkpoint
 from megatron.growth.plan import KINDS, Model, TokenCounts, describe, grown_config, segments_of
 from megatron.log import get_logger
 
+Lineage = Sequence[Mapping[str, Any]]
+"""The growths behind a model, as `lineage_entry` describes each."""
 
-class Progress(NamedTuple):
-    """Where a run is: finished iterations, and the tokens read by then."""
 
-    iteration: int = 0
-    consumed_tokens: int = 0
+class Progress(Protocol):
+    """Where a run is; TrainState is one."""
 
-    @classmethod
-    def of(cls, entry: Mapping[str, Any]) -> Progress:
-        """Where the run was at a growth of its lineage."""
-        return cls(int(entry["iteration"]), int(entry["consumed_tokens"]))
+    iteration: int
+    """Finished iterations."""
+    consumed_tokens: int
+    """Tokens read by then; data that a smaller model's run has read counts among them."""
+    lineage: list[dict[str, Any]]
+    """The growths behind its model."""
 
 
 class Grown(NamedTuple, Generic[Model]):
@@ -40,72 +43,156 @@ class Grown(NamedTuple, Generic[Model]):
     """New keys, frozen tokens and learning-rate factors are those of the latest growth."""
 
 
-def check_schedule(
-    model: ModelSection, scaling: ScalingConfig, options: OptimizationConfig, tensor_ranks: int, already: int = 0
-) -> None:
-    """Raise a UserError when one of the growths to come is impossible, before anything is trained.
+@dataclass(frozen=True)
+class GrowthSchedule:
+    """The growths that the configuration of a run lists."""
 
-    So is one by fewer tokens than there are tensor ranks: some would have none to train, which ZeRO does not allow.
+    scaling: ScalingConfig
+    """The run's, as the YAML files say."""
+    train_iters: int | None = None
+    """Updates of the run."""
+    update_tokens: int = 1
+    """Tokens that an update of all ranks reads."""
 
-    Args:
-        already: scheduled growths that `model` has in it.
-    """
-    for number, growth in enumerate(scaling.growth[already:], already):
-        peak = options.optimizer.params.lr if growth.lr is None else growth.lr
-        floor = options.min_lr if growth.min_lr is None else growth.min_lr
-        if growth.lr_policy == "restart" and peak < floor:
+    @property
+    def growths(self) -> Sequence[ScheduledGrowth]:
+        """The growths, in order."""
+        return self.scaling.growth
+
+    def check(self, model: ModelSection, options: OptimizationConfig, tensor_ranks: int, now: Progress) -> None:
+        """Raise a UserError when one of the growths to come is impossible, before anything is trained.
+
+        Args:
+            model: with the growths in it that are made.
+            options: the run's own optimization settings.
+            tensor_ranks: each needs a new token of every growth: ZeRO does not allow a rank with none to train.
+            now: where the run is.
+        """
+        done = growths_done(now.lineage)
+        for number, growth in enumerate(self.growths[done:], done):
+            peak = options.optimizer.params.lr if growth.lr is None else growth.lr
+            floor = options.min_lr if growth.min_lr is None else growth.min_lr
+            if growth.lr_policy == "restart" and peak < floor:
+                raise UserError(
+                    f"growth[{number}]: lr {peak:g} is below min_lr {floor:g}; give the growth a lower min_lr too"
+                )
+            model = _grown_once(model, growth, number)
+            if growth.freeze_old_tokens and not any(block[-1] for kind in KINDS for block in segments_of(model, kind)):
+                raise UserError(
+                    f"growth[{number}]: freeze_old_tokens where no tokens are added; there is nothing to train"
+                )
+        for kind, blocks in (model.token_segments or {}).items():
+            fewest = min((size for block in blocks for size in block if size), default=tensor_ranks)
+            if fewest < tensor_ranks:
+                raise UserError(
+                    f"growth: {kind}_slot_num grows by {fewest} where model_parallel_size is {tensor_ranks}; each rank "
+                    "needs a new token: grow by more, or lower model_parallel_size"
+                )
+        self._check_times(now)
+
+    def _check_times(self, now: Progress) -> None:
+        """Are the growths to come in order? Says so when the run ends before one of them."""
+        last, done = now.iteration, growths_done(now.lineage)
+        for number, growth in enumerate(self.growths[done:], done):
+            begin = max(now.iteration, self._start_of(growth, now.iteration, now.consumed_tokens))
+            if begin < last:
+                raise UserError(
+                    f"growth[{number}]: comes at iteration {begin}, that before it at {last}; sort the growths by time"
+                )
+            if begin > (self.train_iters or begin):
+                get_logger().info(
+                    "growth[%d] is not made: it comes at iteration %d, train_iters is %d",
+                    number, begin, self.train_iters,
+                )  # fmt: skip
+            last = begin
+
+    def after(self, model: Model, done: int, already: int = 0) -> Grown[Model]:
+        """Model and scaling of a run after the first `done` growths.
+
+        Args:
+            already: growths that `model` has in it.
+
+        Raises: UserError naming the growth that asks for fewer tokens than there are.
+        """
+        for number, growth in enumerate(self.growths[already:done], already):
+            model = _grown_once(model, growth, number)
+        if not done:
+            return Grown(model, self.scaling)
+        keys = ("new_keys", "freeze_old_tokens", "old_tokens_lr_scale", "new_tokens_lr_scale")
+        latest = self.growths[done - 1]
+        return Grown(model, self.scaling.replaced(**{key: getattr(latest, key) for key in keys}))
+
+    def as_saved(self, model: Model, saved: ModelSection, lineage: Lineage) -> Grown[Model]:
+        """Model and scaling of a run that goes on from a checkpoint.
+
+        Args:
+            model: as the YAML files say.
+            saved: model of the checkpoint. How its tokens are divided into segments is taken over from it.
+            lineage: of the checkpoint.
+
+        Raises: UserError when the schedule does not lead to this model.
+        """
+        done = growths_done(lineage) if self.growths else 0
+        if done > len(self.growths):
             raise UserError(
-                f"growth[{number}]: lr {peak:g} is below min_lr {floor:g}; give the growth a lower min_lr too"
+                f"growth: the run has made {done} growths of its schedule, the configuration lists "
+                f"{len(self.growths)}; give the schedule the run was started with"
             )
-        model = _grown_once(model, growth, number)
-        if growth.freeze_old_tokens and not any(block[-1] for kind in KINDS for block in segments_of(model, kind)):
-            raise UserError(f"growth[{number}]: freeze_old_tokens where no tokens are added; there is nothing to train")
-    for kind, blocks in (model.token_segments or {}).items():
-        fewest = min((size for block in blocks for size in block if size), default=tensor_ranks)
-        if fewest < tensor_ranks:
+        if saved.token_segments is None:
+            return Grown(model, self.scaling)
+        if model.token_segments == saved.token_segments:  # its own config.yml: the model since the last growth
+            return self.after(model, done, already=done)
+        now = self.after(_before_growths(model, saved, done), done)
+        if now.model.token_segments != saved.token_segments:
             raise UserError(
-                f"growth: {kind}_slot_num grows by {fewest} where model_parallel_size is {tensor_ranks}; each rank "
-                "needs a new token: grow by more, or lower model_parallel_size"
+                f"growth: the first {done} growths of the schedule do not lead to the model of the checkpoint; give "
+                "the schedule the run was started with"
             )
+        return now
 
+    def is_due(self, now: Progress) -> bool:
+        """Has the time of the next growth come, with training to follow it?"""
+        done = growths_done(now.lineage)
+        if done >= len(self.growths) or now.iteration >= (self.train_iters or math.inf):
+            return False
+        growth = self.growths[done]
+        if growth.at_iteration is not None:
+            return now.iteration >= growth.at_iteration
+        assert growth.at_tokens is not None, "one of the two is given"
+        return now.consumed_tokens >= growth.at_tokens
 
-def check_times(
-    growths: Sequence[ScheduledGrowth],
-    train_iters: int | None,
-    lineage: Sequence[Mapping[str, Any]],
-    now: Progress,
-    tokens_an_update: int,
-) -> None:
-    """Raise a UserError when the growths to come are out of order, and say so when the run ends before one of them."""
-    last, done = now.iteration, growths_done(lineage)
-    for number, growth in enumerate(growths[done:], done):
-        begin = max(now.iteration, _start_of(growth, now, tokens_an_update))
-        if begin < last:
-            raise UserError(
-                f"growth[{number}]: comes at iteration {begin}, that before it at {last}; sort the growths by time"
-            )
-        if begin > (train_iters or begin):
-            get_logger().info(
-                "growth[%d] is not made: it comes at iteration %d, train_iters is %d", number, begin, train_iters
-            )
-        last = begin
+    def learning_rate(self, options: OptimizationConfig, now: Progress) -> tuple[OptimizationConfig, int]:
+        """The optimization settings in force, and the update they start from.
 
+        A growth with lr_policy restart has a schedule of its own, which ends where the next restart begins unless
+        lr_decay_iters says otherwise; before the first, the run's own schedule does so.
 
-def after_growths(model: Model, scaling: ScalingConfig, done: int, already: int = 0) -> Grown[Model]:
-    """Model and scaling of a run after the first `done` growths of its schedule.
+        Args:
+            options: of the run's configuration.
+            now: where the run is.
+        """
+        made = [entry for entry in now.lineage if entry.get("scheduled")]
+        begun = [pair for pair in zip(made, self.growths, strict=False) if pair[1].lr_policy == "restart"]
+        later = [growth for growth in self.growths[len(made) :] if growth.lr_policy == "restart"]
+        since, tokens = now.iteration, now.consumed_tokens
+        if begun:
+            since, tokens = int(begun[-1][0]["iteration"]), int(begun[-1][0]["consumed_tokens"])
+        end = self._start_of(later[0], since, tokens) if later else self.train_iters
+        first = since if begun else 0
+        decay = None if end is None else max(1, min(end, self.train_iters or end) - first)
+        if not begun:
+            return options.replaced(lr_decay_iters=options.lr_decay_iters or (decay if later else None)), 0
+        entry, growth = begun[-1]
+        own = {"optimizer.params.lr": growth.lr, "warmup": growth.warmup, "min_lr": growth.min_lr}
+        given = {key: value for key, value in own.items() if value is not None}
+        return options.replaced(lr_decay_iters=growth.lr_decay_iters or decay, **given), int(entry["updates"])
 
-    Args:
-        already: growths that `model` has in it.
-
-    Raises: UserError naming the growth that asks for fewer tokens than there are.
-    """
-    for number, growth in enumerate(scaling.growth[already:done], already):
-        model = _grown_once(model, growth, number)
-    if not done:
-        return Grown(model, scaling)
-    keys = ("new_keys", "freeze_old_tokens", "old_tokens_lr_scale", "new_tokens_lr_scale")
-    latest = scaling.growth[done - 1]
-    return Grown(model, scaling.replaced(**{key: getattr(latest, key) for key in keys}))
+    def _start_of(self, growth: ScheduledGrowth, iteration: int, consumed_tokens: int) -> int:
+        """The iteration at which a growth will be due, counted on from where the run is or was."""
+        if growth.at_iteration is not None:
+            return growth.at_iteration
+        assert growth.at_tokens is not None, "one of the two is given"
+        return iteration + max(0, math.ceil((growth.at_tokens - consumed_tokens) / self.update_tokens))
 
 
 def _grown_once(model: Model, growth: ScheduledGrowth, number: int) -> Model:
@@ -115,6 +202,22 @@ def _grown_once(model: Model, growth: ScheduledGrowth, number: int) -> Model:
         return grown_config(model, counts)
     except UserError as error:
         raise UserError(f"growth[{number}]: {error}") from error
+
+
+def _before_growths(model: Model, saved: ModelSection, done: int) -> Model:
+    """The configured model with the segments that the saved one had before the last `done` of its growths."""
+    first = {kind: [block[: len(block) - done] for block in segments_of(saved, kind)] for kind in KINDS}
+    for kind in KINDS:
+        key = f"{kind}_slot_num"
+        asked, total = getattr(model, key), max(map(sum, first[kind])) or None
+        if asked != total:
+            raise UserError(
+                f"{key}: {asked} in the configuration, {total} in the checkpoint"
+                + (f" before its {done} scheduled growths" if done else "")
+                + "; use the configuration the model was trained with"
+            )
+    segments = None if len(first["qkv"][0]) == 1 else first
+    return type(model)(**{**model.model_dump(), "token_segments": segments})
 
 
 def lineage_entry(
@@ -141,113 +244,11 @@ def lineage_entry(
     }
 
 
-def past_growths(lineage: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def past_growths(lineage: Lineage) -> list[dict[str, Any]]:
     """The lineage for a run that starts from this one's model: none of its growths is of the new run's schedule."""
     return [{**entry, "scheduled": False} for entry in lineage]
 
 
-def growths_done(lineage: Sequence[Mapping[str, Any]]) -> int:
+def growths_done(lineage: Lineage) -> int:
     """How many growths of its schedule a run has made."""
     return sum(1 for entry in lineage if entry.get("scheduled"))
-
-
-def grown_as_saved(
-    model: Model, scaling: ScalingConfig, saved: ModelSection, lineage: Sequence[Mapping[str, Any]]
-) -> Grown[Model]:
-    """Model and scaling of a run that goes on from a checkpoint.
-
-    Args:
-        model, scaling: as the YAML files say.
-        saved: model of the checkpoint. How its tokens are divided into segments is taken over from it.
-        lineage: of the checkpoint.
-
-    Raises: UserError when the schedule does not lead to this model.
-    """
-    done = growths_done(lineage) if scaling.growth else 0
-    if done > len(scaling.growth):
-        raise UserError(
-            f"growth: the run has made {done} growths of its schedule, the configuration lists "
-            f"{len(scaling.growth)}; give the schedule the run was started with"
-        )
-    if saved.token_segments is None:
-        return Grown(model, scaling)
-    if model.token_segments == saved.token_segments:  # the checkpoint's own config.yml: the model since its last growth
-        return after_growths(model, scaling, done, already=done)
-    now = after_growths(_before_growths(model, saved, done), scaling, done)
-    if now.model.token_segments != saved.token_segments:
-        raise UserError(
-            f"growth: the first {done} growths of the schedule do not lead to the model of the checkpoint; give the "
-            "schedule the run was started with"
-        )
-    return now
-
-
-def _before_growths(model: Model, saved: ModelSection, done: int) -> Model:
-    """The configured model with the segments that the saved one had before the last `done` of its growths."""
-    first = {kind: [block[: len(block) - done] for block in segments_of(saved, kind)] for kind in KINDS}
-    for kind in KINDS:
-        key = f"{kind}_slot_num"
-        asked, total = getattr(model, key), max(map(sum, first[kind])) or None
-        if asked != total:
-            raise UserError(
-                f"{key}: {asked} in the configuration, {total} in the checkpoint"
-                + (f" before its {done} scheduled growths" if done else "")
-                + "; use the configuration the model was trained with"
-            )
-    segments = None if len(first["qkv"][0]) == 1 else first
-    return type(model)(**{**model.model_dump(), "token_segments": segments})
-
-
-def is_due(growth: ScheduledGrowth, iteration: int, consumed_tokens: int) -> bool:
-    """Is it time for a scheduled growth?"""
-    if growth.at_iteration is not None:
-        return iteration >= growth.at_iteration
-    assert growth.at_tokens is not None, "one of the two is given"
-    return consumed_tokens >= growth.at_tokens
-
-
-def next_growth(growths: Sequence[ScheduledGrowth], lineage: Sequence[Mapping[str, Any]]) -> ScheduledGrowth | None:
-    """The first scheduled growth that the run has not made yet."""
-    done = growths_done(lineage)
-    return growths[done] if done < len(growths) else None
-
-
-def learning_rate_settings(
-    options: OptimizationConfig,
-    growths: Sequence[ScheduledGrowth],
-    train_iters: int | None,
-    lineage: Sequence[Mapping[str, Any]],
-    now: Progress,
-    tokens_an_update: int,
-) -> tuple[OptimizationConfig, int]:
-    """The optimization settings in force, and the update they start from.
-
-    A growth with lr_policy restart has a schedule of its own, which ends where the next restart begins unless
-    lr_decay_iters says otherwise; before the first, the run's own schedule does so.
-
-    Args:
-        options, growths, train_iters: of the run's configuration.
-        now: where the run is; data that a smaller model's run has read counts among its tokens.
-        tokens_an_update: of all ranks.
-    """
-    made = [entry for entry in lineage if entry.get("scheduled")]
-    begun = [pair for pair in zip(made, growths, strict=False) if pair[1].lr_policy == "restart"]
-    later = [growth for growth in growths[len(made) :] if growth.lr_policy == "restart"]
-    since = Progress.of(begun[-1][0]) if begun else now
-    end = _start_of(later[0], since, tokens_an_update) if later else train_iters
-    first = since.iteration if begun else 0
-    decay = None if end is None else max(1, min(end, train_iters or end) - first)
-    if not begun:
-        return options.replaced(lr_decay_iters=options.lr_decay_iters or (decay if later else None)), 0
-    entry, growth = begun[-1]
-    own = {"optimizer.params.lr": growth.lr, "warmup": growth.warmup, "min_lr": growth.min_lr}
-    given = {key: value for key, value in own.items() if value is not None}
-    return options.replaced(lr_decay_iters=growth.lr_decay_iters or decay, **given), int(entry["updates"])
-
-
-def _start_of(growth: ScheduledGrowth, since: Progress, tokens_an_update: int) -> int:
-    """The iteration at which a growth will be due, counted on from where the run is or was."""
-    if growth.at_iteration is not None:
-        return growth.at_iteration
-    assert growth.at_tokens is not None, "one of the two is given"
-    return since.iteration + max(0, math.ceil((growth.at_tokens - since.consumed_tokens) / tokens_an_update))

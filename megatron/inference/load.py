@@ -14,7 +14,7 @@ from megatron.config.sections.model import ModelConfig
 from megatron.errors import UserError
 from megatron.exchange import Checkpoint, open_checkpoint
 from megatron.exchange.names import EMBEDDING
-from megatron.growth.schedule import grown_as_saved
+from megatron.growth.schedule import GrowthSchedule
 from megatron.model import LanguageModel
 from megatron.model.compatibility import check_same_model
 from megatron.model.fill import fill
@@ -65,7 +65,7 @@ def model_of(
     described = checkpoint.language
     if isinstance(config, RunConfig):  # its model is the one before the growths of its schedule
         lineage = checkpoint.train_state.get("lineage", [])
-        config = grown_as_saved(config.language, config.scaling, described, lineage).model
+        config = GrowthSchedule(config.scaling).as_saved(config.language, described, lineage).model
     if config is not None:
         check_same_model(config, described, checkpoint.folder)
     model = LanguageModel(described, device=device, attention_backend=attention_backend, layout=layout)

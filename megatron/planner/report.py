@@ -10,7 +10,7 @@ from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
-from megatron.growth.schedule import after_growths
+from megatron.growth.schedule import GrowthSchedule
 from megatron.planner.choice import Choice
 from megatron.planner.counts import num_parameters
 from megatron.planner.machine import GIB, Machine
@@ -36,7 +36,7 @@ def report(config: RunConfig, machine: Machine, gpus: int, rows: int = 10) -> st
     model, notes = with_vocabulary(config.language, config.tokenizer)
     grown, growths = model, len(config.scaling.growth)
     if growths:
-        grown = after_growths(model, config.scaling, growths).model
+        grown = GrowthSchedule(config.scaling).after(model, growths).model
         line = f"growth: planned for the model after the last growth ({growths} in all); at first it has "
         notes += [f"{line}{num_parameters(model):,} parameters"]
     work = replace(Workload.of(config), model=grown)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.state import CanonicalState, folder_name, whole_pieces
-from megatron.checkpoint.store import list_iterations, remove_old, save_checkpoint
+from megatron.checkpoint.store import RunFolder
 from megatron.config.schema import RunConfig
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.engine.base import Engine
@@ -19,7 +19,7 @@ from megatron.exchange import Checkpoint
 from megatron.log import get_logger
 from megatron.mpu.processes import first_rank_does
 from megatron.tasks import Task
-from megatron.training.generators import random_states, restore_random_states
+from megatron.training.generators import random_states
 from megatron.training.state import TrainState
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "safetensors", "pydantic")
@@ -40,41 +40,60 @@ def should_save(config: CheckpointConfig, iteration: int) -> bool:
     return power == iteration
 
 
-def save(config: RunConfig, engine: Engine, state: TrainState) -> None:
-    """Write a canonical checkpoint and remove those that `keep_last_n_checkpoints` no longer keeps. Collective."""
-    options, rank = config.checkpoint, engine.layout.rank
-    assert options.save is not None, "the loop saves only where there is a folder"
-    state.loss_scaler = engine.loss_scaler
-    tensors = {
-        "model": engine.model_tensors(),
-        "optimizer": () if options.no_save_optim else engine.state.optimizer_state(),
-        "rng": random_states(engine.layout, engine.device),
-    }
-    canonical = CanonicalState(
-        state.iteration, state.state_dict(), config.flat(), whole_pieces(tensors), environment() if rank == 0 else {}
-    )
-    if rank:
-        save_checkpoint(options.save, canonical, write=False)
-    first_rank_does(lambda: _write(options, canonical), engine.layout)
-    get_logger().info("saved checkpoint %s", Path(options.save) / folder_name(state.iteration))
+class Saver:
+    """Saves a run where `save` names a folder, and removes what `keep_last_n_checkpoints` no longer keeps."""
 
+    def __init__(self, config: RunConfig, engine: Engine, state: TrainState) -> None:
+        self._config, self._engine, self._state = config, engine, state
+        self._folder = RunFolder(config.checkpoint.save, "save") if config.checkpoint.save else None
+        self._saved: int | None = None
 
-def _write(options: CheckpointConfig, state: CanonicalState) -> None:
-    """Write the checkpoint, on the first rank; the others give it their parts, and then wait for it to be done.
+    def save_if_due(self, force: bool = False) -> bool:
+        """Write a canonical checkpoint, unless this iteration has one. Collective.
 
-    Raises: UserError for a full disk and for values that are not finite, once all parts are taken.
-    """
-    assert options.save is not None, "the loop saves only where there is a folder"
-    try:
-        save_checkpoint(options.save, state)
-    except UserError:
-        save_checkpoint(options.save, state, write=False)  # the others are still gathering
-        raise
-    if options.keep_last_n_checkpoints:
+        Args:
+            force: now, whether it is the time for one or not.
+
+        Returns: one was written. Raises UserError where that failed.
+        """
+        iteration, options = self._state.iteration, self._config.checkpoint
+        if self._folder is None or self._saved == iteration or not (force or should_save(options, iteration)):
+            return False
+        self._save(self._folder)
+        self._saved = iteration
+        return True
+
+    def _save(self, folder: RunFolder) -> None:
+        engine, state, rank = self._engine, self._state, self._engine.layout.rank
+        state.loss_scaler = engine.loss_scaler
+        tensors = {
+            "model": engine.model_tensors(),
+            "optimizer": () if self._config.checkpoint.no_save_optim else engine.state.optimizer_state(),
+            "rng": random_states(engine.layout, engine.device),
+        }
+        flat, record = self._config.flat(), environment() if rank == 0 else {}
+        canonical = CanonicalState(state.iteration, state.state_dict(), flat, whole_pieces(tensors), record)
+        if rank:
+            folder.save(canonical, write=False)
+        first_rank_does(lambda: self._write(folder, canonical), engine.layout)
+        get_logger().info("saved checkpoint %s", folder.path / folder_name(state.iteration))
+
+    def _write(self, folder: RunFolder, state: CanonicalState) -> None:
+        """Write the checkpoint, on the first rank; the others give it their parts, and then wait for it to be done.
+
+        Raises: UserError for a full disk and for values that are not finite, once all parts are taken.
+        """
+        options = self._config.checkpoint
         try:
-            remove_old(options.save, options.keep_last_n_checkpoints, options.extra_save_iters or ())
-        except OSError as error:
-            get_logger().warning("keep_last_n_checkpoints: %s; an old checkpoint stays", error)
+            folder.save(state)
+        except UserError:
+            folder.save(state, write=False)  # the others are still gathering
+            raise
+        if options.keep_last_n_checkpoints:
+            try:
+                folder.remove_old(options.keep_last_n_checkpoints, options.extra_save_iters or ())
+            except OSError as error:
+                get_logger().warning("keep_last_n_checkpoints: %s; an old checkpoint stays", error)
 
 
 def environment() -> dict[str, str | dict[str, str]]:
@@ -94,7 +113,7 @@ def check_save_folder(options: CheckpointConfig, has_checkpoint: bool) -> None:
 
     has_checkpoint: `load` has one to start from.
     """
-    if options.save is None or not list_iterations(options.save):
+    if options.save is None or not RunFolder(options.save).iterations():
         return
     continues = has_checkpoint and not options.finetune
     if not (continues and options.load and Path(options.load).resolve() == Path(options.save).resolve()):
@@ -118,17 +137,14 @@ def data_differences(task: Task[Any], checkpoint: Checkpoint) -> list[str]:
     return [f"{k} {saved.get(k)} -> {now[k]}" for k in keys if saved.get(k) != now[k]]
 
 
-def warn_of_other_data(task: Task[Any], checkpoint: Checkpoint) -> None:
-    """Log in which keys the data of a run that goes on differs from before."""
-    if changed := data_differences(task, checkpoint):
-        get_logger().warning("data differs from the checkpoint's, samples may repeat: %s", "; ".join(changed))
-
-
 _ADAM_FAMILY = ("Adam", "AdamW", "FusedAdam", "ApexAdam", "CPU_Adam")
 
 
-def _restore_optimizer(now: str, engine: Engine, checkpoint: Checkpoint) -> None:
-    """Take over the state of the optimizer that the checkpoint was trained with, if one of type `now` can."""
+def restore_optimizer(now: str, engine: Engine, checkpoint: Checkpoint) -> None:
+    """Take over the state of the optimizer that the checkpoint was trained with, if one of type `now` can.
+
+    Parameters that it does not know (new tokens) start without a state. Raises UserError where there is none.
+    """
     settings, tensors = checkpoint.resolved(), checkpoint.tensors
     saved = settings["optimizer"]["type"]
     if saved != now and not (saved in _ADAM_FAMILY and now in _ADAM_FAMILY):
@@ -141,22 +157,3 @@ def _restore_optimizer(now: str, engine: Engine, checkpoint: Checkpoint) -> None
             f"load: {checkpoint.folder} has no optimizer state; set no_load_optim: true to go on without it"
         )
     engine.state.write_optimizer_state(tensors.names("optimizer"), partial(tensors.tensor, "optimizer"))
-
-
-def restore(config: RunConfig, engine: Engine, state: TrainState, checkpoint: Checkpoint | None) -> None:
-    """Continue from a checkpoint whose weights the engine's model and whose progress `state` already hold.
-
-    Parameters that the checkpoint's optimizer does not know (new tokens) start without a state. There is nothing to go
-    on from in a model that was no training checkpoint.
-    """
-    options = config.checkpoint
-    if checkpoint is None or checkpoint.iteration is None:
-        return
-    if options.finetune:
-        get_logger().info("took the weights of %s; everything else starts anew (finetune)", checkpoint.folder)
-        return
-    if not options.no_load_optim:
-        _restore_optimizer(config.optimization.optimizer.type, engine, checkpoint)
-    engine.loss_scaler = state.loss_scaler
-    if not options.no_load_rng:
-        restore_random_states(config.training.seed, checkpoint, engine.layout)

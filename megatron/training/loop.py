@@ -1,22 +1,39 @@
-"""The training loop."""
+"""Training: a run from one of its starts to its end or its next growth, and the loop over these."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
+from megatron.checkpoint.lock import FolderLock
 from megatron.config.schema import RunConfig
 from megatron.engine.base import StepResult
+from megatron.engine.build import build_engine
+from megatron.engine.distributed import initialize_distributed
+from megatron.engine.grid import reused_groups
+from megatron.engine.settings import EngineSettings
+from megatron.growth.schedule import GrowthSchedule
 from megatron.log import get_logger
-from megatron.metrics import Metrics
-from megatron.mpu.processes import leave_world
+from megatron.metrics import Metrics, MetricsLog, RunningMean, Throughput
+from megatron.model.build import build_model
+from megatron.model.init import InitialTensors
+from megatron.mpu.device import DTYPES, process_device
+from megatron.mpu.processes import first_rank_does, leave_world
 from megatron.signals import StopRequest
-from megatron.training.checkpointing import save, should_save
-from megatron.training.hardware import memory_gib
-from megatron.training.run import Run
-from megatron.training.setup import start_run
+from megatron.tasks import task_of
+from megatron.training.batches import Batches
+from megatron.training.checkpointing import Saver
+from megatron.training.generators import seed_generators
+from megatron.training.hardware import memory_gib, peak_flops
+from megatron.training.schedule import LRSchedule
+from megatron.training.setup import build_datasets, claim_folders, log_beside, report, require_train_iters
+from megatron.training.start import Start
 from megatron.training.state import TrainState
+
+_PROOF_SAMPLES = 4
+"""Held-out samples on which a growth is proven to change nothing."""
 
 
 def train(config: RunConfig, stop: StopRequest | None = None) -> TrainState:
@@ -26,20 +43,13 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> TrainState:
     are heard from the first iteration on. Raises UserError for what a user can mend: data, checkpoint, configuration, a
     loss that is not finite.
     """
-    run = start_run(config)
+    trainer = Trainer(config)
     with StopRequest() if stop is None else nullcontext(stop) as stop:
         stop.hold()
-        while _train_and_close(run, stop):
+        while trainer.train(stop):
             config = _from_own_checkpoint(config)
-            run = start_run(config)
-    return run.state
-
-
-def _train_and_close(run: Run, stop: StopRequest) -> bool:
-    try:
-        return _train_until_done(run, stop)
-    finally:
-        run.close()
+            trainer = Trainer(config)
+    return trainer.state
 
 
 def _from_own_checkpoint(config: RunConfig) -> RunConfig:
@@ -49,147 +59,193 @@ def _from_own_checkpoint(config: RunConfig) -> RunConfig:
     return config.replaced(checkpoint=config.checkpoint.replaced(**own))
 
 
-def _train_until_done(run: Run, stop: StopRequest) -> bool:
-    """Train to the end, a request to stop, or the next growth; true when it is time to grow."""
-    state, batches = run.state, run.training_batches()
-    if not _make_up_evaluations(run, stop):
-        _log_stop(run, stop)
-        return False
-    if state.iteration >= run.last_iteration:
-        get_logger().info("iteration %d of train_iters %d is reached already", state.iteration, run.last_iteration)
-        return False
-    if state.iteration == 0:
-        _save_if_due(run)
-    if run.engine.any_rank(stop.requested):  # nothing has been trained that is not saved
-        _log_stop(run, stop)
-        return False
-    while state.iteration < run.last_iteration:
-        step = _iterate(run, batches)
-        if state.iteration % run.config.logging.log_interval == 0:
-            run.metrics.log(_training_metrics(run, step))
-        stopping = run.engine.any_rank(stop.requested) or _exit_due(run)
-        grows = run.growth_is_due()
-        _save_if_due(run, force=stopping or grows or state.iteration == run.last_iteration)
-        if stopping:
-            _log_stop(run, stop)
-            return False
-        for split in _evaluations_due(run):
-            if not _evaluate(run, split, stop):
-                return _save_and_stop(run, stop)
-        if grows:
-            return True
-    return False
+class Trainer:
+    """A run from one of its starts to its end, a request to stop or its next growth: all it works with, and its loop.
 
-
-def _save_and_stop(run: Run, stop: StopRequest) -> bool:
-    _save_if_due(run, force=True)
-    _log_stop(run, stop)
-    return False
-
-
-def _log_stop(run: Run, stop: StopRequest) -> None:
-    reason = "exit_interval" if _exit_due(run) else stop.name or "a signal to another process"
-    get_logger().info("stopped at iteration %d (%s)", run.state.iteration, reason)
-
-
-def _iterate(run: Run, batches: Iterator[list[Any]]) -> StepResult:
-    """One update, counted."""
-    micro_batches = next(batches)
-    step = run.engine.train_step(micro_batches, run.schedule(run.state.updates))
-    run.add_loss(step.loss)
-    run.state.advance(run.update.samples, run.update.tokens // run.update.samples, step.skipped)
-    run.throughput.add(run.update.tokens)
-    return step
-
-
-def _exit_due(run: Run) -> bool:
-    interval = run.config.training.exit_interval
-    return interval is not None and run.state.iteration % interval == 0 and run.state.iteration < run.last_iteration
-
-
-def _save_if_due(run: Run, force: bool = False) -> None:
-    options, iteration = run.config.checkpoint, run.state.iteration
-    if options.save is not None and run.saved != iteration and (force or should_save(options, iteration)):
-        save(run.config, run.engine, run.state)
-        run.saved = iteration
-        run.throughput.skip()
-
-
-def _training_metrics(run: Run, step: StepResult) -> Metrics:
-    """The metrics of a log line; `learning_rate` is the one this iteration's update used."""
-    state, rate = run.state, run.throughput.take()
-    metrics: Metrics = {
-        "iteration": state.iteration,
-        run.task.loss_name: run.take_mean_loss(),
-        "learning_rate": run.schedule(state.updates - (0 if step.skipped else 1)),
-        "grad_norm": None if step.skipped or step.grad_norm is None else float(step.grad_norm),
-        "consumed_tokens": state.consumed_tokens,
-        "consumed_samples": state.consumed_samples,
-        "tokens_per_second": rate,
-        "memory_gib": memory_gib(run.engine.device),
-    }
-    if run.peak_flops is not None:
-        metrics["mfu"] = rate * run.flops_per_token / (run.layout.world_size * run.peak_flops)
-    if run.engine.loss_scaler:
-        metrics["loss_scale"] = run.engine.loss_scaler["cur_scale"]
-        metrics["skipped_iterations"] = state.skipped_iterations
-    return metrics
-
-
-def _evaluations_due(run: Run) -> list[str]:
-    """The sets that are evaluated at this iteration."""
-    iteration, at_end = run.state.iteration, run.state.iteration == run.last_iteration
-    is_valid = iteration <= run.last_iteration and iteration % run.config.training.eval_interval == 0
-    return [*(["valid"] if is_valid or at_end else []), *(["test"] if at_end else [])]
-
-
-def _make_up_evaluations(run: Run, stop: StopRequest) -> bool:
-    """Evaluate what was due at the checkpoint, where the run ended between saving it and that: its metrics tell.
-
-    Returns: false when a request to stop ended it before its last batch.
+    Collective. Raises: UserError for what keeps the run from starting; then it leaves no trace.
     """
-    for split in _evaluations_due(run) if run.resumed and run.state.iteration else ():
-        has_it = run.metrics.holds(f"{split}_{run.task.loss_name}", run.state.iteration)
-        if run.engine.any_rank(run.layout.rank == 0 and not has_it) and not _evaluate(run, split, stop):
+
+    def __init__(self, config: RunConfig) -> None:
+        self.layout = initialize_distributed(config)
+        self._lock: FolderLock | None = first_rank_does(lambda: claim_folders(config), self.layout)
+        try:
+            self._assemble(config)
+        except BaseException:
+            self._release()
+            raise
+
+    def _assemble(self, config: RunConfig) -> None:
+        self.last_iteration, layout, seed = require_train_iters(config), self.layout, config.training.seed
+        log_beside(config.logging, layout)
+        seed_generators(seed, layout)
+        task = self._task = task_of(config.model)(config)
+        update = self._update = config.update_size(layout.data.size)
+        self._growths = GrowthSchedule(config.scaling, self.last_iteration, update.tokens)
+        start = Start(task, layout, self._growths)
+        config, state, checkpoint = start.config, start.state, start.checkpoint
+        self.config, self.state, self._resumed = config, state, start.resumed
+        training = config.training
+        datasets = self.datasets = build_datasets(task, training, state, update.samples)
+        start.prove(task.held_out(datasets, _PROOF_SAMPLES))
+        # Described without storage: ZeRO 3 leaves empty parameters behind in the model itself.
+        described = build_model(config.model, device="meta")
+        tensors = checkpoint.tensors if checkpoint else InitialTensors(described, config.model, seed)
+        with reused_groups(timedelta(minutes=config.launch.distributed_timeout_minutes)):
+            self.engine = build_engine(EngineSettings.of(config, update), task, layout, tensors)
+        start.restore(self.engine)
+        self._flops = described.flops_per_token(config.model.tokens_per_sample())
+        self._peak, origin = peak_flops(process_device(), DTYPES[config.precision.dtype], config.logging.peak_tflops)
+        measure = origin if self._peak is None else f"MFU against {self._peak / 1e12:.1f} TFLOP/s a device ({origin})"
+        report(config, layout, described.num_parameters(), update, measure)
+        self._batches = Batches(task, datasets, update, layout.data, training.eval_iters, config.data.num_workers)
+        self._saver = Saver(config, self.engine, state)
+        options, since = self._growths.learning_rate(config.optimization, state)
+        self.schedule = LRSchedule(config.replaced(optimization=options), since)
+        self._metrics = MetricsLog(config, layout.rank, state.iteration, task.console)
+        self._loss, self._throughput = RunningMean(), Throughput()
+
+    def train(self, stop: StopRequest) -> bool:
+        """Train to the end, a request to stop or the next growth, and close; true when it is time to grow."""
+        try:
+            return self._train(stop)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Flush the metrics, let go of the model and give the save folder free."""
+        self._metrics.close()
+        self.engine.close()
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def _train(self, stop: StopRequest) -> bool:
+        state, batches = self.state, self.batches()
+        if not self._make_up_evaluations(stop):
+            self._log_stop(stop)
             return False
-    return True
+        if state.iteration >= self.last_iteration:
+            get_logger().info("iteration %d of train_iters %d is reached already", state.iteration, self.last_iteration)
+            return False
+        if state.iteration == 0:
+            self._save_if_due()
+        if self.engine.any_rank(stop.requested):  # nothing has been trained that is not saved
+            self._log_stop(stop)
+            return False
+        while state.iteration < self.last_iteration:
+            step = self._iterate(batches)
+            if state.iteration % self.config.logging.log_interval == 0:
+                self._metrics.log(self._training_metrics(step))
+            stopping = self.engine.any_rank(stop.requested) or self._exit_due()
+            grows = self._growths.is_due(state)
+            self._save_if_due(force=stopping or grows or state.iteration == self.last_iteration)
+            if stopping:
+                self._log_stop(stop)
+                return False
+            for split in self._evaluations_due():
+                if not self._evaluate(split, stop):
+                    self._save_if_due(force=True)
+                    self._log_stop(stop)
+                    return False
+            if grows:
+                return True
+        return False
+
+    def batches(self) -> Iterator[list[Any]]:
+        """For each update to come its micro-batches."""
+        return self._batches.training(self.state.consumed_samples)
+
+    def _iterate(self, batches: Iterator[list[Any]]) -> StepResult:
+        """One update, counted."""
+        update, micro_batches = self._update, next(batches)
+        step = self.engine.train_step(micro_batches, self.schedule(self.state.updates))
+        self._loss.add(step.loss)
+        self.state.advance(update.samples, update.tokens // update.samples, step.skipped)
+        self._throughput.add(update.tokens)
+        return step
+
+    def _exit_due(self) -> bool:
+        interval, iteration = self.config.training.exit_interval, self.state.iteration
+        return interval is not None and iteration % interval == 0 and iteration < self.last_iteration
+
+    def _log_stop(self, stop: StopRequest) -> None:
+        reason = "exit_interval" if self._exit_due() else stop.name or "a signal to another process"
+        get_logger().info("stopped at iteration %d (%s)", self.state.iteration, reason)
+
+    def _save_if_due(self, force: bool = False) -> None:
+        if self._saver.save_if_due(force):
+            self._throughput.skip()
+
+    def _training_metrics(self, step: StepResult) -> Metrics:
+        """The metrics of a log line; `learning_rate` is the one this iteration's update used."""
+        state, rate = self.state, self._throughput.take()
+        metrics: Metrics = {
+            "iteration": state.iteration,
+            self._task.loss_name: self.engine.mean_over_ranks(self._loss.take()),
+            "learning_rate": self.schedule(state.updates - (0 if step.skipped else 1)),
+            "grad_norm": None if step.skipped or step.grad_norm is None else float(step.grad_norm),
+            "consumed_tokens": state.consumed_tokens,
+            "consumed_samples": state.consumed_samples,
+            "tokens_per_second": rate,
+            "memory_gib": memory_gib(self.engine.device),
+        }
+        if self._peak is not None:
+            metrics["mfu"] = rate * self._flops / (self.layout.world_size * self._peak)
+        if self.engine.loss_scaler:
+            metrics["loss_scale"] = self.engine.loss_scaler["cur_scale"]
+            metrics["skipped_iterations"] = state.skipped_iterations
+        return metrics
+
+    def _evaluations_due(self) -> list[str]:
+        """The sets that are evaluated at this iteration."""
+        iteration, at_end = self.state.iteration, self.state.iteration == self.last_iteration
+        is_valid = iteration <= self.last_iteration and iteration % self.config.training.eval_interval == 0
+        return [*(["valid"] if is_valid or at_end else []), *(["test"] if at_end else [])]
+
+    def _make_up_evaluations(self, stop: StopRequest) -> bool:
+        """Evaluate what was due at the checkpoint, where the run ended between saving it and that: its metrics tell.
+
+        Returns: false when a request to stop ended it before its last batch.
+        """
+        for split in self._evaluations_due() if self._resumed and self.state.iteration else ():
+            has_it = self._metrics.holds(f"{split}_{self._task.loss_name}", self.state.iteration)
+            if self.engine.any_rank(self.layout.rank == 0 and not has_it) and not self._evaluate(split, stop):
+                return False
+        return True
+
+    def _evaluate(self, split: str, stop: StopRequest) -> bool:
+        """Metrics of the validation or test set, on the same samples every time.
+
+        Returns: false when a request to stop ended it before its last batch; then nothing is logged.
+        """
+        batches = self._batches.evaluation(split)
+        if batches is None:
+            return True
+        until_stopped = _UntilStopped(batches, lambda: self.engine.any_rank(stop.requested))
+        sums = self.engine.evaluate(until_stopped)
+        if until_stopped.stopped:
+            return False
+        measured = self._task.metrics(split, sums)
+        place = {"iteration": self.state.iteration}
+        self._metrics.log({**place, **measured, "consumed_tokens": self.state.consumed_tokens})
+        self._throughput.skip()
+        return True
 
 
 class _UntilStopped:
     """Batches of an evaluation until one rank is asked to stop; then `stopped` is true on all of them."""
 
-    def __init__(self, run: Run, stop: StopRequest, batches: Iterator[Any]) -> None:
-        self._run, self._stop, self._batches, self.stopped = run, stop, batches, False
+    def __init__(self, batches: Iterator[Any], is_requested: Callable[[], bool]) -> None:
+        self._batches, self._is_requested, self.stopped = batches, is_requested, False
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._batches:
-            self.stopped = self._run.engine.any_rank(self._stop.requested)
+            self.stopped = self._is_requested()
             if self.stopped:
                 return
             yield batch
-
-
-def _evaluate(run: Run, split: str, stop: StopRequest) -> bool:
-    """Metrics of the validation or test set, on the same samples every time.
-
-    Returns: false when a request to stop ended it before its last batch; then nothing is logged.
-    """
-    dataset = getattr(run.datasets, split)
-    if dataset is None or run.config.training.eval_iters == 0:
-        return True
-    batches = _UntilStopped(run, stop, run.evaluation_batches(dataset))
-    sums = run.engine.evaluate(batches)
-    if batches.stopped:
-        return False
-    run.metrics.log(
-        {
-            "iteration": run.state.iteration,
-            **run.task.metrics(split, sums),
-            "consumed_tokens": run.state.consumed_tokens,
-        }
-    )
-    run.throughput.skip()
-    return True
 
 
 def shut_down() -> None:

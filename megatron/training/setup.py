@@ -1,43 +1,25 @@
-"""Assembling a training run: what it learns, data, model, engine, metrics, and where it resumes."""
+"""What a run needs before it trains: its folders, its data, and a line about what it runs on."""
 
 from __future__ import annotations
 
 import errno
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.store import FolderLock
+from megatron.checkpoint.lock import FolderLock
 from megatron.config.schema import RunConfig
+from megatron.config.sections.logging import LoggingConfig
 from megatron.config.sections.training import TrainingConfig
 from megatron.config.update_size import UpdateSize
 from megatron.data import Datasets
-from megatron.engine.build import build_engine
-from megatron.engine.distributed import initialize_distributed
-from megatron.engine.grid import reused_groups
-from megatron.engine.settings import EngineSettings
 from megatron.errors import UserError
-from megatron.growth.schedule import Progress, learning_rate_settings
 from megatron.log import get_logger, log_to_file
-from megatron.metrics import MetricsLog, Throughput
-from megatron.model.build import build_model
-from megatron.model.init import InitialTensors
 from megatron.mpu import Layout
-from megatron.mpu.device import DTYPES, process_device
-from megatron.mpu.processes import first_rank_does
+from megatron.mpu.device import process_device
 from megatron.ops.pattention import select_backend
-from megatron.tasks import Task, build_task
-from megatron.training.checkpointing import restore, warn_of_other_data
-from megatron.training.generators import seed_generators
-from megatron.training.hardware import peak_flops
-from megatron.training.run import Run
-from megatron.training.schedule import LRSchedule
-from megatron.training.start import find_start
+from megatron.tasks import Task
 from megatron.training.state import TrainState
-
-_PROOF_SAMPLES = 4
-"""Held-out samples on which a growth is proven to change nothing."""
 
 _BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 
@@ -45,74 +27,14 @@ _MOST_SAMPLES = 2**60
 """Samples of a data set: more than any run reads, and not too many for the length of a sequence in Python."""
 
 
-def start_run(config: RunConfig) -> Run:
-    """Build everything, and load the checkpoint where there is one; raises UserError and leaves no trace."""
-    layout = initialize_distributed(config)
-    lock = first_rank_does(lambda: _claim_folders(config), layout)
-    try:
-        run = _assemble(config, layout)
-    except BaseException:
-        if lock is not None:
-            lock.close()
-        raise
-    run.lock = lock
-    return run
-
-
-def _assemble(config: RunConfig, layout: Layout) -> Run:
+def require_train_iters(config: RunConfig) -> int:
+    """The number of updates of the run; raises UserError without one."""
     if config.training.train_iters is None:
         raise UserError("train_iters: missing; give the number of updates of the run")
-    if config.logging.log_dir and layout.rank == 0:
-        log_to_file(Path(config.logging.log_dir) / "train.log")
-    seed = config.training.seed
-    seed_generators(seed, layout)
-    task = build_task(config)
-    update = config.update_size(layout.data.size)
-    start = find_start(task, layout, update)
-    config, state = start.config, start.state
-    datasets = _build_data(task, config.training, state, update.samples)
-    start.prove(task.held_out(datasets, _PROOF_SAMPLES), layout)
-    settings = EngineSettings.of(config, update)
-    # Described without storage: ZeRO 3 leaves empty parameters behind in the model itself.
-    described = build_model(config.model, device="meta")
-    tensors = start.checkpoint.tensors if start.checkpoint else InitialTensors(described, config.model, seed)
-    with reused_groups(timedelta(minutes=config.launch.distributed_timeout_minutes)):
-        engine = build_engine(settings, task, layout, tensors)
-    restore(config, engine, state, start.checkpoint)
-    if start.resumed and start.checkpoint is not None:
-        warn_of_other_data(task, start.checkpoint)
-        get_logger().info("resumed from %s at iteration %d", start.checkpoint.folder, state.iteration)
-    device, dtype = process_device(), DTYPES[config.precision.dtype]
-    flops = described.flops_per_token(config.model.tokens_per_sample())
-    peak, origin = peak_flops(device, dtype, config.logging.peak_tflops)
-    measure = origin if peak is None else f"MFU against {peak / 1e12:.1f} TFLOP/s a device ({origin})"
-    _report(config, layout, described.num_parameters(), update, measure)
-    metrics = MetricsLog(config, layout.rank, state.iteration, task.console)
-    return Run(
-        config,
-        task,
-        layout,
-        engine,
-        state,
-        _learning_rates(config, state, update),
-        datasets,
-        metrics,
-        Throughput(),
-        update,
-        flops,
-        peak,
-        start.resumed,
-    )
+    return config.training.train_iters
 
 
-def _learning_rates(config: RunConfig, state: TrainState, update: UpdateSize) -> LRSchedule:
-    now = Progress(state.iteration, state.consumed_tokens)
-    run = config.optimization, config.scaling.growth, config.training.train_iters
-    options, start = learning_rate_settings(*run, state.lineage, now, update.tokens)
-    return LRSchedule(config.replaced(optimization=options), start)
-
-
-def _claim_folders(config: RunConfig) -> FolderLock | None:
+def claim_folders(config: RunConfig) -> FolderLock | None:
     """Find out now, not at the first checkpoint, that a folder cannot be written or another run is writing to it."""
     for key in ("log_dir", "tensorboard_dir"):
         folder = getattr(config.logging, key)
@@ -128,7 +50,13 @@ def _claim_folders(config: RunConfig) -> FolderLock | None:
     return FolderLock(config.checkpoint.save) if config.checkpoint.save else None
 
 
-def _build_data(task: Task[Any], training: TrainingConfig, state: TrainState, global_batch: int) -> Datasets:
+def log_beside(options: LoggingConfig, layout: Layout) -> None:
+    """Write what the first rank logs to log_dir too, where there is one."""
+    if options.log_dir and layout.rank == 0:
+        log_to_file(Path(options.log_dir) / "train.log")
+
+
+def build_datasets(task: Task[Any], training: TrainingConfig, state: TrainState, global_batch: int) -> Datasets:
     """Datasets for the whole run; index caches are built by one process a node, under a file lock."""
     # Not train_iters * global_batch: a resumed run may have another batch size than the samples it consumed.
     remaining = max(0, (training.train_iters or 0) - state.iteration)
@@ -142,7 +70,8 @@ def _build_data(task: Task[Any], training: TrainingConfig, state: TrainState, gl
     return datasets
 
 
-def _report(config: RunConfig, layout: Layout, parameters: int, update: UpdateSize, measure: str) -> None:
+def report(config: RunConfig, layout: Layout, parameters: int, update: UpdateSize, measure: str) -> None:
+    """Log what is trained, on what, and how large an update is; `measure` says how MFU is counted."""
     log, device = get_logger(), process_device()
     backend, _ = select_backend(config.training.pattention_backend, device.type)
     log.info(

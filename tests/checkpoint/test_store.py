@@ -15,14 +15,7 @@ from megatron.checkpoint import store as store_module
 from megatron.checkpoint import writer as writer_module
 from megatron.checkpoint.form import manifest_checksum
 from megatron.checkpoint.state import CanonicalState, whole_pieces
-from megatron.checkpoint.store import (
-    CheckpointReader,
-    FolderLock,
-    find_checkpoint,
-    list_iterations,
-    remove_old,
-    save_checkpoint,
-)
+from megatron.checkpoint.store import CheckpointReader, FolderLock, RunFolder
 from megatron.errors import UserError
 
 PROGRESS = {
@@ -46,8 +39,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, state(3, 2.5))
-    assert folder.name == "global_step3" and find_checkpoint(tmp_path) == folder
+    folder = RunFolder(tmp_path).save(state(3, 2.5))
+    assert folder.name == "global_step3" and RunFolder(tmp_path).find() == folder
     reader = CheckpointReader(folder)
     assert torch.equal(reader.tensor("model", "layer.weight"), torch.full((4, 3), 2.5))
     assert reader.tensor("model", "layer.tau_tokens").dtype == torch.int64
@@ -58,7 +51,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 def test_large_states_are_written_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "SHARD_BYTES", 64)
     stream = [(f"w{i}", torch.full((8,), float(i))) for i in range(10)]
-    folder = save_checkpoint(tmp_path, CanonicalState(1, {}, {}, whole_pieces({"model": stream})))
+    folder = RunFolder(tmp_path).save(CanonicalState(1, {}, {}, whole_pieces({"model": stream})))
     assert len(list(folder.glob("model-*.safetensors"))) == 5
     reader = CheckpointReader(folder)
     assert all(torch.equal(reader.tensor("model", name), tensor) for name, tensor in stream)
@@ -68,7 +61,7 @@ def test_large_states_are_written_in_several_files(tmp_path: Path, monkeypatch: 
 def test_a_kill_while_saving_leaves_the_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    save_checkpoint(tmp_path, state(1, 1.0))
+    RunFolder(tmp_path).save(state(1, 1.0))
 
     class Killed(BaseException):
         pass
@@ -86,19 +79,19 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(
         else:
             patch.setattr(store_module.os, "replace", die)
         with pytest.raises(Killed):
-            save_checkpoint(tmp_path, state(2, 2.0))
-    latest = find_checkpoint(tmp_path)
+            RunFolder(tmp_path).save(state(2, 2.0))
+    latest = RunFolder(tmp_path).find()
     assert latest is not None and latest.name == "global_step1"
     CheckpointReader(latest)
-    save_checkpoint(tmp_path, state(2, 2.0))
+    RunFolder(tmp_path).save(state(2, 2.0))
     assert [p.name for p in tmp_path.glob(".*")] == []
-    assert find_checkpoint(tmp_path) == tmp_path / "global_step2"
+    assert RunFolder(tmp_path).find() == tmp_path / "global_step2"
 
 
 def test_a_kill_while_replacing_a_checkpoint_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_checkpoint(tmp_path, state(1, 1.0))
+    RunFolder(tmp_path).save(state(1, 1.0))
     rename, calls = os.rename, []
 
     def rename_once(source: Any, target: Any) -> None:
@@ -110,24 +103,24 @@ def test_a_kill_while_replacing_a_checkpoint_leaves_the_old_one(
     with monkeypatch.context() as patch:
         patch.setattr(store_module.os, "rename", rename_once)
         with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(tmp_path, state(1, 2.0))
-    survivor = find_checkpoint(tmp_path)
+            RunFolder(tmp_path).save(state(1, 2.0))
+    survivor = RunFolder(tmp_path).find()
     assert survivor is not None
     assert CheckpointReader(survivor).tensor("model", "layer.weight")[0, 0] == 1.0
-    save_checkpoint(tmp_path, state(1, 3.0))
+    RunFolder(tmp_path).save(state(1, 3.0))
     assert CheckpointReader(tmp_path / "global_step1").tensor("model", "layer.weight")[0, 0] == 3.0
 
 
 def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_checkpoint(tmp_path, state(1))
+    RunFolder(tmp_path).save(state(1))
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer_module, "write_safetensors", full)
     with pytest.raises(UserError, match="cannot write checkpoint .*No space left on device; earlier checkpoints are"):
-        save_checkpoint(tmp_path, state(2))
-    assert list_iterations(tmp_path) == [1]
+        RunFolder(tmp_path).save(state(2))
+    assert RunFolder(tmp_path).iterations() == [1]
     assert not list(tmp_path.glob(".saving-*"))
 
 
@@ -142,7 +135,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path: Path, monkeypatch
     ],
 )
 def test_damage_is_found_and_named(tmp_path: Path, damage: Any, message: str) -> None:
-    folder = save_checkpoint(tmp_path, state(1))
+    folder = RunFolder(tmp_path).save(state(1))
     damage(folder)
     with pytest.raises(UserError, match=message):
         CheckpointReader(folder)
@@ -153,7 +146,7 @@ def test_damage_is_found_and_named(tmp_path: Path, damage: Any, message: str) ->
 def test_small_files_are_checked_where_those_of_tensors_are_not(
     tmp_path: Path, file: str, content: bytes | None
 ) -> None:
-    folder = save_checkpoint(tmp_path, state(1))
+    folder = RunFolder(tmp_path).save(state(1))
     if content is None:
         (folder / file).unlink()
     else:
@@ -166,7 +159,7 @@ def test_small_files_are_checked_where_those_of_tensors_are_not(
 @pytest.mark.parametrize("content", [b"", b"[1", b"[1]", b"\xff\xfe\x00"], ids=str)
 def test_small_files_that_hold_nothing_of_use_are_named(tmp_path: Path, file: str, content: bytes) -> None:
     """Even with the checksum of the manifest."""
-    folder = save_checkpoint(tmp_path, state(1))
+    folder = RunFolder(tmp_path).save(state(1))
     (folder / file).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][file] = {"bytes": len(content), "sha256": store_module.file_sha256(folder / file)}
@@ -176,7 +169,7 @@ def test_small_files_that_hold_nothing_of_use_are_named(tmp_path: Path, file: st
 
 
 def test_a_manifest_lists_the_small_files(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, state(1))
+    folder = RunFolder(tmp_path).save(state(1))
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["files"]["config.yml"]
     write_manifest(folder, manifest)
@@ -188,7 +181,7 @@ def test_a_manifest_lists_the_small_files(tmp_path: Path) -> None:
 def test_a_disk_that_does_not_read_is_no_reason_to_remove_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    folder = save_checkpoint(tmp_path, state(1))
+    folder = RunFolder(tmp_path).save(state(1))
     real = Path.open
 
     def refuse(path: Path, *arguments: Any, **keys: Any) -> Any:
@@ -204,7 +197,7 @@ def test_a_disk_that_does_not_read_is_no_reason_to_remove_the_checkpoint(
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "another file"])
 def test_a_tensor_of_a_damaged_file_names_the_file(tmp_path: Path, damage: str) -> None:
-    folder = save_checkpoint(tmp_path, state(1))
+    folder = RunFolder(tmp_path).save(state(1))
     reader, file = CheckpointReader(folder, verify=False), folder / "model-00000.safetensors"
     if damage == "missing":
         file.unlink()
@@ -215,17 +208,17 @@ def test_a_tensor_of_a_damaged_file_names_the_file(tmp_path: Path, damage: str) 
 
 
 def test_messages_name_the_key_that_gave_the_folder(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, state(1))
+    folder = RunFolder(tmp_path).save(state(1))
     (folder / "config.yml").unlink()
     with pytest.raises(UserError, match="^pretrain_partial_init: checkpoint .*config.yml is missing; name another one"):
         CheckpointReader(folder, verify=False, key="pretrain_partial_init")
     (tmp_path / "latest").write_text("global_step9")
     with pytest.raises(UserError, match="^IN: .*iterations found there: 1; name the folder of one"):
-        find_checkpoint(tmp_path, key="IN")
+        RunFolder(tmp_path, key="IN").find()
 
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, state(1))
+    folder = RunFolder(tmp_path).save(state(1))
     file = folder / "optimizer-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -235,7 +228,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
 
 
 def test_a_later_format_is_refused_with_its_number(tmp_path: Path) -> None:
-    folder = save_checkpoint(tmp_path, state(1))
+    folder = RunFolder(tmp_path).save(state(1))
     manifest = json.loads((folder / "manifest.json").read_text())
     write_manifest(folder, {**manifest, "version": 99})
     with pytest.raises(UserError, match="format version 99"):
@@ -243,31 +236,31 @@ def test_a_later_format_is_refused_with_its_number(tmp_path: Path) -> None:
 
 
 def test_latest_that_names_nothing_lists_what_is_there(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, state(5))
+    RunFolder(tmp_path).save(state(5))
     (tmp_path / "latest").write_text("global_step9")
     with pytest.raises(UserError, match="global_step9 is not a complete checkpoint; iterations found there: 5"):
-        find_checkpoint(tmp_path)
+        RunFolder(tmp_path).find()
     with pytest.raises(UserError, match="global_step7"):
-        find_checkpoint(tmp_path, 7)
-    assert find_checkpoint(tmp_path, 5) == tmp_path / "global_step5"
+        RunFolder(tmp_path).find(7)
+    assert RunFolder(tmp_path).find(5) == tmp_path / "global_step5"
 
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
-    assert find_checkpoint(tmp_path) is None and find_checkpoint(tmp_path / "missing") is None
+    assert RunFolder(tmp_path).find() is None and RunFolder(tmp_path / "missing").find() is None
 
 
 def test_old_checkpoints_go_and_protected_ones_stay(tmp_path: Path) -> None:
     for iteration in (0, 1, 2, 3, 4):
-        save_checkpoint(tmp_path, state(iteration))
-    assert remove_old(tmp_path, 2, protected=[0]) == [1, 2]
-    assert list_iterations(tmp_path) == [0, 3, 4]
+        RunFolder(tmp_path).save(state(iteration))
+    assert RunFolder(tmp_path).remove_old(2, protected=[0]) == [1, 2]
+    assert RunFolder(tmp_path).iterations() == [0, 3, 4]
 
 
 def test_kept_are_the_ones_saved_last_not_the_highest_numbers(tmp_path: Path) -> None:
     for iteration in (8, 10, 3):
-        save_checkpoint(tmp_path, state(iteration))
-    assert remove_old(tmp_path, 2) == [8]
-    assert list_iterations(tmp_path) == [3, 10]
+        RunFolder(tmp_path).save(state(iteration))
+    assert RunFolder(tmp_path).remove_old(2) == [8]
+    assert RunFolder(tmp_path).iterations() == [3, 10]
 
 
 def test_ranks_that_do_not_write_walk_every_stream(tmp_path: Path) -> None:
@@ -278,8 +271,8 @@ def test_ranks_that_do_not_write_walk_every_stream(tmp_path: Path) -> None:
         yield "w", torch.ones(1)
         walked.append("end")
 
-    save_checkpoint(tmp_path, CanonicalState(1, {}, {}, whole_pieces({"model": stream()})), write=False)
-    assert walked == ["model", "end"] and list_iterations(tmp_path) == []
+    RunFolder(tmp_path).save(CanonicalState(1, {}, {}, whole_pieces({"model": stream()})), write=False)
+    assert walked == ["model", "end"] and RunFolder(tmp_path).iterations() == []
 
 
 @pytest.mark.parametrize("name", [".saving-global_step1", ".latest", "latest", ".lock", ".replaced-global_step1"])
@@ -292,7 +285,7 @@ def test_links_named_like_ours_are_not_followed_and_not_fatal(tmp_path: Path, na
     (root / name).symlink_to(mine if kind == "folder link" else mine / "file")
     lock = FolderLock(root)
     for _ in range(2):
-        save_checkpoint(root, state(1))
+        RunFolder(root).save(state(1))
     lock.close()
-    assert find_checkpoint(root) == root / "global_step1"
+    assert RunFolder(root).find() == root / "global_step1"
     assert (mine / "file").read_text() == "keep" and [path.name for path in mine.iterdir()] == ["file"]

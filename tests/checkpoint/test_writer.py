@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from megatron.checkpoint.state import CanonicalState, Piece, whole_pieces
-from megatron.checkpoint.store import CheckpointReader, find_checkpoint, list_iterations, save_checkpoint
+from megatron.checkpoint.store import CheckpointReader, RunFolder
 from megatron.checkpoint.writer import write_safetensors
 from megatron.errors import UserError
 
@@ -49,10 +49,10 @@ def state(iteration: int, kind: str, name: str, tensor: Tensor) -> CanonicalStat
     ids=["nan", "inf", "moment", "negative", "step", "tau"],
 )
 def test_values_to_go_on_from_are_all_that_is_saved(tmp_path: Path, kind: str, name: str, tensor: Tensor) -> None:
-    save_checkpoint(tmp_path, state(1, "model", "v", torch.ones(3)))
+    RunFolder(tmp_path).save(state(1, "model", "v", torch.ones(3)))
     with pytest.raises(UserError, match=rf"global_step2 is not written: {name} \({kind}\) .*; earlier checkpoints are"):
-        save_checkpoint(tmp_path, state(2, kind, name, tensor))
-    assert find_checkpoint(tmp_path) == tmp_path / "global_step1" and list_iterations(tmp_path) == [1]
+        RunFolder(tmp_path).save(state(2, kind, name, tensor))
+    assert RunFolder(tmp_path).find() == tmp_path / "global_step1" and RunFolder(tmp_path).iterations() == [1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step1", "latest"]
     CheckpointReader(tmp_path / "global_step1")
 
@@ -69,9 +69,9 @@ def test_pieces_in_any_order_make_the_files_that_whole_tensors_make(tmp_path: Pa
     mixed = [a[3], b[0], a[0], b[2], a[1], b[3], b[1], a[2]]
     whole = torch.arange(24, dtype=torch.float32).view(4, 6)
     folders = [
-        save_checkpoint(tmp_path / "pieces", CanonicalState(1, {}, {}, mixed)),
-        save_checkpoint(
-            tmp_path / "whole", CanonicalState(1, {}, {}, whole_pieces({"model": dict(b=whole, a=whole).items()}))
+        RunFolder(tmp_path / "pieces").save(CanonicalState(1, {}, {}, mixed)),
+        RunFolder(tmp_path / "whole").save(
+            CanonicalState(1, {}, {}, whole_pieces({"model": dict(b=whole, a=whole).items()}))
         ),
     ]
     files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
@@ -81,7 +81,7 @@ def test_pieces_in_any_order_make_the_files_that_whole_tensors_make(tmp_path: Pa
 def test_a_tensor_of_which_a_piece_is_missing_is_not_saved(tmp_path: Path) -> None:
     pieces = [*quarters("a"), *quarters("b")[:3]]
     with pytest.raises(UserError, match=r"global_step1 is not written: b \(model\) has 18 of its 24 values only"):
-        save_checkpoint(tmp_path, CanonicalState(1, {}, {}, pieces))
+        RunFolder(tmp_path).save(CanonicalState(1, {}, {}, pieces))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -93,7 +93,7 @@ def test_tensors_of_a_further_kind_are_saved_read_and_left_alone(tmp_path: Path)
         *quarters("w", "ema"),
         *whole_pieces({"ema": [("odd", odd)], "rng": [("r", torch.ones(1))]}),
     ]
-    folder = save_checkpoint(tmp_path, CanonicalState(1, {}, {}, pieces))
+    folder = RunFolder(tmp_path).save(CanonicalState(1, {}, {}, pieces))
     reader = CheckpointReader(folder)
     assert reader.names("ema") == ["w", "odd"] and reader.names("of nothing") == []
     assert torch.equal(reader.tensor("ema", "w"), reader.tensor("model", "w"))

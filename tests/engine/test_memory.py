@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import megatron.training.setup as training_setup
+import megatron.training.loop as training_loop
 from megatron.config import RunConfig
 from megatron.training import train
-from megatron.training.setup import start_run
+from megatron.training.loop import Trainer
 from tests.growth.grown_runs import CONTINUE
 from tests.ranks import run_ranks
 
@@ -51,8 +51,8 @@ def bytes_of_an_engine(config: RunConfig) -> tuple[int, int]:
     """Bytes that a trained engine takes, and those that are left of it after `close`."""
     with without_collector():
         before = live_bytes()
-        run = start_run(config)
-        batches = run.training_batches()
+        run = Trainer(config)
+        batches = run.batches()
         for _ in range(UPDATES):
             run.engine.train_step(next(batches), 1e-3)
         trained = live_bytes()
@@ -88,13 +88,13 @@ def test_nothing_is_left_on_two_ranks(tiny_config: MakeConfig) -> None:
 def test_a_run_that_grows_holds_one_engine_at_a_time(
     tiny_config: MakeConfig, tmp_path: Path, single_process: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, build = [], training_setup.build_engine
+    found, build = [], training_loop.build_engine
 
     def counting_build(*arguments: Any) -> Any:
         found.append(live_bytes())
         return build(*arguments)
 
-    monkeypatch.setattr(training_setup, "build_engine", counting_build)
+    monkeypatch.setattr(training_loop, "build_engine", counting_build)
     folders = {"save": str(tmp_path), "load": str(tmp_path)}
     growth = [{"at_iteration": UPDATES, "ffn_slot_num": 48, **CONTINUE}]
     config = tiny_config(**FAST, **folders, growth=growth, train_iters=UPDATES + 1, zero_optimization={"stage": 3})
@@ -115,11 +115,11 @@ def test_an_engine_that_broke_off_in_its_forward_pass(tiny_config: MakeConfig, s
     with without_collector():
         before = live_bytes()
         FWD_MODULE_STACK.append(other)
-        run = start_run(config)
-        run.engine.train_step(next(run.training_batches()), 1e-3)
+        run = Trainer(config)
+        run.engine.train_step(next(run.batches()), 1e-3)
         list(run.engine.model.modules())[-1].register_forward_pre_hook(fail)
         try:
-            run.engine.train_step(next(run.training_batches()), 1e-3)
+            run.engine.train_step(next(run.batches()), 1e-3)
         except RuntimeError as error:
             assert str(error) == "broken off"
         assert len(FWD_MODULE_STACK) > 2, "the error has left modules there"
@@ -127,17 +127,17 @@ def test_an_engine_that_broke_off_in_its_forward_pass(tiny_config: MakeConfig, s
         run.close()
         assert_nothing_is_left(engine, live_bytes() - before)
     assert FWD_MODULE_STACK.pop() is other and not FWD_MODULE_STACK
-    again = start_run(config)
-    assert torch.isfinite(again.engine.train_step(next(again.training_batches()), 1e-3).loss)
+    again = Trainer(config)
+    assert torch.isfinite(again.engine.train_step(next(again.batches()), 1e-3).loss)
     again.close()
 
 
 def test_weights_that_zero_has_not_partitioned_stay_with_their_model(
     tiny_config: MakeConfig, single_process: None
 ) -> None:
-    run = start_run(tiny_config(**FAST, zero_optimization={"stage": 1}))
+    run = Trainer(tiny_config(**FAST, zero_optimization={"stage": 1}))
     model = run.engine.model
-    run.engine.train_step(next(run.training_batches()), 1e-3)
+    run.engine.train_step(next(run.batches()), 1e-3)
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     run.close()
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())

@@ -16,8 +16,7 @@ from megatron.config import RunConfig
 from megatron.errors import UserError
 from megatron.model import LanguageModel
 from megatron.training import train
-from megatron.training.run import Run
-from megatron.training.setup import start_run
+from megatron.training.loop import Trainer
 from tests.ranks import run_ranks
 from tests.training.cases import Case, metrics
 
@@ -33,24 +32,24 @@ def console_of(config: RunConfig) -> str:
     return output.getvalue()
 
 
-def names_of(run: Run) -> tuple[list[str], list[str]]:
+def names_of(run: Trainer) -> tuple[list[str], list[str]]:
     model = run.engine.model
     return [name for name, _ in model.named_parameters()], [name for name, _ in model.named_buffers()]
 
 
-def diverging_loss(run: Run) -> str:
+def diverging_loss(run: Trainer) -> str:
     """The error of a step whose last micro-batch has an infinite embedding."""
     with torch.no_grad():
         for name, parameter in run.engine.model.named_parameters():
             if "word_embeddings" in name:
                 parameter.fill_(float("inf"))
     with pytest.raises(UserError) as caught:
-        run.engine.train_step(next(run.training_batches()), 1e-3)
+        run.engine.train_step(next(run.batches()), 1e-3)
     return str(caught.value)
 
 
-def with_run(config: RunConfig, function: Callable[[Run], Any]) -> Any:
-    run = start_run(config)
+def with_run(config: RunConfig, function: Callable[[Trainer], Any]) -> Any:
+    run = Trainer(config)
     try:
         return function(run)
     finally:

@@ -14,7 +14,7 @@ import torch
 
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.state import CanonicalState, whole_pieces
-from megatron.checkpoint.store import save_checkpoint
+from megatron.checkpoint.store import RunFolder
 from megatron.exchange import open_checkpoint
 from megatron.exchange.convert import from_huggingface, to_huggingface
 from megatron.inference import load_model
@@ -43,7 +43,7 @@ def test_a_checkpoint_is_whole_and_saved_again_to_the_byte(tmp_path: Path) -> No
     environment = json.loads((RUN / "environment.json").read_text())
     pieces = whole_pieces(tensors)
     state = CanonicalState(3, opened.train_state, opened.resolved(), pieces, environment)
-    assert contents(save_checkpoint(tmp_path, state)) == contents(RUN)
+    assert contents(RunFolder(tmp_path).save(state)) == contents(RUN)
 
 
 def test_an_export_is_written_again_to_the_byte(tmp_path: Path) -> None:

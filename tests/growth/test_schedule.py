@@ -9,17 +9,10 @@ import pytest
 
 from megatron.config import ModelConfig, RunConfig, load_config
 from megatron.errors import UserError
-from megatron.growth.schedule import (
-    Grown,
-    Progress,
-    after_growths,
-    check_schedule,
-    check_times,
-    grown_as_saved,
-    learning_rate_settings,
-)
+from megatron.growth.schedule import Grown, GrowthSchedule
 from megatron.model import LanguageModel
 from megatron.training.schedule import LRSchedule
+from megatron.training.state import TrainState
 from tests.conftest import TINY
 from tests.growth.grown_runs import CONTINUE, stage
 
@@ -34,28 +27,27 @@ STEPS = {
 
 
 def after(config: RunConfig, done: int) -> Grown:
-    return after_growths(config.model, config.scaling, done)
+    return GrowthSchedule(config.scaling).after(config.model, done)
 
 
 def as_saved(config: RunConfig, saved: ModelConfig, lineage: list[dict[str, Any]]) -> Grown:
-    return grown_as_saved(config.model, config.scaling, saved, lineage)
+    return GrowthSchedule(config.scaling).as_saved(config.model, saved, lineage)
 
 
-def rates(config: RunConfig, lineage: list[dict[str, Any]], now: Progress, tokens_an_update: int) -> LRSchedule:
+def progress(lineage: list[dict[str, Any]], iteration: int = 0, tokens: int = 0) -> TrainState:
+    return TrainState(iteration=iteration, consumed_tokens=tokens, lineage=lineage)
+
+
+def rates(config: RunConfig, now: TrainState, update_tokens: int) -> LRSchedule:
     """The learning rates of the run in this place."""
-    run = config.optimization, config.scaling.growth, config.training.train_iters
-    options, start = learning_rate_settings(*run, lineage, now, tokens_an_update)
+    schedule = GrowthSchedule(config.scaling, config.training.train_iters, update_tokens)
+    options, start = schedule.learning_rate(config.optimization, now)
     return LRSchedule(config.replaced(optimization=options), start)
 
 
-def check(config: RunConfig, already: int = 0) -> None:
-    check_schedule(
-        config.model, config.scaling, config.optimization, config.parallel.model_parallel_size, already=already
-    )
-
-
-def times(config: RunConfig, lineage: list[dict[str, Any]], now: Progress, tokens_an_update: int) -> None:
-    check_times(config.scaling.growth, config.training.train_iters, lineage, now, tokens_an_update)
+def check(config: RunConfig, now: TrainState | None = None, update_tokens: int = 64) -> None:
+    schedule = GrowthSchedule(config.scaling, config.training.train_iters, update_tokens)
+    schedule.check(config.model, config.optimization, config.parallel.model_parallel_size, now or TrainState())
 
 
 def sizes(config: RunConfig) -> list[int]:
@@ -94,7 +86,7 @@ def test_each_stage_of_a_chain_has_a_schedule_of_its_own(name: str) -> None:
     for start, end in zip(starts, [*starts[1:], config.training.train_iters or 0], strict=True):
         if start:
             lineage.append({"scheduled": True, "iteration": start, "updates": start, "consumed_tokens": start * 2**19})
-        schedule = rates(config, lineage, Progress(), 2**19)
+        schedule = rates(config, progress(lineage), 2**19)
         assert schedule(start) == 0 and schedule(start + (end - start) // 100) == pytest.approx(6e-4)
         assert schedule(end) == pytest.approx(6e-5) and schedule(end - 1000) > 6e-5
 
@@ -110,22 +102,22 @@ def entry(iteration: int, tokens: int = 0) -> dict[str, Any]:
 def test_a_restart_warms_up_and_decays_until_the_next_one() -> None:
     growth = [stage(10, lr=5e-4, min_lr=1e-5, warmup=0.5), stage(14, **CONTINUE), stage(20)]
     config = tiny(growth, train_iters=40)
-    first = rates(config, [], Progress(), 64)
+    first = rates(config, progress([]), 64)
     assert [first(i) for i in (0, 10)] == pytest.approx(
         [1e-3, 1e-4]
     )  # the run's own ends where the first restart begins
-    second = rates(config, [entry(10)], Progress(), 64)
+    second = rates(config, progress([entry(10)]), 64)
     assert [second(i) for i in (10, 12, 15, 20)] == pytest.approx([0, 2e-4, 5e-4, 1e-5])
-    third = rates(config, [entry(10), entry(14)], Progress(), 64)
+    third = rates(config, progress([entry(10), entry(14)]), 64)
     assert [third(i) for i in range(14, 20)] == [second(i) for i in range(14, 20)]
-    last = rates(config, [entry(10), entry(14), entry(20)], Progress(), 64)
+    last = rates(config, progress([entry(10), entry(14), entry(20)]), 64)
     assert [last(i) for i in (20, 40)] == pytest.approx([1e-3, 1e-4])
 
 
 def test_a_restart_counts_updates_and_may_have_a_length_of_its_own() -> None:
     config = tiny([stage(10, lr_decay_iters=4)], train_iters=40)
     skipping = {**entry(10), "updates": 7}  # three updates were skipped
-    schedule = rates(config, [skipping], Progress(), 64)
+    schedule = rates(config, progress([skipping]), 64)
     assert [schedule(i) for i in (7, 11, 30)] == pytest.approx([1e-3, 1e-4, 1e-4])
 
 
@@ -135,15 +127,15 @@ def test_a_stage_by_tokens_ends_the_schedule_before_it() -> None:
         {**stage(1), "at_iteration": None, "at_tokens": 2000},
     ]
     config = tiny(growth, train_iters=60)
-    first = rates(config, [], Progress(), 64)
+    first = rates(config, progress([]), 64)
     assert first.total == 16  # 1024 tokens
-    second = rates(config, [entry(16, 1024)], Progress(), 64)
+    second = rates(config, progress([entry(16, 1024)]), 64)
     assert (second.start, second.total) == (16, 16)
 
 
 def test_a_run_that_goes_on_keeps_its_schedule() -> None:
     config = tiny([stage(10, **CONTINUE)], train_iters=40)
-    begun, unbegun = rates(config, [entry(10)], Progress(), 64), rates(config, [], Progress(), 64)
+    begun, unbegun = rates(config, progress([entry(10)]), 64), rates(config, progress([]), 64)
     assert vars(begun) == vars(unbegun)
     assert unbegun.total == 40
 
@@ -211,21 +203,21 @@ def test_keys_of_a_stage_may_be_written_with_hyphens() -> None:
 
 def test_growths_by_iterations_and_by_tokens_are_put_in_one_order(capsys: pytest.CaptureFixture[str]) -> None:
     by_tokens = {**stage(0), "at_iteration": None, "at_tokens": 640}  # ten updates of 64 tokens
-    times(tiny([stage(4), by_tokens]), [], Progress(), 64)
-    times(tiny([by_tokens, stage(4)]), [], Progress(11, 704), 64)  # both are due
+    check(tiny([stage(4), by_tokens]))
+    check(tiny([by_tokens, stage(4)]), progress([], 11, 704))  # both are due
     with pytest.raises(UserError, match=r"growth\[1\]: comes at iteration 4, that before it at 10; sort the growths"):
-        times(tiny([by_tokens, stage(4)]), [], Progress(), 64)
-    times(tiny([by_tokens, stage(4)]), [entry(10, 640)], Progress(), 64)  # the first is made
+        check(tiny([by_tokens, stage(4)]))
+    check(tiny([by_tokens, stage(4)]), progress([entry(10, 640)]))  # the first is made
     capsys.readouterr()
-    times(tiny([stage(50)], train_iters=49), [], Progress(), 64)
+    check(tiny([stage(50)], train_iters=49))
     assert "growth[0] is not made: it comes at iteration 50, train_iters is 49" in capsys.readouterr().out
 
 
 def test_tokens_of_a_smaller_models_run_do_not_stretch_the_schedule() -> None:
     config = tiny([{**stage(0), "at_iteration": None, "at_tokens": 1000 + 5 * 64}], train_iters=60)
     since_growth = [{**entry(0, 1000), "scheduled": False}]
-    for now in (Progress(0, 1000), Progress(3, 1000 + 3 * 64)):
-        first = rates(config, since_growth, now, 64)
+    for now in (progress(since_growth, 0, 1000), progress(since_growth, 3, 1000 + 3 * 64)):
+        first = rates(config, now, 64)
         assert first.total == 5 and first(5) == pytest.approx(1e-4)
 
 
@@ -235,7 +227,7 @@ def test_a_checkpoints_own_configuration_goes_on_in_its_stage() -> None:
     written = load_config([], config.replaced(model=grown.model, scaling=grown.scaling).flat()).with_vocabulary(300)
     now = as_saved(written, grown.model, [entry(5)])
     assert now.model == grown.model and now.scaling.new_tokens_lr_scale == 2.0
-    check(written.replaced(model=now.model, scaling=now.scaling), already=1)
+    check(written.replaced(model=now.model, scaling=now.scaling), progress([entry(5)]))
 
 
 def test_a_growth_by_fewer_tokens_than_tensor_ranks_is_refused() -> None:

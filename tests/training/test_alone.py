@@ -19,7 +19,7 @@ from megatron.errors import UserError
 from megatron.mpu import processes
 from megatron.tasks import language
 from megatron.training import train
-from megatron.training.setup import start_run
+from megatron.training.loop import Trainer
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.processes
@@ -91,7 +91,7 @@ def start_at_stage_3(config: RunConfig) -> tuple[str, list[int]]:
         real(module, *arguments)
 
     build.partition_parameters = counting
-    run = start_run(config)
+    run = Trainer(config)
     left = [p.numel() for p in run.engine.model.parameters()]
     run.close()
     return "", [max(whole), sum(left)]

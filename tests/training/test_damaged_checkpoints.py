@@ -63,7 +63,7 @@ def content(reader: CheckpointReader) -> tuple[Any, ...]:
 def outcome(config: RunConfig) -> CheckpointReader:
     """What a start finds. Anything but a UserError, and a hang, fails the test."""
     start = time.monotonic()
-    found = open_for_resume(config, SINGLE)
+    found = open_for_resume(config.checkpoint, SINGLE)
     assert time.monotonic() - start < SECONDS_A_FILE and found is not None
     assert isinstance(found.checkpoint.tensors, CheckpointReader)
     return found.checkpoint.tensors

@@ -17,7 +17,7 @@ from megatron.data import GPTDataset, IndexedDataset
 from megatron.errors import UserError
 from megatron.tasks import build_task
 from megatron.training import train
-from megatron.training.setup import _build_data
+from megatron.training.setup import build_datasets
 from megatron.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -38,7 +38,7 @@ def losses(folder: Path, name: str) -> dict[int, float]:
 @pytest.mark.parametrize("iterations", [20, 7, 1])
 def test_the_validation_set_is_sized_for_all_evaluations(tiny_config: MakeConfig, iterations: int) -> None:
     config, state = tiny_config(**{**KEYS, "train_iters": iterations}), TrainState()
-    valid = _build_data(build_task(config), config.training, state, BATCH).valid
+    valid = build_datasets(build_task(config), config.training, state, BATCH).valid
     # GPT-NeoX: (train_iters // eval_interval + 1) * eval_iters * train_batch_size samples.
     samples = (iterations // 2 + 1) * 2 * BATCH
     corpus = IndexedDataset(config.data.data_path)
@@ -50,7 +50,7 @@ def test_the_validation_set_is_sized_for_all_evaluations(tiny_config: MakeConfig
 def test_each_set_of_a_blend_is_sized_for_all_evaluations(tiny_config: MakeConfig, corpus_prefix: str) -> None:
     paths = {"data_path": None, "train_data_paths": [corpus_prefix], "valid_data_paths": [corpus_prefix] * 2}
     config, state = tiny_config(**{**KEYS, "train_iters": 2000}, **paths), TrainState()
-    valid = _build_data(build_task(config), config.training, state, BATCH).valid
+    valid = build_datasets(build_task(config), config.training, state, BATCH).valid
     per_set = -(-1001 * 2 * BATCH * 0.5 * 1.005 // 1)
     expected = GPTDataset(IndexedDataset(corpus_prefix), 16, config.training.seed, int(per_set))
     assert state.epoch_blocks["valid/0"] == state.epoch_blocks["valid/1"] == expected.epoch_blocks != [1]
@@ -60,11 +60,11 @@ def test_each_set_of_a_blend_is_sized_for_all_evaluations(tiny_config: MakeConfi
 def test_a_run_that_goes_on_keeps_its_validation_order(tiny_config: MakeConfig) -> None:
     config = tiny_config(**KEYS)
     state = TrainState(iteration=10, consumed_samples=40, epoch_blocks={"train/0": [1], "valid/0": [1]})
-    first = _build_data(build_task(config), config.training, state, BATCH).valid
+    first = build_datasets(build_task(config), config.training, state, BATCH).valid
     assert state.epoch_blocks["valid/0"] == [1]
     longer = TrainState(iteration=10, consumed_samples=40, epoch_blocks=state.epoch_blocks)
     more = tiny_config(**{**KEYS, "train_iters": 4000})
-    again = _build_data(build_task(more), more.training, longer, BATCH).valid
+    again = build_datasets(build_task(more), more.training, longer, BATCH).valid
     assert longer.epoch_blocks["valid/0"] == [1] and np.array_equal(again[7], first[7])
 
 

@@ -19,11 +19,10 @@ import pytest
 import torch
 
 import megatron.training.loop as loop_module
-import megatron.training.setup as training_setup
 from megatron.config import RunConfig
 from megatron.engine.base import StepResult
 from megatron.training import train
-from megatron.training.run import Run
+from megatron.training.loop import Trainer
 from tests.growth.grown_runs import (
     CONTINUE,
     DATA,
@@ -82,20 +81,20 @@ def fp16_on_the_cpu() -> Iterator[None]:
     """Let fp16 through where there is no GPU."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-    join = training_setup.initialize_distributed
+    join = loop_module.initialize_distributed
 
     def join_in_fp32(config: RunConfig) -> Any:
         return join(config.model_copy(update={"precision": type(config.precision)(precision="fp32")}))
 
     with (
         patch.object(CPU_Accelerator, "is_fp16_supported", lambda self: True),
-        patch.object(training_setup, "initialize_distributed", join_in_fp32),
+        patch.object(loop_module, "initialize_distributed", join_in_fp32),
     ):
         yield
 
 
 @contextmanager
-def overflow_on_one_rank(run: Run) -> Iterator[None]:
+def overflow_on_one_rank(run: Trainer) -> Iterator[None]:
     """Inside, the gradient of one parameter of this rank is infinite, if the iteration is one with an overflow."""
     rank = OVERFLOWS.get(run.state.iteration + 1)
     if run.config.precision.dtype != "fp16" or rank is None or run.layout.rank != rank % run.layout.world_size:
@@ -110,14 +109,13 @@ def overflow_on_one_rank(run: Run) -> Iterator[None]:
 @contextmanager
 def reported() -> Iterator[Report]:
     """Trains under the eyes of a Report."""
-    report, start, iterate = Report(), loop_module.start_run, loop_module._iterate
+    report, start, iterate = Report(), Trainer.__init__, Trainer._iterate
 
-    def start_run(config: RunConfig) -> Run:
-        run = start(config)
+    def start_noted(run: Trainer, config: RunConfig) -> None:
+        start(run, config)
         report.traffic.note_groups()
-        return run
 
-    def _iterate(run: Run, batches: Any) -> StepResult:
+    def iterate_noted(run: Trainer, batches: Any) -> StepResult:
         with overflow_on_one_rank(run):
             step = iterate(run, batches)
         report.steps.append(
@@ -127,8 +125,8 @@ def reported() -> Iterator[Report]:
 
     with (
         strict_collectives() as report.traffic,
-        patch.object(loop_module, "start_run", start_run),
-        patch.object(loop_module, "_iterate", _iterate),
+        patch.object(Trainer, "__init__", start_noted),
+        patch.object(Trainer, "_iterate", iterate_noted),
     ):
         yield report
 

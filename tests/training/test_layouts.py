@@ -14,7 +14,7 @@ from megatron.checkpoint.store import CheckpointReader
 from megatron.config import RunConfig
 from megatron.mpu.shard import shard_spec
 from megatron.training import train
-from megatron.training.setup import start_run
+from megatron.training.loop import Trainer
 from tests.ranks import run_ranks
 from tests.training.cases import CLIP, MODELS, TOLERANCE, Case, metrics
 
@@ -154,7 +154,7 @@ def whole_parameters_and_generators(configs: list[RunConfig]) -> list[dict[str, 
     found = []
     for config in configs:
         train(config)
-        run = start_run(config)
+        run = Trainer(config)
         named = run.engine.model.named_parameters()
         found.append({name: p.flatten().tolist() for name, p in named if shard_spec(p) is None})
         found[-1]["generator"] = torch.get_rng_state().tolist()

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.checkpoint.store import list_iterations, remove_old, set_aside
+from megatron.checkpoint.store import RunFolder, set_aside
 from megatron.config import RunConfig
 from megatron.engine.base import Engine
 from megatron.engine.single_stage import SingleStageEngine
 from megatron.errors import UserError
 from megatron.log import get_logger
 from megatron.mpu import processes
-from megatron.training import checkpointing, loop, train
+from megatron.training import loop, train
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -70,14 +70,14 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(
         assert "global_step4" in warnings[0] and [line["lm_loss"] for line in lines(root)] == [
             line["lm_loss"] for line in expected
         ]
-        assert list_iterations(root) == [2, 4, 6] and not log()
+        assert RunFolder(root).iterations() == [2, 4, 6] and not log()
     assert (root / "damaged-global_step6").is_dir()
     assert set_aside(root / "global_step6") == root / "damaged-global_step6-2"
     for iteration in (2, 4):
         cut(root / f"global_step{iteration}")
     with pytest.raises(UserError, match=r"global_step6 is not a complete .*global_step4 is damaged.*no other one is"):
         run(tiny_config, root, train_iters=8)
-    assert list_iterations(root) == [2, 4], "nothing is set aside where nothing is whole"
+    assert RunFolder(root).iterations() == [2, 4], "nothing is set aside where nothing is whole"
     # Another run's folder stays as it is.
     cut(tmp_path / "copy/global_step6")
     before = sorted(path.name for path in (tmp_path / "copy").iterdir())
@@ -115,7 +115,7 @@ def test_stray_names_are_no_checkpoints(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text("{}")
     (tmp_path / "global_step7").write_text("a file")
-    assert list_iterations(tmp_path) == [] and remove_old(tmp_path, 1) == []
+    assert RunFolder(tmp_path).iterations() == [] and RunFolder(tmp_path).remove_old(1) == []
 
 
 def negative_moment(engine: Engine) -> None:
@@ -138,7 +138,7 @@ def test_values_that_are_of_no_use_never_become_latest(
     monkeypatch.setattr(SingleStageEngine, "train_step", step)
     with pytest.raises(UserError, match=rf"global_step2 is not written: \S+ \({kind}\) has .*(not finite|negative)"):
         run(tiny_config, tmp_path, train_iters=2, checkpoint_factor=1, keep_last_n_checkpoints=1)
-    assert list_iterations(tmp_path) == [1] and (tmp_path / "latest").read_text() == "global_step1\n"
+    assert RunFolder(tmp_path).iterations() == [1] and (tmp_path / "latest").read_text() == "global_step1\n"
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     CheckpointReader(tmp_path / "global_step1")
 
@@ -179,7 +179,7 @@ def test_all_ranks_end_with_the_same_line_and_agree_on_where_to_go_on(tiny_confi
     ends = run_ranks(2, _end_of_ranks, {**keys, "train_iters": 4}, True)
     assert ends[0][0] == ends[1][0] and "global_step3 is not written" in ends[0][0], ends
     assert len(ends[0][1]) == 1 and "global_step2, the newest whole" in ends[0][1][0]
-    assert list_iterations(tmp_path) == [1, 2] and (tmp_path / "latest").read_text() == "global_step2\n"
+    assert RunFolder(tmp_path).iterations() == [1, 2] and (tmp_path / "latest").read_text() == "global_step2\n"
 
 
 @pytest.mark.processes
@@ -197,15 +197,15 @@ def _slow_write(folder: str, keys: dict[str, Any]) -> str:
     from megatron.config import load_config
 
     processes._BEAT_SECONDS, processes._SILENCE_SECONDS = 0.1, 0.8
-    real = checkpointing.save_checkpoint
+    real = RunFolder.save
 
-    def slow(root: Any, state: Any, write: bool = True) -> Path:
-        target = real(root, state, write)
+    def slow(folder: Any, state: Any, write: bool = True) -> Path:
+        target = real(folder, state, write)
         if write:
             time.sleep(2.0)
         return target
 
-    checkpointing.save_checkpoint = slow
+    RunFolder.save = slow
     changes = {"save": folder, "train_iters": 1, "eval_iters": 0}
     given = {key: value for key, value in keys.items() if value is not None}
     try:
@@ -229,7 +229,7 @@ def test_evaluations_that_a_kill_cost_are_made_up_once(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_evaluate", die)
+        patch.setattr(loop.Trainer, "_evaluate", die)
         with pytest.raises(Killed):
             run(tiny_config, tmp_path / "parts", **keys)
     assert not any("valid_lm_loss" in line for line in lines(tmp_path / "parts"))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.store import CheckpointReader, FolderLock, find_checkpoint
+from megatron.checkpoint.store import CheckpointReader, FolderLock, RunFolder
 from megatron.config import RunConfig
 from megatron.engine.state import EngineState
 from megatron.errors import UserError
@@ -26,7 +26,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    latest = find_checkpoint(folder)
+    latest = RunFolder(folder).find()
     assert latest is not None
     reader = CheckpointReader(latest)
     return {f"{kind}/{n}": reader.tensor(kind, n) for kind in ("model", "optimizer", "rng") for n in reader.names(kind)}

@@ -12,8 +12,8 @@ import pytest
 
 from megatron.config import RunConfig
 from megatron.signals import StopRequest
+from megatron.training.batches import Batches
 from megatron.training.loop import train
-from megatron.training.run import Run
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.processes
@@ -21,18 +21,18 @@ pytestmark = pytest.mark.processes
 
 def stopped_in_validation(config: RunConfig) -> tuple[int, float]:
     """Rank 1 gets a signal at its third batch; the iteration a rank ends with, and the batches it evaluated."""
-    evaluated, batches = 0, Run.evaluation_batches
+    evaluated, batches = 0, Batches.evaluation
 
-    def counted(run: Run, dataset: object) -> object:
+    def counted(run: Batches, split: str) -> object:
         nonlocal evaluated
-        for batch in batches(run, dataset):
+        for batch in batches(run, split) or ():
             evaluated += 1
             if evaluated == 3 and os.environ["RANK"] == "1":
                 os.kill(os.getpid(), signal.SIGUSR2)
                 time.sleep(0.2)  # until the thread has heard it
             yield batch
 
-    Run.evaluation_batches = counted  # type: ignore[method-assign, assignment]
+    Batches.evaluation = counted  # type: ignore[method-assign, assignment]
     with StopRequest() as stop:
         state = train(config, stop)
     return state.iteration, evaluated

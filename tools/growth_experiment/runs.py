@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from megatron.checkpoint.state import CanonicalState, whole_pieces
-from megatron.checkpoint.store import find_checkpoint, list_iterations, save_checkpoint
+from megatron.checkpoint.store import RunFolder
 from megatron.config import load_config
 from megatron.config.sections.model import ModelConfig
 from megatron.data import IndexedDataset, IndexedDatasetBuilder
@@ -164,12 +164,12 @@ def _run_one(output: Path, trial: Trial, documents: int) -> None:
 
 
 def _iteration(folder: Path) -> int:
-    return max(list_iterations(folder / "checkpoints"), default=0)
+    return max(RunFolder(folder / "checkpoints").iterations(), default=0)
 
 
 def _weights_only(folder: Path, trial: Trial) -> dict[str, Any]:
     """What makes a run that has no checkpoint yet start from the weights of a prepared one."""
-    if trial.start == "scratch" or trial.new_keys or find_checkpoint(folder / "checkpoints") is not None:
+    if trial.start == "scratch" or trial.new_keys or RunFolder(folder / "checkpoints").find() is not None:
         return {}
     return {"load": str(folder / "start"), "finetune": True}
 
@@ -200,7 +200,7 @@ def _write_facts(output: Path, trial: Trial) -> None:
             flat = {key: value for key, value in trial.config(output, 1).items()}
             flat |= config.model_dump(mode="json")
             tensors = list(grown.state_dict().items())
-            save_checkpoint(folder / "start", CanonicalState(0, {}, flat, whole_pieces({"model": tensors})))
+            RunFolder(folder / "start").save(CanonicalState(0, {}, flat, whole_pieces({"model": tensors})))
     (folder / "trial.json").write_text(json.dumps(facts, indent=1))
 
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from megatron.checkpoint.store import CheckpointReader, find_checkpoint
+from megatron.checkpoint.store import CheckpointReader, RunFolder
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import run_command
 from megatron.exchange.convert import export_huggingface
@@ -62,7 +62,7 @@ def test_a_runs_checkpoint_keeps_its_tokenizer(tmp_path: Path, tokenizer_file: P
     save_random_models(tmp_path / "run", config, (5, 10))
     main(["to-hf", str(tmp_path / "run"), str(tmp_path / "hf"), "--iteration", "5", "--dtype", "bf16"])
     main(["from-hf", str(tmp_path / "hf"), str(tmp_path / "back")])
-    folder = find_checkpoint(tmp_path / "back")
+    folder = RunFolder(tmp_path / "back").find()
     assert folder is not None
     saved = CheckpointReader(folder)
     assert saved.config["vocab_file"] == str(tmp_path / "back" / "tokenizer.json") and saved.iteration == 0

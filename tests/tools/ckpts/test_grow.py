@@ -14,11 +14,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from megatron.checkpoint.store import save_checkpoint
+from megatron.checkpoint.store import RunFolder
 from megatron.config import load_config
 from megatron.config.sections.model import ModelConfig
 from megatron.errors import run_command
-from megatron.exchange import canonical
 from megatron.growth import proof as growth_proof
 from megatron.inference import load_model
 from megatron.training import train
@@ -228,13 +227,13 @@ def test_mistakes_are_one_line_and_leave_nothing(
 def test_a_disk_that_refuses_leaves_nothing_half_written(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = save_checkpoint
+    real = RunFolder.save
 
-    def full(root: Path, *arguments: Any) -> Path:
-        real(root, *arguments)
+    def full(folder: RunFolder, *arguments: Any) -> Path:
+        real(folder, *arguments)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(canonical, "save_checkpoint", full)
+    monkeypatch.setattr(RunFolder, "save", full)
     assert "No space left" in failure(grow_tool, [str(base), str(tmp_path / "out"), *FLAGS], capsys)
     assert list(tmp_path.iterdir()) == []
 
