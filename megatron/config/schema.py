@@ -59,12 +59,16 @@ class RunConfig(Section):
         return model_section(value.get("task", ModelConfig.task))(**{k: v for k, v in value.items() if k != "task"})
 
     @property
+    def last_iteration(self) -> int:
+        """Iteration after which a run is done. Raises UserError where train_iters is not given."""
+        if self.training.train_iters is None:
+            raise UserError("train_iters: missing; give the number of updates of the run")
+        return self.training.train_iters
+
+    @property
     def lr_decay_iters(self) -> int:
         """Iterations of the learning-rate decay: lr_decay_iters, else train_iters."""
-        iters = self.optimization.lr_decay_iters or self.training.train_iters
-        if iters is None:
-            raise UserError("train_iters: missing; give the number of updates of the run")
-        return iters
+        return self.optimization.lr_decay_iters or self.last_iteration
 
     def gpu_request(self) -> tuple[str | None, list[str]]:
         """What asks for a GPU, as `key: value`, and the overrides with which the run would train on a CPU.

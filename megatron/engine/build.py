@@ -10,7 +10,7 @@ from torch import nn
 
 from megatron.checkpoint.tensors import Tensors
 from megatron.engine.base import Engine
-from megatron.engine.grid import DeepSpeedGrid
+from megatron.engine.grid import DeepSpeedGrid, reused_groups
 from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.settings import EngineSettings
 from megatron.engine.single_stage import SingleStageEngine
@@ -29,6 +29,11 @@ def build_engine(settings: EngineSettings, task: Task[Any], layout: Layout, tens
     Args:
         tensors: whole fp32 values of parameters, and of buffers, to start with.
     """
+    with reused_groups(layout.timeout):
+        return _build(settings, task, layout, tensors)
+
+
+def _build(settings: EngineSettings, task: Task[Any], layout: Layout, tensors: Tensors) -> Engine:
     source = partial(tensors.tensor, "model")
     options = BuildOptions(
         settings.pattention_backend, settings.attention_backend, layout=layout, gather_logits=False

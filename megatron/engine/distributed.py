@@ -24,8 +24,8 @@ def initialize_distributed(config: RunConfig) -> Layout:
     Raises: UserError where a GPU is asked for and there is none, and for a world the model axes do not divide.
     """
     deterministic, parallel, launch = config.training.deterministic, config.parallel, config.launch
-    set_cuda_environment(deterministic, parallel.model_parallel_size)
     request, overrides = config.gpu_request()
+    set_cuda_environment(deterministic, parallel.model_parallel_size)
     require_gpu(request, _ways_without_gpu(overrides))
     set_numerics(deterministic)
     if not uses_gpu():

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def reused_groups(timeout: timedelta) -> Iterator[None]:
+def reused_groups(timeout: timedelta | None) -> Iterator[None]:
     """Inside, DeepSpeed builds an engine with the process groups that it made for an earlier one of this process.
 
     It does not say what it wants a group for, but asks in the same order each time: the k-th group of some ranks is the

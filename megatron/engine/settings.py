@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from megatron.config.schema import RunConfig
@@ -14,9 +13,8 @@ from megatron.config.update_size import UpdateSize
 from megatron.mpu.device import uses_gpu
 
 
-@dataclass(frozen=True)
 class EngineSettings:
-    """The part of a configuration that the engine goes by."""
+    """The part of a configuration that the engine goes by, for updates of this size."""
 
     model: ModelSection
     """The model section, of the stage of growth that is trained."""
@@ -39,22 +37,14 @@ class EngineSettings:
     allow_nonfinite_loss: bool
     """Go on after a loss or gradient norm that is not finite."""
 
-    @classmethod
-    def of(cls, config: RunConfig, update: UpdateSize) -> EngineSettings:
-        """The settings of a run whose updates are of this size."""
-        training, zero = config.training, config.parallel.zero_optimization
-        return cls(
-            config.model,
-            config.precision.dtype,
-            zero.stage,
-            _deepspeed_config(config, update),
-            config.optimization,
-            config.scaling,
-            training.pattention_backend,
-            training.attention_backend,
-            training.checkpoint_num_layers if training.checkpoint_activations else 0,
-            training.allow_nonfinite_loss,
-        )
+    def __init__(self, config: RunConfig, update: UpdateSize) -> None:
+        training = config.training
+        self.model, self.optimization, self.scaling = config.model, config.optimization, config.scaling
+        self.dtype, self.zero_stage = config.precision.dtype, config.parallel.zero_optimization.stage
+        self.deepspeed = _deepspeed_config(config, update)
+        self.pattention_backend, self.attention_backend = training.pattention_backend, training.attention_backend
+        self.checkpoint_layers = training.checkpoint_num_layers if training.checkpoint_activations else 0
+        self.allow_nonfinite_loss = training.allow_nonfinite_loss
 
     @property
     def growths(self) -> int:

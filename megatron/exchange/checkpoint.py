@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
 from megatron.exchange.names import TAU, is_parameter
 from megatron.model import LanguageModel
+from megatron.model.compatibility import check_fit, check_same_model, described_model
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -67,6 +68,18 @@ class Checkpoint:
         """
         if isinstance(self.tensors, CheckpointReader):
             self.tensors.verify(*kinds)
+
+    def as_model(self, model: ModelSection, key: str = "load") -> Checkpoint:
+        """The checkpoint as this model: lengths and dropout may be others than it was trained with.
+
+        Args:
+            key: what named the checkpoint, for messages.
+
+        Raises: UserError that names the key in which it is another model, or the tensor that does not fit.
+        """
+        check_same_model(model, self.model_config, self.folder)
+        check_fit(described_model(model), self.tensors, f"{key}: {self.folder}")
+        return replace(self, model_config=model)
 
     def resolved(self) -> dict[str, Any]:
         """The settings, or for a model without any the defaults around its sizes and its tokenizer."""

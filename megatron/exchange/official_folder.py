@@ -22,7 +22,6 @@ from torch import Tensor
 
 from megatron.errors import UserError
 from megatron.exchange.torch_file import check_flat, load_file, read_flat_file
-from megatron.files import read_errors
 
 _LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -35,9 +34,8 @@ _INDEX = f"{FLAT_FILE}.index.json"
 def find_official_folder(path: str | Path, iteration: int | None = None) -> Path | None:
     """The official folder meant by `path`: itself, or the `iteration` or latest one under it; None if there is none."""
     path = Path(path)
-    with read_errors(str(path)):
-        names = [".", *_latest_tag(path)] if iteration is None else [f"global_step{iteration}"]
-        return next((path / name for name in names if _is_official(path / name)), None)
+    names = [".", *_latest_tag(path)] if iteration is None else [f"global_step{iteration}"]
+    return next((path / name for name in names if _is_official(path / name)), None)
 
 
 def _latest_tag(path: Path) -> list[str]:

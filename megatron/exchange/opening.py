@@ -10,6 +10,7 @@ from megatron.config.sections.model import ModelConfig
 from megatron.errors import UserError
 from megatron.exchange import canonical, gpt_neox, huggingface, official
 from megatron.exchange.checkpoint import Checkpoint
+from megatron.files import read_errors
 
 
 class Format(Protocol):
@@ -52,9 +53,10 @@ def checkpoint_path(path: str | Path, iteration: int | None = None, key: str = "
 
 
 def _find(path: str | Path, iteration: int | None, key: str) -> tuple[Format, Path]:
-    for form in FORMATS:
-        if (found := form.matches(Path(path), iteration, key)) is not None:
-            return form, found
+    with read_errors(f"{key}: {path}"):
+        for form in FORMATS:
+            if (found := form.matches(Path(path), iteration, key)) is not None:
+                return form, found
     raise UserError(
         f"{key}: no checkpoint in {path}; train first, or name another folder or an official pytorch_model.bin"
     )

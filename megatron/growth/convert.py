@@ -13,10 +13,10 @@ from megatron.config.sections.model import ModelSection
 from megatron.config.sections.scaling import ScalingConfig
 from megatron.errors import UserError
 from megatron.exchange import canonical, open_checkpoint
-from megatron.growth.grow import grown_checkpoint
+from megatron.growth.grow import grown_checkpoint, lineage_entry
 from megatron.growth.plan import TokenCounts, describe, grown_config
 from megatron.growth.proof import Difference, compare_logits
-from megatron.growth.schedule import lineage_entry, past_growths
+from megatron.growth.schedule import past_growths
 from megatron.tasks import task_of
 
 _PROOF_SAMPLES = 2

@@ -17,7 +17,9 @@ keys as the old ones have dimensions, min(n, d). Their first gradient comes thro
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from megatron.config.sections.model import ModelSection
 from megatron.config.sections.scaling import NewKeys
 from megatron.errors import UserError
 from megatron.exchange import Checkpoint
-from megatron.growth.plan import TokenCounts, grown_config, segments_of
+from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config, segments_of
 from megatron.model.build import build_model
 from megatron.model.init import initial_value, parameter_generator
 from megatron.model.layered import LayeredModel
@@ -183,3 +185,27 @@ def _append_with_scores(module: Pattention, size: int, name: str, seed: int) -> 
     else:
         new.copy_(rotated_keys(keys, len(new), ratio, f"{name}/{module.axis.rank}", seed))
     module.tau_tokens += size
+
+
+def lineage_entry(
+    before: Checkpoint, after: Checkpoint, train_state: Mapping[str, Any], new_keys: NewKeys, *, scheduled: bool
+) -> dict[str, Any]:
+    """What TrainState.lineage says about a growth.
+
+    Args:
+        before, after: what grew, and what it became.
+        train_state: progress at the growth, as TrainState.state_dict gives it.
+        new_keys: what the new keys started as.
+        scheduled: it is one of the run's own schedule.
+    """
+    iteration, model = train_state.get("iteration", 0), after.model_config
+    return {
+        "scheduled": scheduled,
+        "iteration": iteration,
+        "updates": iteration - train_state.get("skipped_iterations", 0),
+        "consumed_tokens": train_state.get("consumed_tokens", 0),
+        "added": describe(before.model_config, model),
+        "new_keys": new_keys,
+        "parameters": after.num_parameters,
+        **{f"{kind}_slot_num": getattr(model, f"{kind}_slot_num") for kind in KINDS},
+    }

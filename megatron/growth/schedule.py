@@ -13,14 +13,13 @@ from typing import Any, Generic, NamedTuple, Protocol
 
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.optimization import OptimizationConfig
-from megatron.config.sections.scaling import NewKeys, ScalingConfig, ScheduledGrowth
+from megatron.config.sections.scaling import ScalingConfig, ScheduledGrowth
 from megatron.errors import UserError
-from megatron.exchange import Checkpoint
-from megatron.growth.plan import KINDS, Model, TokenCounts, describe, grown_config, segments_of
+from megatron.growth.plan import KINDS, Model, TokenCounts, grown_config, segments_of
 from megatron.log import get_logger
 
 Lineage = Sequence[Mapping[str, Any]]
-"""The growths behind a model, as `lineage_entry` describes each."""
+"""The growths behind a model, as megatron.growth.grow.lineage_entry describes each."""
 
 
 class Progress(Protocol):
@@ -77,7 +76,7 @@ class GrowthSchedule:
                     f"growth[{number}]: lr {peak:g} is below min_lr {floor:g}; give the growth a lower min_lr too"
                 )
             model = _grown_once(model, growth, number)
-            if growth.freeze_old_tokens and not any(block[-1] for kind in KINDS for block in segments_of(model, kind)):
+            if growth.freeze_old_tokens and not any(map(_adds_tokens, (model.token_segments or {}).values())):
                 raise UserError(
                     f"growth[{number}]: freeze_old_tokens where no tokens are added; there is nothing to train"
                 )
@@ -204,6 +203,10 @@ def _grown_once(model: Model, growth: ScheduledGrowth, number: int) -> Model:
         raise UserError(f"growth[{number}]: {error}") from error
 
 
+def _adds_tokens(blocks: Sequence[Sequence[int]]) -> bool:
+    return any(block[-1] for block in blocks)
+
+
 def _before_growths(model: Model, saved: ModelSection, done: int) -> Model:
     """The configured model with the segments that the saved one had before the last `done` of its growths."""
     first = {kind: [block[: len(block) - done] for block in segments_of(saved, kind)] for kind in KINDS}
@@ -218,30 +221,6 @@ def _before_growths(model: Model, saved: ModelSection, done: int) -> Model:
             )
     segments = None if len(first["qkv"][0]) == 1 else first
     return type(model)(**{**model.model_dump(), "token_segments": segments})
-
-
-def lineage_entry(
-    before: Checkpoint, after: Checkpoint, train_state: Mapping[str, Any], new_keys: NewKeys, *, scheduled: bool
-) -> dict[str, Any]:
-    """What TrainState.lineage says about a growth.
-
-    Args:
-        before, after: what grew, and what it became.
-        train_state: progress at the growth, as TrainState.state_dict gives it.
-        new_keys: what the new keys started as.
-        scheduled: it is one of the run's own schedule.
-    """
-    iteration, model = train_state.get("iteration", 0), after.model_config
-    return {
-        "scheduled": scheduled,
-        "iteration": iteration,
-        "updates": iteration - train_state.get("skipped_iterations", 0),
-        "consumed_tokens": train_state.get("consumed_tokens", 0),
-        "added": describe(before.model_config, model),
-        "new_keys": new_keys,
-        "parameters": after.num_parameters,
-        **{f"{kind}_slot_num": getattr(model, f"{kind}_slot_num") for kind in KINDS},
-    }
 
 
 def past_growths(lineage: Lineage) -> list[dict[str, Any]]:

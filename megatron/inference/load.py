@@ -71,7 +71,8 @@ def model_of(
     model = LanguageModel(described, device=device, attention_backend=attention_backend, layout=layout)
     if dtype is None or dtype == "saved":
         dtype = checkpoint.tensors.tensor("model", EMBEDDING).dtype if dtype else torch.float32
-    fill(model, _Narrowed(checkpoint, dtype), layout)
+    tensors = _Narrowed(checkpoint, dtype)
+    fill(model, tensors, layout)
     return model.to(dtype).eval()
 
 

@@ -106,6 +106,6 @@ class LanguageModel(LayeredModel):
         """[.., d] of `hidden` -> logits [.., V_pad]."""
         return self.embedding(x, as_head=True) if self.head is None else self.head(x)
 
-    def flops_per_token(self, tokens: int) -> float:
-        """Training FLOPs of one token of a sequence of `tokens` (see megatron.model.flops)."""
-        return flops_per_token(self, self.config, tokens)
+    def flops_per_token(self, tokens: int | None = None) -> float:
+        """Training FLOPs of one token of a sequence of `tokens`, default seq_length (see megatron.model.flops)."""
+        return flops_per_token(self, self.config, tokens or self.config.seq_length)

@@ -92,7 +92,8 @@ class LayeredModel(nn.Module):
             allocate(self, device or "cpu")  # layers come without storage: their own default init would be thrown away
             self.reset_tau()
         if seed is not None:
-            fill(self, InitialTensors(self, config, seed), layout)
+            tensors = InitialTensors(self, config, seed)
+            fill(self, tensors, layout)
 
     def _in_file_order(self, specs: list[LayerSpec]) -> list[LayerSpec]:
         """The order in which parameters are listed, and written to checkpoints."""
@@ -132,8 +133,11 @@ class LayeredModel(nn.Module):
         """Number of parameters, those of all tensor ranks; a tied one counts once."""
         return sum(whole_shape(parameter).numel() for parameter in self.parameters())
 
-    def flops_per_token(self, tokens: int) -> float:
-        """Training FLOPs of one of a sample's `tokens`: 6 per entry of a matrix that each of them meets."""
+    def flops_per_token(self, tokens: int | None = None) -> float:
+        """Training FLOPs of one of a sample's tokens: 6 per entry of a matrix that each of them meets.
+
+        tokens: of a sample; default those of the model's section.
+        """
         return 6.0 * matmul_parameters(self)
 
 

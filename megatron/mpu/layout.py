@@ -60,6 +60,8 @@ class Layout:
     """The processes that hold one copy of the model, on the tensor and the pipeline axis."""
     sequence_parallel: bool = False
     """Between the projections, activations are sharded by tokens over the tensor axis."""
+    timeout: timedelta | None = field(default=None, compare=False, repr=False)
+    """How long a collective waits for a rank; None: as long as the backend has it."""
 
     @classmethod
     def for_world(
@@ -83,7 +85,10 @@ class Layout:
         sizes = {"tensor": tensor_size, "data": world_size // model_size, "pipeline": pipeline_size}
         axes = {name: Axis(sizes[name], place) for name, place in _places(rank, sizes).items()}
         replica = Axis(model_size, axes["tensor"].rank + tensor_size * axes["pipeline"].rank)
-        return cls(rank, **axes, replica=replica, sequence_parallel=sequence_parallel and tensor_size > 1)
+        is_sequence_parallel = sequence_parallel and tensor_size > 1
+        return cls(
+            rank, axes["tensor"], axes["data"], axes["pipeline"], replica, sequence_parallel=is_sequence_parallel
+        )
 
     def connect(self, timeout: timedelta | None = None) -> Layout:
         """This layout with its process groups, which are those of an earlier call where there was one. Collective.
@@ -91,10 +96,11 @@ class Layout:
         Args:
             timeout: how long a collective waits for a rank; default that of the backend.
         """
-        axes = {name: self._connected(name, [name], timeout) for name in _AXES}
-        longer = [name for name in _MODEL_AXES if axes[name].size > 1]
-        group = axes[longer[0]].group if len(longer) == 1 else self._connected("replica", _MODEL_AXES, timeout).group
-        return replace(self, replica=replace(self.replica, group=group), **axes)  # type: ignore[arg-type]
+        tensor, data, pipeline = (self._connected(name, [name], timeout) for name in _AXES)
+        longer = [axis for axis in (tensor, pipeline) if axis.size > 1]
+        group = longer[0].group if len(longer) == 1 else self._connected("replica", _MODEL_AXES, timeout).group
+        replica = replace(self.replica, group=group)
+        return replace(self, tensor=tensor, data=data, pipeline=pipeline, replica=replica, timeout=timeout)
 
     def _connected(self, role: str, along: Iterable[str], timeout: timedelta | None) -> Axis:
         """The axis `role` with the group of the processes that differ on the axes `along` only.

@@ -108,21 +108,6 @@ def environment() -> dict[str, str | dict[str, str]]:
     return {"git_revision": revision, "python": platform.python_version(), "packages": packages}
 
 
-def check_save_folder(options: CheckpointConfig, has_checkpoint: bool) -> None:
-    """Raise a UserError rather than mix this run's checkpoints with those of a run it does not continue.
-
-    has_checkpoint: `load` has one to start from.
-    """
-    if options.save is None or not RunFolder(options.save).iterations():
-        return
-    continues = has_checkpoint and not options.finetune
-    if not (continues and options.load and Path(options.load).resolve() == Path(options.save).resolve()):
-        raise UserError(
-            f"save: {options.save} has checkpoints of a run that this one does not continue; "
-            "set load to the same folder to resume it, or save to another one"
-        )
-
-
 # Changing one of these gives the samples another order, in which the consumed ones are not a prefix.
 _DATA_KEYS = (
     "seed", "data_path", "train_data_paths", "train_data_weights", "split", "weight_by_num_documents",

@@ -1,4 +1,4 @@
-"""What this process's device is measured by: its peak rate and the memory in use."""
+"""What a run runs on: the peak rate of a device, the memory in use, and a line that says it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import resource
 
 import torch
 
+from megatron.config.update_size import UpdateSize
+from megatron.engine.settings import EngineSettings
+from megatron.log import get_logger
+from megatron.mpu.device import process_device
 from megatron.mpu.gpus import is_mig_slice, peak_tflops
+from megatron.mpu.layout import Layout
+from megatron.ops.pattention import select_backend
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | None = None) -> tuple[float | None, str]:
@@ -32,3 +38,23 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def report(settings: EngineSettings, layout: Layout, parameters: int, update: UpdateSize, measure: str) -> None:
+    """Log what is trained, on what, and how large an update is; `measure` says how MFU is counted."""
+    log, device = get_logger(), process_device()
+    backend, _ = select_backend(settings.pattention_backend, device.type)
+    log.info(
+        "%s parameters in %s on %d x %s%s, ZeRO %d, pattention %s, attention %s",
+        f"{parameters:,}", settings.dtype, layout.world_size, device.type, _grid(layout),
+        settings.zero_stage, backend, settings.attention_backend,
+    )  # fmt: skip
+    log.info("%d samples x %d tokens an update; %s", update.samples, update.tokens // update.samples, measure)
+
+
+def _grid(layout: Layout) -> str:
+    """` (2 data x 1 pipeline x 4 tensor, sequence parallel)`; nothing for one process."""
+    if layout.world_size == 1:
+        return ""
+    axes = f"{layout.data.size} data x {layout.pipeline.size} pipeline x {layout.tensor.size} tensor"
+    return f" ({axes}{', sequence parallel' if layout.sequence_parallel else ''})"

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from datetime import timedelta
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
-from megatron.checkpoint.lock import FolderLock
 from megatron.config.schema import RunConfig
 from megatron.engine.base import StepResult
 from megatron.engine.build import build_engine
 from megatron.engine.distributed import initialize_distributed
-from megatron.engine.grid import reused_groups
 from megatron.engine.settings import EngineSettings
 from megatron.growth.schedule import GrowthSchedule
 from megatron.log import get_logger
@@ -22,13 +19,13 @@ from megatron.model.init import InitialTensors
 from megatron.mpu.device import DTYPES, process_device
 from megatron.mpu.processes import first_rank_does, leave_world
 from megatron.signals import StopRequest
-from megatron.tasks import task_of
-from megatron.training.batches import Batches
+from megatron.tasks import build_task
 from megatron.training.checkpointing import Saver
+from megatron.training.data import RunData
+from megatron.training.folders import claim_folders
 from megatron.training.generators import seed_generators
-from megatron.training.hardware import memory_gib, peak_flops
+from megatron.training.hardware import memory_gib, peak_flops, report
 from megatron.training.schedule import LRSchedule
-from megatron.training.setup import build_datasets, claim_folders, log_beside, report, require_train_iters
 from megatron.training.start import Start
 from megatron.training.state import TrainState
 
@@ -67,37 +64,34 @@ class Trainer:
 
     def __init__(self, config: RunConfig) -> None:
         self.layout = initialize_distributed(config)
-        self._lock: FolderLock | None = first_rank_does(lambda: claim_folders(config), self.layout)
-        try:
+        with ExitStack() as claims:
+            lock = first_rank_does(lambda: claim_folders(config), self.layout)
+            if lock is not None:
+                claims.callback(lock.close)
             self._assemble(config)
-        except BaseException:
-            self._release()
-            raise
+            self._claims = claims.pop_all()
 
     def _assemble(self, config: RunConfig) -> None:
-        self.last_iteration, layout, seed = require_train_iters(config), self.layout, config.training.seed
-        log_beside(config.logging, layout)
+        self.last_iteration, layout, seed = config.last_iteration, self.layout, config.training.seed
         seed_generators(seed, layout)
-        task = self._task = task_of(config.model)(config)
+        task = self._task = build_task(config)
         update = self._update = config.update_size(layout.data.size)
         self._growths = GrowthSchedule(config.scaling, self.last_iteration, update.tokens)
         start = Start(task, layout, self._growths)
         config, state, checkpoint = start.config, start.state, start.checkpoint
         self.config, self.state, self._resumed = config, state, start.resumed
-        training = config.training
-        datasets = self.datasets = build_datasets(task, training, state, update.samples)
-        start.prove(task.held_out(datasets, _PROOF_SAMPLES))
+        self.data = RunData(task, state, update, layout.data)
+        start.prove(self.data.held_out(_PROOF_SAMPLES))
         # Described without storage: ZeRO 3 leaves empty parameters behind in the model itself.
         described = build_model(config.model, device="meta")
         tensors = checkpoint.tensors if checkpoint else InitialTensors(described, config.model, seed)
-        with reused_groups(timedelta(minutes=config.launch.distributed_timeout_minutes)):
-            self.engine = build_engine(EngineSettings.of(config, update), task, layout, tensors)
+        settings = EngineSettings(config, update)
+        self.engine = build_engine(settings, task, layout, tensors)
         start.restore(self.engine)
-        self._flops = described.flops_per_token(config.model.tokens_per_sample())
+        self._flops = described.flops_per_token()
         self._peak, origin = peak_flops(process_device(), DTYPES[config.precision.dtype], config.logging.peak_tflops)
         measure = origin if self._peak is None else f"MFU against {self._peak / 1e12:.1f} TFLOP/s a device ({origin})"
-        report(config, layout, described.num_parameters(), update, measure)
-        self._batches = Batches(task, datasets, update, layout.data, training.eval_iters, config.data.num_workers)
+        report(settings, layout, described.num_parameters(), update, measure)
         self._saver = Saver(config, self.engine, state)
         options, since = self._growths.learning_rate(config.optimization, state)
         self.schedule = LRSchedule(config.replaced(optimization=options), since)
@@ -115,14 +109,10 @@ class Trainer:
         """Flush the metrics, let go of the model and give the save folder free."""
         self._metrics.close()
         self.engine.close()
-        self._release()
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        self._claims.close()
 
     def _train(self, stop: StopRequest) -> bool:
-        state, batches = self.state, self.batches()
+        state, batches = self.state, self.data.training()
         if not self._make_up_evaluations(stop):
             self._log_stop(stop)
             return False
@@ -152,10 +142,6 @@ class Trainer:
             if grows:
                 return True
         return False
-
-    def batches(self) -> Iterator[list[Any]]:
-        """For each update to come its micro-batches."""
-        return self._batches.training(self.state.consumed_samples)
 
     def _iterate(self, batches: Iterator[list[Any]]) -> StepResult:
         """One update, counted."""
@@ -220,7 +206,7 @@ class Trainer:
 
         Returns: false when a request to stop ended it before its last batch; then nothing is logged.
         """
-        batches = self._batches.evaluation(split)
+        batches = self.data.evaluation(split)
         if batches is None:
             return True
         until_stopped = _UntilStopped(batches, lambda: self.engine.any_rank(stop.requested))

@@ -8,31 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.checkpoint.store import CheckpointReader
+from megatron.checkpoint.store import CheckpointReader, RunFolder
 from megatron.config.schema import RunConfig
-from megatron.config.sections.model import ModelSection
 from megatron.engine.base import Engine
 from megatron.errors import UserError
 from megatron.exchange import Checkpoint, open_checkpoint
-from megatron.growth.grow import grown_checkpoint
-from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config
+from megatron.growth.grow import grown_checkpoint, lineage_entry
+from megatron.growth.plan import KINDS, TokenCounts, grown_config
 from megatron.growth.proof import Difference, compare_logits
-from megatron.growth.schedule import GrowthSchedule, growths_done, lineage_entry, past_growths
+from megatron.growth.schedule import GrowthSchedule, growths_done, past_growths
 from megatron.log import get_logger
-from megatron.model.compatibility import check_fit, check_same_model, check_same_task, described_model
+from megatron.model.compatibility import check_same_model, check_same_task
 from megatron.mpu import Layout
 from megatron.mpu.device import process_device
 from megatron.mpu.processes import first_rank_does
 from megatron.tasks import Task
-from megatron.training.checkpointing import check_save_folder, data_differences, restore_optimizer
+from megatron.training.checkpointing import data_differences, restore_optimizer
 from megatron.training.generators import restore_random_states
 from megatron.training.resume import Resumption, open_for_resume
 from megatron.training.soundness import require_sound
@@ -63,7 +62,7 @@ class Start:
         self._task, self._layout, self._schedule = task, layout, schedule
         self._growths: list[tuple[Checkpoint, Checkpoint]] = []
         resumption = open_for_resume(config.checkpoint, layout)
-        check_save_folder(config.checkpoint, resumption is not None)
+        self._check_save_folder(resumption is not None)
         if resumption is not None:
             self._go_on_from(resumption)
         elif config.checkpoint.pretrain_partial_init:
@@ -73,6 +72,18 @@ class Start:
             done = growths_done(self.state.lineage)
             after = schedule.after(self.config.model, done + 1, already=done)
             self._grow(config.replaced(model=after.model, scaling=after.scaling), scheduled=True)
+
+    def _check_save_folder(self, has_checkpoint: bool) -> None:
+        """Refuse to mix this run's checkpoints with those of a run it does not continue; `load` has one, or not."""
+        options = self._task.config.checkpoint
+        if options.save is None or not RunFolder(options.save).iterations():
+            return
+        continues = has_checkpoint and not options.finetune
+        if not (continues and options.load and Path(options.load).resolve() == Path(options.save).resolve()):
+            raise UserError(
+                f"save: {options.save} has checkpoints of a run that this one does not continue; "
+                "set load to the same folder to resume it, or save to another one"
+            )
 
     def _go_on_from(self, resumption: Resumption) -> None:
         config, checkpoint = self._task.config, resumption.checkpoint
@@ -85,8 +96,7 @@ class Start:
         check_same_task(config.model, saved, checkpoint.folder)
         grown = self._schedule.as_saved(config.model, saved, self.state.lineage)
         self.config = config.replaced(model=grown.model, scaling=grown.scaling)
-        check_same_model(grown.model, saved, checkpoint.folder)
-        self.checkpoint = _configured(checkpoint, grown.model, "load")
+        self.checkpoint = checkpoint.as_model(grown.model)
 
     def _grow_from(self, path: str) -> None:
         """Start from the smaller model in `path`, with the tokens added that it lacks."""
@@ -95,11 +105,10 @@ class Start:
         if isinstance(base.tensors, CheckpointReader):
             first_rank_does(partial(require_sound, base.tensors), self._layout)
         slots = {f"{kind}_slot_num": getattr(config.model, f"{kind}_slot_num") for kind in KINDS}
-        same = base.model_config.replaced(**slots, token_segments=None)
-        check_same_model(config.model, same, base.folder)
+        check_same_model(config.model, base.model_config.replaced(**slots, token_segments=None), base.folder)
         # Everything but the tokens is as configured.
         tokens = {name: getattr(base.model_config, name) for name in (*slots, "token_segments")}
-        base = _configured(base, type(config.model)(**{**config.model.model_dump(), **tokens}), key)
+        base = base.as_model(type(config.model)(**{**config.model.model_dump(), **tokens}), key)
         qkv, proj, ffn = (slots[f"{kind}_slot_num"] for kind in KINDS)
         counts = TokenCounts(qkv, proj, ffn, new_keys=config.scaling.new_keys)
         after = config.replaced(model=grown_config(base.model_config, counts))
@@ -162,8 +171,8 @@ class Start:
                 "growth: logits of a held-out batch differ by %.2e (largest logit %.2e)",
                 difference.largest, difference.scale,
             )  # fmt: skip
-            difference.check(describe(before.model_config, after.model_config))
             entry = self.state.lineage[len(self.state.lineage) - len(self._growths) + number]
+            difference.check(entry["added"])
             entry["logit_difference"] = difference.largest
         self._growths.clear()  # the models before need not be kept
 
@@ -189,9 +198,3 @@ class Start:
         if changed := data_differences(self._task, checkpoint):
             get_logger().warning("data differs from the checkpoint's, samples may repeat: %s", "; ".join(changed))
         get_logger().info("resumed from %s at iteration %d", checkpoint.folder, self.state.iteration)
-
-
-def _configured(checkpoint: Checkpoint, model: ModelSection, key: str) -> Checkpoint:
-    """The checkpoint as this model: lengths and dropout may be others than it was trained with. Raises UserError."""
-    check_fit(described_model(model), checkpoint.tensors, f"{key}: {checkpoint.folder}")
-    return replace(checkpoint, model_config=model)

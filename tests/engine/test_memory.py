@@ -52,7 +52,7 @@ def bytes_of_an_engine(config: RunConfig) -> tuple[int, int]:
     with without_collector():
         before = live_bytes()
         run = Trainer(config)
-        batches = run.batches()
+        batches = run.data.training()
         for _ in range(UPDATES):
             run.engine.train_step(next(batches), 1e-3)
         trained = live_bytes()
@@ -116,10 +116,10 @@ def test_an_engine_that_broke_off_in_its_forward_pass(tiny_config: MakeConfig, s
         before = live_bytes()
         FWD_MODULE_STACK.append(other)
         run = Trainer(config)
-        run.engine.train_step(next(run.batches()), 1e-3)
+        run.engine.train_step(next(run.data.training()), 1e-3)
         list(run.engine.model.modules())[-1].register_forward_pre_hook(fail)
         try:
-            run.engine.train_step(next(run.batches()), 1e-3)
+            run.engine.train_step(next(run.data.training()), 1e-3)
         except RuntimeError as error:
             assert str(error) == "broken off"
         assert len(FWD_MODULE_STACK) > 2, "the error has left modules there"
@@ -128,7 +128,7 @@ def test_an_engine_that_broke_off_in_its_forward_pass(tiny_config: MakeConfig, s
         assert_nothing_is_left(engine, live_bytes() - before)
     assert FWD_MODULE_STACK.pop() is other and not FWD_MODULE_STACK
     again = Trainer(config)
-    assert torch.isfinite(again.engine.train_step(next(again.batches()), 1e-3).loss)
+    assert torch.isfinite(again.engine.train_step(next(again.data.training()), 1e-3).loss)
     again.close()
 
 
@@ -137,7 +137,7 @@ def test_weights_that_zero_has_not_partitioned_stay_with_their_model(
 ) -> None:
     run = Trainer(tiny_config(**FAST, zero_optimization={"stage": 1}))
     model = run.engine.model
-    run.engine.train_step(next(run.batches()), 1e-3)
+    run.engine.train_step(next(run.data.training()), 1e-3)
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     run.close()
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())

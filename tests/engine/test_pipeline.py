@@ -44,7 +44,7 @@ def diverging_loss(run: Trainer) -> str:
             if "word_embeddings" in name:
                 parameter.fill_(float("inf"))
     with pytest.raises(UserError) as caught:
-        run.engine.train_step(next(run.batches()), 1e-3)
+        run.engine.train_step(next(run.data.training()), 1e-3)
     return str(caught.value)
 
 

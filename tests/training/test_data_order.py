@@ -15,9 +15,10 @@ import torch
 from megatron.config import RunConfig
 from megatron.data import GPTDataset, IndexedDataset
 from megatron.errors import UserError
+from megatron.mpu.layout import SINGLE
 from megatron.tasks import build_task
 from megatron.training import train
-from megatron.training.setup import build_datasets
+from megatron.training.data import RunData
 from megatron.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -30,6 +31,10 @@ def state_of(folder: Path, iteration: int) -> dict[str, Any]:
     return json.loads((folder / f"global_step{iteration}" / "train_state.json").read_text())
 
 
+def valid_set(config: RunConfig, state: TrainState) -> Any:
+    return RunData(build_task(config), state, config.update_size(1), SINGLE.data).sets.valid
+
+
 def losses(folder: Path, name: str) -> dict[int, float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {line["iteration"]: line[name] for line in lines if name in line}
@@ -38,7 +43,7 @@ def losses(folder: Path, name: str) -> dict[int, float]:
 @pytest.mark.parametrize("iterations", [20, 7, 1])
 def test_the_validation_set_is_sized_for_all_evaluations(tiny_config: MakeConfig, iterations: int) -> None:
     config, state = tiny_config(**{**KEYS, "train_iters": iterations}), TrainState()
-    valid = build_datasets(build_task(config), config.training, state, BATCH).valid
+    valid = valid_set(config, state)
     # GPT-NeoX: (train_iters // eval_interval + 1) * eval_iters * train_batch_size samples.
     samples = (iterations // 2 + 1) * 2 * BATCH
     corpus = IndexedDataset(config.data.data_path)
@@ -50,7 +55,7 @@ def test_the_validation_set_is_sized_for_all_evaluations(tiny_config: MakeConfig
 def test_each_set_of_a_blend_is_sized_for_all_evaluations(tiny_config: MakeConfig, corpus_prefix: str) -> None:
     paths = {"data_path": None, "train_data_paths": [corpus_prefix], "valid_data_paths": [corpus_prefix] * 2}
     config, state = tiny_config(**{**KEYS, "train_iters": 2000}, **paths), TrainState()
-    valid = build_datasets(build_task(config), config.training, state, BATCH).valid
+    valid = valid_set(config, state)
     per_set = -(-1001 * 2 * BATCH * 0.5 * 1.005 // 1)
     expected = GPTDataset(IndexedDataset(corpus_prefix), 16, config.training.seed, int(per_set))
     assert state.epoch_blocks["valid/0"] == state.epoch_blocks["valid/1"] == expected.epoch_blocks != [1]
@@ -60,11 +65,11 @@ def test_each_set_of_a_blend_is_sized_for_all_evaluations(tiny_config: MakeConfi
 def test_a_run_that_goes_on_keeps_its_validation_order(tiny_config: MakeConfig) -> None:
     config = tiny_config(**KEYS)
     state = TrainState(iteration=10, consumed_samples=40, epoch_blocks={"train/0": [1], "valid/0": [1]})
-    first = build_datasets(build_task(config), config.training, state, BATCH).valid
+    first = valid_set(config, state)
     assert state.epoch_blocks["valid/0"] == [1]
     longer = TrainState(iteration=10, consumed_samples=40, epoch_blocks=state.epoch_blocks)
     more = tiny_config(**{**KEYS, "train_iters": 4000})
-    again = build_datasets(build_task(more), more.training, longer, BATCH).valid
+    again = valid_set(more, longer)
     assert longer.epoch_blocks["valid/0"] == [1] and np.array_equal(again[7], first[7])
 
 

@@ -93,7 +93,7 @@ def test_ranks_that_share_a_gpu_need_gloo() -> None:
 
 
 def _deepspeed(config: RunConfig) -> dict[str, Any]:
-    return EngineSettings.of(config, config.update_size(1)).deepspeed
+    return EngineSettings(config, config.update_size(1)).deepspeed
 
 
 @pytest.mark.engine

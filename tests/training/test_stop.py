@@ -12,7 +12,7 @@ import pytest
 
 from megatron.config import RunConfig
 from megatron.signals import StopRequest
-from megatron.training.batches import Batches
+from megatron.training.data import RunData
 from megatron.training.loop import train
 from tests.ranks import run_ranks
 
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.processes
 
 def stopped_in_validation(config: RunConfig) -> tuple[int, float]:
     """Rank 1 gets a signal at its third batch; the iteration a rank ends with, and the batches it evaluated."""
-    evaluated, batches = 0, Batches.evaluation
+    evaluated, batches = 0, RunData.evaluation
 
-    def counted(run: Batches, split: str) -> object:
+    def counted(run: RunData, split: str) -> object:
         nonlocal evaluated
         for batch in batches(run, split) or ():
             evaluated += 1
@@ -32,7 +32,7 @@ def stopped_in_validation(config: RunConfig) -> tuple[int, float]:
                 time.sleep(0.2)  # until the thread has heard it
             yield batch
 
-    Batches.evaluation = counted  # type: ignore[method-assign, assignment]
+    RunData.evaluation = counted  # type: ignore[method-assign, assignment]
     with StopRequest() as stop:
         state = train(config, stop)
     return state.iteration, evaluated

@@ -127,7 +127,7 @@ def optimizers(settings: Settings) -> Iterator[Check]:
     """torch's fused AdamW, and the others that need a GPU where they are installed."""
     config = small_config(settings, "optimizer", padded_vocab_size=512)
     model = LanguageModel(config.language, device=process_device())
-    fused = build_optimizer(model, EngineSettings.of(config, config.update_size(1))).defaults.get("fused")
+    fused = build_optimizer(model, EngineSettings(config, config.update_size(1))).defaults.get("fused")
     yield "AdamW of torch is fused", fused is True, f"fused={fused}"
     if importlib.util.find_spec("apex") is None:
         raise Skip("NVIDIA apex is not installed (optional)")

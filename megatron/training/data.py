@@ -1,0 +1,73 @@
+"""What a run reads: its data sets, and a rank's batches of them for updates and evaluations."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from megatron.config.update_size import UpdateSize
+from megatron.data import batches
+from megatron.mpu.layout import Axis
+from megatron.tasks import Task
+from megatron.training.state import TrainState
+
+_MOST_SAMPLES = 2**60
+"""Samples of a data set: more than any run reads, and not too many for the length of a sequence in Python."""
+
+
+class RunData:
+    """The data sets of a whole run, and this rank's share of their samples, checked, in micro-batches.
+
+    Index caches are built by one process a node, under a file lock.
+
+    Args:
+        state: where the run is; it is told the order of the samples (`epoch_blocks`).
+        update: what an update reads.
+        ranks: the data axis, whose ranks share the samples.
+
+    Raises: UserError for data that is missing, damaged or too small.
+    """
+
+    def __init__(self, task: Task[Any], state: TrainState, update: UpdateSize, ranks: Axis) -> None:
+        self._task, self._state, self._update, self._ranks = task, state, update, ranks
+        training = task.config.training
+        iterations, self._eval_iters = training.train_iters or 0, training.eval_iters
+        # Not train_iters * samples: a resumed run may have another batch size than the samples it consumed.
+        remaining = max(0, iterations - state.iteration)
+        one_evaluation = self._eval_iters * update.samples
+        # GPT-NeoX sizes the set for all evaluations, which decides its order; each of ours reads the beginning of it.
+        is_known = any(name.startswith("valid/") for name in state.epoch_blocks)
+        evaluations = 1 if is_known else iterations // training.eval_interval + 1
+        counts = state.consumed_samples + remaining * update.samples, evaluations * one_evaluation, one_evaluation
+        self.sets = task.datasets([min(count, _MOST_SAMPLES) for count in counts], state.epoch_blocks)
+        state.epoch_blocks = self.sets.epoch_blocks
+
+    def held_out(self, size: int) -> tuple[Tensor, ...]:
+        """The model's inputs for up to `size` samples that are not trained on; the same on every rank."""
+        return self._task.held_out(self.sets, size)
+
+    def training(self) -> Iterator[list[Any]]:
+        """For each update to come its micro-batches, from the first sample that was not consumed yet."""
+        workers = self._task.config.data.num_workers
+        stream = self._stream(self.sets.train, self._update.steps, self._state.consumed_samples, workers)
+        while True:
+            yield [next(stream) for _ in range(self._update.steps)]
+
+    def evaluation(self, split: str) -> Iterator[Any] | None:
+        """The same samples of the `valid` or `test` set every time; None where there are none to evaluate."""
+        dataset = getattr(self.sets, split)
+        if dataset is None or self._eval_iters == 0:
+            return None
+        if self._task.evaluates_every_sample:
+            return self._stream(dataset, 0)
+        stream = self._stream(dataset, self._update.steps)
+        return itertools.islice(stream, self._eval_iters * self._update.steps)
+
+    def _stream(self, dataset: Any, steps: int, start: int = 0, workers: int = 0) -> Iterator[Any]:
+        task, ranks = self._task, self._ranks
+        for batch in batches(dataset, self._update.micro, steps, ranks.rank, ranks.size, start, workers, task.collate):
+            task.check(batch)
+            yield batch
