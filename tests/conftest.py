@@ -15,6 +15,8 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # DeepSpeed compiles Muon's iteration anew for many shapes, half a minute in all, and a compiled one rounds otherwise.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
+# Triton's kernels run on the CPU; read when they are defined.
+os.environ["TRITON_INTERPRET"] = "1"
 # Code of exports is copied there; two test runs in one folder would pull it from under each other.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
 

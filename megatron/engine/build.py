@@ -36,7 +36,8 @@ def build_engine(settings: EngineSettings, task: Task[Any], layout: Layout, tens
 def _build(settings: EngineSettings, task: Task[Any], layout: Layout, tensors: Tensors) -> Engine:
     source = partial(tensors.tensor, "model")
     options = BuildOptions(
-        settings.pattention_backend, settings.attention_backend, layout=layout, gather_logits=False
+        settings.pattention_backend, settings.attention_backend, layout=layout, gather_logits=False,
+        recompute_scores=settings.recompute_scores,
     )  # fmt: skip
     device = process_device()
     if layout.pipeline.size > 1:

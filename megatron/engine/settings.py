@@ -30,6 +30,8 @@ class EngineSettings:
     """Growth: what is frozen, and factors on learning rates."""
     pattention_backend: str
     """Implementation of Pattention."""
+    recompute_scores: bool
+    """Keep a Pattention's input instead of its scores."""
     attention_backend: str
     """Implementation of attention."""
     checkpoint_layers: int
@@ -43,6 +45,7 @@ class EngineSettings:
         self.dtype, self.zero_stage = config.precision.dtype, config.parallel.zero_optimization.stage
         self.deepspeed = _deepspeed_config(config, update)
         self.pattention_backend, self.attention_backend = training.pattention_backend, training.attention_backend
+        self.recompute_scores = training.recompute_scores
         self.checkpoint_layers = training.checkpoint_num_layers if training.checkpoint_activations else 0
         self.allow_nonfinite_loss = training.allow_nonfinite_loss
 

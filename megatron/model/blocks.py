@@ -35,6 +35,8 @@ class BuildOptions:
     layout: Layout = SINGLE
     gather_logits: bool = True
     """Whole logits on every tensor rank; else each rank has those of its share of the vocabulary (training)."""
+    recompute_scores: bool = False
+    """Keep a Pattention's input for the backward pass instead of its scores."""
 
     @property
     def stream(self) -> Form:
@@ -92,6 +94,7 @@ class Block(nn.Module):
                 token_segments(config, index, name),
                 config.norm_activation_type,
                 backend=options.pattention_backend,
+                recompute_scores=options.recompute_scores,
                 projection=_PROJECTIONS[name],
                 axis=axis,
                 inputs="channels" if name == "proj" else stream,

@@ -27,7 +27,8 @@ class Architecture:
 def _language_model(config: ModelConfig, options: BuildOptions, **keywords: Any) -> LanguageModel:
     return LanguageModel(
         config, pattention_backend=options.pattention_backend, attention_backend=options.attention_backend,
-        layout=options.layout, gather_logits=options.gather_logits, **keywords,
+        layout=options.layout, gather_logits=options.gather_logits, recompute_scores=options.recompute_scores,
+        **keywords,
     )  # fmt: skip
 
 

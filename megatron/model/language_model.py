@@ -69,10 +69,12 @@ class LanguageModel(LayeredModel):
         checkpoint_layers: int = 0,
         layout: Layout = SINGLE,
         gather_logits: bool = True,
+        recompute_scores: bool = False,
     ) -> None:
         if config.padded_vocab_size is None:
             raise ValueError("padded_vocab_size: unknown; use config.with_vocabulary(size of the tokenizer)")
-        specs = layer_specs(config, BuildOptions(pattention_backend, attention_backend, "meta", layout, gather_logits))
+        options = BuildOptions(pattention_backend, attention_backend, "meta", layout, gather_logits, recompute_scores)
+        specs = layer_specs(config, options)
         super().__init__(
             config, {"": specs}, seed=seed, device=device, dtype=dtype, checkpoint_layers=checkpoint_layers,
             layout=layout,

@@ -15,7 +15,8 @@ from megatron.mpu.collectives import Form, enter, leave, sum_scatter
 from megatron.mpu.layout import ALONE, Axis
 from megatron.mpu.roles import Projection, Role, mark_role
 from megatron.mpu.shard import mark_sharded, take_share, whole_shape
-from megatron.ops.pattention import ParameterTokens, select_backend
+from megatron.ops.pattention import ParameterTokens
+from megatron.ops.pattention_backends import select_backend
 
 ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 
@@ -35,7 +36,8 @@ class Pattention(JointLayer):
         num_tokens: parameter tokens n, one number or one a segment. A later segment of 0 has no parameters: segment i
             of all layers came with the same growth, in which some layers may not have grown.
         activation: l2_norm_gelu, gelu_l2_norm or softmax (see `megatron.ops.pattention.theta`).
-        backend: auto, reference or fused.
+        backend: auto, reference, fused, compiled or triton (see `megatron.ops.pattention_backends`).
+        recompute_scores: keep less for the backward pass, and multiply by the keys again there.
         projection: which of a block's projections this is, for the roles of its parameters.
         tau_tokens: tau^2; n when not given. It stays what it was when tokens are appended.
         axis: the tensor ranks, which share the tokens; row statistics and outputs are summed over them.
@@ -54,6 +56,7 @@ class Pattention(JointLayer):
         activation: str = "l2_norm_gelu",
         *,
         backend: str = "auto",
+        recompute_scores: bool = False,
         projection: Projection | None = None,
         tau_tokens: int | None = None,
         axis: Axis = ALONE,
@@ -69,7 +72,7 @@ class Pattention(JointLayer):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: unknown '{activation}'; choose one of {', '.join(ACTIVATIONS)}")
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
-        self.segment_sizes, self.backend = segments, backend
+        self.segment_sizes, self.backend, self.recompute_scores = segments, backend, recompute_scores
         """Number of tokens of each segment, those of all tensor ranks, oldest first."""
         self.axis, self.inputs, self.outputs, self.projection = axis, inputs, outputs, projection
         for i in self.segments:
@@ -156,7 +159,7 @@ class Pattention(JointLayer):
     def compute(layers: Sequence[Pattention], parameters: Sequence[ParameterTokens], x: Tensor) -> list[Tensor]:
         """x [.., in_features] -> [.., out_features] of each layer, in the forms `inputs` and `outputs`."""
         first = layers[0]
-        _, function = select_backend(first.backend, x.device.type)
+        _, function = select_backend(first.backend, x.device.type, first.recompute_scores)
         outputs = function(enter(x, first.inputs, first.axis), parameters, first.activation, first.axis)
         if first.outputs == "channels":
             return sum_scatter(outputs, -1, first.axis)

@@ -4,22 +4,22 @@ Shapes: x [.., d_in], key [n, d_in], value [n, d_out], scores A and weights [..,
 Source: Wang et al., TokenFormer (ICLR 2025), section 3.2. Departure: a row of scores that is all zero
 (the LayerNorm of a constant row) gives zeros and zero gradients where the plain quotient gives NaN.
 
-Two implementations of the same function: `joint_reference` is the formula in autograd, `joint_fused` keeps only the
-scores and one number a row for the backward pass. `select_backend` picks one by name. Both compute several layers
-that read the same x together (query, key and value), and both run on a tensor rank's share of each layer's tokens:
-the row statistics of all layers are then summed over the ranks in one message, and the outputs are partial sums.
+`joint_reference` is the formula in autograd; megatron.ops.pattention_backends has other implementations of the same
+function. All compute several layers that read the same x together (query, key and value), and all run on a tensor
+rank's share of each layer's tokens: the row statistics of all layers are then summed over the ranks in one message,
+and the outputs are partial sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.mpu.collectives import PendingSum, max_over_ranks, norm_over_ranks, sum_statistics
+from megatron.mpu.collectives import max_over_ranks, norm_over_ranks, sum_statistics
 from megatron.mpu.layout import ALONE, Axis
 
 
@@ -112,77 +112,6 @@ def joint_reference(x: Tensor, layers: Sequence[ParameterTokens], activation: st
     return [weight @ layer.value for weight, layer in zip(weights, layers, strict=True)]
 
 
-class _FusedL2NormGelu(torch.autograd.Function):
-    """l2_norm_gelu that keeps A and r = tau / ||A|| only (1 u instead of the 3 u of autograd; u = one score matrix)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, *flat: Tensor) -> tuple[Tensor, ...]:
-        layers = [ParameterTokens(*flat[i : i + 3]) for i in range(0, len(flat), 3)]
-        scores = [x @ layer.key.T for layer in layers]
-        scales = _row_scales(scores, [layer.tau_tokens for layer in layers], axis)
-        ctx.axis = axis
-        ctx.save_for_backward(x, *flat, *scores, *scales)
-        return tuple(
-            F.gelu(score * scale).to(x.dtype) @ layer.value
-            for score, scale, layer in zip(scores, scales, layers, strict=True)
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
-        count = len(grads)
-        layers = [ParameterTokens(*saved[i : i + 3]) for i in range(0, 3 * count, 3)]
-        scores, scales = saved[3 * count : 4 * count], saved[4 * count :]
-        z = [score * scale for score, scale in zip(scores, scales, strict=True)]
-        grad_z = [
-            torch.ops.aten.gelu_backward((grad @ layer.value.T).to(zi.dtype), zi)
-            for grad, layer, zi in zip(grads, layers, z, strict=True)
-        ]
-        row_dots = torch.stack([(dz * zi).sum(-1, keepdim=True) for dz, zi in zip(grad_z, z, strict=True)])
-        pending = PendingSum(row_dots, ctx.axis)
-        # The sum over the ranks is on its way while the values' gradients are computed.
-        grad_values = [
-            F.gelu(zi).to(x.dtype).flatten(0, -2).T @ grad.flatten(0, -2) for zi, grad in zip(z, grads, strict=True)
-        ]
-        row_dots = pending.wait()
-        grad_x, flat_grads = None, list[Tensor | None]()
-        for i, layer in enumerate(layers):
-            # A -> Z = tau A/||A|| projects: dA = r (dZ - Z (dZ.Z) / tau^2).
-            row_dot = row_dots[i] / layer.tau_tokens.to(row_dots.dtype)
-            grad_scores = ((grad_z[i] - z[i] * row_dot) * scales[i]).to(x.dtype)
-            grad_x = grad_scores @ layer.key if grad_x is None else grad_x + grad_scores @ layer.key
-            flat_grads += [grad_scores.flatten(0, -2).T @ x.flatten(0, -2), grad_values[i], None]
-        return grad_x, None, *flat_grads
-
-
-def joint_fused(x: Tensor, layers: Sequence[ParameterTokens], activation: str, axis: Axis = ALONE) -> list[Tensor]:
-    """`joint_reference` with a hand-written backward for l2_norm_gelu; the other two activations use autograd."""
-    if activation != "l2_norm_gelu":
-        return joint_reference(x, layers, activation, axis)
-    flat = [tensor for layer in layers for tensor in layer]
-    return list(_FusedL2NormGelu.apply(x, axis, *flat))
-
-
 def pattention_reference(x: Tensor, key: Tensor, value: Tensor, tau_tokens: Tensor, activation: str) -> Tensor:
     """`joint_reference` of one layer in one process; [.., d_in] -> [.., d_out]."""
     return joint_reference(x, [ParameterTokens(key, value, tau_tokens)], activation)[0]
-
-
-def pattention_fused(x: Tensor, key: Tensor, value: Tensor, tau_tokens: Tensor, activation: str) -> Tensor:
-    """`joint_fused` of one layer in one process; [.., d_in] -> [.., d_out]."""
-    return joint_fused(x, [ParameterTokens(key, value, tau_tokens)], activation)[0]
-
-
-_BACKENDS: dict[str, PattentionFunction] = {"reference": joint_reference, "fused": joint_fused}
-
-
-def select_backend(name: str, device_type: str) -> tuple[str, PattentionFunction]:
-    """The implementation called `name` and its resolved name.
-
-    `auto` takes the memory-saving one on accelerators. On CPUs memory traffic is not the limit and autograd, which
-    recomputes nothing, is faster.
-    """
-    resolved = name if name != "auto" else ("reference" if device_type in ("cpu", "meta") else "fused")
-    if resolved not in _BACKENDS:
-        raise ValueError(f"pattention_backend: unknown '{name}'; choose auto, {', '.join(_BACKENDS)}")
-    return resolved, _BACKENDS[resolved]

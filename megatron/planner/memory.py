@@ -16,18 +16,17 @@ from megatron.planner.choice import Choice
 from megatron.planner.counts import Stage, block_tokens, inner_size, share, stages, token_counts
 from megatron.planner.workload import Workload
 
-# Bytes that autograd keeps for one score, by (backend, activation, e). reference: the scores in fp32, the weights
-# before they are rounded in fp32, the weights; fused: the scores.
-_SCORE_BYTES = {
-    ("fused", "l2_norm_gelu", 2): 2, ("fused", "l2_norm_gelu", 4): 4,
-    ("reference", "l2_norm_gelu", 2): 10, ("reference", "l2_norm_gelu", 4): 12,
-    ("reference", "gelu_l2_norm", 2): 10, ("reference", "gelu_l2_norm", 4): 12,
-    ("reference", "softmax", 2): 6, ("reference", "softmax", 4): 8,
+# Bytes that autograd keeps for one score of the reference backend, by (activation, e): the scores in fp32, the weights
+# before they are rounded in fp32, the weights.
+_REFERENCE_SCORE_BYTES = {
+    ("l2_norm_gelu", 2): 10, ("l2_norm_gelu", 4): 12, ("gelu_l2_norm", 2): 10, ("gelu_l2_norm", 4): 12,
+    ("softmax", 2): 6, ("softmax", 4): 8,
 }  # fmt: skip
-_ROW_BYTES = {"fused": 4, "reference": 13}
+_REFERENCE_ROW_BYTES, _ROW_BYTES = 13, 4
 """Row statistics of a Pattention, for one token."""
 _SCORE_WORKSPACE = 16
-"""Bytes for one score that a Pattention's backward pass has in flight at most: four fp32 matrices."""
+"""Bytes for one score that a Pattention's backward pass has in flight at most: four fp32 matrices. With one kernel for
+the row functions it is the gradient and the weights, and the scores where they are recomputed."""
 _LOSS_WORKSPACE = 12
 """Bytes for one logit of a chunk of rows that the loss has in flight: three fp32 matrices."""
 _BUCKET, _LIVE, _SUB_GROUP = 500_000_000, 1_000_000_000, 1_000_000_000  # DeepSpeed's defaults, in elements
@@ -158,14 +157,20 @@ def block_bytes(work: Workload, choice: Choice, kind: str) -> float:
     inputs = 2 * whole  # of q, k, v and of the feed-forward: whole on each rank
     dropout = 2 * stream / e if model.hidden_dropout else 0.0
     if kind == TOKENFORMER:
-        backend = work.backend
-        scores = count * block_tokens(model, t) * _SCORE_BYTES[backend, model.norm_activation_type, e]
-        rows = 5 * count * _ROW_BYTES[backend]
-        inner = float(whole + scores + rows)  # whole: the gathered input of proj
+        a_score, a_row = _pattention_bytes(work)
+        scores = count * block_tokens(model, t) * a_score
+        inner = float(whole + scores + 5 * count * a_row)  # whole: the gathered input of proj
     else:
         matrices = 1 if model.activation == "relu" else 2
         inner = whole / t + matrices * count * share(inner_size(model), t) * e
     return _norm_bytes(model, e, stream) + heads + inputs + inner + dropout
+
+
+def _pattention_bytes(work: Workload) -> tuple[int, int]:
+    """What autograd keeps of a Pattention for each score and for each row."""
+    if work.backend == "reference":
+        return _REFERENCE_SCORE_BYTES[work.model.norm_activation_type, work.element_bytes], _REFERENCE_ROW_BYTES
+    return 0 if work.training.recompute_scores else work.element_bytes, _ROW_BYTES
 
 
 def _norm_bytes(model: ModelConfig, e: int, stream: float) -> float:
@@ -200,4 +205,6 @@ def _workspace_bytes(work: Workload, choice: Choice, kind: str) -> float:
     if kind != TOKENFORMER:
         return 2 * work.element_bytes * count * share(inner_size(work.model), t)
     qkv, proj, ffn = (share(n, t) for n in token_counts(work.model))
-    return _SCORE_WORKSPACE * count * max(3 * qkv, proj, ffn)  # query, key and value run together
+    has_kernel = work.backend in ("compiled", "triton")
+    a_score = (2 + work.training.recompute_scores) * work.element_bytes if has_kernel else _SCORE_WORKSPACE
+    return a_score * count * max(3 * qkv, proj, ffn)  # query, key and value run together

@@ -24,10 +24,13 @@ from megatron.planner.memory import overlaps
 from megatron.planner.workload import Workload
 
 # Bytes that the element-wise operations around the scores move through memory for one score, (forward, backward),
-# counted from the operations of megatron/ops/pattention.py, by (backend, e).
+# counted from the operations of megatron/ops/pattention*.py, by (backend, e). triton reads and writes everything once;
+# what torch.compile makes of rows that do not fit its persistent reduction reads them twice.
 _SCORE_TRAFFIC = {
     ("reference", 2): (32, 68), ("reference", 4): (20, 56),
     ("fused", 2): (22, 88), ("fused", 4): (20, 72),
+    ("compiled", 2): (6, 12), ("compiled", 4): (12, 24),
+    ("triton", 2): (4, 8), ("triton", 4): (8, 16),
 }  # fmt: skip
 _OPERATIONS = {TOKENFORMER: (70, 110), "global": (25, 45)}
 """Operations of a block, (forward, backward)."""
@@ -111,7 +114,9 @@ def stage_flops(work: Workload, choice: Choice, stage: Stage) -> float:
     attention = model.seq_length * model.hidden_size / t
     blocks = sum(block_matrices(model, kind, t) + attention for kind in stage.kinds)
     head = vocabulary_matrix(model, t) if stage.last else 0
-    return count * ((8 if choice.recompute else 6) * blocks + 6 * head)
+    keys = sum(block_matrices(model, kind, t) / 2 for kind in stage.kinds if kind == TOKENFORMER)
+    scores = 2 * keys if work.training.recompute_scores else 0
+    return count * ((8 if choice.recompute else 6) * blocks + scores + 6 * head)
 
 
 def stage_traffic(work: Workload, choice: Choice, stage: Stage) -> float:

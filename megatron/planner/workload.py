@@ -13,7 +13,7 @@ from megatron.config.sections.training import TrainingConfig
 from megatron.config.update_size import UpdateSize
 from megatron.errors import UserError
 from megatron.mpu import Layout
-from megatron.ops.pattention import select_backend
+from megatron.ops.pattention_backends import planned_backend
 from megatron.planner.choice import Choice
 
 
@@ -45,10 +45,8 @@ class Workload:
 
     @property
     def backend(self) -> str:
-        """The Pattention backend on a GPU; activations without a hand-written backward run as `reference`."""
-        if self.model.norm_activation_type != "l2_norm_gelu":
-            return "reference"
-        return select_backend(self.training.pattention_backend, "cuda")[0]
+        """The Pattention backend on a GPU."""
+        return planned_backend(self.training.pattention_backend)
 
     @property
     def zero_keys(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from megatron.log import get_logger
 from megatron.mpu.device import process_device
 from megatron.mpu.gpus import is_mig_slice, peak_tflops
 from megatron.mpu.layout import Layout
-from megatron.ops.pattention import select_backend
+from megatron.ops.pattention_backends import select_backend
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | None = None) -> tuple[float | None, str]:
@@ -43,7 +43,7 @@ def memory_gib(device: torch.device) -> float:
 def report(settings: EngineSettings, layout: Layout, parameters: int, update: UpdateSize, measure: str) -> None:
     """Log what is trained, on what, and how large an update is; `measure` says how MFU is counted."""
     log, device = get_logger(), process_device()
-    backend, _ = select_backend(settings.pattention_backend, device.type)
+    backend, _ = select_backend(settings.pattention_backend, device.type, settings.recompute_scores)
     log.info(
         "%s parameters in %s on %d x %s%s, ZeRO %d, pattention %s, attention %s",
         f"{parameters:,}", settings.dtype, layout.world_size, device.type, _grid(layout),

@@ -20,12 +20,12 @@ from megatron.mpu.layout import ALONE, Axis, Layout
 from megatron.mpu.random import dropout, own_stream
 from megatron.mpu.shard import take_share
 from megatron.ops.cross_entropy import cross_entropy
+from megatron.ops.pattention_backends import BACKENDS
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.processes
 
 WIDTH, LENGTH, BATCH = 32, 8, 3
-BACKENDS = ("reference", "fused")
 
 
 def connected(tensor_size: int, sequence_parallel: bool = False) -> Layout:
@@ -71,16 +71,17 @@ def one_layer(tensor_size: int) -> dict[str, float]:
 
 def compare_layer(layout: Layout, activation: str, backend: str, tokens: list[int], zero_keys: bool) -> float:
     torch.manual_seed(1)
-    build = {"activation": activation, "backend": backend, "tau_tokens": 17, "dtype": torch.float64}
+    dtype = torch.float32 if backend == "triton" else torch.float64  # in fp64 its kernels are not asked
+    build = {"activation": activation, "backend": backend, "tau_tokens": 17, "dtype": dtype}
     whole = Pattention(WIDTH, WIDTH, tokens, **build)  # type: ignore[arg-type]
-    x = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64)
+    x = torch.randn(BATCH, LENGTH, WIDTH, dtype=dtype)
     with torch.no_grad():
         if zero_keys:
             whole.key_tokens_0[3:].zero_()
         x[0, 0].zero_()  # a row of scores that is all zero
     sharded = Pattention(WIDTH, WIDTH, tokens, axis=layout.tensor, **build)  # type: ignore[arg-type]
     take_parameters(sharded, whole, layout)
-    grad_out = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64)
+    grad_out = torch.randn(BATCH, LENGTH, WIDTH, dtype=dtype)
     results = []
     for layer in (whole, sharded):
         leaf = x.clone().requires_grad_()
@@ -97,9 +98,9 @@ def compare_layer(layout: Layout, activation: str, backend: str, tokens: list[in
 @pytest.mark.parametrize("tensor_size", [2, 4])
 def test_one_layer_equals_the_unsharded_one(tensor_size: int) -> None:
     for distances in run_ranks(tensor_size, one_layer, tensor_size):
-        assert len(distances) == 36
-        worst_case = max(distances, key=distances.__getitem__)
-        assert distances[worst_case] < 1e-12, worst_case
+        assert len(distances) == 72
+        for case, distance in distances.items():
+            assert distance < (1e-4 if " triton " in case else 1e-12), (case, distance)
 
 
 # ---- the whole model ----
@@ -223,7 +224,7 @@ def block_volumes(tensor_size: int) -> dict[str, float]:
 @pytest.mark.parametrize("tensor_size", [2, 4])
 def test_a_block_communicates_what_the_arithmetic_says(tensor_size: int) -> None:
     for volumes in run_ranks(tensor_size, block_volumes, tensor_size):
-        assert len(volumes) == 8
+        assert len(volumes) == 16
         for case, found in volumes.items():
             assert found == pytest.approx(16 if case.startswith("tokenformer") else 8, abs=1e-9), case
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.errors import run_command
-from megatron.ops.pattention import pattention_fused, pattention_reference
+from megatron.ops.pattention import pattention_reference
+from megatron.ops.pattention_fused import pattention_fused
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -35,8 +35,11 @@ class TrainingConfig(Section):
     """Number of blocks that are recomputed together."""
     eod_mask_loss: bool = False
     """Leave predictions made from an end-of-document token out of the loss."""
-    pattention_backend: Literal["auto", "reference", "fused"] = "auto"
-    """Implementation of Pattention; auto picks the fastest one for the device."""
+    pattention_backend: Literal["auto", "reference", "fused", "compiled", "triton"] = "auto"
+    """Implementation of Pattention; auto picks the fastest one for the device and what is installed."""
+    recompute_scores: bool = False
+    """Keep a Pattention's input for the backward pass instead of its scores: a quarter more multiplications of it,
+    and almost no memory. Not of the reference backend."""
     attention_backend: Literal["sdpa", "flash_attn"] = "sdpa"
     """Causal attention: torch's scaled_dot_product_attention or the flash-attn package."""
     deterministic: bool = False

@@ -1,0 +1,185 @@
+"""What each backend of Pattention gets right to the last digits, keeps, and is compiled to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron.model.pattention import Pattention
+from megatron.ops import pattention_rows, pattention_triton
+from megatron.ops.pattention import ParameterTokens, joint_reference
+from megatron.ops.pattention_backends import BACKENDS, select_backend
+from tests.interpreter import rounds_to_nearest
+
+ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
+OURS = tuple(name for name in BACKENDS if name != "reference")
+pytestmark = pytest.mark.usefixtures(rounds_to_nearest.__name__)
+__all__ = ["rounds_to_nearest"]
+
+
+def problem(tokens: int, n: int, count: int, dtype: torch.dtype, width: int = 8) -> tuple[list[Tensor], list[Tensor]]:
+    """(x, keys and values of each layer), (gradient of each output), in a dtype."""
+    shapes = [(tokens, width)] + [(n, width), (n, 5)] * count
+    return [torch.randn(s).to(dtype) for s in shapes], [torch.randn(tokens, 5).to(dtype) for _ in range(count)]
+
+
+def results(
+    backend: str, activation: str, inputs: Sequence[Tensor], grads: Sequence[Tensor], recompute: bool = False
+) -> list[Tensor]:
+    """Outputs and all gradients."""
+    x, *tokens = (tensor.detach().clone().requires_grad_() for tensor in inputs)
+    pairs = zip(tokens[::2], tokens[1::2], strict=True)
+    layers = [ParameterTokens(key, value, torch.tensor(len(key) + i)) for i, (key, value) in enumerate(pairs)]
+    outputs = select_backend(backend, "cpu", recompute)[1](x, layers, activation)
+    torch.autograd.backward(outputs, list(grads))
+    found = [*outputs, x.grad, *(t.grad for t in tokens)]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def exact(activation: str, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """The formula in fp64, for inputs that may be rounded."""
+    return results("reference", activation, [t.double() for t in inputs], [g.double() for g in grads])
+
+
+def error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Sum over the tensors of the squared relative errors."""
+    pairs = zip(found, expected, strict=True)
+    return sum(((a.double() - b).norm() / b.norm()).item() ** 2 for a, b in pairs if b.norm() > 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_errors_are_at_most_one_and_a_half_times_the_formulas(activation: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    total = dict.fromkeys(BACKENDS, 0.0)
+    for tokens, n, count in [(5, 48, 1), (3, 100, 3), (2, 700, 1), (4, 33, 2)] * 3:
+        inputs, grads = problem(tokens, n, count, dtype)
+        expected = exact(activation, inputs, grads)
+        for backend in BACKENDS:
+            total[backend] += error(results(backend, activation, inputs, grads), expected)
+    for backend in OURS:
+        assert total[backend] ** 0.5 <= 1.5 * total["reference"] ** 0.5, (backend, total)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(1, 6),
+    n=st.integers(1, 70),
+    count=st.integers(1, 3),
+    activation=st.sampled_from(ACTIVATIONS),
+    is_zero=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_is_computed(tokens: int, n: int, count: int, activation: str, is_zero: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    inputs, grads = problem(tokens, n, count, torch.float32)
+    if is_zero:
+        inputs[0][0] = 0.0  # a row of scores that is all zero
+    expected = exact(activation, inputs, grads)
+    for backend in OURS:
+        for recompute in (False, True):
+            for a, b in zip(results(backend, activation, inputs, grads, recompute), expected, strict=True):
+                assert torch.isfinite(a).all() and (a - b).norm() <= 1e-4 * (1 + b.norm()), (backend, recompute)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", ["fused", "triton"])
+def test_long_rows_and_many_tokens_are_taken_in_chunks(
+    backend: str, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pattention_rows, "_CPU_CHUNK", 100)
+    monkeypatch.setattr(pattention_triton, "RESIDENT_COLUMNS", 16)
+    monkeypatch.setattr(pattention_triton, "_CHUNK", 16)
+    inputs, grads = problem(5, 37, 2, torch.float32)
+    found = results(backend, activation, inputs, grads)
+    assert error(found, exact(activation, inputs, grads)) ** 0.5 < 1e-5
+
+
+def test_rows_are_held_in_pieces_and_not_padded() -> None:
+    pieces = {n: pattention_triton.Launch.of(n).sizes for n in (48, 768, 1792, 3072, 7168, 8192)}
+    assert [sum(sizes.values()) for sizes in pieces.values()] == [48, 768, 1792, 3072, 7168, 8192]
+    assert pattention_triton.Launch.of(8193).sizes == {"SIZE": 2048}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_three_segments_of_growth_are_one_layer(backend: str, activation: str) -> None:
+    torch.manual_seed(3)
+    grown = Pattention(8, 8, [6, 5, 7], activation, backend=backend, tau_tokens=6)
+    whole = Pattention(8, 8, 18, activation, backend="reference", tau_tokens=6)
+    with torch.no_grad():
+        whole.key_tokens_0.copy_(grown.key_param_tokens)
+        whole.value_tokens_0.copy_(grown.value_param_tokens)
+    x = torch.randn(2, 3, 8)
+    assert torch.allclose(grown(x), whole(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(("recompute", "scores"), [(False, 1), (True, 0)])
+@pytest.mark.parametrize("backend", OURS)
+def test_what_is_kept_is_the_scores_or_nothing(backend: str, recompute: bool, scores: int) -> None:
+    layer = Pattention(16, 16, 64, backend=backend, recompute_scores=recompute)
+    x = torch.randn(32, 16, requires_grad=True)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (x, *layer.parameters())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _output = layer(x)  # holds the graph
+    assert sum(kept.values()) == pytest.approx(scores * 32 * 64 * 4 + 32 * 4, abs=16)
+
+
+def test_recomputed_scores_give_the_same_bits() -> None:
+    inputs, grads = problem(6, 40, 3, torch.float32)
+    plain, again = (results("fused", "l2_norm_gelu", inputs, grads, recompute) for recompute in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_compiled_row_functions_are_those_that_run_uncompiled() -> None:
+    """In a process of its own: the suite runs with torch.compile turned off."""
+    code = (
+        "import json, torch; from tests.ops.test_pattention_backends import error, exact, problem, results\n"
+        "torch.manual_seed(0); found = {}\n"
+        "for activation in ('l2_norm_gelu', 'gelu_l2_norm', 'softmax'):\n"
+        "    p = problem(6, 40, 3, torch.float32)\n"
+        "    found[activation] = error(results('compiled', activation, *p), exact(activation, *p)) ** 0.5\n"
+        "print(json.dumps([found, torch._dynamo.utils.counters['stats']['unique_graphs']]))"
+    )
+    env = {**os.environ, "TORCHDYNAMO_DISABLE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    found, graphs = json.loads(done.stdout.splitlines()[-1])
+    assert all(value < 1e-5 for value in found.values()) and graphs == 6
+
+
+def test_kernels_compile_for_gpus_without_spills() -> None:
+    """Ahead of time, in a process of its own: the suite runs the kernels under the interpreter."""
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "tools.bench.kernels", "--columns", "768", "3072", "--json", "-"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    kernels = json.loads(done.stdout[done.stdout.index("{") :])["kernels"]
+    assert len(kernels) >= 3 * 2 * 2 * 3
+    for kernel in kernels:
+        assert kernel["spill_bytes"] == 0 and kernel["registers"] <= 128, kernel
+
+
+def test_the_kernels_are_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What triton computes does not come from torch's row functions."""
+    for name in ("row_forward", "row_backward", "row_weights"):
+        monkeypatch.setattr(pattention_rows, name, lambda *_: pytest.fail("torch computed it"))
+    inputs, grads = problem(3, 20, 2, torch.float32)
+    expected = [t for t in exact("l2_norm_gelu", inputs, grads)]
+    assert error(results("triton", "l2_norm_gelu", inputs, grads), expected) ** 0.5 < 1e-5
+    assert joint_reference is select_backend("reference", "cpu")[1]
