@@ -36,8 +36,9 @@ def initialize_distributed(config: RunConfig) -> Layout:
     # DeepSpeed's ZeRO 3 calls collectives by their old names.
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     if not uses_gpu():
-        # Without this DeepSpeed compiles a shared-memory collective for a minute before the first step.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Without this DeepSpeed compiles a shared-memory collective for a minute before the first step. Set, not
+        # changed: it makes its own table of all extensions when that is asked for, by trying the compiler on each.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     timeout = timedelta(minutes=launch.distributed_timeout_minutes)
     connect_world(launch.distributed_backend, timeout, launch.ranks_per_gpu)
     if not deepspeed.comm.is_initialized():

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config.sections.optimization import OptimizationConfig
+from megatron.engine.adamw import AdamW
 from megatron.engine.extensions import one_build_at_a_time
 from megatron.engine.settings import EngineSettings
 from megatron.errors import UserError
@@ -97,7 +98,7 @@ def build_optimizer(model: nn.Module, settings: EngineSettings) -> torch.optim.O
     groups = parameter_groups(model, settings)
     adam: dict[str, Any] = {"lr": params.lr, "betas": params.betas, "eps": params.eps}
     if spec.type in ("Adam", "AdamW"):
-        return torch.optim.AdamW(groups, **adam, fused=_fused_available(model))
+        return AdamW(groups, **adam, fused=_fused_available(model))
     if spec.type == "SGD":
         return torch.optim.SGD(groups, lr=params.lr, momentum=params.momentum)
     if spec.type == "Lion":

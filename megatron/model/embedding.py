@@ -38,6 +38,11 @@ class _Vocabulary(nn.Module):
 class TokenTable(nn.Embedding):
     """nn.Embedding that also multiplies by its weight: both uses are calls, around which hooks see to the weight."""
 
+    def reset_parameters(self) -> None:
+        """Draw no values where there is no storage for them: torch would import its compiler to do so."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, input: Tensor, as_head: bool = False) -> Tensor:
         """ids [..] -> rows [.., d]; as_head: [.., d] -> products with all rows."""
         return F.linear(input, self.weight) if as_head else super().forward(input)

@@ -61,9 +61,16 @@ def take_share(whole: Tensor, parameter: Tensor, axis: Axis) -> Tensor:
 def allocate(module: nn.Module, device: torch.device | str) -> None:
     """Give a module built on the meta device uninitialised storage on `device`, in place.
 
-    `Module.to_empty` makes new Parameter objects, without the marks of `mark_sharded`: these are carried over.
+    `Module.to_empty` would lose the marks of `mark_sharded`, and import sympy for the strides of its tensors.
     """
-    marks = {name: dict(parameter.__dict__) for name, parameter in module.named_parameters()}
-    module.to_empty(device=device)
-    for name, parameter in module.named_parameters():
-        parameter.__dict__.update(marks[name])
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            made = nn.Parameter(_empty(parameter, device), parameter.requires_grad)
+            made.__dict__.update(parameter.__dict__)
+            setattr(part, name, made)
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, name, _empty(buffer, device))
+
+
+def _empty(tensor: Tensor, device: torch.device | str) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
