@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 import json
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +99,32 @@ def render() -> str:
     return "\n".join(parts)
 
 
+@lru_cache
+def _meanings(model: type[BaseModel]) -> dict[str, str]:
+    """The docstring under each field, of base classes too.
+
+    pydantic could collect them, but would do so at every start of a run, which needs none and waits for it.
+    """
+    found = {}
+    for owner in reversed(model.__mro__):
+        if issubclass(owner, BaseModel) and owner is not BaseModel:
+            [source] = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+            assert isinstance(source, ast.ClassDef)
+            for field, text in pairwise(source.body):
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                    constant = text.value if isinstance(text, ast.Expr) else None
+                    content = constant.value if isinstance(constant, ast.Constant) else ""
+                    found[field.target.id] = " ".join(str(content).split())
+    return found
+
+
 def _keys_of(section: str, model: type[BaseModel], prefix: str) -> Iterator[Key]:
     for name, field in model.model_fields.items():
-        annotation = field.annotation
+        annotation, meaning = field.annotation, _meanings(model)[name]
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            meaning = " ".join((field.description or "").split())
             yield Key(section, prefix + name, "table", "{}", meaning)
             yield from _keys_of(section, annotation, f"{prefix}{name}.")
         else:
-            meaning = " ".join((field.description or "").split())
             yield Key(section, prefix + name, _type_name(annotation), _default(field), meaning)
             (item,) = typing.get_args(annotation) if typing.get_origin(annotation) is list else (None,)
             if isinstance(item, type) and issubclass(item, BaseModel):

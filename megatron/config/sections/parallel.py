@@ -13,7 +13,7 @@ from megatron.config.zero_keys import type_mistakes
 class ZeroConfig(Section):
     """DeepSpeed's zero_optimization; keys beyond these are handed to DeepSpeed as they are."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     stage: Literal[0, 1, 2, 3] = 0
     """0: replicated; 1: optimizer states sharded over data ranks; 2: gradients too; 3: parameters too."""
