@@ -97,9 +97,9 @@ def _key_gradients(x: Tensor, keys: Sequence[Tensor], grad_scores: Tensor) -> tu
     if _stacks(x, keys):
         flat = grad_scores.flatten(1)
         return flat @ torch.cat(tuple(keys)), (flat.T @ x).split(len(keys[0]))
-    grad_x = grad_scores[:, 0] @ keys[0]
-    for i, key in enumerate(keys[1:], 1):
-        grad_x += grad_scores[:, i] @ key  # the bits of layers that are computed one by one
+    grad_x = grad_scores[:, -1] @ keys[-1]
+    for i in reversed(range(len(keys) - 1)):  # autograd's order, and so the bits of layers computed one by one
+        grad_x += grad_scores[:, i] @ keys[i]
     return grad_x, [grad_scores[:, i].T @ x for i in range(len(keys))]
 
 

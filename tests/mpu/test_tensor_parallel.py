@@ -92,7 +92,10 @@ def compare_layer(layout: Layout, activation: str, backend: str, tokens: list[in
     distances = [worst(a, b) for a, b in zip(*results, strict=True)]
     distances += [distance for _, distance in gradient_distances(sharded, whole, layout)]
     assert sharded.num_tokens == sum(tokens) and sharded.tau_tokens == 17
-    return max(distances)
+    largest = max(
+        max(t.abs().max().item() for t in results[0]), *(p.grad.abs().max().item() for p in whole.parameters())
+    )
+    return max(distances) / (largest if dtype == torch.float32 else 1.0)
 
 
 @pytest.mark.parametrize("tensor_size", [2, 4])
@@ -100,7 +103,7 @@ def test_one_layer_equals_the_unsharded_one(tensor_size: int) -> None:
     for distances in run_ranks(tensor_size, one_layer, tensor_size):
         assert len(distances) == 72
         for case, distance in distances.items():
-            assert distance < (1e-4 if " triton " in case else 1e-12), (case, distance)
+            assert distance < (1e-6 if " triton " in case else 1e-12), (case, distance)
 
 
 # ---- the whole model ----
