@@ -38,6 +38,7 @@ def _build(settings: EngineSettings, task: Task[Any], layout: Layout, tensors: T
     options = BuildOptions(
         settings.pattention_backend, settings.attention_backend, layout=layout, gather_logits=False,
         recompute_scores=settings.recompute_scores,
+        defer_logits=settings.defer_logits,
     )  # fmt: skip
     device = process_device()
     if layout.pipeline.size > 1:

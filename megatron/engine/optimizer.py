@@ -41,13 +41,14 @@ def freeze_old_parameters(layers: Sequence[nn.Module], growths: int) -> None:
         layer.register_forward_hook(_let_gradients_through)
 
 
-def _let_gradients_through(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def _let_gradients_through(module: nn.Module, inputs: Any, output: Any) -> Any:
     """Give the output of a frozen layer that reads the data a gradient that nobody needs.
 
     ZeRO 3 lets go of a module's parameters once the gradient of its input is known. When the first block's input has
     none, that is before its backward pass.
     """
-    return output.requires_grad_() if torch.is_grad_enabled() and output.is_leaf else output
+    reads_data = isinstance(output, Tensor) and output.is_leaf
+    return output.requires_grad_() if reads_data and torch.is_grad_enabled() else output
 
 
 def parameter_groups(model: nn.Module, settings: EngineSettings) -> list[dict[str, Any]]:

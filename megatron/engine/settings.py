@@ -34,6 +34,8 @@ class EngineSettings:
     """Keep a Pattention's input instead of its scores."""
     attention_backend: str
     """Implementation of attention."""
+    defer_logits: bool
+    """The loss computes the head's outputs."""
     checkpoint_layers: int
     """Blocks recomputed together; 0 keeps all activations."""
     allow_nonfinite_loss: bool
@@ -46,6 +48,7 @@ class EngineSettings:
         self.deepspeed = _deepspeed_config(config, update)
         self.pattention_backend, self.attention_backend = training.pattention_backend, training.attention_backend
         self.recompute_scores = training.recompute_scores
+        self.defer_logits = training.cross_entropy != "eager"
         self.checkpoint_layers = training.checkpoint_num_layers if training.checkpoint_activations else 0
         self.allow_nonfinite_loss = training.allow_nonfinite_loss
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,8 +36,7 @@ class SingleStageEngine(Engine):
         self._set_learning_rate(learning_rate)
         losses = []
         for position, batch in enumerate(batches):
-            outputs, targets = self._outputs(batch)
-            loss = self.task.loss(outputs, targets, self.layout)
+            loss = self._reduced(batch, self.task.loss)
             losses.append(loss.detach())
             self._engine.backward(loss)
             if position + 1 < len(batches):
@@ -51,13 +51,14 @@ class SingleStageEngine(Engine):
         self._engine.step()
         return self._finish_step(mean, norm, self._engine.skipped_steps > skipped_before)
 
-    def _outputs(self, batch: Any) -> tuple[Any, tuple[Tensor, ...]]:
+    def _reduced(self, batch: Any, of_outputs: Callable[..., Tensor]) -> Tensor:
+        """What the task's loss or measure makes of the model's outputs, computed in its forward."""
         inputs, targets = self.task.split(batch, self.device)
-        return self._engine(*inputs), targets
+        result: Tensor = self._engine(*inputs, reduce=partial(of_outputs, targets=targets, layout=self.layout))
+        return result
 
     def _add_measures(self, batches: Iterable[Any], sums: Tensor) -> None:
         self._engine.eval()
         for batch in batches:
-            outputs, targets = self._outputs(batch)
-            sums += self.task.measure(outputs, targets, self.layout)
+            sums += self._reduced(batch, self.task.measure)
         self._engine.train()

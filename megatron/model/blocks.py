@@ -37,6 +37,8 @@ class BuildOptions:
     """Whole logits on every tensor rank; else each rank has those of its share of the vocabulary (training)."""
     recompute_scores: bool = False
     """Keep a Pattention's input for the backward pass instead of its scores."""
+    defer_logits: bool = False
+    """The head gives a `HeadInput`, from which the loss computes the rank's share of logits in chunks (training)."""
 
     @property
     def stream(self) -> Form:

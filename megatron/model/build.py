@@ -28,7 +28,7 @@ def _language_model(config: ModelConfig, options: BuildOptions, **keywords: Any)
     return LanguageModel(
         config, pattention_backend=options.pattention_backend, attention_backend=options.attention_backend,
         layout=options.layout, gather_logits=options.gather_logits, recompute_scores=options.recompute_scores,
-        **keywords,
+        defer_logits=options.defer_logits, **keywords,
     )  # fmt: skip
 
 

@@ -8,8 +8,9 @@ parameter names are those of LanguageModel: `embedding.`, `layers.{i}.`, `final_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ class LanguageModel(LayeredModel):
         checkpoint_layers: blocks recomputed together in the backward pass; 0 keeps all activations.
         layout: the grid; each tensor rank builds its share. Its pipeline axis is megatron.engine.
         gather_logits: false leaves each tensor rank the logits of its share of the vocabulary, for the loss.
+        defer_logits: the model gives a `HeadInput` in place of logits, for a loss that computes them in chunks.
     """
 
     config: ModelConfig
@@ -70,10 +72,13 @@ class LanguageModel(LayeredModel):
         layout: Layout = SINGLE,
         gather_logits: bool = True,
         recompute_scores: bool = False,
+        defer_logits: bool = False,
     ) -> None:
         if config.padded_vocab_size is None:
             raise ValueError("padded_vocab_size: unknown; use config.with_vocabulary(size of the tokenizer)")
-        options = BuildOptions(pattention_backend, attention_backend, "meta", layout, gather_logits, recompute_scores)
+        options = BuildOptions(
+            pattention_backend, attention_backend, "meta", layout, gather_logits, recompute_scores, defer_logits
+        )
         specs = layer_specs(config, options)
         super().__init__(
             config, {"": specs}, seed=seed, device=device, dtype=dtype, checkpoint_layers=checkpoint_layers,
@@ -86,12 +91,18 @@ class LanguageModel(LayeredModel):
         embedding, *blocks, final_norm, head = specs
         return [embedding, final_norm, *blocks, head]
 
-    def forward(self, input_ids: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        cache: Sequence[LayerCache] | None = None,
+        reduce: Callable[[Any], Any] | None = None,
+    ) -> Any:
         """ids [b, s] -> logits [b, s, V_pad]; with a cache (one entry a block), ids are the new tokens only.
 
-        Without `gather_logits`, each tensor rank gets its share of V_pad.
+        Without `gather_logits`, each tensor rank gets its share of V_pad; with `defer_logits`, a `HeadInput`.
         """
-        return self.logits(self.hidden(input_ids, cache))
+        logits = self.logits(self.hidden(input_ids, cache))
+        return logits if reduce is None else reduce(logits)
 
     def hidden(self, input_ids: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
         """ids [b, s] -> what the head reads, [b, s, d], so that callers need not take logits at every position."""
@@ -104,7 +115,7 @@ class LanguageModel(LayeredModel):
                 x = layer(x, entry)
         return self.final_norm(x)
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Any:
         """[.., d] of `hidden` -> logits [.., V_pad]."""
         return self.embedding(x, as_head=True) if self.head is None else self.head(x)
 

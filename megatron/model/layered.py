@@ -107,10 +107,15 @@ class LayeredModel(nn.Module):
             parent = getattr(parent, name)
         parent.add_module(path[-1], module)
 
-    def forward(self, *inputs: Tensor) -> Any:
-        """The output of each list for its input; of a model with one list its output, not a tuple."""
+    def forward(self, *inputs: Tensor, reduce: Callable[[Any], Any] | None = None) -> Any:
+        """The output of each list for its input; of a model with one list its output, not a tuple.
+
+        reduce: what is made of the outputs and returned in their place, such as a loss. Where it needs parameters, it
+            has to run in here: ZeRO 3 gathers them for calls in the model's forward.
+        """
         outputs = tuple(self._run(layers, x) for layers, x in zip(self._lists, inputs, strict=True))
-        return outputs[0] if len(outputs) == 1 else outputs
+        result = outputs[0] if len(outputs) == 1 else outputs
+        return result if reduce is None else reduce(result)
 
     def _run(self, layers: list[tuple[str, Callable[[Any, Tensor], Tensor] | None, bool]], x: Tensor) -> Tensor:
         calls = []

@@ -14,6 +14,24 @@ from megatron.mpu.layout import ALONE, Axis
 CHUNK_ROWS = 2048
 
 
+def label_columns(labels: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """(column of each label in a share [start, start + width) of the vocabulary, 0 where it is in another; is it here).
+
+    labels: int64 [T].
+    """
+    columns = labels - start
+    mine = (columns >= 0) & (columns < width)
+    return torch.where(mine, columns, 0), mine
+
+
+def mean_over_mask(losses: Tensor, loss_mask: Tensor | None) -> Tensor:
+    """Mean of losses [..] where the mask [..] is one; of all without a mask; 0 where it is zero everywhere."""
+    if loss_mask is None:
+        return losses.mean()
+    mask = loss_mask.to(losses.dtype)
+    return (losses * mask).sum() / mask.sum().clamp(min=1.0)
+
+
 class _ShareOfTokenLosses(torch.autograd.Function):
     """-log softmax(logits)[label] row by row; keeps the logits and one log-sum-exp a row.
 
@@ -25,9 +43,7 @@ class _ShareOfTokenLosses(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor, start: int, axis: Axis) -> Tensor:
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         share_sum = torch.cat([torch.logsumexp(rows.to(wide), dim=-1) for rows in logits.split(CHUNK_ROWS)])
-        columns = labels - start
-        mine = (columns >= 0) & (columns < logits.shape[1])
-        columns = torch.where(mine, columns, 0)
+        columns, mine = label_columns(labels, start, logits.shape[1])
         label_logits = torch.where(mine, logits.gather(-1, columns[:, None]).squeeze(-1).to(wide), 0.0)
         highest = max_over_ranks(share_sum, axis)
         sums = torch.stack([torch.exp(share_sum - highest), label_logits])
@@ -76,8 +92,4 @@ def cross_entropy(
     vocabulary_size: int | None = None,
 ) -> Tensor:
     """Mean of `token_losses` over the loss mask ([..], ones count); over all tokens without one."""
-    losses = token_losses(logits, labels, axis, vocabulary_size)
-    if loss_mask is None:
-        return losses.mean()
-    mask = loss_mask.to(losses.dtype)
-    return (losses * mask).sum() / mask.sum().clamp(min=1.0)
+    return mean_over_mask(token_losses(logits, labels, axis, vocabulary_size), loss_mask)

@@ -17,8 +17,10 @@ from megatron.data.datasets import Datasets
 from megatron.data.loader import tokens_of
 from megatron.errors import RankError, UserError
 from megatron.model.build import LANGUAGE, Architecture
+from megatron.model.embedding import HeadInput
 from megatron.mpu.layout import Layout
 from megatron.ops.cross_entropy import cross_entropy
+from megatron.ops.linear_cross_entropy import linear_cross_entropy
 from megatron.tasks.task import Task, Tensors
 from megatron.tokenizer import build_tokenizer
 
@@ -76,8 +78,15 @@ class LanguageTask(Task[Tensor]):
         return (inputs,), (labels,) if self._masked is None else (labels, inputs != self._masked)
 
     def loss(self, outputs: Any, targets: Tensors, layout: Layout) -> Tensor:
-        """Mean cross-entropy in nats a token; outputs are this tensor rank's share of the logits [b, s, V_pad]."""
+        """Mean cross-entropy in nats a token.
+
+        outputs: this tensor rank's share of the logits [b, s, V_pad], or what they are computed from.
+        """
         labels, mask = targets if len(targets) == 2 else (targets[0], None)
+        if isinstance(outputs, HeadInput):
+            return outputs.through(
+                lambda hidden, weight: linear_cross_entropy(hidden, weight, labels, mask, layout.tensor, self._rows)
+            )
         return cross_entropy(outputs, labels, mask, layout.tensor, self._rows)
 
     def metrics(self, split: str, sums: Mapping[str, float]) -> dict[str, float]:

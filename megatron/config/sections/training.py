@@ -42,6 +42,9 @@ class TrainingConfig(Section):
     and almost no memory. Not of the reference backend."""
     attention_backend: Literal["sdpa", "flash_attn"] = "sdpa"
     """Causal attention: torch's scaled_dot_product_attention or the flash-attn package."""
+    cross_entropy: Literal["auto", "eager", "chunked"] = "auto"
+    """The head and its loss in training. chunked: rows become losses and gradients a chunk at a time, and the logits of
+    all tokens never exist at once; eager: they do. auto is chunked."""
     deterministic: bool = False
     """true: only kernels that give the same bits every time, so that a resumed run on the same GPUs equals an
     uninterrupted one bit for bit. Attention and its backward pass become slower."""
