@@ -13,6 +13,7 @@ of the gradient carry a power of two, about the number of tokens, until the back
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -138,10 +139,22 @@ def _pieces(x: Tensor) -> list[slice]:
     return [slice(first, first + size) for first in range(0, len(x), size)]
 
 
+def _row_kernels(logits: Tensor) -> Any:
+    """megatron.ops.cross_entropy_triton, or None where torch's operations do its work."""
+    if not logits.is_cuda or logits.dtype == torch.float64 or find_spec("triton") is None:
+        return None
+    from megatron.ops import cross_entropy_triton
+
+    return cross_entropy_triton
+
+
 def _statistics(logits: Tensor, columns: Tensor, mine: Tensor, wide: torch.dtype, axis: Axis) -> tuple[Tensor, Tensor]:
     """(log-sum-exp, logit of the label) of each row over the columns of all ranks, [r] each."""
-    log_sums = torch.cat([torch.logsumexp(logits[piece].to(wide), dim=-1) for piece in _pieces(logits)])
-    label_logits = torch.where(mine, logits.gather(-1, columns[:, None]).squeeze(-1).to(wide), 0.0)
+    if (kernels := _row_kernels(logits)) is not None:
+        log_sums, label_logits = kernels.row_statistics(logits, columns, mine)
+    else:
+        log_sums = torch.cat([torch.logsumexp(logits[piece].to(wide), dim=-1) for piece in _pieces(logits)])
+        label_logits = torch.where(mine, logits.gather(-1, columns[:, None]).squeeze(-1).to(wide), 0.0)
     if axis.size == 1:
         return log_sums, label_logits
     highest = max_over_ranks(log_sums, axis)
@@ -153,6 +166,9 @@ def _logits_to_gradient(logits: Tensor, log_sums: Tensor, columns: Tensor, mine:
     """Logits become factor * (softmax - [column is the label]), in place; rounded once."""
     # exp(x - (log-sum-exp - log f)) is f times the probability, and 0 for f = 0: the factor needs no pass of its own.
     shifts, corrections = log_sums - torch.log(factors), torch.where(mine, factors, 0.0)
+    if (kernels := _row_kernels(logits)) is not None:
+        kernels.logits_to_gradient(logits, columns, corrections, shifts)
+        return
     numbers = torch.arange(len(logits), device=logits.device)
     for piece in _pieces(logits):
         same = logits.dtype == shifts.dtype

@@ -1,0 +1,158 @@
+"""The row kernels under Triton's interpreter, and compiled for GPUs that are not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.ops import linear_cross_entropy as module
+from megatron.ops.cross_entropy import cross_entropy
+from megatron.ops.linear_cross_entropy import linear_cross_entropy
+
+triton = pytest.importorskip("triton", reason="triton is not installed: it has no build for this platform")
+FILE = Path(module.__file__).with_name("cross_entropy_triton.py")
+
+
+def kernels() -> ModuleType:
+    """A copy of the module, made anew: Triton looks at TRITON_INTERPRET when a kernel is defined."""
+    spec = importlib.util.spec_from_file_location("cross_entropy_triton_again", FILE)
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Executor]:
+    """A process whose Triton interprets: it has to be told before it is imported."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("TRITON_INTERPRET", "1")
+            pool.submit(len, "").result()  # starts it
+        yield pool
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 130, 4096, 9001])
+def test_statistics_and_gradient_equal_torch(interpreter: Executor, width: int, dtype: torch.dtype) -> None:
+    interpreter.submit(compare_rows, width, dtype).result()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_whole_function_through_the_kernels(interpreter: Executor, dtype: torch.dtype) -> None:
+    interpreter.submit(compare_losses, dtype).result()
+
+
+def compare_rows(width: int, dtype: torch.dtype) -> None:
+    interpreted, rows = kernels(), 5
+    torch.manual_seed(width)
+    logits = (torch.randn(rows, width) * 5).to(dtype)
+    logits[1] += 60  # the sum of exponentials would overflow fp32 without the maximum
+    logits[2, : width // 2] = -100.0  # the maximum comes late
+    columns, mine = torch.randint(width, (rows,)), torch.tensor([True, True, False, True, True])
+    log_sums, labels = interpreted.row_statistics(logits, columns, mine)
+    exact = logits.double()
+    assert torch.allclose(log_sums.double(), torch.logsumexp(exact, -1), rtol=3e-7, atol=1e-6)
+    assert torch.equal(labels, torch.where(mine, logits.float()[torch.arange(rows), columns], 0.0))
+
+    factors = torch.tensor([1.0, 0.7, 1.0, 0.0, 1.3])
+    corrections, shifts = torch.where(mine, factors, 0.0), log_sums - torch.log(factors)
+    expected = torch.exp(exact - log_sums.double()[:, None]) * factors.double()[:, None]
+    expected[torch.arange(rows), columns] -= corrections.double()
+    interpreted.logits_to_gradient(logits, columns, corrections, shifts)
+    # The interpreter cuts off what bf16 cannot hold; compiled kernels round, which the test below looks for.
+    rounding = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}[dtype]
+    assert torch.allclose(logits.double(), expected, rtol=rounding, atol=2e-6)
+    assert logits[3].abs().max() == 0, "a row that does not count"
+
+
+def compare_losses(dtype: torch.dtype) -> None:
+    """As on a GPU, in chunks, with a mask; beside torch's operations on the same tensors."""
+    interpreted = kernels()
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(20, 16).to(dtype), torch.randn(150, 16).to(dtype)
+    labels, mask = torch.randint(150, (20,)), torch.rand(20) > 0.3
+
+    def results(loss: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        value = loss(*inputs)
+        return [value, *torch.autograd.grad(value, inputs)]
+
+    expected = results(lambda h, w: cross_entropy(h @ w.T, labels, mask))
+    with (
+        patch.dict(module.CHUNK_BYTES, cpu=8 * 150 * dtype.itemsize),
+        patch.object(module, "_row_kernels", lambda _: interpreted),
+    ):
+        found = results(lambda h, w: linear_cross_entropy(h, w, labels, mask))
+    tolerance = 1e-6 if dtype == torch.float32 else 8e-3
+    for left, right in zip(found, expected, strict=True):
+        assert torch.allclose(left.double(), right.double(), rtol=tolerance, atol=tolerance)
+
+
+SIGNATURES: dict[str, dict[str, str]] = {
+    "statistics_kernel": {
+        "logits": "*{}", "columns": "*i64", "mine": "*i1", "log_sums": "*fp32", "label_logits": "*fp32",
+        "stride": "i32", "width": "i32", "BLOCK": "constexpr",
+    },
+    "gradient_kernel": {
+        "logits": "*{}", "columns": "*i64", "corrections": "*fp32", "shifts": "*fp32", "stride": "i32", "width": "i32",
+        "BLOCK": "constexpr",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_kernels_compile_ahead_of_time_without_spills(
+    name: str, kind: str, architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    made = kernels()
+    signature = {argument: form.format(kind) for argument, form in SIGNATURES[name].items()}
+    # Rows whose length is a multiple of 16 entries, as a padded vocabulary's.
+    aligned: Any = {(i,): [["tt.divisibility", 16]] for i, form in enumerate(signature.values()) if form != "constexpr"}
+    source = ASTSource(getattr(made, name), signature, {"BLOCK": made._BLOCK}, aligned)
+    compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), {"num_warps": made._WARPS})
+    registers, spilled = usage(compiled.asm["ptx"], architecture, tmp_path)
+    assert spilled == 0 and registers <= 64, (registers, spilled)
+    assert re.search(r"ld\.global\S*\.v4|ld\.global\S*\.v8", compiled.asm["ptx"]), "loads of 16 bytes"
+    if name == "gradient_kernel" and kind != "fp32":
+        assert re.search(rf"cvt\.rn\.{'bf16' if kind == 'bf16' else 'f16'}(x2)?\.f32", compiled.asm["ptx"]), "rounded"
+
+
+def usage(ptx: str, architecture: int, folder: Path) -> tuple[int, int]:
+    """(registers a thread, bytes spilled) of a kernel, as Triton's assembler tells them."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    file = folder / "kernel.ptx"
+    file.write_text(ptx, encoding="utf-8")
+    assembler = get_ptxas(architecture)
+    command = [
+        assembler.path,
+        "-v",
+        f"--gpu-name={sm_arch_from_capability(architecture)}",
+        str(file),
+        "-o",
+        "/dev/null",
+    ]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = [int(size) for size in re.findall(r"(\d+) bytes spill (?:stores|loads)", told)]
+    registers = re.search(r"Used (\d+) registers", told)
+    assert registers is not None and len(spilled) == 2, told
+    return int(registers[1]), sum(spilled)
