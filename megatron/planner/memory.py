@@ -12,6 +12,7 @@ from megatron.config.sections.model import TOKENFORMER, ModelConfig
 from megatron.config.sections.optimization import OptimizerSpec
 from megatron.config.sections.parallel import ZeroConfig
 from megatron.ops.cross_entropy import CHUNK_ROWS
+from megatron.ops.linear_cross_entropy import chunk_rows
 from megatron.planner.choice import Choice
 from megatron.planner.counts import Stage, block_tokens, inner_size, share, stages, token_counts
 from megatron.planner.workload import Workload
@@ -28,7 +29,7 @@ _SCORE_WORKSPACE = 16
 """Bytes for one score that a Pattention's backward pass has in flight at most: four fp32 matrices. With one kernel for
 the row functions it is the gradient and the weights, and the scores where they are recomputed."""
 _LOSS_WORKSPACE = 12
-"""Bytes for one logit of a chunk of rows that the loss has in flight: three fp32 matrices."""
+"""Bytes for one logit of a chunk of rows that `cross_entropy: eager` has in flight: three fp32 matrices."""
 _BUCKET, _LIVE, _SUB_GROUP = 500_000_000, 1_000_000_000, 1_000_000_000  # DeepSpeed's defaults, in elements
 
 
@@ -49,7 +50,7 @@ class Memory:
     kept: float
     """Activations that wait for their backward pass."""
     head: float
-    """Final norm, logits and loss of one micro-batch (last stage)."""
+    """Final norm, head and loss of one micro-batch (last stage)."""
     block: float
     """Recomputed blocks, and what the backward pass of a block has in flight."""
     update: float
@@ -183,12 +184,35 @@ def _norm_bytes(model: ModelConfig, e: int, stream: float) -> float:
 
 
 def head_bytes(work: Workload, choice: Choice) -> float:
-    """Final norm, the head's input, logits and their gradients, and the loss's fp32 chunks."""
-    model, e, count = work.model, work.element_bytes, work.tokens(choice)
-    assert model.padded_vocab_size is not None, "the vocabulary is known before a plan is made"
-    columns = share(model.padded_vocab_size, choice.tensor)
-    logits = 2 * e * count * columns + _LOSS_WORKSPACE * min(count, CHUNK_ROWS) * columns
-    return stream_bytes(work, choice) + count * model.hidden_size * e + logits
+    """Final norm, the head's input, and what head and loss keep and have in flight."""
+    hidden = work.tokens(choice) * work.model.hidden_size * work.element_bytes
+    loss = _eager_loss_bytes if work.training.cross_entropy == "eager" else _chunked_loss_bytes
+    return stream_bytes(work, choice) + hidden + loss(work, choice)
+
+
+def vocabulary_share(work: Workload, choice: Choice) -> int:
+    """Rows of the head's matrix on the tensor rank that has most."""
+    assert work.model.padded_vocab_size is not None, "the vocabulary is known before a plan is made"
+    return share(work.model.padded_vocab_size, choice.tensor)
+
+
+def _eager_loss_bytes(work: Workload, choice: Choice) -> float:
+    """Logits and their gradients, and the loss's fp32 chunks."""
+    count, columns = work.tokens(choice), vocabulary_share(work, choice)
+    return 2 * work.element_bytes * count * columns + _LOSS_WORKSPACE * min(count, CHUNK_ROWS) * columns
+
+
+def loss_chunk_rows(work: Workload, choice: Choice) -> int:
+    """Rows of logits that head and loss take at a time."""
+    return min(work.tokens(choice), chunk_rows(vocabulary_share(work, choice), work.element_bytes, "cuda"))
+
+
+def _chunked_loss_bytes(work: Workload, choice: Choice) -> float:
+    """Gradients of the head's input and, in fp32, of its matrix; beside them a chunk's logits, or what is returned."""
+    e, d, columns = work.element_bytes, work.model.hidden_size, vocabulary_share(work, choice)
+    of_hidden, of_weight = work.tokens(choice) * d * e, columns * d
+    logits = loss_chunk_rows(work, choice) * columns * e
+    return of_hidden + 4 * of_weight + max(logits, of_hidden + e * of_weight)
 
 
 def _backward_bytes(work: Workload, choice: Choice, stage: Stage) -> float:

@@ -20,7 +20,7 @@ from megatron.planner.counts import (
     vocabulary_matrix,
 )
 from megatron.planner.machine import Machine
-from megatron.planner.memory import overlaps
+from megatron.planner.memory import loss_chunk_rows, overlaps, vocabulary_share
 from megatron.planner.workload import Workload
 
 # Bytes that the element-wise operations around the scores move through memory for one score, (forward, backward),
@@ -36,8 +36,10 @@ _OPERATIONS = {TOKENFORMER: (70, 110), "global": (25, 45)}
 """Operations of a block, (forward, backward)."""
 _STREAM_TRAFFIC = (14, 26)
 """Entries of [T, d] that norms, rotary embedding and residual sums of a block read and write, (forward, backward)."""
-_LOGIT_TRAFFIC = 56
-"""Bytes a logit that the loss moves, forward and backward."""
+_EAGER_LOGIT_TRAFFIC = 56
+"""Bytes a logit that the loss moves, forward and backward, with `cross_entropy: eager`."""
+_LOGIT_PASSES = 3
+"""How often the kernels of the loss in chunks read or write a logit."""
 _UPDATE_TRAFFIC = 32
 """Bytes a parameter that the optimizer moves: fp32 gradient, master and moments read and written, 16-bit copy."""
 _FP32_SLOWDOWN = 16
@@ -131,9 +133,16 @@ def stage_traffic(work: Workload, choice: Choice, stage: Stage) -> float:
             total += count * block_tokens(model, t) * (passes * forward + backward)
         else:
             total += count * share(inner_size(model), t) * e * (passes * 2 + 3)  # activation: x, y; x, dy, dx
-    if stage.last:
-        total += _LOGIT_TRAFFIC * count * share(model.padded_vocab_size or 0, t)
-    return total
+    return total + (_loss_traffic(work, choice) if stage.last else 0.0)
+
+
+def _loss_traffic(work: Workload, choice: Choice) -> float:
+    """Of the loss; in chunks, each of them also reads and writes the weight's fp32 gradient."""
+    count, columns = work.tokens(choice), vocabulary_share(work, choice)
+    if work.training.cross_entropy == "eager":
+        return _EAGER_LOGIT_TRAFFIC * count * columns
+    chunks = math.ceil(count / loss_chunk_rows(work, choice))
+    return columns * (_LOGIT_PASSES * work.element_bytes * count + 8 * chunks * work.model.hidden_size)
 
 
 # ---- communication ----
@@ -168,7 +177,9 @@ def _tensor_seconds(work: Workload, choice: Choice, machine: Machine, stage: Sta
     e, count, part = work.element_bytes, work.tokens(choice), (choice.tensor - 1) / choice.tensor
     ends = stage.first + stage.last
     sent = ends * 2 * count * work.model.hidden_size * part * e + stage.last * 6 * count * part * 4
-    messages = 2 * ends + 2 * stage.last
+    chunked = stage.last and work.training.cross_entropy != "eager"
+    chunks = math.ceil(count / loss_chunk_rows(work, choice)) if chunked else 1
+    messages = 2 * ends + 2 * stage.last * chunks
     for kind in stage.kinds:
         entries, statistics = tensor_elements(work, choice, kind)
         sent += entries * e + statistics * 4

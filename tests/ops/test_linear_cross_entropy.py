@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from megatron.ops import linear_cross_entropy as module
 from megatron.ops.cross_entropy import cross_entropy
 from megatron.ops.linear_cross_entropy import chunk_rows, linear_cross_entropy
+from tools.bench.measure import peak_bytes
 
 TOKENS, WIDTH, VOCABULARY = 40, 24, 150
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -139,21 +139,6 @@ def test_backward_twice_gives_the_same_gradients() -> None:
 # ---- memory ----
 
 
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """Most bytes that torch's allocator had given out at once while `function` ran, what was there before left out.
-
-    Counts what the allocator says, so that what operations need inside themselves is in it.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_beyond_a_chunk_does_not_grow_with_the_vocabulary(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -166,7 +151,7 @@ def test_memory_beyond_a_chunk_does_not_grow_with_the_vocabulary(
     def peak(tokens: int, loss: Loss) -> int:
         hidden, weight = (torch.randn(n, width, dtype=dtype, requires_grad=True) for n in (tokens, vocabulary))
         labels = torch.randint(vocabulary, (tokens,))
-        return peak_bytes(lambda: loss(hidden, weight, labels, None).backward())
+        return peak_bytes(lambda: loss(hidden, weight, labels, None).backward(), hidden.device)
 
     small, large = (peak(tokens, linear_cross_entropy) for tokens in (512, 2048))
     logits = 2048 * vocabulary * e

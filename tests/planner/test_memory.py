@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from megatron.model import LanguageModel
 from megatron.model.blocks import Block, BuildOptions
+from megatron.ops import linear_cross_entropy as loss_in_chunks
 from megatron.ops.cross_entropy import cross_entropy
+from megatron.ops.linear_cross_entropy import linear_cross_entropy
 from megatron.planner import Choice, Workload, predict
 from megatron.planner.counts import stages
-from megatron.planner.memory import block_bytes, head_bytes, kept_bytes, state_bytes
+from megatron.planner.memory import block_bytes, head_bytes, kept_bytes, state_bytes, stream_bytes
 from megatron.planner.step_time import tensor_elements
 from tests.planner.workloads import H200, published, small
+from tools.bench.measure import peak_bytes
 
 
 class Saved:
@@ -78,19 +81,64 @@ def test_block_keeps_the_predicted_bytes_within_3_percent(options: dict[str, Any
     assert block_bytes(work, work.configured(1), kind) == pytest.approx(kept.bytes, rel=0.03)
 
 
+@pytest.mark.parametrize("way", ["eager", "chunked"])
 @pytest.mark.parametrize("recompute", [0, 1, 2])
-def test_model_keeps_the_predicted_bytes_within_3_percent(recompute: int) -> None:
-    keys = {"checkpoint_activations": recompute > 0, "checkpoint_num_layers": recompute or 1}
+def test_model_keeps_the_predicted_bytes_within_3_percent(recompute: int, way: str) -> None:
+    keys = {"checkpoint_activations": recompute > 0, "checkpoint_num_layers": recompute or 1, "cross_entropy": way}
     work = small(pattention_backend="fused", **keys)
-    model = LanguageModel(work.model, seed=0, pattention_backend="fused", checkpoint_layers=recompute)
+    chunked = way == "chunked"
+    model = LanguageModel(
+        work.model, seed=0, pattention_backend="fused", checkpoint_layers=recompute, defer_logits=chunked
+    )
     ids = torch.randint(512, (2, 256))
-    with Kept(model) as kept:
-        _loss = cross_entropy(model(ids), ids)  # holds the graph
-    choice, vocabulary = work.configured(1), 512
-    # Half of the logits' bytes, and the chunks, are needed only in the backward pass.
-    later = (4 + 12) * ids.numel() * vocabulary
-    predicted = kept_bytes(work, choice, stages(work.model, 1)[0]) + head_bytes(work, choice) - later
+    count, width, vocabulary = ids.numel(), 64, 512
+    with Kept(model) as kept:  # the loss holds the graph
+        if chunked:
+            _loss = model(ids).through(lambda hidden, weight: linear_cross_entropy(hidden, weight, ids))
+            # The head's input is gone by now, and so is the chunk, which has all rows here.
+            transient = 4 * count * (width + vocabulary)
+        else:
+            _loss = cross_entropy(model(ids), ids)
+            # Half of the logits' bytes, and the chunks, are needed only in the backward pass.
+            transient = (4 + 12) * count * vocabulary
+    choice = work.configured(1)
+    predicted = kept_bytes(work, choice, stages(work.model, 1)[0]) + head_bytes(work, choice) - transient
     assert predicted == pytest.approx(kept.bytes, rel=0.03)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0.05), ("bf16", 0.2)])
+@pytest.mark.parametrize(("rows", "tokens"), [(128, 256), (128, 2048)], ids=str)
+def test_norm_head_and_loss_in_chunks_take_the_predicted_bytes(
+    rows: int, tokens: int, precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chunk decides the peak of the first, gradients of hidden and weight that of the second.
+
+    Products of 16-bit matrices take scratch space on a CPU.
+    """
+    work = small(padded_vocab_size=2048, seq_length=tokens, train_micro_batch_size_per_gpu=1, precision=precision)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(loss_in_chunks.CHUNK_BYTES, device, rows * 2048 * dtype.itemsize)
+    monkeypatch.setitem(loss_in_chunks.PIECE_BYTES, "cpu", 1)  # the kernels of a GPU need no fp32 copies
+    stream = torch.randn(tokens, 64, dtype=dtype, requires_grad=True)
+    weight = torch.randn(2048, 64, dtype=dtype, requires_grad=True)
+    labels = torch.randint(2048, (tokens,))
+
+    def pass_through() -> None:
+        hidden = torch.nn.functional.layer_norm(stream, (64,))
+        linear_cross_entropy(hidden, weight, labels).backward()
+
+    choice = work.configured(1)
+    predicted = head_bytes(work, choice) - stream_bytes(work, choice)  # it was there before
+    assert peak_bytes(pass_through, stream.device) == pytest.approx(predicted, rel=tolerance)
+
+
+def test_the_head_of_150m_takes_less_than_2_gib_at_64_sequences() -> None:
+    keys = {"train_micro_batch_size_per_gpu": 64, "train_batch_size": None, "precision": "bf16"}
+    ways = ("auto", "eager")
+    chunked, eager = (Workload.of(published("tokenformer/150M", **keys, cross_entropy=way)) for way in ways)
+    choice = Choice(1, 1, 1, False, 1, 64, 1, False)
+    assert head_bytes(chunked, choice) < 2 * 2**30 and head_bytes(eager, choice) > 24 * 2**30
 
 
 def test_states_of_adam_in_16_bits_are_the_known_numbers() -> None:
