@@ -33,6 +33,7 @@ _OUT_OF_PLACE = (
     "scatter", "recv", "recv_anysource",
 )  # fmt: skip
 _READING = ("send", "barrier")
+COLLECTIVES = (*_IN_PLACE, *_OUT_OF_PLACE, *_READING)
 # DeepSpeed's ZeRO 3 compares its plan between ranks before there is one. NCCL does nothing then, but we rely on it here
 # only: whoever sends nothing has most likely forgotten something.
 _MAY_BE_EMPTY = "get_lst_from_rank0"
@@ -85,7 +86,7 @@ def order_faults(messages: Sequence[Sequence[Message]]) -> list[str]:
 def strict_collectives() -> Iterator[Traffic]:
     """Inside, this process's messages are checked, noted and delivered late."""
     traffic, waiting = Traffic(), set[str]()
-    names = [name for name in (*_IN_PLACE, *_OUT_OF_PLACE, *_READING) if hasattr(ProcessGroup, name)]
+    names = [name for name in COLLECTIVES if hasattr(ProcessGroup, name)]
     checked = {name: _checked(name, getattr(ProcessGroup, name), traffic, waiting) for name in names}
     # What the class itself holds are descriptors, which getattr does not give.
     originals = {name: vars(ProcessGroup)[name] for name in names}

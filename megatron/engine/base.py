@@ -22,6 +22,7 @@ from megatron.engine.grid import DeepSpeedGrid
 from megatron.engine.optimizer import build_optimizer, freeze_old_parameters
 from megatron.engine.settings import EngineSettings
 from megatron.engine.state import EngineState
+from megatron.engine.watch import StepWatch
 from megatron.errors import ConfigError, UserError
 from megatron.mpu import Layout
 from megatron.mpu.device import process_device, uses_gpu
@@ -33,7 +34,10 @@ _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one update reports: the mean loss of this rank's micro-batches, the gradient norm before clipping."""
+    """What one update reports: the mean loss of this rank's micro-batches, the gradient norm before clipping.
+
+    There is no norm where fp16 loss scaling skipped the update, nor of Muon's with ZeRO.
+    """
 
     loss: Tensor
     grad_norm: Tensor | float | None
@@ -64,6 +68,7 @@ class Engine(ABC):
         self.settings, self.task, self.layout, self._grid = settings, task, layout, grid
         self.model, self.device = model, process_device()
         self.clip, self.zero_stage = settings.optimization.gradient_clipping, settings.zero_stage
+        self.watch = StepWatch(layout, self.device, task.loss_name, settings.allow_nonfinite_loss)
         # With ZeRO, DeepSpeed's Muon replaces gradients by updates before it takes their norm.
         self._norm_is_of_updates = settings.optimization.optimizer.type == "Muon" and self.zero_stage > 0
         frozen: dict[str, Tensor] = {}
@@ -112,7 +117,7 @@ class Engine(ABC):
     def train_step(self, batches: Sequence[Any], learning_rate: float) -> StepResult:
         """One update from the task's micro-batches, `gradient_accumulation_steps` of them.
 
-        Raises: UserError when the loss or the gradient norm is not finite; nothing of such a step is saved.
+        Whether its loss and gradient norm are finite is for `watch` to find out: this does not wait for the device.
         """
 
     @abstractmethod
@@ -133,23 +138,13 @@ class Engine(ABC):
         return dict(zip(self.task.measures, sums.tolist(), strict=True))
 
     def _finish_step(self, loss: Tensor, norm: Tensor | float | None, skipped: bool) -> StepResult:
-        """Check what DeepSpeed says after an update; `norm` None asks it for the norm."""
+        """What DeepSpeed says after an update; `norm` None asks it for the norm."""
         if norm is None and not self._norm_is_of_updates:
             norm = self._engine.get_global_grad_norm()
-        # ZeRO learns the norm while it updates. It skips updates that are not finite, which only fp16 recovers from.
-        if skipped and self.settings.dtype != "fp16":
-            self._require_finite("grad_norm", torch.tensor(float("inf")))
-        elif norm is not None and not skipped:
-            self._require_finite("grad_norm", torch.as_tensor(norm))
+        if skipped:
+            # ZeRO skips updates that are not finite, which only fp16 recovers from.
+            norm = None if self.settings.dtype == "fp16" else float("inf")
         return StepResult(loss, norm, skipped)
-
-    def _require_finite(self, name: str, value: Tensor) -> None:
-        # The update waits for the gradient norm anyway, so looking at these costs no extra stall.
-        if not self.settings.allow_nonfinite_loss and not torch.isfinite(value):
-            raise UserError(
-                f"{name}: {value.item()} is not finite, stopped before anything was saved; "
-                "resume from the last checkpoint with a smaller lr or another seed, or set allow_nonfinite_loss: true"
-            )
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self._engine.optimizer.param_groups:

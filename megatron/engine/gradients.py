@@ -38,8 +38,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, layout: 
 def gradient_norm(parameters: Sequence[nn.Parameter], layout: Layout) -> Tensor:
     """Norm of the gradients of one copy of the model, the same scalar on each of its processes. Collective."""
     counted = [p.grad for p in parameters if counts_here(p, layout) and p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(counted)
-    return norm if layout.replica.group is None else _combined(norm.to(parameters[0].device), layout)
+    # torch would make the norm of none on the CPU, and the copy from there waits.
+    norm = torch.nn.utils.get_total_norm(counted) if counted else torch.zeros((), device=parameters[0].device)
+    return norm if layout.replica.group is None else _combined(norm, layout)
 
 
 def _combined(norm: Tensor, layout: Layout) -> Tensor:

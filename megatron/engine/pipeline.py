@@ -47,9 +47,8 @@ class PipelineEngine(Engine):
         self._set_learning_rate(learning_rate)
         skipped_before = self._engine.skipped_steps
         self._engine.train_batch(self._items(batches))
-        loss = self._engine.dp_group_loss
-        self._require_finite(self.task.loss_name, loss)
-        return self._finish_step(loss, self._norm, self._engine.skipped_steps > skipped_before)
+        skipped = self._engine.skipped_steps > skipped_before
+        return self._finish_step(self._engine.dp_group_loss, self._norm, skipped)
 
     def _items(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
         """(input of the first stage, what the loss needs on the last one) of each micro-batch."""

@@ -43,10 +43,6 @@ class SingleStageEngine(Engine):
                 self._engine.step()
         mean = torch.stack(losses).mean()
         norm = clip_gradients(self.model.parameters(), self.clip, self.layout) if self.zero_stage == 0 else None
-        if self.layout.data.size == 1:  # else this rank alone may see it; the gradient norm tells all of them
-            self._require_finite(self.task.loss_name, mean)
-        if norm is not None:
-            self._require_finite("grad_norm", norm)
         skipped_before = self._engine.skipped_steps
         self._engine.step()
         return self._finish_step(mean, norm, self._engine.skipped_steps > skipped_before)

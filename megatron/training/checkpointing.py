@@ -48,17 +48,22 @@ class Saver:
         self._folder = RunFolder(config.checkpoint.save, "save") if config.checkpoint.save else None
         self._saved: int | None = None
 
+    def is_due(self) -> bool:
+        """Is it the time for a checkpoint?"""
+        return self._folder is not None and should_save(self._config.checkpoint, self._state.iteration)
+
     def save_if_due(self, force: bool = False) -> bool:
         """Write a canonical checkpoint, unless this iteration has one. Collective.
 
         Args:
             force: now, whether it is the time for one or not.
 
-        Returns: one was written. Raises UserError where that failed.
+        Returns: one was written. Raises UserError where that failed, and after an update that was not finite.
         """
-        iteration, options = self._state.iteration, self._config.checkpoint
-        if self._folder is None or self._saved == iteration or not (force or should_save(options, iteration)):
+        iteration = self._state.iteration
+        if self._folder is None or self._saved == iteration or not (force or self.is_due()):
             return False
+        self._engine.watch.look()
         self._save(self._folder)
         self._saved = iteration
         return True

@@ -126,9 +126,10 @@ class Trainer:
             return False
         while state.iteration < self.last_iteration:
             step = self._iterate(batches)
-            if state.iteration % self.config.logging.log_interval == 0:
+            self._tell(step, stop)
+            if self._log_due():
                 self._metrics.log(self._training_metrics(step))
-            stopping = self.engine.any_rank(stop.requested) or self._exit_due()
+            stopping = self.engine.watch.stops or self._exit_due()
             grows = self._growths.is_due(state)
             self._save_if_due(force=stopping or grows or state.iteration == self.last_iteration)
             if stopping:
@@ -144,13 +145,32 @@ class Trainer:
         return False
 
     def _iterate(self, batches: Iterator[list[Any]]) -> StepResult:
-        """One update, counted."""
+        """One update, counted; the device may still be at it."""
         update, micro_batches = self._update, next(batches)
         step = self.engine.train_step(micro_batches, self.schedule(self.state.updates))
         self._loss.add(step.loss)
         self.state.advance(update.samples, update.tokens // update.samples, step.skipped)
-        self._throughput.add(update.tokens)
         return step
+
+    def _tell(self, step: StepResult, stop: StopRequest) -> None:
+        """Tell all ranks of an iteration; what they have to know of it is looked at now or after the next one.
+
+        Raises: UserError when a loss or a gradient norm is not finite.
+        """
+        watch = self.engine.watch
+        watch.post(step.loss, step.grad_norm, stop.requested)
+        if watch.stops or not self._is_quiet():
+            watch.look()
+        self._throughput.add(self._update.tokens)
+
+    def _is_quiet(self) -> bool:
+        """Does nothing follow this iteration for which the host waits for the device anyway?"""
+        at_end = self.state.iteration == self.last_iteration
+        follows = self._log_due() or self._saver.is_due() or self._exit_due() or self._evaluations_due()
+        return not (follows or at_end or self._growths.is_due(self.state))
+
+    def _log_due(self) -> bool:
+        return self.state.iteration % self.config.logging.log_interval == 0
 
     def _exit_due(self) -> bool:
         interval, iteration = self.config.training.exit_interval, self.state.iteration

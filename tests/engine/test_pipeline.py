@@ -43,8 +43,10 @@ def diverging_loss(run: Trainer) -> str:
         for name, parameter in run.engine.model.named_parameters():
             if "word_embeddings" in name:
                 parameter.fill_(float("inf"))
+    step = run.engine.train_step(next(run.data.training()), 1e-3)
+    run.engine.watch.post(step.loss, step.grad_norm, False)
     with pytest.raises(UserError) as caught:
-        run.engine.train_step(next(run.data.training()), 1e-3)
+        run.engine.watch.look()
     return str(caught.value)
 
 

@@ -49,7 +49,7 @@ class TrainingConfig(Section):
     """true: only kernels that give the same bits every time, so that a resumed run on the same GPUs equals an
     uninterrupted one bit for bit. Attention and its backward pass become slower."""
     allow_nonfinite_loss: bool = False
-    """false: a loss that is not finite stops the run before the update."""
+    """false: a loss or a gradient norm that is not finite stops the run, and nothing of that update is saved."""
 
     def update_size(self, data_ranks: int, length: int) -> UpdateSize:
         """What an update of so many data ranks reads, `length` tokens a sample; UserError when the keys do not fit."""
