@@ -11,6 +11,7 @@ from megatron.config.sections.model import ModelSection
 from megatron.config.sections.optimization import OptimizationConfig
 from megatron.config.sections.parallel import ParallelConfig, ZeroConfig
 from megatron.config.sections.scaling import ScalingConfig, ScheduledGrowth
+from megatron.config.sections.training import TrainingConfig
 from megatron.errors import ConfigError
 
 
@@ -97,11 +98,23 @@ def find_setting_mistakes(config: RunConfig) -> Iterator[ConfigError]:
         reason = f"{floor:g} is above the learning rate lr, {peak:g}"
         yield ConfigError("min_lr", reason, "lower it", beside=["optimizer.params.lr"])
     yield from _zero(zero.stage, zero.model_extra or {})
+    yield from _compiling(config.training, zero.stage)
     if optimization.optimizer.type == "Muon":
         yield from _muon(zero, optimization, config.parallel.model_parallel_size)
         yield from _scaled_by_age([config.scaling, *config.scaling.growth])
     if config.scaling.growth:
         yield from _growing(config.checkpoint)
+
+
+def _compiling(training: TrainingConfig, zero_stage: int) -> Iterator[ConfigError]:
+    if training.compile == "none":
+        return
+    if zero_stage == 3:
+        reason = "blocks cannot be compiled where ZeRO 3 fetches their parameters one by one"
+        yield ConfigError("compile", reason, "set none, or a stage below 3", beside=["zero_optimization.stage"])
+    if training.deterministic:
+        reason = "blocks picks kernels by their time, which may differ from run to run, and deterministic is true"
+        yield ConfigError("compile", reason, "set none", beside=["deterministic"])
 
 
 def _growing(options: CheckpointConfig) -> Iterator[ConfigError]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.state import ParameterSource
 from megatron.config.mistakes import mistakes
+from megatron.engine.compiled import compile_blocks, forget_compiled
 from megatron.engine.grid import DeepSpeedGrid
 from megatron.engine.optimizer import build_optimizer, freeze_old_parameters
 from megatron.engine.settings import EngineSettings
@@ -85,6 +86,8 @@ class Engine(ABC):
         self.state = EngineState(model, self._engine.optimizer, self.zero_stage, layout, frozen)
         if settings.dtype != "fp32":
             self.state.write_masters(source)
+        if settings.compile_blocks:
+            compile_blocks(self._blocks(), self.device, settings.model.tokens_per_sample())
 
     def _initialize(self) -> Any:
         import deepspeed
@@ -112,6 +115,10 @@ class Engine(ABC):
     @abstractmethod
     def _layers(self) -> list[nn.Module]:
         """The layers that this process holds, whole or its share of them."""
+
+    @abstractmethod
+    def _blocks(self) -> list[nn.Module]:
+        """Those of the layers that are blocks."""
 
     @abstractmethod
     def train_step(self, batches: Sequence[Any], learning_rate: float) -> StepResult:
@@ -180,6 +187,8 @@ class Engine(ABC):
         _empty_optimizer(self._engine, self.state.inner)
         if self.zero_stage == 3:
             _forget_modules(self.model)
+        if self.settings.compile_blocks:
+            forget_compiled()
         del self._engine, self.model, self.state
         gc.collect()  # engine, optimizer and parameters refer to each other in circles
         if uses_gpu():

@@ -42,6 +42,10 @@ class PipelineEngine(Engine):
         model: Any = self.model
         return list(model.layers())
 
+    def _blocks(self) -> list[nn.Module]:
+        model: Any = self.model
+        return list(model.blocks())
+
     def train_step(self, batches: Sequence[Any], learning_rate: float) -> StepResult:
         """One update; see Engine."""
         self._set_learning_rate(learning_rate)

@@ -143,6 +143,10 @@ class PipelineModel(DeepSpeedPipelineModule):
         for name, child in self.named_children():
             yield from child.children() if name == _TIED else [child]
 
+    def blocks(self) -> Iterator[nn.Module]:
+        """Those of the layers whose activations may be recomputed."""
+        yield from (layer for layer, is_block in zip(self.forward_funcs, self._is_block, strict=True) if is_block)
+
     def _canonical(self, name: str) -> str:
         head, _, rest = name.partition(".")
         # DeepSpeed calls modules by their place in the list and tied ones `tied_modules.{tie}`, by their name.

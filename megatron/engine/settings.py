@@ -38,6 +38,8 @@ class EngineSettings:
     """The loss computes the head's outputs."""
     checkpoint_layers: int
     """Blocks recomputed together; 0 keeps all activations."""
+    compile_blocks: bool
+    """Compile each block with torch.compile."""
     allow_nonfinite_loss: bool
     """Go on after a loss or gradient norm that is not finite."""
 
@@ -50,6 +52,7 @@ class EngineSettings:
         self.recompute_scores = training.recompute_scores
         self.defer_logits = training.cross_entropy != "eager"
         self.checkpoint_layers = training.checkpoint_num_layers if training.checkpoint_activations else 0
+        self.compile_blocks = training.compile == "blocks"
         self.allow_nonfinite_loss = training.allow_nonfinite_loss
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatron.engine.base import Engine, StepResult
 from megatron.engine.gradients import clip_gradients
 from megatron.model.attention import SelfAttention
+from megatron.model.layered import block_of
 
 
 class SingleStageEngine(Engine):
@@ -29,6 +30,10 @@ class SingleStageEngine(Engine):
     def _layers(self) -> list[nn.Module]:
         model: Any = self.model
         return [layer for _, layer in model.parts()]
+
+    def _blocks(self) -> list[nn.Module]:
+        model: Any = self.model
+        return [layer for name, layer in model.parts() if block_of(name) is not None]
 
     def train_step(self, batches: Sequence[Any], learning_rate: float) -> StepResult:
         """One update; see Engine."""

@@ -87,12 +87,16 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """x [b, s, d] -> [b, s, d]; with sequence parallelism both are this rank's share of the s tokens."""
-        q, k, v = map(self._split_heads, project([self.query, self.key, self.value], x))
+        q, k, v = map(self._split_heads, self.projected(x))
         if self.rotary is not None:
             cos, sin = self._rotation(q, cache)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         context = self._attended(q, k, v, cache)
         return self.proj(context.transpose(1, 2).flatten(2))  # [b, h, s, head_dim] -> [b, s, h head_dim]
+
+    def projected(self, x: Tensor) -> list[Tensor]:
+        """Query, key and value of x, each [b, s, h head_dim]."""
+        return project([self.query, self.key, self.value], x)
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None) -> Tensor:
         """What attention gives for new tokens, [b, h, s, head_dim] as q, k and v are."""

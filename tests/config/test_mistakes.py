@@ -320,3 +320,18 @@ def test_explain_tells_of_a_hostfile_that_is_not_there(tmp_path: Path, monkeypat
 
     assert line("/mock_path").endswith("override: /mock_path does not exist: the run is on this machine alone")
     assert line(str(tmp_path / "hosts")).endswith("override")
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"zero_optimization": {"stage": 3}}, r"compile: blocks cannot be compiled where ZeRO 3 .*; set none"),
+        ({"deterministic": True}, "compile: blocks picks kernels by their time, .* deterministic is true; set none"),
+    ],
+    ids=["zero3", "deterministic"],
+)
+def test_blocks_that_cannot_be_compiled_are_refused(keys: dict[str, Any], line: str) -> None:
+    complete = {**MINIMUM, "train_iters": 1, "train_micro_batch_size_per_gpu": 1, "data_path": "x"}
+    resolve_config([], {**complete, "compile": "blocks"}, checks=[find_training_mistakes])
+    with pytest.raises(UserError, match=line):
+        resolve_config([], {**complete, **keys, "compile": "blocks"}, checks=[find_training_mistakes])

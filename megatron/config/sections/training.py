@@ -45,6 +45,9 @@ class TrainingConfig(Section):
     cross_entropy: Literal["auto", "eager", "chunked"] = "auto"
     """The head and its loss in training. chunked: rows become losses and gradients a chunk at a time, and the logits of
     all tokens never exist at once; eager: they do. auto is chunked."""
+    compile: Literal["none", "blocks"] = "none"
+    """blocks: compile each block with torch.compile, which takes a minute at the start and fuses norms, residuals and
+    activations; with ZeRO 0 to 2, pipelines, growth and recomputation. Needs a C++ compiler, on a GPU triton too."""
     deterministic: bool = False
     """true: only kernels that give the same bits every time, so that a resumed run on the same GPUs equals an
     uninterrupted one bit for bit. Attention and its backward pass become slower."""
