@@ -23,7 +23,7 @@ from megatron.model.blocks import Block
 from megatron.model.joint import JointLayer
 from megatron.model.linear import RowParallelLinear
 from megatron.model.pattention import Pattention
-from megatron.ops.pattention import select_backend
+from megatron.ops.pattention_backends import select_backend
 
 # Written in operations of torch throughout; autograd's backward pass.
 _TRACED_BACKENDS = ("reference",)
