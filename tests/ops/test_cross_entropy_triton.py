@@ -36,10 +36,21 @@ def kernels() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[Executor]:
-    """A process whose Triton interprets: it has to be told before it is imported."""
+    yield from process({"TRITON_INTERPRET": "1"})
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
+    folder = tmp_path_factory.mktemp("triton")
+    yield from process({"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)})
+
+
+def process(variables: dict[str, str]) -> Iterator[Executor]:
+    """A process whose Triton interprets or compiles: it has to be told before it is imported."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("TRITON_INTERPRET", "1")
+            for name, value in variables.items():
+                environment.setenv(name, value)
             pool.submit(len, "").result()  # starts it
         yield pool
 
@@ -117,12 +128,15 @@ SIGNATURES: dict[str, dict[str, str]] = {
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_kernels_compile_ahead_of_time_without_spills(
-    name: str, kind: str, architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    compiler: Executor, name: str, kind: str, architecture: int, tmp_path: Path
 ) -> None:
+    compiler.submit(compile_one, name, kind, architecture, tmp_path).result()
+
+
+def compile_one(name: str, kind: str, architecture: int, tmp_path: Path) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     made = kernels()
     signature = {argument: form.format(kind) for argument, form in SIGNATURES[name].items()}
     # Rows whose length is a multiple of 16 entries, as a padded vocabulary's.
