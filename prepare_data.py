@@ -26,7 +26,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("-m", "--merge-file", help="merges.txt of GPT-2")
     add("-d", "--data-dir", default="data", help="folder for the output. Default: data")
     add("-f", "--force-redownload", action="store_true", help="download again what is there already")
-    add("--num-workers", type=int, default=1, help="processes that encode")
+    add("--num-workers", type=int, help="processes that encode. Default: one a core, or one for less than a MiB")
     return parser.parse_args(arguments)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,10 +25,15 @@ from megatron.files import refuse_inputs
 from megatron.log import get_logger
 from megatron.tokenizer import Tokenizer, build_tokenizer
 
-_CHUNK = 16
-_BATCH_PER_WORKER = 512
+_CHUNK_DOCUMENTS, _CHUNK_BYTES = 64, 1 << 18
+"""A worker is given documents until they are so many, or so long."""
+_CHUNKS_AHEAD = 4
+"""Chunks that are read for each worker before it asks; they bound the memory, and no worker waits."""
+_WORTH_A_POOL = 1 << 20
+"""Bytes of input below which one process is done before others have started."""
 
 Encoded = list[npt.NDArray[np.integer]]
+EncodeChunk = Callable[[Sequence[RawDocument]], list[Encoded]]
 
 
 @dataclass(frozen=True)
@@ -46,16 +53,24 @@ class Preprocessed:
 
 
 class Encoder:
-    """One document to the token ids of each key: [ids of key 0, ids of key 1, ...]; empty where there is no text."""
+    """Documents to the token ids of each key: [ids of key 0, ids of key 1, ...] each; empty where there is no text."""
 
     def __init__(self, tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool) -> None:
         self._tokenizer, self._keys = tokenizer, list(keys)
         self._dtype = best_dtype(tokenizer.vocab_size)
         self._suffix = [tokenizer.eod_id] if append_eod else []
 
-    def __call__(self, document: RawDocument) -> Encoded:
-        encoded = (self._tokenizer.encode(text) for text in texts(document, self._keys))
-        return [np.array(ids + self._suffix if ids else ids, dtype=self._dtype) for ids in encoded]
+    def __call__(self, documents: Sequence[RawDocument]) -> list[Encoded]:
+        every_text = [text for document in documents for text in texts(document, self._keys)]
+        encoded = (ids + self._suffix if ids else ids for ids in self._tokenizer.encode_all(every_text))
+        arrays = [np.array(ids, dtype=self._dtype) for ids in encoded]
+        return [arrays[start : start + len(self._keys)] for start in range(0, len(arrays), len(self._keys))]
+
+
+def default_workers(inputs: Sequence[str]) -> int:
+    """As many as this process may use cores; one where the input is so small that others would start too late."""
+    small = sum(os.path.getsize(path) for path in inputs) < _WORTH_A_POOL
+    return 1 if small else len(os.sched_getaffinity(0))
 
 
 def preprocess(
@@ -64,14 +79,15 @@ def preprocess(
     tokenizer_config: TokenizerConfig,
     keys: Sequence[str] = ("text",),
     append_eod: bool = True,
-    num_workers: int = 1,
+    num_workers: int | None = None,
     txt_documents: TxtDocuments = "file",
     num_documents: int | None = None,
     log_interval: int = 100,
 ) -> Preprocessed:
     """Write `{output_prefix}_{key}_document.{bin,idx}` for every key; an existing pair is replaced at the end.
 
-    A document without text under a key is left out of that key's pair, and counted. num_documents only scales the
+    A document without text under a key is left out of that key's pair, and counted. num_workers: processes that encode,
+    `default_workers` unless it is given; the files are the same for any number. num_documents only scales the
     progress bar, which moves every log_interval documents. Raises UserError for anything wrong with the input;
     nothing is written then.
     """
@@ -82,7 +98,8 @@ def preprocess(
     num_tokens = num_empty = 0
     with ExitStack() as stack:
         builders = [stack.enter_context(IndexedDatasetBuilder(prefix, dtype)) for prefix in prefixes.values()]
-        documents = encode_all(encoder, read_documents(inputs, txt_documents), num_workers)
+        workers = default_workers(inputs) if num_workers is None else num_workers
+        documents = encode_all(encoder, read_documents(inputs, txt_documents), workers)
         for encoded in tqdm(documents, total=num_documents, unit="doc", miniters=log_interval):
             for builder, ids in zip(builders, encoded, strict=True):
                 num_tokens += len(ids)
@@ -117,7 +134,7 @@ def prepare_dataset(
     tokenizer_config: TokenizerConfig,
     name: str | None = None,
     keys: Sequence[str] = ("text",),
-    num_workers: int = 1,
+    num_workers: int | None = None,
     txt_documents: TxtDocuments = "file",
     force_redownload: bool = False,
     corpora: Mapping[str, tuple[CorpusFile, ...]] = CORPORA,
@@ -154,31 +171,49 @@ def _downloaded(
     return fetch_corpus(dataset, data_dir / dataset / "raw", force, corpora)
 
 
-def encode_all(
-    encoder: Callable[[RawDocument], Encoded], documents: Iterable[RawDocument], num_workers: int
-) -> Iterator[Encoded]:
+def encode_all(encoder: EncodeChunk, documents: Iterable[RawDocument], num_workers: int) -> Iterator[Encoded]:
     """Encode in order, in `num_workers` processes (0 and 1: in this one). Raises UserError when one of them dies."""
+    chunks = _chunks(documents)
     if num_workers <= 1:
-        yield from map(encoder, documents)
+        for chunk in chunks:
+            yield from encoder(chunk)
         return
-    remaining = iter(documents)
+    waiting: deque[Future[list[Encoded]]] = deque()
     try:
         with ProcessPoolExecutor(num_workers, initializer=_set_encoder, initargs=(encoder,)) as pool:
-            # Batches bound what is read ahead of the workers.
-            while batch := list(itertools.islice(remaining, _BATCH_PER_WORKER * num_workers)):
-                yield from pool.map(_encode, batch, chunksize=_CHUNK)
+            try:
+                for chunk in chunks:
+                    waiting.append(pool.submit(_encode, chunk))
+                    if len(waiting) > _CHUNKS_AHEAD * num_workers:
+                        yield from waiting.popleft().result()
+                while waiting:
+                    yield from waiting.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)  # nobody takes what is encoded after a mistake in the input
     except BrokenProcessPool:
         raise UserError("--num-workers: a worker process died, perhaps for lack of memory; use fewer workers") from None
 
 
-_encoder: Callable[[RawDocument], Encoded] | None = None
+def _chunks(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
+    chunk, size = list[RawDocument](), 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document.content)
+        if len(chunk) >= _CHUNK_DOCUMENTS or size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
-def _set_encoder(encoder: Callable[[RawDocument], Encoded]) -> None:
+_encoder: EncodeChunk | None = None
+
+
+def _set_encoder(encoder: EncodeChunk) -> None:
     global _encoder
     _encoder = encoder
 
 
-def _encode(document: RawDocument) -> Encoded:
+def _encode(documents: Sequence[RawDocument]) -> list[Encoded]:
     assert _encoder is not None
-    return _encoder(document)
+    return _encoder(documents)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -12,6 +14,20 @@ from megatron.errors import UserError
 from megatron.files import read_text
 from megatron.tokenizer.base import END_OF_TEXT, Tokenizer, well_formed
 from megatron.tokenizer.files import existing
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Inside, batches start no threads: whoever has several cores gives each of them a process."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 class _LibraryTokenizer(Tokenizer):
@@ -34,6 +50,12 @@ class _LibraryTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(well_formed(text), add_special_tokens=False).ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        with _one_thread():
+            # Does not keep where in the text a token is from, which takes a fifth of the time.
+            found = self._backend.encode_batch_fast([*map(well_formed, texts)], add_special_tokens=False)
+        return [encoding.ids for encoding in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([token for token in ids if token != self.eod_id], skip_special_tokens=True)

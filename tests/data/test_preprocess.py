@@ -12,8 +12,10 @@ import zstandard
 
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.data import IndexedDataset
-from megatron.data.preprocess import encode_all, prepare_dataset, preprocess
+from megatron.data.preprocess import default_workers, encode_all, prepare_dataset, preprocess
+from megatron.data.text import RawDocument
 from megatron.errors import UserError
+from megatron.tokenizer import build_tokenizer
 from prepare_data import main as prepare_main
 from tools.datasets.preprocess_data import main as preprocess_main
 
@@ -71,9 +73,35 @@ def test_workers_keep_the_order(tmp_path: Path) -> None:
     assert run(tmp_path, "a.jsonl", content, num_workers=2) == run(tmp_path, "a.jsonl", content)
 
 
+def test_files_are_the_same_for_any_number_of_workers(tmp_path: Path, tokenizer_file: Path) -> None:
+    sentence = "the parameters of a model "
+    lengths = [11_000 if i == 70 else (0, 1, 7, 3)[i % 4] for i in range(200)]  # chunks are full by number, and by size
+    content = jsonl(*({"text": f"{i} {sentence * length}" if length else ""} for i, length in enumerate(lengths)))
+    (tmp_path / "a.jsonl").write_bytes(content)
+    tokenizer = TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(tokenizer_file))
+    prefixes = {}
+    for number in (None, 0, 1, 2, 3):
+        result = preprocess([str(tmp_path / "a.jsonl")], tmp_path / f"by_{number}", tokenizer, num_workers=number)
+        prefixes[number] = result.prefixes["text"]
+    for suffix in (".bin", ".idx"):
+        contents = {Path(f"{prefix}{suffix}").read_bytes() for prefix in prefixes.values()}
+        assert len(contents) == 1, suffix
+    corpus, built = IndexedDataset(prefixes[2]), build_tokenizer(tokenizer)
+    assert corpus[1].tolist() == [*built.encode(f"2 {sentence * 7}"), built.eod_id]
+
+
+def test_every_core_works_unless_the_input_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 3, 5})
+    (tmp_path / "a.txt").write_bytes(b"x" * (1 << 20))
+    (tmp_path / "b.txt").write_bytes(b"x")
+    assert default_workers([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]) == 3
+    assert default_workers([str(tmp_path / "b.txt")]) == 1
+
+
 def test_a_dead_worker_is_reported() -> None:
     with pytest.raises(UserError, match="--num-workers: a worker process died"):
-        list(encode_all(lambda document: os._exit(1), [None] * 4, 2))
+        document = RawDocument("a.txt", 0, b"x")
+        list(encode_all(lambda documents: os._exit(1), [document] * 4, 2))
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

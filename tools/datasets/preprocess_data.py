@@ -24,7 +24,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--ftfy", action="store_true", help="not supported; clean the text beforehand")
     add("--output-prefix", required=True, help="path of the files up to _{key}_document.bin")
     add("--dataset-impl", choices=["mmap"], default="mmap", help="format of the files")
-    add("--workers", type=int, default=1, help="processes that encode")
+    add("--workers", type=int, help="processes that encode. Default: one a core, or one for less than a MiB")
     add("--log-interval", type=int, default=100, help="documents between updates of the progress bar")
     return parser.parse_args(arguments)
 
