@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from megatron.inference.cache import KVCache
-from megatron.inference.sampling import Sampling, sample_rows
+from megatron.inference.next_logits import Cached, NextLogits, Recomputed
+from megatron.inference.sampling import Chooser, Sampling
 from megatron.model import LanguageModel
 from megatron.model.forward_only import overflow
 from megatron.mpu.collectives import from_first_rank
 from megatron.tokenizer import Tokenizer
-
-# Prompt tokens computed at a time: bounds activations at batch x 256 x the largest number of slots.
-PREFILL_TOKENS = 256
 
 
 @dataclass
@@ -69,44 +67,65 @@ class Decoder:
 
     def steps(self, texts: list[Text]) -> Iterator[None]:
         """Generate until every text has ended, one token for each of them a step; the ended ones leave the batch."""
-        started = time.perf_counter()
-        next_logits = _Recomputed(self.model) if self.recompute else _Cached(self.model, self._slots(texts))
-        generators = [torch.Generator() if text.seed is None else _generator(text.seed) for text in texts]
-        while texts:
-            self._step(texts, next_logits([text.prompt + text.tokens for text in texts]), generators)
-            for text in texts:
-                text.seconds = time.perf_counter() - started
+        started, batch = time.perf_counter(), list(texts)
+        source = self._source(batch)
+        choose = self._chooser(batch)
+        tokens: Tensor | None = None
+        waiting = deque[tuple[list[Text], Chosen]]()
+        while not all(text.ended for text in batch):
+            if not waiting or any(self._room(text) > len(waiting) for text in batch if not text.ended):
+                sequences = [text.prompt + text.tokens for text in batch]
+                logits = source.first(sequences) if tokens is None else source.next(tokens, sequences)
+                tokens, chosen = self._chosen(logits, choose)
+                waiting.append((batch, chosen))
+                if len(waiting) <= source.ahead:
+                    continue
+            self._take(*waiting.popleft(), time.perf_counter() - started)
             yield
-            going = [i for i, text in enumerate(texts) if not text.ended]
-            if 0 < len(going) < len(texts):
-                next_logits.select(going)
-            texts, generators = [texts[i] for i in going], [generators[i] for i in going]
+            going = [i for i, text in enumerate(batch) if not text.ended]
+            if tokens is not None and going and source.can_select(len(going), len(batch)):
+                source.select(going)
+                choose.select(going)
+                batch, tokens = [batch[i] for i in going], tokens[torch.tensor(going, device=tokens.device)]
 
     def complete(self, texts: list[Text]) -> None:
         """All steps."""
         for _ in self.steps(texts):
             pass
 
-    def _slots(self, texts: list[Text]) -> int:
-        """Cache slots that the batch can fill: the padding to the longest prompt, and the longest text behind it."""
-        longest = max(len(text.prompt) for text in texts)
-        room = [min(text.sampling.maximum_tokens, self.seq_length - len(text.prompt)) for text in texts]
-        return longest + max(room)
+    def _source(self, texts: list[Text]) -> NextLogits:
+        if self.recompute:
+            return Recomputed(self.model)
+        # The padding to the longest prompt, and the longest text behind it.
+        slots = max(len(text.prompt) for text in texts) + max(map(self._room, texts))
+        return Cached(self.model, slots)
 
-    def _step(self, texts: list[Text], logits: Tensor, generators: list[torch.Generator]) -> None:
-        """Choose a token for each text from logits [b, V_pad]; rows of the padded vocabulary are never chosen."""
+    def _room(self, text: Text) -> int:
+        """How many tokens a text may still get."""
+        room = self.seq_length - len(text.prompt)
+        return min(text.sampling.maximum_tokens, room) - len(text.tokens)
+
+    def _chooser(self, texts: list[Text]) -> Chooser:
+        generators = [None if text.seed is None else torch.Generator().manual_seed(text.seed) for text in texts]
+        device = next(self.model.parameters()).device
+        seen = [text.prompt for text in texts]
+        return Chooser([text.sampling for text in texts], seen, generators, self.tokenizer.vocab_size, device)
+
+    def _chosen(self, logits: Tensor, choose: Chooser) -> tuple[Tensor, Chosen]:
+        """A token for each row of logits [b, V_pad], on the device and on its way to the host."""
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        if not wide.isfinite().all():
-            raise overflow(logits.dtype)
-        settings = [text.sampling for text in texts]
-        seen = [text.prompt + text.tokens for text in texts]
-        tokens = sample_rows(wide[:, : self.tokenizer.vocab_size], settings, seen, generators)
-        tokens = from_first_rank(tokens, self.model.layout.tensor)
-        logprobs: list[float | None] = [None] * len(texts)
-        if self.logprobs:
-            logprobs = wide.log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0].tolist()
-        for text, token, logprob in zip(texts, tokens.tolist(), logprobs, strict=True):
-            self._append(text, token, logprob)
+        tokens = from_first_rank(choose(wide), self.model.layout.tensor)
+        logprobs = wide.log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0] if self.logprobs else None
+        # One number that is not finite makes the sum so, and a sum is one pass.
+        return tokens, Chosen(tokens, wide.sum(dim=-1), logprobs, logits.dtype)
+
+    def _take(self, texts: list[Text], chosen: Chosen, seconds: float) -> None:
+        """Add the chosen tokens to the texts that had not ended."""
+        tokens, logprobs = chosen.read()
+        for text, token, logprob in zip(texts, tokens, logprobs, strict=True):
+            if not text.ended:
+                self._append(text, token, logprob)
+                text.seconds = seconds
 
     def _append(self, text: Text, token: int, logprob: float | None) -> None:
         """Add a token and see whether the text has ended."""
@@ -179,53 +198,30 @@ def cut_message(kept: int, given: int, seq_length: int) -> str:
     return f"prompt cut to its last {kept} of {given} tokens (seq_length {seq_length})"
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+class Chosen:
+    """What was chosen in a step, on its way to the host.
 
+    Args:
+        tokens: int64 [b].
+        sums: [b], not finite for a row of logits that are not.
+        logprobs: [b].
+        dtype: of the logits, for the message about them.
+    """
 
-class _Cached:
-    """Logits after the last token of each row; past tokens come from a cache of `slots` allocated at once."""
+    def __init__(self, tokens: Tensor, sums: Tensor, logprobs: Tensor | None, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._copies = [None if x is None else x.to("cpu", non_blocking=True) for x in (tokens, sums, logprobs)]
+        self._arrived: torch.cuda.Event | None = None
+        if tokens.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
 
-    def __init__(self, model: LanguageModel, slots: int) -> None:
-        self.model, self.slots = model, slots
-        self.cache: KVCache | None = None
-
-    @torch.no_grad()
-    def __call__(self, sequences: list[list[int]]) -> Tensor:
-        """Whole texts in, first time with any number of tokens and later with one more each; logits [b, V_pad]."""
-        device = next(self.model.parameters()).device
-        if self.cache is None:
-            longest = max(map(len, sequences))
-            padding = [longest - len(row) for row in sequences]
-            self.cache = KVCache(len(self.model.layers), torch.tensor(padding, device=device), self.slots)
-            rows = [[0] * count + row for count, row in zip(padding, sequences, strict=True)]
-        else:
-            rows = [row[-1:] for row in sequences]
-        ids = torch.tensor(rows, device=device)
-        for part in ids.split(PREFILL_TOKENS, dim=1):
-            hidden = self.model.hidden(part, self.cache.step(part.shape[1]))
-        return self.model.logits(hidden[:, -1])
-
-    def select(self, rows: list[int]) -> None:
-        """Go on with these rows only."""
-        assert self.cache is not None, "called after the first step"
-        self.cache.select(torch.tensor(rows, device=self.cache.padding.device))
-
-
-class _Recomputed:
-    """The same without a cache: padding goes to the right, where causal attention never sees it."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
-
-    @torch.no_grad()
-    def __call__(self, sequences: list[list[int]]) -> Tensor:
-        """Whole texts in; logits after the last token of each, [b, V_pad]."""
-        device = next(self.model.parameters()).device
-        longest = max(map(len, sequences))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in sequences], device=device)
-        last = torch.tensor([len(row) - 1 for row in sequences], device=device)
-        return self.model.logits(self.model.hidden(ids)[torch.arange(len(sequences), device=device), last])
-
-    def select(self, rows: list[int]) -> None:
-        """Nothing is kept between steps."""
+    def read(self) -> tuple[list[int], Sequence[float | None]]:
+        """Tokens and log-probabilities. Raises UserError where logits were not finite."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        tokens, sums, logprobs = self._copies
+        assert tokens is not None and sums is not None
+        if not sums.isfinite().all():
+            raise overflow(self._dtype)
+        return tokens.tolist(), [None] * len(tokens) if logprobs is None else logprobs.tolist()

@@ -46,20 +46,16 @@ class Sampling:
             raise ValueError("stop: an empty string would end every text")
 
 
-def penalize_repetition(logits: Tensor, seen: Sequence[Sequence[int]], penalties: Sequence[float]) -> Tensor:
-    """Logits [b, V] with those of tokens that row i has `seen` made less likely by penalties[i].
+_GREEDY = (0.0, 0, 0.0, 0.0)
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalties: Tensor) -> Tensor:
+    """Logits [b, V] with those of tokens that a row has `seen`, bool [b, V], made less likely by its penalty, [b, 1].
 
     A positive logit is divided by the penalty and a negative one multiplied by it (CTRL, Keskar et al. 2019,
     section 4.1), once for each token, however often it occurs.
     """
-    if all(penalty == 1 for penalty in penalties):
-        return logits
-    logits = logits.clone()
-    for row, ids, penalty in zip(logits, seen, penalties, strict=True):
-        index = torch.tensor(sorted(set(ids)), device=logits.device)
-        scores = row[index]
-        row[index] = torch.where(scores < 0, scores * penalty, scores / penalty)
-    return logits
+    return torch.where(seen, torch.where(logits < 0, logits * penalties, logits / penalties), logits)
 
 
 def filter_top_k(logits: Tensor, top_k: int) -> Tensor:
@@ -118,31 +114,79 @@ def sample(
     # The largest logit becomes 0, so that a tiny temperature gives no inf - inf.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     logits = filter_min_p(filter_top_p(filter_top_k(scaled, top_k), top_p), min_p)
-    rows = logits.softmax(dim=-1).cpu()
-    drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(rows, generators, strict=True)]
-    return torch.cat(drawn).to(logits.device)
+    probability = logits.softmax(dim=-1)
+    # What torch.multinomial does with a generator, in two steps, so that the probabilities need not come to the host.
+    return (probability / _noise(probability, generators)).argmax(dim=-1)
 
 
-def sample_rows(
-    logits: Tensor,
-    settings: Sequence[Sampling],
-    seen: Sequence[Sequence[int]],
-    generators: Sequence[torch.Generator | None],
-) -> Tensor:
-    """One token id for each row of logits [b, V], chosen by the row's own settings.
+def _noise(like: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
+    """Exponential draws of the shape [b, V] and on the device of `like`, each row from its own generator."""
+    pinned = like.device.type == "cuda"
+    noise = torch.empty(like.shape, dtype=like.dtype, pin_memory=pinned)
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(generator=generator)
+    return noise.to(like.device, non_blocking=True)
+
+
+class Chooser:
+    """Chooses the next token of every row of a batch, each by its own settings, without waiting for the device.
 
     Args:
-        seen: tokens of the prompt and of the text so far, for the repetition penalty.
+        settings: one a row.
+        seen: tokens of each row so far, for the repetition penalty; it goes on with the chosen ones.
         generators: one a row; None for a greedy one.
-
-    Returns: int64 [b], on the logits' device.
+        vocabulary: tokens to choose from; later columns of the logits are those of no token.
+        device: where the logits are.
     """
-    logits = penalize_repetition(logits, seen, [setting.repetition_penalty for setting in settings])
-    groups: dict[tuple[float, int, float, float], list[int]] = {}
-    for i, s in enumerate(settings):
-        groups.setdefault((s.temperature, s.top_k, s.top_p, s.min_p), []).append(i)
-    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    for (temperature, top_k, top_p, min_p), rows in groups.items():
-        chosen = sample(logits[rows], temperature, top_k, top_p, min_p, [generators[i] for i in rows])
-        tokens[torch.tensor(rows, device=logits.device)] = chosen
-    return tokens
+
+    def __init__(
+        self,
+        settings: Sequence[Sampling],
+        seen: Sequence[Sequence[int]],
+        generators: Sequence[torch.Generator | None],
+        vocabulary: int,
+        device: torch.device,
+    ) -> None:
+        self._settings, self._generators = list(settings), list(generators)
+        self._vocabulary, self._device = vocabulary, device
+        self._seen: Tensor | None = None
+        if any(setting.repetition_penalty != 1 for setting in settings):
+            self._seen = torch.zeros(len(settings), vocabulary, dtype=torch.bool, device=device)
+            for row, ids in zip(self._seen, seen, strict=True):
+                row[torch.tensor(ids, dtype=torch.int64, device=device)] = True
+        self._group()
+
+    def _group(self) -> None:
+        """Put what the rows have in common on the device, once for all tokens."""
+        penalties = [setting.repetition_penalty for setting in self._settings]
+        self._penalties = torch.tensor(penalties, device=self._device)[:, None]
+        groups: dict[tuple[float, int, float, float], list[int]] = {}
+        for i, s in enumerate(self._settings):
+            groups.setdefault((s.temperature, s.top_k, s.top_p, s.min_p) if s.temperature else _GREEDY, []).append(i)
+        self._groups = [(key, rows, torch.tensor(rows, device=self._device)) for key, rows in groups.items()]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only."""
+        self._settings = [self._settings[i] for i in rows]
+        self._generators = [self._generators[i] for i in rows]
+        if self._seen is not None:
+            self._seen = self._seen[torch.tensor(rows, device=self._device)]
+        self._group()
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The next tokens, int64 [b] on the device, from logits [b, V_pad] in fp32 or fp64."""
+        logits = logits[:, : self._vocabulary]
+        if self._seen is not None:
+            logits = penalize_repetition(logits, self._seen, self._penalties.to(logits.dtype))
+        tokens = self._chosen(logits)
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
+        return tokens
+
+    def _chosen(self, logits: Tensor) -> Tensor:
+        if len(self._groups) == 1:
+            return sample(logits, *self._groups[0][0], self._generators)
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        for key, rows, index in self._groups:
+            tokens[index] = sample(logits[index], *key, [self._generators[i] for i in rows])
+        return tokens

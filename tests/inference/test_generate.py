@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.inference.decoding import Decoder
 from megatron.inference.generate import Completion, generate
+from megatron.inference.next_logits import Cached
 from megatron.inference.sampling import Sampling
 from megatron.model import LanguageModel
 from megatron.tokenizer import CharLevelTokenizer
@@ -63,8 +65,39 @@ def test_cache_and_batch_composition_leave_texts_unchanged(
 def test_long_prompts_are_computed_in_parts(tokenizer: CharLevelTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     whole = texts(generate(model, tokenizer, PROMPTS, maximum_tokens=8))
-    monkeypatch.setattr("megatron.inference.decoding.PREFILL_TOKENS", 5)
+    monkeypatch.setattr("megatron.inference.next_logits.PREFILL_TOKENS", 5)
     assert texts(generate(model, tokenizer, PROMPTS, maximum_tokens=8)) == whole
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 7, "repetition_penalty": 1.2}])
+@pytest.mark.parametrize("keeps_all", [False, True])
+def test_texts_are_the_same_when_a_step_begins_before_the_last_one_is_known(
+    tokenizer: CharLevelTokenizer, monkeypatch: pytest.MonkeyPatch, sampling: dict[str, Any], keeps_all: bool
+) -> None:
+    model = make_model(seq_length=40)
+    options: dict[str, Any] = {"maximum_tokens": 25, "batch_size": 4, **sampling}
+    options["stop"] = [generate(model, tokenizer, PROMPTS, **options)[0].text[4:6]]
+    expected = texts(generate(model, tokenizer, PROMPTS, **options))
+    assert any(completion.finished for completion in expected), "a text must end by itself, which no step foresees"
+    monkeypatch.setattr("megatron.inference.next_logits.Cached.ahead", 1)
+    if keeps_all:  # rows of texts that have ended go on in the batch
+        monkeypatch.setattr("megatron.inference.next_logits.Cached.can_select", lambda *_: False)
+    begun, known = list[int](), list[int]()
+    real_next, real_take = Cached.next, Decoder._take
+
+    def begin(*args: Any) -> Any:
+        begun.append(len(known))
+        return real_next(*args)
+
+    def take(*args: Any) -> None:
+        known.append(len(begun))
+        real_take(*args)
+
+    monkeypatch.setattr(Cached, "next", begin)
+    monkeypatch.setattr(Decoder, "_take", take)
+    assert texts(generate(model, tokenizer, PROMPTS[:1], **options)) == expected[:1]
+    assert known[:2] == [1, 2], "the second step has begun when the tokens of the first are looked at"
+    assert texts(generate(model, tokenizer, PROMPTS, **options)) == expected
 
 
 def test_greedy_text_is_the_argmax_of_the_model(model: LanguageModel, tokenizer: CharLevelTokenizer) -> None:

@@ -22,7 +22,7 @@ class Script(Decoder):
         super().__init__(make_model(), CharLevelTokenizer(), seq_length)
         object.__setattr__(self, "said", said)
 
-    def _step(self, texts, logits, generators):  # type: ignore[no-untyped-def]
+    def _take(self, texts, chosen, seconds):  # type: ignore[no-untyped-def]
         for text in texts:
             token = (self.said + b"\0" * 99)[len(text.tokens)]  # type: ignore[attr-defined]
             self._append(text, token, None)

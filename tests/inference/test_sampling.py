@@ -6,19 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from megatron.inference.sampling import (
+    Chooser,
     Sampling,
     filter_min_p,
     filter_top_k,
     filter_top_p,
     penalize_repetition,
     sample,
-    sample_rows,
 )
 
 PROBABILITIES = torch.tensor([[0.05, 0.5, 0.15, 0.3]])
 LOGITS = PROBABILITIES.log()
+
+
+def chooser(settings: list[Sampling], seen: list[list[int]], generators: list[Any], vocabulary: int) -> Chooser:
+    return Chooser(settings, seen, generators, vocabulary, torch.device("cpu"))
 
 
 def kept(logits: torch.Tensor) -> list[list[int]]:
@@ -102,16 +107,18 @@ def test_min_p_sees_tempered_probabilities() -> None:
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_once() -> None:
     logits = torch.tensor([[2.0, -1.0, 3.0, 0.0], [2.0, -1.0, 3.0, 0.0]])
-    found = penalize_repetition(logits, [[0, 1, 0], [2]], [2.0, 1.0])
+    seen = torch.tensor([[True, True, False, False], [False, False, True, False]])
+    found = penalize_repetition(logits, seen, torch.tensor([[2.0], [1.0]]))
     assert found.tolist() == [[1.0, -2.0, 3.0, 0.0], [2.0, -1.0, 3.0, 0.0]]
     assert logits[0, 0] == 2.0
-    assert penalize_repetition(logits, [[0], [1]], [1.0, 1.0]) is logits
 
 
 def test_repetition_penalty_changes_greedy_choices() -> None:
     logits = torch.tensor([[2.0, 1.5], [2.0, 1.5]])
     settings = [Sampling(repetition_penalty=2.0), Sampling()]
-    assert sample_rows(logits, settings, [[0], [0]], [None, None]).tolist() == [1, 0]
+    choose = chooser(settings, [[0], [0]], [None, None], 2)
+    assert choose(logits).tolist() == [1, 0]
+    assert choose(logits).tolist() == [0, 0], "what was chosen counts as seen"
 
 
 def test_every_row_is_chosen_as_if_it_were_alone() -> None:
@@ -129,12 +136,56 @@ def test_every_row_is_chosen_as_if_it_were_alone() -> None:
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(i) for i in range(len(settings))]
 
-    together = sample_rows(logits, settings, seen, generators()).tolist()
-    alone = [
-        sample_rows(logits[i : i + 1], [settings[i]], [seen[i]], [generator]).item()
-        for i, generator in enumerate(generators())
+    def drawn(rows: list[int], own: list[torch.Generator]) -> list[list[int]]:
+        """Three tokens for each of the rows, the last two after all but they have left the batch."""
+        picked = [own[i] for i in rows]
+        choose = chooser([settings[i] for i in rows], [seen[i] for i in rows], picked, 50)
+        return [choose(logits[rows]).tolist() for _ in range(3)]
+
+    everyone = list(range(len(settings)))
+    together = drawn(everyone, generators())
+    assert [drawn([i], generators()) for i in everyone] == [[[row[i]] for row in together] for i in everyone]
+
+
+def test_rows_that_stay_go_on_as_before() -> None:
+    settings = [Sampling(temperature=1.0, repetition_penalty=1.5), Sampling(), Sampling(temperature=0.5, top_k=9)]
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(2))
+
+    def drawn(leaving: bool) -> list[list[int]]:
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        choose = chooser(settings, [[1], [2], [3]], generators, 50)
+        choose(logits)
+        if not leaving:
+            return [[found[2], found[0]] for found in (choose(logits).tolist() for _ in range(3))]
+        choose.select([2, 0])
+        return [choose(logits[[2, 0]]).tolist() for _ in range(3)]
+
+    assert drawn(True) == drawn(False)
+
+
+def test_draws_are_those_of_multinomial() -> None:
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(1))
+    seeded = [[torch.Generator().manual_seed(i) for i in range(5)] for _ in range(2)]
+    expected = [torch.multinomial(row.softmax(-1), 1, generator=g) for row, g in zip(logits, seeded[0], strict=True)]
+    assert sample(logits, 1.0, generators=seeded[1]).tolist() == torch.cat(expected).tolist()
+
+
+def test_choosing_asks_nothing_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake tensors, which have no values, a number brought to the host is an error."""
+    # Drawn on the host, with a generator, for which there are no fakes.
+    monkeypatch.setattr("megatron.inference.sampling._noise", lambda like, generators: torch.ones_like(like))
+    settings = [
+        Sampling(repetition_penalty=1.5),
+        Sampling(temperature=1.0, top_k=5, top_p=0.9, min_p=0.1),
+        Sampling(temperature=0.5),
     ]
-    assert together == alone
+    generators = [None, torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)]
+    with FakeTensorMode():
+        choose = chooser(settings, [[1], [2], [3]], generators, 40)
+        logits = torch.randn(3, 48)
+        assert [choose(logits).shape for _ in range(3)] == [(3,)] * 3
+        with pytest.raises(DataDependentOutputException):
+            choose(logits)[0].item()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class Script(Decoder):
         super().__init__(make_model(), tokenizer, 48, stop_at_eod=stop_at_eod)
         object.__setattr__(self, "said", list(said))
 
-    def _step(self, texts, logits, generators):  # type: ignore[no-untyped-def]
+    def _take(self, texts, chosen, seconds):  # type: ignore[no-untyped-def]
         for text in texts:
             self._append(text, (self.said + [self.tokenizer.eod_id] * 48)[len(text.tokens)], None)  # type: ignore[attr-defined]
 
