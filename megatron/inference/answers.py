@@ -130,6 +130,8 @@ def fingerprint(decoder: Decoder, texts: Sequence[Text]) -> str:
     """SHA-256 of the texts' prompts and settings, the tokenizer's name and ids, and the model with all its tensors."""
     digest = hashlib.sha256()
     common = [decoder.seq_length, decoder.recompute, decoder.logprobs, decoder.stop_at_eod, decoder.tokenizer.name]
+    if not decoder.fast:  # the last bits of logits differ
+        common.append("plain")
     digest.update(json.dumps([*common, decoder.model.config.model_dump(mode="json")]).encode())
     for text in texts:
         digest.update(json.dumps([text.context, text.prompt, asdict(text.sampling), text.seed]).encode())

@@ -6,16 +6,21 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from megatron.inference.next_logits import Cached, NextLogits, Recomputed
+from megatron.inference.prepared import prepared
 from megatron.inference.sampling import Chooser, Sampling
 from megatron.model import LanguageModel
 from megatron.model.forward_only import overflow
 from megatron.mpu.collectives import from_first_rank
 from megatron.tokenizer import Tokenizer
+
+_WORTH_PREPARING = 16
+"""Tokens of a text from which on preparing a model takes less time than it saves."""
 
 
 @dataclass
@@ -53,6 +58,9 @@ class Decoder:
     """Note the log-probability of every generated token."""
     stop_at_eod: bool = True
     """End a text at the end-of-document token."""
+    fast: bool = True
+    """Decode with a prepared copy of the model's matrices (megatron.inference.prepared), made when it is first worth
+    while. The model must not change while the decoder is in use."""
 
     def start(self, prompt: str | Sequence[int], sampling: Sampling, seed: int | None = None) -> Text:
         """A text to be generated behind `prompt`; an empty one starts from the end-of-document token."""
@@ -98,7 +106,13 @@ class Decoder:
             return Recomputed(self.model)
         # The padding to the longest prompt, and the longest text behind it.
         slots = max(len(text.prompt) for text in texts) + max(map(self._room, texts))
-        return Cached(self.model, slots)
+        # Decided by the batch alone: an interrupted run computes the others as it would have.
+        is_long = max(map(self._room, texts)) >= _WORTH_PREPARING
+        return Cached(self._prepared if self.fast and is_long else self.model, slots)
+
+    @cached_property
+    def _prepared(self) -> LanguageModel:
+        return prepared(self.model)
 
     def _room(self, text: Text) -> int:
         """How many tokens a text may still get."""

@@ -57,6 +57,7 @@ def generate(
     seed: int | None = None,
     logprobs: bool = False,
     recompute: bool = False,
+    fast: bool = True,
     batch_size: int = 8,
     stop_at_eod: bool = True,
     seq_length: int | None = None,
@@ -77,6 +78,7 @@ def generate(
         seed: the same seed gives the same texts, whatever the batch size; None takes a new one each time.
         logprobs: see Completion.
         recompute: compute the whole text anew for each token, without a cache (slow; for checks).
+        fast: decode with a prepared copy of the matrices, which takes their memory once more; see Decoder.
         batch_size: texts generated together.
         stop_at_eod: end a text at the end-of-document token.
         seq_length: context length in tokens; default the model's.
@@ -87,7 +89,7 @@ def generate(
             maximum_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop), num_samples
         )
         settings = [of_all] * len(prompts)
-    decoder = Decoder(model, tokenizer, seq_length or model.config.seq_length, recompute, logprobs, stop_at_eod)
+    decoder = Decoder(model, tokenizer, seq_length or model.config.seq_length, recompute, logprobs, stop_at_eod, fast)
     texts = start_texts(decoder, prompts, settings, seed)
     with evaluating(model), tqdm(total=len(texts), desc="generating", disable=not progress) as bar:
         for batch in length_batches(texts, batch_size):

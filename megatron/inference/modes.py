@@ -47,7 +47,9 @@ def run_generation(config: RunConfig, layout: Layout = SINGLE) -> None:
         inputs += _files_of(checkpoint_source(config.checkpoint))
         refuse_inputs(options.sample_output_file, "sample_output_file", inputs)
     model, tokenizer = load_for_inference(config, layout)
-    decoder = Decoder(model, tokenizer, config.language.seq_length, options.recompute, options.logprobs)
+    decoder = Decoder(
+        model, tokenizer, config.language.seq_length, options.recompute, options.logprobs, fast=options.fast_decoding
+    )
     if requests is None:
         converse(decoder, sampling_of(options), options.prompt_end, seed, options.interactive_history)
         return

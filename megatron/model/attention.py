@@ -47,6 +47,7 @@ class RotaryEmbedding:
     def __init__(self, dim: int, base: float, length: int) -> None:
         self.dim, self.base, self.length = dim, base, min(length, _LONGEST_AT_FIRST)
         self._tables: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin of positions 0..length-1, each [length, dim] in fp32."""
@@ -54,6 +55,16 @@ class RotaryEmbedding:
             self.length = max(self.length, length)
             self._tables = rotary_tables(self.length, self.dim, self.base, device)
         return self._tables[0][:length], self._tables[1][:length]
+
+    def at(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin at positions [b, s] below `length`, each [b, 1, s, dim].
+
+        Layers that share this object look the same positions up once.
+        """
+        if self._last is None or self._last[0] is not positions:
+            cos, sin = self(length, positions.device)
+            self._last = positions, (cos[positions][:, None], sin[positions][:, None])
+        return self._last[1]
 
 
 class SelfAttention(nn.Module):
@@ -116,5 +127,4 @@ class SelfAttention(nn.Module):
         assert self.rotary is not None
         if cache is None:
             return self.rotary(q.shape[2], q.device)
-        cos, sin = self.rotary(cache.mask.shape[-1], q.device)
-        return cos[cache.positions][:, None], sin[cache.positions][:, None]  # [b, 1, s, r]
+        return self.rotary.at(cache.positions, cache.mask.shape[-1])

@@ -35,6 +35,8 @@ class GenerationConfig(Section):
     """Also write the log-probability of each generated token."""
     recompute: bool = False
     """Generate without a key-value cache (slow; for checks)."""
+    fast_decoding: bool = True
+    """Decode with copies of the matrices laid out for it, and on a GPU with CUDA graphs; false takes less memory."""
     num_samples: int = Field(default=1, gt=0)
     """Number of texts that unconditional generation writes."""
     samples_per_prompt: int = Field(default=1, gt=0)

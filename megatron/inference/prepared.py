@@ -1,0 +1,148 @@
+"""A model made ready to decode: the same layers, their matrices in the form that products with few rows like best.
+
+Query, key and value of a block become one product with their stacked keys. On a CPU every matrix is also packed
+(megatron.ops.inference). The copies take the memory of the matrices once more, for as long as the prepared model lives.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.log import get_logger
+from megatron.model import LanguageModel
+from megatron.model.attention import SelfAttention
+from megatron.model.embedding import TokenTable
+from megatron.model.joint import JointLayer
+from megatron.model.linear import ColumnParallelLinear, RowParallelLinear
+from megatron.model.pattention import Pattention
+from megatron.ops.inference import can_pack, product_with, row_weights
+
+
+def prepared(model: LanguageModel) -> LanguageModel:
+    """What `model` computes now, without gradients; later changes of its matrices do not show.
+
+    Layers that someone has wrapped or hooked stay as they are. What is not a matrix is used by both models. The model
+    itself comes back where tensor ranks share it, and where there is no memory for the copies.
+    """
+    if model.layout.tensor.size > 1 or not _has_room(model):
+        return model
+    twin: LanguageModel = _twin(model).eval()
+    attentions = [module for module in twin.modules() if isinstance(module, SelfAttention)]
+    for attention in attentions:
+        attention.rotary = attentions[0].rotary  # the same tables; positions are looked up once for all layers
+    return twin
+
+
+def _has_room(model: LanguageModel) -> bool:
+    """Is there memory for copies of all parameters? They are packed on CPUs; where Linux does not say, there is."""
+    needed = sum(p.numel() * p.element_size() for p in model.parameters() if can_pack(p))
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return True
+    available = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    if not available or needed < available[0]:
+        return True
+    get_logger().info(
+        "fast_decoding: %.1f GiB for copies of the matrices are not free; decoding is slower without", needed / 2**30
+    )
+    return False
+
+
+def _twin(module: Any) -> Any:
+    """A copy of a module and of all that is in it, with the same tensors, and with prepared layers where they fit."""
+    twin = copy.copy(module)
+    twin.__dict__["_modules"] = {name: _prepared_layer(child) for name, child in module._modules.items()}
+    if isinstance(module, SelfAttention):
+        layers = [module.query, module.key, module.value]
+        if all(_is_plain(layer, Pattention) for layer in layers) and len({layer.num_tokens for layer in layers}) == 1:
+            tokens = _Tokens(layers)
+            for name in ("query", "key", "value"):
+                twin._modules[name] = PreparedPattention(tokens)
+    return twin
+
+
+def _prepared_layer(layer: Any) -> Any:
+    if _is_plain(layer, Pattention):
+        return PreparedPattention(_Tokens([layer]))
+    if any(_is_plain(layer, kind) for kind in (ColumnParallelLinear, RowParallelLinear, nn.Linear)):
+        return PreparedLinear(layer)
+    if _is_plain(layer, TokenTable):
+        return PreparedTable(layer)
+    return None if layer is None else _twin(layer)
+
+
+def _is_plain(layer: Any, kind: type[nn.Module]) -> bool:
+    """Is it of this very class, and does nothing happen around its forward?"""
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    return type(layer) is kind and "forward" not in vars(layer) and not any(getattr(layer, name) for name in hooks)
+
+
+class _Tokens:
+    """Stacked keys of one or more Pattentions with the same input and number of tokens, and their values."""
+
+    def __init__(self, layers: Sequence[Pattention]) -> None:
+        self.count, self.activation = len(layers), layers[0].activation
+        taus = [layer.tau_tokens for layer in layers]
+        self.tau_tokens = taus[0] if self.count == 1 else torch.stack(taus)
+        keys = [layer.key_param_tokens.detach() for layer in layers]
+        self.scores = product_with(keys[0] if self.count == 1 else torch.cat(keys))
+        self.outputs = [product_with(layer.value_param_tokens.detach().T) for layer in layers]
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x [.., in] -> [.., out] of each layer."""
+        scores = self.scores(x)
+        if self.count == 1:
+            return [self.outputs[0](row_weights(scores, self.tau_tokens, self.activation))]
+        scores = scores.unflatten(-1, (self.count, -1))  # [.., layers, n]
+        weights = row_weights(scores, self.tau_tokens, self.activation).unbind(-2)
+        return [product(weight) for product, weight in zip(self.outputs, weights, strict=True)]
+
+
+class PreparedPattention(JointLayer):
+    """A Pattention, or one of those whose keys were stacked together."""
+
+    def __init__(self, tokens: _Tokens) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def read_parameters(self) -> _Tokens:
+        """Keys and values of all layers that are computed together."""
+        return self.tokens
+
+    @staticmethod
+    def compute(layers: Sequence[PreparedPattention], parameters: Sequence[_Tokens], x: Tensor) -> list[Tensor]:
+        """x [.., in] -> [.., out] of each layer."""
+        return parameters[0](x)
+
+
+class PreparedLinear(nn.Module):
+    """A linear layer."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.product = product_with(layer.weight)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., in] -> [.., out]."""
+        return self.product(x) if self.bias is None else self.product(x) + self.bias
+
+
+class PreparedTable(nn.Module):
+    """The embedding's rows, which are looked up as they are, and the product with all of them."""
+
+    def __init__(self, table: TokenTable) -> None:
+        super().__init__()
+        self.weight, self.product = table.weight, product_with(table.weight)
+
+    def forward(self, input: Tensor, as_head: bool = False) -> Tensor:
+        """ids [..] -> rows [.., d]; as_head: [.., d] -> products with all rows."""
+        return self.product(input) if as_head else F.embedding(input, self.weight)
