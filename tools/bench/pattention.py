@@ -1,89 +1,109 @@
-"""Time and memory of Pattention's backends beside a bias-free MLP of equal FLOPs, measured in turn in one run.
+"""Time and memory of Pattention's backends, of the paper's formula op by op, and of an MLP of equal FLOPs.
 
-    python -m tools.bench.pattention [--tokens 2048] [--width 768] [--slots 3072] [--dtype fp32] [--rounds 15]
+    python -m tools.bench.pattention [--tokens 2048] [--width 768] [--slots 768 3072] [--dtype fp32|bf16|fp16]
+                                     [--activation l2_norm_gelu] [--backends fused compiled] [--rounds 15] [--json FILE]
 
-Prints, for each, the median ratio of its forward + backward time to the MLP's in the same round, and how many score
-matrices (u = tokens x slots entries) autograd keeps for the backward pass besides input and parameters.
+One layer, forward and backward, all contestants in turn in every round. Ratios are to the MLP: two matrices and GELU,
+no bias. u is one score matrix (tokens x slots entries); *kept u* is what autograd holds for the backward pass besides
+input and parameters.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.errors import run_command
-from megatron.ops.pattention import pattention_reference
-from megatron.ops.pattention_fused import pattention_fused
+from megatron.errors import ConfigError, run_command
+from megatron.ops.pattention import ParameterTokens
+from megatron.ops.pattention_backends import BACKENDS, select_backend
+from tools.bench import measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MLP = "MLP"
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def layers(slots: int, device: torch.device) -> dict[str, Layer]:
-    """The contestants: functions of x [T, d], key [n, d], value [n, d]."""
-    tau = torch.tensor(slots, device=device)
-    return {
-        "MLP (two matrices, GELU)": lambda x, key, value: F.gelu(x @ key.T) @ value,
-        "Pattention reference": lambda x, key, value: pattention_reference(x, key, value, tau, "l2_norm_gelu"),
-        "Pattention fused": lambda x, key, value: pattention_fused(x, key, value, tau, "l2_norm_gelu"),
-    }
+def op_by_op(x: Tensor, key: Tensor, value: Tensor, activation: str) -> Tensor:
+    """The formula in single operations of torch, in the dtype of x, as the published models were trained."""
+    scores = x @ key.transpose(0, 1)
+    if activation == "softmax":
+        return (torch.exp(scores) / torch.exp(scores).sum(-1, keepdim=True) * scores.shape[-1]) @ value
+    values = F.gelu(scores) if activation == "gelu_l2_norm" else scores
+    scaled = values / torch.norm(values, p=2, dim=-1, keepdim=True) * scores.shape[-1] ** 0.5
+    return (scaled if activation == "gelu_l2_norm" else F.gelu(scaled)) @ value
 
 
-def seconds(layer: Layer, inputs: list[Tensor]) -> float:
-    """Time of one forward and backward pass."""
-    start = time.perf_counter()
-    layer(*inputs).sum().backward()
-    if inputs[0].is_cuda:
-        torch.cuda.synchronize()
-    elapsed = time.perf_counter() - start
-    for tensor in inputs:
-        tensor.grad = None
-    return elapsed
+def contestants(names: list[str], activation: str, device: torch.device) -> dict[str, Layer]:
+    """Functions of x [T, d], key [n, d], value [n, d], the MLP first; a backend that cannot run here is left out."""
+    found: dict[str, Layer] = {MLP: lambda x, key, value: F.gelu(x @ key.T) @ value}
+    found["op by op"] = partial(op_by_op, activation=activation)
+    for name in names:
+        for recompute in (False, True) if name != "reference" else (False,):
+            try:
+                function = select_backend(name, device.type, recompute)[1]
+            except ConfigError as error:
+                print(f"{name} is left out: {error}")
+                break
+            label = f"{name}, scores recomputed" if recompute else name
+            found[label] = partial(_one_layer, function, activation)
+    return found
 
 
-def kept_bytes(layer: Layer, inputs: list[Tensor]) -> int:
-    """Bytes that autograd keeps between forward and backward, inputs and parameters left out."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    kept: dict[int, int] = {}
+def _one_layer(function: Any, activation: str, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    tau_tokens = torch.tensor(len(key), device=x.device)
+    result: Tensor = function(x, [ParameterTokens(key, value, tau_tokens)], activation)[0]
+    return result
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = layer(*inputs)
-    total = sum(kept.values())
-    del output
-    return total
+def compare(layers: dict[str, Layer], inputs: list[Tensor], rounds: int) -> dict[str, measure.Result]:
+    """The contestants on one shape."""
+    x, key, _ = inputs
+    device, gradient = x.device, torch.randn_like(x)
+
+    def work(layer: Layer) -> None:
+        layer(*inputs).backward(gradient)
+
+    def after() -> None:
+        for tensor in inputs:
+            tensor.grad = None
+
+    timed = {name: measure.clocked(partial(work, layer), device, after) for name, layer in layers.items()}
+    results = measure.compare(measure.take_turns(timed, rounds, warmup=2), MLP)
+    unit = len(x) * len(key) * x.element_size()
+    for name, layer in layers.items():
+        results[name].kept_bytes = measure.kept_bytes(partial(layer, *inputs), inputs)
+        results[name].peak_bytes = measure.peak_bytes(partial(work, layer), device)
+        results[name].facts["kept u"] = round(results[name].kept_bytes / unit, 2)  # type: ignore[operator]
+        after()
+    return results
 
 
 def main() -> int:
-    """Measure and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("tokens", 2048), ("width", 768), ("slots", 3072), ("rounds", 15)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    """Measure, and print a table a shape."""
+    parser = measure.parser(__doc__, rounds=15)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--slots", type=int, nargs="+", default=[768, 3072])
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--activation", choices=("l2_norm_gelu", "gelu_l2_norm", "softmax"), default="l2_norm_gelu")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["reference", "fused", "triton"])
     options = parser.parse_args()
-    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[options.dtype]
-    shapes = [(options.tokens, options.width), (options.slots, options.width), (options.slots, options.width)]
-    inputs = [(torch.randn(shape, device=device, dtype=dtype) * 0.1).requires_grad_() for shape in shapes]
-    contestants = layers(options.slots, device)
-    rounds = [{name: seconds(layer, inputs) for name, layer in contestants.items()} for _ in range(options.rounds + 2)]
-    baseline, unit = next(iter(contestants)), options.tokens * options.slots * inputs[0].element_size()
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{options.tokens} tokens, width {options.width}, {options.slots} slots, {options.dtype}, {where}")
-    for name, layer in contestants.items():
-        ratio = statistics.median(times[name] / times[baseline] for times in rounds[2:])
-        print(f"{name:26s} time x {ratio:5.2f}   keeps {kept_bytes(layer, inputs) / unit:5.2f} u")
+    device, tables = measure.default_device(), {}
+    layers = contestants(options.backends, options.activation, device)
+    for slots in options.slots:
+        shapes = [(options.tokens, options.width), (slots, options.width), (slots, options.width)]
+        made = [torch.randn(shape, device=device) * 0.1 for shape in shapes]
+        inputs = [tensor.to(DTYPES[options.dtype]).requires_grad_() for tensor in made]
+        title = f"{options.tokens} tokens, width {options.width}, {slots} slots, {options.dtype}, {options.activation}"
+        tables[title] = compare(layers, inputs, options.rounds)
+        print(f"{title}, {measure.where(device)}\n{measure.table(tables[title], ['kept u'])}\n", flush=True)
+    measure.write_json(options.json, measure.as_document("pattention", tables, vars(options), device))
     return 0
 
 
