@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron.model.pattention import Pattention
-from megatron.ops import pattention_rows, pattention_triton
+from megatron.ops import pattention_fused, pattention_rows, pattention_triton
 from megatron.ops.pattention import ParameterTokens, joint_reference
 from megatron.ops.pattention_backends import BACKENDS, select_backend
 from tests.interpreter import rounds_to_nearest
@@ -140,6 +140,15 @@ def test_what_is_kept_is_the_scores_or_nothing(backend: str, recompute: bool, sc
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         _output = layer(x)  # holds the graph
     assert sum(kept.values()) == pytest.approx(scores * 32 * 64 * 4 + 32 * 4, abs=16)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_one_product_over_the_keys_of_all_layers_is_the_same(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pattention_fused, "_stacks", lambda x, keys: len(keys) > 1)
+    inputs, grads = problem(6, 40, 3, torch.float32)
+    for backend in OURS:
+        found = results(backend, "l2_norm_gelu", inputs, grads, recompute)
+        assert error(found, exact("l2_norm_gelu", inputs, grads)) ** 0.5 < 1e-5
 
 
 def test_recomputed_scores_give_the_same_bits() -> None:
