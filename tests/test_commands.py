@@ -118,15 +118,15 @@ def test_a_damaged_checkpoint_ends_training_with_one_line(command: Command, tmp_
 def test_a_loss_that_is_not_finite_stops_before_the_update(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron.tasks import language
+    from megatron.tasks.language import LanguageTask
 
-    real, calls = language.cross_entropy, []
+    real, calls = LanguageTask.loss, []
 
-    def broken(*arguments: Any) -> Any:
+    def broken(*arguments: Any, **keywords: Any) -> Any:
         calls.append(1)
-        return real(*arguments) * (float("nan") if len(calls) == 3 else 1.0)
+        return real(*arguments, **keywords) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(language, "cross_entropy", broken)
+    monkeypatch.setattr(LanguageTask, "loss", broken)
     code, error = command("train", checkpoint_factor=1)
     assert code == 2 and "lm_loss: nan is not finite" in error
     assert sorted(p.name for p in (tmp_path / "out").glob("global_step*")) == ["global_step1", "global_step2"]
@@ -135,18 +135,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
 def test_a_gradient_that_is_not_finite_stops_the_run(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron.tasks import language
+    from megatron.tasks.language import LanguageTask
 
-    real, calls = language.cross_entropy, []
+    real, calls = LanguageTask.loss, []
 
-    def steep(*arguments: Any) -> Any:
-        loss = real(*arguments)
+    def steep(*arguments: Any, **keywords: Any) -> Any:
+        loss = real(*arguments, **keywords)
         calls.append(1)
         if len(calls) == 3:
             loss.register_hook(lambda grad: grad * float("inf"))
         return loss
 
-    monkeypatch.setattr(language, "cross_entropy", steep)
+    monkeypatch.setattr(LanguageTask, "loss", steep)
     for stage in (0, 1):
         calls.clear()
         save = str(tmp_path / f"zero{stage}")
