@@ -74,6 +74,10 @@ MISTAKES = [
     pytest.param({"save": f"{__file__}/out"}, ["save: ", "cannot be written"], id="save cannot be written"),
     pytest.param({"log_dir": f"{__file__}/logs"}, ["log_dir: ", "cannot be written"], id="log_dir cannot be written"),
     pytest.param({"model_parallel_size": 2}, ["model_parallel_size"], id="tensor parallelism"),
+    pytest.param({"cross_entropy": "quack"}, ["cross_entropy: quack needs a GPU", "cross_entropy=auto"], id="quack"),
+    pytest.param(
+        {"cross_entropy": "liger", "model_parallel_size": 2}, ["cross_entropy: liger needs", "whole"], id="liger tp"
+    ),
     pytest.param({"attention_backend": "flash_attn"}, ["flash_attn", "pip install"], id="flash-attn not installed"),
 ]
 

@@ -99,6 +99,7 @@ def find_setting_mistakes(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError("min_lr", reason, "lower it", beside=["optimizer.params.lr"])
     yield from _zero(zero.stage, zero.model_extra or {})
     yield from _compiling(config.training, zero.stage)
+    yield from _loss_package(config.training.cross_entropy, config.parallel.model_parallel_size, config.precision.dtype)
     if optimization.optimizer.type == "Muon":
         yield from _muon(zero, optimization, config.parallel.model_parallel_size)
         yield from _scaled_by_age([config.scaling, *config.scaling.growth])
@@ -115,6 +116,15 @@ def _compiling(training: TrainingConfig, zero_stage: int) -> Iterator[ConfigErro
     if training.deterministic:
         reason = "blocks picks kernels by their time, which may differ from run to run, and deterministic is true"
         yield ConfigError("compile", reason, "set none", beside=["deterministic"])
+
+
+def _loss_package(name: str, tensor: int, dtype: str) -> Iterator[ConfigError]:
+    if name in ("liger", "quack") and tensor > 1:
+        reason = f"{name} needs the whole vocabulary, model_parallel_size {tensor} shares it"
+        yield ConfigError("cross_entropy", reason, "use auto", beside=["model_parallel_size"])
+    if name == "liger" and dtype == "fp16":
+        reason = "liger rounds the weight's gradient to fp16 before the loss is scaled"
+        yield ConfigError("cross_entropy", reason, "use auto, or bf16", beside=["precision"])
 
 
 def _growing(options: CheckpointConfig) -> Iterator[ConfigError]:

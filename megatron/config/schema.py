@@ -73,12 +73,14 @@ class RunConfig(Section):
     def gpu_request(self) -> tuple[str | None, list[str]]:
         """What asks for a GPU, as `key: value`, and the overrides with which the run would train on a CPU.
 
-        fp16 and flash-attn have no CPU form. bf16 has a slow one, which distributed_backend: gloo asks for.
+        fp16 and packages of kernels have no CPU form. bf16 has a slow one, which distributed_backend: gloo asks for.
         """
         found = []
         dtype, backend = self.precision.dtype, self.launch.distributed_backend
         if self.training.attention_backend == "flash_attn":
             found.append(("attention_backend: flash_attn", "attention_backend=sdpa"))
+        if self.training.cross_entropy in ("liger", "quack"):
+            found.append((f"cross_entropy: {self.training.cross_entropy}", "cross_entropy=auto"))
         if dtype == "fp16":
             found.append(("precision: fp16", "precision=bf16"))
         if backend == "nccl" or (dtype != "fp32" and backend is None):

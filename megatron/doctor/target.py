@@ -145,6 +145,8 @@ def requirement_files(config: RunConfig) -> list[str]:
         "requirements-tensorboard.txt": config.logging.tensorboard_dir is not None,
         "requirements-wandb.txt": config.logging.use_wandb,
         "requirements-flashattention.txt": config.training.attention_backend == "flash_attn",
+        "requirements-liger.txt": config.training.cross_entropy == "liger",
+        "requirements-quack.txt": config.training.cross_entropy == "quack",
         "requirements-eval.txt": bool(config.evaluation.eval_tasks),
     }
     return [name for name, is_used in wanted.items() if is_used]

@@ -20,7 +20,7 @@ from megatron.model.build import LANGUAGE, Architecture
 from megatron.model.embedding import HeadInput
 from megatron.mpu.layout import Layout
 from megatron.ops.cross_entropy import cross_entropy
-from megatron.ops.linear_cross_entropy import linear_cross_entropy
+from megatron.ops.loss_packages import select_linear_loss
 from megatron.tasks.task import Task, Tensors
 from megatron.tokenizer import build_tokenizer
 
@@ -48,6 +48,7 @@ class LanguageTask(Task[Tensor]):
         tokenizer = build_tokenizer(config.tokenizer)
         super().__init__(config.with_vocabulary(tokenizer.vocab_size))
         model = self.config.language
+        self._linear_loss = select_linear_loss(config.training.cross_entropy)
         self._rows, self._length = model.padded_vocab_size or 0, model.seq_length
         self._masked = tokenizer.eod_id if config.training.eod_mask_loss else None
 
@@ -85,7 +86,7 @@ class LanguageTask(Task[Tensor]):
         labels, mask = targets if len(targets) == 2 else (targets[0], None)
         if isinstance(outputs, HeadInput):
             return outputs.through(
-                lambda hidden, weight: linear_cross_entropy(hidden, weight, labels, mask, layout.tensor, self._rows)
+                lambda hidden, weight: self._linear_loss(hidden, weight, labels, mask, layout.tensor, self._rows)
             )
         return cross_entropy(outputs, labels, mask, layout.tensor, self._rows)
 

@@ -254,7 +254,9 @@ def test_requirement_files_exist_and_follow_the_configuration() -> None:
 
     keys = {**TINY, "tensorboard_dir": "t", "use_wandb": True, "attention_backend": "flash_attn", "eval_tasks": ["x"]}
     files = requirement_files(load_config([], keys))
-    assert len(files) == 5 and all((ROOT / "requirements" / file).is_file() for file in files)
+    for package in ("liger", "quack"):
+        files += requirement_files(load_config([], {**TINY, "cross_entropy": package}))[1:]
+    assert len(files) == 7 and all((ROOT / "requirements" / file).is_file() for file in files)
     assert requirement_files(load_config([], TINY)) == ["requirements.txt"]
 
 

@@ -61,6 +61,7 @@ ASKING = {
         {"distributed_backend": "nccl", "precision": "fp16"}, "precision: fp16",
         ["precision=bf16", "distributed_backend=gloo"],
     ),
+    "liger": ({"cross_entropy": "liger"}, "cross_entropy: liger", ["cross_entropy=auto"]),
     "flash-attn": ({"attention_backend": "flash_attn"}, "attention_backend: flash_attn", ["attention_backend=sdpa"]),
 }  # fmt: skip
 

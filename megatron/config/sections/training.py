@@ -42,9 +42,10 @@ class TrainingConfig(Section):
     and almost no memory. Not of the reference backend."""
     attention_backend: Literal["sdpa", "flash_attn"] = "sdpa"
     """Causal attention: torch's scaled_dot_product_attention or the flash-attn package."""
-    cross_entropy: Literal["auto", "eager", "chunked"] = "auto"
+    cross_entropy: Literal["auto", "eager", "chunked", "liger", "quack"] = "auto"
     """The head and its loss in training. chunked: rows become losses and gradients a chunk at a time, and the logits of
-    all tokens never exist at once; eager: they do. auto is chunked."""
+    all tokens never exist at once; eager: they do; liger, quack: the packages liger-kernel and quack-kernels do what
+    chunked does, on a GPU without tensor parallelism. auto is chunked."""
     compile: Literal["none", "blocks"] = "none"
     """blocks: compile each block with torch.compile, which takes a minute at the start and fuses norms, residuals and
     activations; with ZeRO 0 to 2, pipelines, growth and recomputation. Needs a C++ compiler, on a GPU triton too."""
