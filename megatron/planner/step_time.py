@@ -42,7 +42,7 @@ _LOGIT_PASSES = 3
 """How often the kernels of the loss in chunks read or write a logit."""
 _UPDATE_TRAFFIC = 32
 """Bytes a parameter that the optimizer moves: fp32 gradient, master and moments read and written, 16-bit copy."""
-_FP32_SLOWDOWN = 16
+FP32_SLOWDOWN = 16
 """fp32 products do not run on the tensor cores: 1/15 (H100) and 1/16 (A100) of the 16-bit rate in the data sheets."""
 
 
@@ -102,7 +102,7 @@ def step_time(work: Workload, choice: Choice, machine: Machine) -> StepTime:
 
 def compute_seconds(work: Workload, choice: Choice, machine: Machine, stage: Stage) -> float:
     """One micro-batch forward and backward through a stage: what the GPU needs, or the host where it is slower."""
-    peak = machine.peak_flops / (_FP32_SLOWDOWN if work.dtype == "fp32" else 1)
+    peak = machine.peak_flops / (FP32_SLOWDOWN if work.dtype == "fp32" else 1)
     products = stage_flops(work, choice, stage) / (peak * machine.compute_fraction)
     traffic = stage_traffic(work, choice, stage) / (machine.memory_bandwidth * machine.bandwidth_fraction)
     counts = [_OPERATIONS[kind] for kind in stage.kinds]
