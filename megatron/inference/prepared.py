@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron.log import get_logger
 from megatron.model import LanguageModel
 from megatron.model.attention import SelfAttention
-from megatron.model.embedding import TokenTable
+from megatron.model.embedding import HeadMatrix, Product, TokenTable
 from megatron.model.joint import JointLayer
 from megatron.model.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.model.pattention import Pattention
@@ -74,8 +74,8 @@ def _prepared_layer(layer: Any) -> Any:
         return PreparedPattention(_Tokens([layer]))
     if any(_is_plain(layer, kind) for kind in (ColumnParallelLinear, RowParallelLinear, nn.Linear)):
         return PreparedLinear(layer)
-    if _is_plain(layer, TokenTable):
-        return PreparedTable(layer)
+    if _is_plain(layer, TokenTable) or _is_plain(layer, HeadMatrix):
+        return PreparedHead(layer)
     return None if layer is None else _twin(layer)
 
 
@@ -136,13 +136,17 @@ class PreparedLinear(nn.Module):
         return self.product(x) if self.bias is None else self.product(x) + self.bias
 
 
-class PreparedTable(nn.Module):
-    """The embedding's rows, which are looked up as they are, and the product with all of them."""
+class PreparedHead(nn.Module):
+    """The head's matrix; of the embedding also the rows, which are looked up as they are."""
 
-    def __init__(self, table: TokenTable) -> None:
+    def __init__(self, layer: TokenTable | HeadMatrix) -> None:
         super().__init__()
-        self.weight, self.product = table.weight, product_with(table.weight)
+        self.weight, self.logits = layer.weight, product_with(layer.weight)
+        self.default = None if isinstance(layer, TokenTable) else F.linear
 
-    def forward(self, input: Tensor, as_head: bool = False) -> Tensor:
-        """ids [..] -> rows [.., d]; as_head: [.., d] -> products with all rows."""
-        return self.product(input) if as_head else F.embedding(input, self.weight)
+    def forward(self, input: Tensor, product: Product | None = None) -> Tensor:
+        """As TokenTable and HeadMatrix; F.linear, the product of decoding, is the one that is prepared."""
+        product = product or self.default
+        if product is None:
+            return F.embedding(input, self.weight)
+        return self.logits(input) if product is F.linear else product(input, self.weight)
