@@ -91,3 +91,65 @@ class CachedLayer:
         """Keep only these rows of the batch."""
         if self._key is not None and self._value is not None:
             self._key, self._value = self._key[rows], self._value[rows]
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """All allocated slots of keys and values, each [b, h, capacity, head_dim], filled or not."""
+        assert self._key is not None and self._value is not None, "filled by a first step"
+        return self._key, self._value
+
+
+class FixedStep:
+    """A step of one token whose sizes and memory do not depend on how many slots are filled.
+
+    Attention looks at the first `span` slots and masks those beyond the new token. What a step needs to know is in
+    tensors, so that it can be recorded once and replayed for another slot.
+
+    Args:
+        cache: filled by a first step; its length must be kept by the caller.
+        span: slots that are looked at, at most the cache's capacity.
+    """
+
+    def __init__(self, cache: KVCache, span: int) -> None:
+        self._padding = cache.padding
+        self.slot = cache.padding.new_zeros(1)
+        self._slots = torch.arange(span, device=cache.padding.device)
+        self.positions: Tensor = cache.padding
+        self.mask: Tensor = cache.padding
+        self.layers = [FixedLayer(self, *(buffer[:, :, :span] for buffer in layer.buffers)) for layer in cache.layers]
+        for buffer in (buffer for layer in cache.layers for buffer in layer.buffers):
+            buffer[:, :, cache.length : span] = 0  # what is masked has weight 0, but 0 times anything may be NaN
+
+    def go_to(self, slot: int) -> None:
+        """The next step fills this slot. Its tensor is written, nothing is read."""
+        self.slot.fill_(slot)
+
+    def begin(self) -> list[FixedLayer]:
+        """The layers' entries for one forward pass of one token a row; part of what is recorded."""
+        self.positions = (self.slot - self._padding)[:, None]  # [b, 1]
+        visible = (self._slots >= self._padding[:, None]) & (self._slots <= self.slot)
+        self.mask = visible[:, None, None]  # [b, 1, 1, span]
+        return self.layers
+
+
+class FixedLayer:
+    """One layer's part of a FixedStep (a megatron.model.attention.LayerCache)."""
+
+    def __init__(self, step: FixedStep, key: Tensor, value: Tensor) -> None:
+        self._step, self._key, self._value = step, key, value
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of each new token in its own text, int64 [b, 1]."""
+        return self._step.positions
+
+    @property
+    def mask(self) -> Tensor:
+        """Slots a new token may look at, bool [b, 1, 1, span]."""
+        return self._step.mask
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put [b, h, 1, head_dim] keys and values into the slot; those of `span` slots back."""
+        self._key.index_copy_(2, self._step.slot, key)
+        self._value.index_copy_(2, self._step.slot, value)
+        return self._key, self._value

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from megatron.inference.cuda_graphs import Recorded, recorder_for
 from megatron.inference.next_logits import Cached, NextLogits, Recomputed
 from megatron.inference.prepared import prepared
 from megatron.inference.sampling import Chooser, Sampling
@@ -108,7 +109,12 @@ class Decoder:
         slots = max(len(text.prompt) for text in texts) + max(map(self._room, texts))
         # Decided by the batch alone: an interrupted run computes the others as it would have.
         is_long = max(map(self._room, texts)) >= _WORTH_PREPARING
-        return Cached(self._prepared if self.fast and is_long else self.model, slots)
+        if not (self.fast and is_long):
+            return Cached(self.model, slots)
+        recorder = recorder_for(next(self.model.parameters()).device)
+        if recorder is None or self.model.layout.tensor.size > 1:
+            return Cached(self._prepared, slots)
+        return Recorded(self._prepared, slots, recorder)
 
     @cached_property
     def _prepared(self) -> LanguageModel:

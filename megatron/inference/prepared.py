@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron.log import get_logger
 from megatron.model import LanguageModel
-from megatron.model.attention import SelfAttention
+from megatron.model.attention import RotaryEmbedding, SelfAttention
 from megatron.model.embedding import HeadMatrix, Product, TokenTable
 from megatron.model.joint import JointLayer
 from megatron.model.linear import ColumnParallelLinear, RowParallelLinear
@@ -34,9 +34,12 @@ def prepared(model: LanguageModel) -> LanguageModel:
     if model.layout.tensor.size > 1 or not _has_room(model):
         return model
     twin: LanguageModel = _twin(model).eval()
-    attentions = [module for module in twin.modules() if isinstance(module, SelfAttention)]
-    for attention in attentions:
-        attention.rotary = attentions[0].rotary  # the same tables; positions are looked up once for all layers
+    if model.config.rotary_dim:
+        # One for all layers, so that positions are looked up once, and long enough for every batch: tables that were
+        # made anew would not be those of a recorded step.
+        rotary = RotaryEmbedding(model.config.rotary_dim, model.config.rotary_emb_base, 2 * model.config.seq_length)
+        for attention in (module for module in twin.modules() if isinstance(module, SelfAttention)):
+            attention.rotary = rotary
     return twin
 
 
