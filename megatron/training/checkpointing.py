@@ -1,13 +1,11 @@
-"""Between the engine and the store: what a run saves, and how it resumes."""
+"""What a run saves, and when."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 import subprocess
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron.checkpoint.state import CanonicalState, folder_name, whole_pieces
 from megatron.checkpoint.store import RunFolder
@@ -15,10 +13,8 @@ from megatron.config.schema import RunConfig
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.engine.base import Engine
 from megatron.errors import UserError
-from megatron.exchange import Checkpoint
 from megatron.log import get_logger
 from megatron.mpu.processes import first_rank_does
-from megatron.tasks import Task
 from megatron.training.generators import random_states
 from megatron.training.state import TrainState
 
@@ -111,39 +107,3 @@ def environment() -> dict[str, str | dict[str, str]]:
         revision = "unknown"
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"git_revision": revision, "python": platform.python_version(), "packages": packages}
-
-
-# Changing one of these gives the samples another order, in which the consumed ones are not a prefix.
-_DATA_KEYS = (
-    "seed", "data_path", "train_data_paths", "train_data_weights", "split", "weight_by_num_documents",
-    "weighted_sampler_alpha",
-)  # fmt: skip
-
-
-def data_differences(task: Task[Any], checkpoint: Checkpoint) -> list[str]:
-    """In which keys the data of a run is another than a checkpoint's: `key old -> new`."""
-    now, saved = task.config.flat(), checkpoint.resolved()
-    keys = (*task.data_keys, *_DATA_KEYS)
-    return [f"{k} {saved.get(k)} -> {now[k]}" for k in keys if saved.get(k) != now[k]]
-
-
-_ADAM_FAMILY = ("Adam", "AdamW", "FusedAdam", "ApexAdam", "CPU_Adam")
-
-
-def restore_optimizer(now: str, engine: Engine, checkpoint: Checkpoint) -> None:
-    """Take over the state of the optimizer that the checkpoint was trained with, if one of type `now` can.
-
-    Parameters that it does not know (new tokens) start without a state. Raises UserError where there is none.
-    """
-    settings, tensors = checkpoint.resolved(), checkpoint.tensors
-    saved = settings["optimizer"]["type"]
-    if saved != now and not (saved in _ADAM_FAMILY and now in _ADAM_FAMILY):
-        raise UserError(
-            f"optimizer.type: {now} cannot take over the state of {saved} in {checkpoint.folder}; "
-            "keep the optimizer, or set no_load_optim: true to start with a fresh state"
-        )
-    if settings.get("no_save_optim") and checkpoint.iteration:
-        raise UserError(
-            f"load: {checkpoint.folder} has no optimizer state; set no_load_optim: true to go on without it"
-        )
-    engine.state.write_optimizer_state(tensors.names("optimizer"), partial(tensors.tensor, "optimizer"))

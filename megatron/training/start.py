@@ -31,11 +31,18 @@ from megatron.mpu import Layout
 from megatron.mpu.device import process_device
 from megatron.mpu.processes import first_rank_does
 from megatron.tasks import Task
-from megatron.training.checkpointing import data_differences, restore_optimizer
 from megatron.training.generators import restore_random_states
 from megatron.training.resume import Resumption, open_for_resume
 from megatron.training.soundness import require_sound
 from megatron.training.state import TrainState
+
+# Changing one of these gives the samples another order, in which the consumed ones are not a prefix.
+_DATA_KEYS = (
+    "seed", "data_path", "train_data_paths", "train_data_weights", "split", "weight_by_num_documents",
+    "weighted_sampler_alpha",
+)  # fmt: skip
+
+_ADAM_FAMILY = ("Adam", "AdamW", "FusedAdam", "ApexAdam", "CPU_Adam")
 
 
 class Start:
@@ -132,7 +139,7 @@ class Start:
                 f"train_iters: {config.training.train_iters} is not more than the {state.iteration} iterations of "
                 f"{base.folder}; raise it, or set partial_init_policy: restart"
             )
-        changed = data_differences(self._task, base)
+        changed = _data_differences(self._task, base)
         if changed:
             get_logger().info("data starts anew, it differs from that of %s: %s", base.folder, "; ".join(changed))
             state.consumed_samples, state.epoch_blocks = 0, {}
@@ -189,12 +196,38 @@ class Start:
             get_logger().info("took the weights of %s; everything else starts anew (finetune)", checkpoint.folder)
             return
         if not options.no_load_optim:
-            restore_optimizer(config.optimization.optimizer.type, engine, checkpoint)
+            _restore_optimizer(config.optimization.optimizer.type, engine, checkpoint)
         engine.loss_scaler = self.state.loss_scaler
         if not options.no_load_rng:
             restore_random_states(config.training.seed, checkpoint, engine.layout)
         if not self.resumed:
             return
-        if changed := data_differences(self._task, checkpoint):
+        if changed := _data_differences(self._task, checkpoint):
             get_logger().warning("data differs from the checkpoint's, samples may repeat: %s", "; ".join(changed))
         get_logger().info("resumed from %s at iteration %d", checkpoint.folder, self.state.iteration)
+
+
+def _data_differences(task: Task[Any], checkpoint: Checkpoint) -> list[str]:
+    """In which keys the data of a run is another than a checkpoint's: `key old -> new`."""
+    now, saved = task.config.flat(), checkpoint.resolved()
+    keys = (*task.data_keys, *_DATA_KEYS)
+    return [f"{k} {saved.get(k)} -> {now[k]}" for k in keys if saved.get(k) != now[k]]
+
+
+def _restore_optimizer(now: str, engine: Engine, checkpoint: Checkpoint) -> None:
+    """Take over the state of the optimizer that the checkpoint was trained with, if one of type `now` can.
+
+    Parameters that it does not know (new tokens) start without a state. Raises UserError where there is none.
+    """
+    settings, tensors = checkpoint.resolved(), checkpoint.tensors
+    saved = settings["optimizer"]["type"]
+    if saved != now and not (saved in _ADAM_FAMILY and now in _ADAM_FAMILY):
+        raise UserError(
+            f"optimizer.type: {now} cannot take over the state of {saved} in {checkpoint.folder}; "
+            "keep the optimizer, or set no_load_optim: true to start with a fresh state"
+        )
+    if settings.get("no_save_optim") and checkpoint.iteration:
+        raise UserError(
+            f"load: {checkpoint.folder} has no optimizer state; set no_load_optim: true to go on without it"
+        )
+    engine.state.write_optimizer_state(tensors.names("optimizer"), partial(tensors.tensor, "optimizer"))
