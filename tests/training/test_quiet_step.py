@@ -16,7 +16,7 @@ import pytest
 from megatron.config import RunConfig
 from megatron.errors import UserError
 from megatron.signals import StopRequest
-from megatron.tasks import language
+from megatron.tasks import LanguageTask
 from megatron.training.loop import Trainer, train
 from tests.host_looks import Step, counted
 from tests.ranks import run_ranks
@@ -113,14 +113,14 @@ def broken_at(iteration: int, configs: list[RunConfig]) -> list[tuple[str, int]]
     """The loss of the last rank is not a number in this iteration: what each run says, and how many losses it took."""
     found = []
     for config in configs:
-        real, calls = language.cross_entropy, []
+        real, calls = LanguageTask.loss, []
 
-        def broken(*arguments: Any, real: Any = real, calls: list[int] = calls) -> Any:
+        def broken(*arguments: Any, real: Any = real, calls: list[int] = calls, **keywords: Any) -> Any:
             calls.append(1)
             is_last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
-            return real(*arguments) * (float("nan") if len(calls) == iteration and is_last else 1.0)
+            return real(*arguments, **keywords) * (float("nan") if len(calls) == iteration and is_last else 1.0)
 
-        with patch.object(language, "cross_entropy", broken):
+        with patch.object(LanguageTask, "loss", broken):
             found.append((message_of(config), len(calls)))
     return found
 
