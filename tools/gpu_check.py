@@ -18,7 +18,7 @@ if str(ROOT) not in sys.path:  # run by its path
 
 from tools.gpu.parts import PARTS, select  # noqa: E402
 from tools.gpu.report import summary, table, write_json  # noqa: E402
-from tools.gpu.running import Settings, run_part  # noqa: E402
+from tools.gpu.running import Settings, choose_device, run_part  # noqa: E402
 from tools.gpu.wheels import bring, missing  # noqa: E402
 
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         if lacking:
             print(f"error: missing: {', '.join(lacking)}; pip install them, or give --wheels FOLDER", file=sys.stderr)
             return 2
-        device = _device(options.device)
+        device = choose_device(options.device)
         settings = Settings(device, folder, options.quick, toy=device == "cpu")
         for part in parts:
             for row in run_part(part, settings):
@@ -59,14 +59,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         write_json(options.json, rows, {"device": device, "quick": options.quick, "parts": [p.name for p in parts]})
     return int(any(row.status == "failed" for row in rows))
-
-
-def _device(asked: str) -> str:
-    if asked != "auto":
-        return asked
-    import torch  # not before: a machine without it gets its line first
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

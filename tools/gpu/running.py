@@ -63,6 +63,15 @@ class Part:
     """It computes on the CPU whatever the machine has."""
 
 
+def choose_device(asked: str) -> str:
+    """`cuda` or `cpu` as asked for; for `auto`, the GPU where there is one."""
+    if asked != "auto":
+        return asked
+    import torch  # not before: a machine without it gets its line first
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def run_part(part: Part, settings: Settings) -> Iterator[Row]:
     """The rows of a part as they come, and one more when it breaks off."""
     context = _context(settings)

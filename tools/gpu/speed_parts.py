@@ -21,13 +21,16 @@ from tools.gpu.small_runs import corpus
 
 Check = tuple[str, bool, str]
 ROOT = Path(__file__).parents[2]
-_KINDS = ("tokenformer", "transformer")
+KINDS = ("tokenformer", "transformer")
 # Samples of 2048 tokens that fit, by GiB of the device.
-_MICRO_BATCHES = {"150M": ((70, 16), (35, 8), (20, 4), (0, 1)), "1-5B": ((130, 8), (70, 4), (0, 1))}
+_MICRO_BATCHES = {
+    "150M": ((70, 16), (35, 8), (20, 4), (0, 1)), "450M": ((130, 16), (70, 8), (35, 4), (0, 1)),
+    "900M": ((130, 8), (70, 4), (0, 1)), "1-5B": ((130, 8), (70, 4), (0, 1)),
+}  # fmt: skip
 MEMORY_BOUND = 0.3  # of the planner's figure, which leaves out the allocator's fragments
 
 
-def _published(settings: Settings, kind: str, size: str, folder: str, **keys: Any) -> RunConfig:
+def published_step(settings: Settings, kind: str, size: str, folder: str, **keys: Any) -> RunConfig:
     """A training step of a published model: real shapes, made-up tokens."""
     overrides: dict[str, Any] = {
         "tokenizer_type": "CharLevelTokenizer", "vocab_file": None, "padded_vocab_size": 50304,
@@ -46,7 +49,8 @@ def _published(settings: Settings, kind: str, size: str, folder: str, **keys: An
     return load_config([ROOT / f"configs/{kind}/{size}_train_pile.yml"], {**overrides, **keys})
 
 
-def _micro_batch(settings: Settings, size: str) -> int:
+def first_micro_batch(settings: Settings, size: str) -> int:
+    """The micro-batch to try first, by the memory of the device."""
     if settings.toy:
         return 2
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -57,10 +61,10 @@ def memory(settings: Settings) -> Iterator[Check]:
     """Memory of a training step of 150M, measured, against the planner's prediction."""
     if settings.device == "cpu":
         raise Skip("a CPU process has no memory of its own to measure")
-    micro = max(1, _micro_batch(settings, "150M") // 2)
+    micro = max(1, first_micro_batch(settings, "150M") // 2)
     for recompute in (False, True):
         keys = {"train_micro_batch_size_per_gpu": micro, "checkpoint_activations": recompute, "train_iters": 3}
-        config = _published(settings, "tokenformer", "150M", f"memory-{recompute}", **keys)
+        config = published_step(settings, "tokenformer", "150M", f"memory-{recompute}", **keys)
         torch.cuda.reset_peak_memory_stats()
         train(config)
         measured = torch.cuda.max_memory_allocated()
@@ -75,7 +79,7 @@ def memory(settings: Settings) -> Iterator[Check]:
 def _step_rate(settings: Settings, kind: str, size: str, micro: int, round_number: int) -> tuple[float, float | None]:
     """Median (tokens/s, MFU) of the iterations after the first ones; the micro-batch is halved until it fits."""
     folder = f"speed-{kind}-{size}-{round_number}"
-    config = _published(settings, kind, size, folder, train_micro_batch_size_per_gpu=micro)
+    config = published_step(settings, kind, size, folder, train_micro_batch_size_per_gpu=micro)
     train(config)
     lines = [json.loads(line) for line in (Path(settings.folder) / folder / "metrics.jsonl").open()]
     steady = lines[len(lines) // 3 :]
@@ -84,11 +88,11 @@ def _step_rate(settings: Settings, kind: str, size: str, micro: int, round_numbe
 
 
 def _speed(settings: Settings, size: str, rounds: int) -> Iterator[Check]:
-    micro = _micro_batch(settings, size)
-    rates: dict[str, list[tuple[float, float | None]]] = {kind: [] for kind in _KINDS}
+    micro = first_micro_batch(settings, size)
+    rates: dict[str, list[tuple[float, float | None]]] = {kind: [] for kind in KINDS}
     for number in range(rounds):
-        for kind in _KINDS:  # in turns, so that a machine that slows down slows both
-            micro = _largest_that_fits(settings, kind, size, micro, number, rates[kind])
+        for kind in KINDS:  # in turns, so that a machine that slows down slows both
+            micro = largest_that_fits(settings, kind, size, micro, number, rates[kind])
     where = torch.cuda.get_device_name(0) if settings.device == "cuda" else "CPU, toy size"
     medians = {kind: statistics.median(rate for rate, _ in found) for kind, found in rates.items()}
     for kind, found in rates.items():
@@ -99,9 +103,10 @@ def _speed(settings: Settings, size: str, rounds: int) -> Iterator[Check]:
     yield f"{size}, TokenFormer beside the Transformer", True, f"{ratio:.2f} times its tokens/s"
 
 
-def _largest_that_fits(
+def largest_that_fits(
     settings: Settings, kind: str, size: str, micro: int, number: int, rates: list[tuple[float, float | None]]
 ) -> int:
+    """Add (tokens/s, MFU) of steps with the largest micro-batch from `micro` down that fits, which comes back."""
     while True:
         try:
             rates.append(_step_rate(settings, kind, size, micro, number))
