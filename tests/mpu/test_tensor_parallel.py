@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from megatron.config.sections.model import ModelConfig
 from megatron.model import LanguageModel, Pattention
 from megatron.model.blocks import Block, BuildOptions
+from megatron.model.embedding import HeadInput
 from megatron.model.pattention import ACTIVATIONS
 from megatron.mpu.collectives import gather, gather_shares, sum_scatter
 from megatron.mpu.layout import ALONE, Axis, Layout
 from megatron.mpu.random import dropout, own_stream
 from megatron.mpu.shard import take_share
 from megatron.ops.cross_entropy import cross_entropy
+from megatron.ops.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy
 from megatron.ops.pattention_backends import BACKENDS
 from tests.ranks import run_ranks
 
@@ -136,13 +139,15 @@ def whole_models(tensor_size: int) -> dict[str, float]:
 
 
 def compare_model(config: ModelConfig, layout: Layout, checkpoint_layers: int) -> float:
+    """With recomputation the loss takes the logits in chunks, without it all at once."""
     whole = LanguageModel(config, seed=3, dtype=torch.float64)
     torch.manual_seed(5)
     for parameter in whole.parameters():  # at their initial size gradients would be small enough to pass unseen
         parameter.data.mul_(8.0).add_(torch.randn_like(parameter), alpha=0.1)
     sharded = LanguageModel(
-        config, dtype=torch.float64, layout=layout, gather_logits=False, checkpoint_layers=checkpoint_layers
-    )
+        config, dtype=torch.float64, layout=layout, gather_logits=False, checkpoint_layers=checkpoint_layers,
+        defer_logits=checkpoint_layers > 0,
+    )  # fmt: skip
     take_parameters(sharded, whole, layout)
     assert sharded.num_parameters() == whole.num_parameters()
     assert sharded.flops_per_token(LENGTH) == whole.flops_per_token(LENGTH)
@@ -150,7 +155,13 @@ def compare_model(config: ModelConfig, layout: Layout, checkpoint_layers: int) -
     mask = torch.rand(BATCH, LENGTH) > 0.3
     expected = cross_entropy(whole(ids), labels, mask)
     expected.backward()
-    found = cross_entropy(sharded(ids), labels, mask, layout.tensor, config.padded_vocab_size)
+    targets = labels, mask, layout.tensor, config.padded_vocab_size
+    output = sharded(ids)
+    if isinstance(output, HeadInput):
+        with patch.dict(CHUNK_BYTES, cpu=10 * -(-(config.padded_vocab_size or 0) // layout.tensor.size) * 8):
+            found = output.through(lambda hidden, weight: linear_cross_entropy(hidden, weight, *targets))
+    else:
+        found = cross_entropy(output, *targets)
     found.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in whole.parameters() if p.grad is not None])
     assert norm > 0.05
