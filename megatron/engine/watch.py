@@ -44,7 +44,7 @@ class StepWatch:
         self._sent: Tensor | None = None
         self._work: Any = None
 
-    def post(self, loss: Tensor, norm: Tensor | float | None, stop: bool) -> None:
+    def post(self, loss: Tensor | float, norm: Tensor | float | None, stop: bool) -> None:
         """Tell all ranks of the step that has just been asked for, having looked at the one before.
 
         Args:
@@ -65,6 +65,11 @@ class StepWatch:
         if self._event is not None:
             self._fetch()
             self._event.record()
+
+    def ask(self, stop: bool) -> bool:
+        """Has a rank been asked to stop, as far as the ranks told each other when they were asked last?"""
+        self.post(0.0, None, stop)
+        return self.stops
 
     def look(self) -> None:
         """Take in what the ranks were told last, if that has not been looked at.
@@ -95,7 +100,7 @@ class StepWatch:
         self._arrived.copy_(self._sent, non_blocking=True)
         self._work = None
 
-    def _message(self, loss: Tensor, norm: Tensor | float | None, stop: bool) -> Tensor:
+    def _message(self, loss: Tensor | float, norm: Tensor | float | None, stop: bool) -> Tensor:
         """[kind of the loss, kind of the norm, stop], a kind 0 for a finite number."""
         numbers = (0.0, 0.0) if self._allow_nonfinite else (loss, 0.0 if norm is None else norm)
         values = torch.stack([self._scalar(number) for number in numbers])

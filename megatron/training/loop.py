@@ -229,8 +229,10 @@ class Trainer:
         batches = self.data.evaluation(split)
         if batches is None:
             return True
-        until_stopped = _UntilStopped(batches, lambda: self.engine.any_rank(stop.requested))
+        watch = self.engine.watch
+        until_stopped = _UntilStopped(batches, lambda: watch.ask(stop.requested))
         sums = self.engine.evaluate(until_stopped)
+        watch.look()
         if until_stopped.stopped:
             return False
         measured = self._task.metrics(split, sums)

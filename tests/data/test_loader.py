@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from megatron.config import RunConfig
-from megatron.data import BlendedDataset, Datasets, GPTDataset, IndexedDataset, batches, build_datasets
+from megatron.data import BlendedDataset, Datasets, GPTDataset, IndexedDataset, batches, build_datasets, loader
 from megatron.errors import UserError
 from megatron.signals import STOP_SIGNALS
 from tests.data.counting_corpora import CORPUS, run_config, write_corpus
@@ -207,3 +209,17 @@ def test_a_split_without_documents_is_refused() -> None:
 def test_importing_data_imports_no_engine() -> None:
     code = "import sys, megatron.data; assert not {'deepspeed', 'wandb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_batches_are_pinned_where_a_gpu_is(dataset: GPTDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def noted(*arguments: Any, pin_memory: bool, **options: Any) -> Any:
+        asked.append(pin_memory)
+        return DataLoader(*arguments, **options)
+
+    monkeypatch.setattr(loader, "DataLoader", noted)
+    for has_gpu, workers in product((True, False), (0, 1)):
+        monkeypatch.setattr(loader, "uses_gpu", lambda has_gpu=has_gpu: has_gpu)
+        next(batches(dataset, 4, num_workers=workers))
+    assert asked == [True, True, False, False]

@@ -60,6 +60,7 @@ def steps_of(configs: dict[str, RunConfig]) -> dict[str, Step]:
 
             def counting(run: Trainer, *arguments: Any, iterate: Any = iterate, report: Any = report) -> Any:
                 report.next_step()
+                assert run.engine.state.inner.defaults["fused"]
                 return iterate(run, *arguments)
 
             with patch.object(Trainer, "_iterate", counting):
