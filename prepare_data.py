@@ -26,13 +26,38 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("-m", "--merge-file", help="merges.txt of GPT-2")
     add("-d", "--data-dir", default="data", help="folder for the output. Default: data")
     add("-f", "--force-redownload", action="store_true", help="download again what is there already")
+    add(
+        "--index-for",
+        nargs="+",
+        metavar="CONFIG",
+        help="build the sample orders of a run with these YAML files instead",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="with --index-for: override a key, as in train.py",
+    )
+    add("--processes", type=int, metavar="N", help="with --index-for: processes of the run. Default: its launch keys'")
     add("--num-workers", type=int, help="processes that encode. Default: one a core, or one for less than a MiB")
     return parser.parse_args(arguments)
+
+
+def build_index(files: list[str], overrides: list[str], processes: int | None) -> None:
+    """What a run would build at its start, built now."""
+    from megatron.config.cli import parse_run  # with what it needs, torch among it, for this only
+    from megatron.training.orders import build_orders
+
+    flags = [word for override in overrides for word in ("--set", override)]
+    build_orders(parse_run([*files, *flags], "train.py")[0], processes)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse and prepare."""
     args = parse_args(arguments)
+    if args.index_for:
+        return build_index(args.index_for, args.set, args.processes)
     tokenizer = tokenizer_of_flags("--tokenizer", args.tokenizer, args.vocab_file, args.merge_file)
     prepare_dataset(
         args.dataset,

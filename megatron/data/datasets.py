@@ -171,6 +171,11 @@ def _order_of(name: str, dataset: AnyDataset | None) -> dict[str, list[int]]:
     return order
 
 
+def stored_orders(dataset: Any) -> int:
+    """Write the files of sample order of a set that are not there yet; how many parts are kept in files."""
+    return sum(leaf.store_order() for leaf in _leaves(dataset) if isinstance(leaf, GPTDataset))
+
+
 def _leaves(dataset: AnyDataset | None) -> list[GPTDataset]:
     if isinstance(dataset, BlendedDataset):
         return [part for part in dataset.datasets if isinstance(part, GPTDataset)]

@@ -65,13 +65,13 @@ class GPTDataset(Dataset[npt.NDArray[np.int64]]):
         documents: tuple[int, int] | None = None,
         epoch_blocks: Sequence[int] = (),
         cache_dir: str | Path | None = None,
-        cache_min_samples: int = CACHE_MIN_SAMPLES,
+        cache_min_samples: int | None = None,
         later_block: int = 0,
     ) -> None:
         self.indexed, self.seq_length, self.seed = indexed, seq_length, seed
         self.documents = documents or (0, len(indexed))
         self._folder = Path(cache_dir) if cache_dir else Path(indexed.prefix).parent
-        self._cache_min_samples = cache_min_samples
+        self._cache_min_samples = CACHE_MIN_SAMPLES if cache_min_samples is None else cache_min_samples
         self.tokens_per_epoch = tokens = int(indexed.sizes[slice(*self.documents)].sum(dtype=np.int64))
         if tokens < 2:
             raise UserError(
@@ -94,6 +94,15 @@ class GPTDataset(Dataset[npt.NDArray[np.int64]]):
                 del self._blocks[next(iter(self._blocks))]
             self._blocks[number] = self._build(number)
         return self._blocks[number]
+
+    def store_order(self) -> int:
+        """Write the files of all blocks that are kept in files and that the samples reach; how many these are."""
+        first = [end - start for start, end in itertools.pairwise([0, *self._ends])]
+        counts = first + [self._later_count] * self._num_later
+        large = [number for number, count in enumerate(counts) if count >= self._cache_min_samples]
+        for number in large:
+            self._block(number)
+        return len(large)
 
     def _build(self, number: int) -> _Block:
         num_epochs = self.epoch_blocks[number] if number < len(self.epoch_blocks) else self.later_block
