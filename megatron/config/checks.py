@@ -99,6 +99,10 @@ def find_setting_mistakes(config: RunConfig) -> Iterator[ConfigError]:
         yield ConfigError("min_lr", reason, "lower it", beside=["optimizer.params.lr"])
     yield from _zero(zero.stage, zero.model_extra or {})
     yield from _compiling(config.training, zero.stage)
+    if config.logging.profile and not (config.logging.log_dir or config.checkpoint.save):
+        yield ConfigError(
+            "profile", "there is no folder for what it writes", "give log_dir or save", beside=["log_dir"]
+        )
     yield from _loss_package(config.training.cross_entropy, config.parallel.model_parallel_size, config.precision.dtype)
     if optimization.optimizer.type == "Muon":
         yield from _muon(zero, optimization, config.parallel.model_parallel_size)

@@ -137,11 +137,9 @@ IGNORED: dict[str, Rule] = {
         "flops_profiler",
         "memory_profiling",
         "memory_profiling_path",
-        "profile",
         "profile_backward",
-        ("profile_step_start", 10),
-        ("profile_step_stop", 12),
     ),
+    **_group("give profile: {start: N, stop: M}", ("profile_step_start", 10), ("profile_step_stop", 12)),
     **_group("use tensorboard_dir, use_wandb and log_dir instead of DeepSpeed's monitors", "tensorboard", "wandb"),
     **_group("metrics are written to metrics.jsonl in log_dir", "csv_monitor"),
     **_group(

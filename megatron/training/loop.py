@@ -25,6 +25,7 @@ from megatron.training.data import RunData
 from megatron.training.folders import claim_folders
 from megatron.training.generators import seed_generators
 from megatron.training.hardware import memory_gib, peak_flops, report
+from megatron.training.profiling import Profiler
 from megatron.training.schedule import LRSchedule
 from megatron.training.start import Start
 from megatron.training.state import TrainState
@@ -96,6 +97,7 @@ class Trainer:
         options, since = self._growths.learning_rate(config.optimization, state)
         self.schedule = LRSchedule(config.replaced(optimization=options), since)
         self._metrics = MetricsLog(config, layout.rank, state.iteration, task.console)
+        self._profiler = Profiler(config.logging, config.checkpoint.save, self.engine.device, layout.rank)
         self._loss, self._throughput = RunningMean(), Throughput()
 
     def train(self, stop: StopRequest) -> bool:
@@ -107,6 +109,7 @@ class Trainer:
 
     def close(self) -> None:
         """Flush the metrics, let go of the model and give the save folder free."""
+        self._profiler.close()
         self._metrics.close()
         self.engine.close()
         self._claims.close()
@@ -125,10 +128,12 @@ class Trainer:
             self._log_stop(stop)
             return False
         while state.iteration < self.last_iteration:
+            self._profiler.before(state.iteration + 1)
             step = self._iterate(batches)
             self._tell(step, stop)
             if self._log_due():
                 self._metrics.log(self._training_metrics(step))
+            self._profiler.after(state.iteration)
             stopping = self.engine.watch.stops or self._exit_due()
             grows = self._growths.is_due(state)
             self._save_if_due(force=stopping or grows or state.iteration == self.last_iteration)

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
 
 from megatron.config.sections.base import Section
+from megatron.errors import ConfigError
+
+
+class ProfileConfig(Section):
+    """The iterations that are profiled."""
+
+    start: int = Field(gt=0)
+    """First iteration."""
+    stop: int = Field(gt=0)
+    """Last iteration."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ProfileConfig:
+        if self.stop < self.start:
+            raise ConfigError("profile", f"stop {self.stop} is before start {self.start}", "give a later one")
+        return self
 
 
 class LoggingConfig(Section):
@@ -33,3 +51,12 @@ class LoggingConfig(Section):
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak TFLOP/s of one device, which MFU is measured against. Default: the data sheet's dense 16-bit rate of a
     known GPU; elsewhere (CPUs, fp32, MIG slices, unknown GPUs) MFU is left out."""
+    profile: ProfileConfig | None = None
+    """{start: N, stop: M} writes a trace of iterations N to M, and on a GPU a snapshot of its memory, to log_dir, else
+    save; true is 10 to 12. docs/performance.md says how to read them."""
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _as_in_gpt_neox(cls, value: Any) -> Any:
+        """true or false; its further keys for the first and the last iteration have these defaults."""
+        return ({"start": 10, "stop": 12} if value else None) if isinstance(value, bool) else value
