@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,9 @@ def _contestants(job: Job, options: Any) -> dict[str, Timed]:
         name = f"prepare_data.py, {workers} worker{'s' * (workers != 1)}"
         found[name] = prepare_data(job, name, workers)
     found["bare encode_batch"] = bare(job, "bare encode_batch")
-    if not options.without_datasets:
+    if find_spec("datasets") is None:
+        print("datasets is not installed: datasets.map is left out")
+    elif not options.without_datasets:
         found["datasets.map"] = datasets_map(job, "datasets.map")
     return found
 

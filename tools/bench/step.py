@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -85,6 +86,13 @@ def _rates(shape: Shape, samples: int, result: Result, device: torch.device) -> 
     return facts | ({"MFU": f"{tokens * shape.flops_per_token / (peak[0] * 1e12):.1%}"} if peak else {})
 
 
+def _installed() -> list[str]:
+    if find_spec("transformers") is not None:
+        return list(NAMES)
+    print("transformers is not installed: GPTNeoX is left out")
+    return [name for name in NAMES if name != "GPTNeoX"]
+
+
 def main() -> int:
     """Measure and print."""
     flags = parser(__doc__, rounds=5)
@@ -92,8 +100,9 @@ def main() -> int:
     for name, default in sizes.items():
         flags.add_argument(f"--{name}", type=int, default=default)
     flags.add_argument("--backend", default="auto", help="pattention_backend of the TokenFormer")
-    flags.add_argument("--contestants", nargs="+", choices=NAMES, default=list(NAMES))
+    flags.add_argument("--contestants", nargs="+", choices=NAMES, help="default: all that are installed")
     options = flags.parse_args()
+    options.contestants = options.contestants or _installed()
     if min(getattr(options, name) for name in sizes) < 1:
         raise UserError("--layers, --width, --heads, --vocabulary, --length, --samples: give positive numbers")
     shape = Shape(options.layers, options.width, options.heads, options.vocabulary, options.length)
