@@ -6,7 +6,8 @@ All complete the same prompts of `context` tokens, greedily, with one model: tha
 or one of the configuration with random weights, which is exported for transformers. Each fills its cache once and then
 takes turns of a few steps, of one token for every text each; turns are short, so that a machine that slows down slows
 all. Ratios below 1 are faster than transformers, or without it than ours as the model is (plain). The texts are
-compared token by token. Without transformers it is left out; --recomputed adds generation without a cache.
+compared token by token. Without transformers it is left out; --recomputed adds generation without a cache. On a machine
+that others load, --cpu-seconds counts what one thread works instead of the time that passes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from megatron.tokenizer import CharLevelTokenizer
 from tools.bench import measure
 
 VOCABULARY = 50304
+Clock = Callable[[], float]
 
 
 class WholeVocabulary(CharLevelTokenizer):
@@ -72,8 +76,8 @@ class Ours:
 class Theirs:
     """transformers' generate, which goes on with its own cache in every turn."""
 
-    def __init__(self, model: Any, prompts: list[list[int]]) -> None:
-        self.model, self.ids = model, torch.tensor(prompts, device=model.device)
+    def __init__(self, model: Any, prompts: list[list[int]], clock: Clock) -> None:
+        self.model, self.clock, self.ids = model, clock, torch.tensor(prompts, device=model.device)
         self.context, self.cache = self.ids.shape[1], None
         self.seconds = 0.0
 
@@ -83,45 +87,50 @@ class Theirs:
 
     def take(self, steps: int) -> None:
         """One turn. `seconds` are those of its steps: what generate does before them is not in."""
-        clock = _Clock()
+        ends = _Ends(self.clock)
         extra = 0 if self.cache is None else 1  # the first step of a call is there to start the clock
         found = self.model.generate(
             self.ids, attention_mask=torch.ones_like(self.ids), past_key_values=self.cache, do_sample=False,
-            max_new_tokens=steps + extra, stopping_criteria=[clock], return_dict_in_generate=True, pad_token_id=0,
+            max_new_tokens=steps + extra, stopping_criteria=[ends], return_dict_in_generate=True, pad_token_id=0,
         )  # fmt: skip
         self.ids, self.cache = found.sequences, found.past_key_values
-        self.seconds = clock.times[-1] - clock.times[0]
+        self.seconds = ends.times[-1] - ends.times[0]
 
     def tokens(self) -> list[list[int]]:
         """What was generated so far."""
         return self.ids[:, self.context :].tolist()
 
 
-class _Clock:
+class _Ends:
     """A stopping criterion that stops nothing and notes when steps end."""
 
-    def __init__(self) -> None:
-        self.times = list[float]()
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.times = clock, list[float]()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         measure.synchronize(input_ids.device)
-        self.times.append(time.perf_counter())
+        self.times.append(self.clock())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def turns(contestant: Ours | Theirs, steps: int, device: torch.device) -> measure.Timed:
-    """A turn of a contestant, as seconds a step."""
-    timed = measure.clocked(lambda: contestant.take(steps), device)
+def timed(work: Callable[[], object], clock: Clock, device: torch.device) -> float:
+    """What the clock says that work takes."""
+    measure.synchronize(device)
+    start = clock()
+    work()
+    measure.synchronize(device)
+    return clock() - start
 
-    def run() -> float:
-        elapsed = timed()
-        return (contestant.seconds if isinstance(contestant, Theirs) else elapsed) / steps
 
-    return run
+def turn(contestant: Ours | Theirs, steps: int, clock: Clock, device: torch.device) -> float:
+    """Seconds a step of a contestant's turn."""
+    elapsed = timed(lambda: contestant.take(steps), clock, device)
+    return (contestant.seconds if isinstance(contestant, Theirs) else elapsed) / steps
 
 
 def compared(model: LanguageModel, theirs: Any, batch: int, options: Any) -> dict[str, measure.Result]:
     """The contestants' results for a batch of one size."""
+    clock: Clock = time.process_time if options.cpu_seconds else time.perf_counter
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(1, VOCABULARY, (batch, options.context), generator=generator).tolist()
     device, total = next(model.parameters()).device, 2 + (options.rounds + 1) * (options.steps + 1)
@@ -130,13 +139,13 @@ def compared(model: LanguageModel, theirs: Any, batch: int, options: Any) -> dic
         "ours, plain": Ours(model, prompts, total, fast=False),
     }
     if theirs is not None:
-        contestants["transformers"] = Theirs(theirs, prompts)
+        contestants["transformers"] = Theirs(theirs, prompts, clock)
     if options.recomputed:
         contestants["ours, recomputed"] = Ours(model, prompts, total, recompute=True)
-    filling = {name: measure.clocked(one.start, device)() for name, one in contestants.items()}
-    timed = {name: turns(one, options.steps, device) for name, one in contestants.items()}
+    filling = {name: timed(one.start, clock, device) for name, one in contestants.items()}
+    turns = {name: partial(turn, one, options.steps, clock, device) for name, one in contestants.items()}
     baseline = "transformers" if theirs is not None else "ours, plain"
-    results = measure.compare(measure.take_turns(timed, options.rounds), baseline)
+    results = measure.compare(measure.take_turns(turns, options.rounds), baseline)
     expected = contestants[baseline].tokens()
     for name, result in results.items():
         pairs = zip(contestants[name].tokens(), expected, strict=True)
@@ -177,7 +186,10 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=4, help="tokens of every text in a turn")
     parser.add_argument("--recomputed", action="store_true", help="also without a cache; slow")
+    parser.add_argument("--cpu-seconds", action="store_true", help="one thread, timed by the CPU seconds it takes")
     options = parser.parse_args()
+    if options.cpu_seconds:
+        torch.set_num_threads(1)
     device, tables = measure.default_device(), {}
     with tempfile.TemporaryDirectory() as folder:
         model, theirs = _models(options, device, folder)

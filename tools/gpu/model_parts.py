@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,12 +97,14 @@ def decoding(settings: Settings) -> Iterator[Check]:
         )
     model, tokenizer = _model(settings, torch.float32), CharLevelTokenizer()
     prompts = ["a", "the parameters of", "a model whose"]
-    texts = [
-        [completion.text for completion in generate(model, tokenizer, prompts, maximum_tokens=4, recompute=recompute)]
-        for recompute in (False, True)
-    ]
-    equal = sum(a == b for a, b in zip(*texts, strict=True))
-    yield "generation, cached and not", equal == len(prompts), f"{equal} of {len(prompts)} texts equal"
+    ways: dict[str, dict[str, Any]] = {
+        "cached and not": {"recompute": True},
+        "with and without fast_decoding": {"fast": False},  # on a GPU: recorded steps and steps that are not
+    }
+    for name, slow in ways.items():
+        fast, plain = (generate(model, tokenizer, prompts, maximum_tokens=20, **how) for how in ({}, slow))
+        equal = sum(a.text == b.text for a, b in zip(fast, plain, strict=True))
+        yield f"generation, {name}", equal == len(prompts), f"{equal} of {len(prompts)} texts equal"
 
 
 @torch.no_grad()
