@@ -35,7 +35,7 @@ class CudaRecorder:
     """torch.cuda.CUDAGraph; the graphs of one recorder share their memory, as only one of them runs at a time."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, function: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
         """See Recorder. The function runs twice before, so that what libraries set up at first is not recorded."""
@@ -48,7 +48,6 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             result = function()
-        self._pool = graph.pool()
         return graph.replay, result
 
 
