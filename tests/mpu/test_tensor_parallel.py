@@ -60,15 +60,19 @@ def gradient_distances(sharded: nn.Module, whole: nn.Module, layout: Layout) -> 
 # ---- one layer ----
 
 
+_CASES = [(tokens, zero_keys) for tokens in ([32], [21], [8, 13]) for zero_keys in (False, True)]
+
+
 def one_layer(tensor_size: int) -> dict[str, float]:
     layout = connected(tensor_size)
     distances: dict[str, float] = {}
     for activation in ACTIVATIONS:
         for backend in BACKENDS:
-            for tokens in ([32], [21], [8, 13]):  # 21, 8 + 13: no multiple of the number of ranks
-                for zero_keys in (False, True):
-                    case = f"{activation} {backend} {tokens} zero_keys={zero_keys}"
-                    distances[case] = compare_layer(layout, activation, backend, tokens, zero_keys)
+            # 21, 8 + 13: no multiple of the number of ranks. Interpreted kernels take long: they get two cases.
+            cases = [([21], False), ([8, 13], True)] if backend in ("compiled", "triton") else _CASES
+            for tokens, zero_keys in cases:
+                case = f"{activation} {backend} {tokens} zero_keys={zero_keys}"
+                distances[case] = compare_layer(layout, activation, backend, tokens, zero_keys)
     return distances
 
 
@@ -104,7 +108,7 @@ def compare_layer(layout: Layout, activation: str, backend: str, tokens: list[in
 @pytest.mark.parametrize("tensor_size", [2, 4])
 def test_one_layer_equals_the_unsharded_one(tensor_size: int) -> None:
     for distances in run_ranks(tensor_size, one_layer, tensor_size):
-        assert len(distances) == 72
+        assert len(distances) == 48
         for case, distance in distances.items():
             assert distance < (1e-6 if " triton " in case else 1e-12), (case, distance)
 
@@ -218,7 +222,7 @@ def block_volumes(tensor_size: int) -> dict[str, float]:
     for sequence_parallel in (False, True):
         layout = connected(tensor_size, sequence_parallel)
         for kind, more in (("tokenformer", TOKENS), ("global", {"intermediate_size": 128})):
-            for backend in BACKENDS:
+            for backend in ("reference", "fused"):  # the others send what fused does
                 config = ModelConfig(**{**keys, **more})
                 block = Block(config, 0, BuildOptions(pattention_backend=backend, layout=layout))
                 tokens = LENGTH // tensor_size if sequence_parallel else LENGTH
@@ -238,7 +242,7 @@ def block_volumes(tensor_size: int) -> dict[str, float]:
 @pytest.mark.parametrize("tensor_size", [2, 4])
 def test_a_block_communicates_what_the_arithmetic_says(tensor_size: int) -> None:
     for volumes in run_ranks(tensor_size, block_volumes, tensor_size):
-        assert len(volumes) == 16
+        assert len(volumes) == 8
         for case, found in volumes.items():
             assert found == pytest.approx(16 if case.startswith("tokenformer") else 8, abs=1e-9), case
 
