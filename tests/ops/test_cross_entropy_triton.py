@@ -21,6 +21,7 @@ from megatron.ops import linear_cross_entropy as module
 from megatron.ops.cross_entropy import cross_entropy
 from megatron.ops.linear_cross_entropy import linear_cross_entropy
 
+pytestmark = pytest.mark.long  # processes in which Triton interprets or compiles
 triton = pytest.importorskip("triton", reason="triton is not installed: it has no build for this platform")
 FILE = Path(module.__file__).with_name("cross_entropy_triton.py")
 

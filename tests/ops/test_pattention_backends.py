@@ -56,6 +56,7 @@ def error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return sum(((a.double() - b).norm() / b.norm()).item() ** 2 for a, b in pairs if b.norm() > 0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_errors_are_at_most_one_and_a_half_times_the_formulas(activation: str, dtype: torch.dtype) -> None:
@@ -70,6 +71,7 @@ def test_errors_are_at_most_one_and_a_half_times_the_formulas(activation: str, d
         assert total[backend] ** 0.5 <= 1.5 * total["reference"] ** 0.5, (backend, total)
 
 
+@pytest.mark.long
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     tokens=st.integers(1, 6),
@@ -160,6 +162,7 @@ def test_recomputed_scores_give_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+@pytest.mark.long
 def test_compiled_row_functions_are_those_that_run_uncompiled() -> None:
     """In a process of its own: the suite runs with torch.compile turned off."""
     code = (
@@ -176,6 +179,7 @@ def test_compiled_row_functions_are_those_that_run_uncompiled() -> None:
     assert all(value < 1e-5 for value in found.values()) and graphs == 4
 
 
+@pytest.mark.long
 def test_kernels_compile_for_gpus_without_spills() -> None:
     """Ahead of time, in a process of its own: the suite runs the kernels under the interpreter."""
     env = {**os.environ, "TRITON_INTERPRET": "0"}
