@@ -92,7 +92,7 @@ def _joint(
     activation: str,
     axis: Axis = ALONE,
 ) -> list[Tensor]:
-    rows = _rows(name if x.dtype != torch.float64 or name == "compiled" else "fused")
+    rows = _rows("fused" if name == "triton" and x.dtype == torch.float64 else name)
     return joint_rowwise(x, layers, Method(rows(activation), axis, recompute_scores))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron.mpu.collectives import PendingSum
 from megatron.mpu.layout import ALONE, Axis
 from megatron.ops.pattention import ParameterTokens, statistics_dtype
-from megatron.ops.pattention_rows import Rows, TorchRows
+from megatron.ops.pattention_rows import Rows
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,3 @@ def joint_rowwise(x: Tensor, layers: Sequence[ParameterTokens], method: Method) 
     tokens = [*(layer.key for layer in layers), *(layer.value for layer in layers)]
     outputs = _Pattention.apply(method, tau2, x.flatten(0, -2), *tokens)
     return [output.view(*x.shape[:-1], -1) for output in outputs]
-
-
-def joint_fused(x: Tensor, layers: Sequence[ParameterTokens], activation: str, axis: Axis = ALONE) -> list[Tensor]:
-    """`joint_rowwise` with row functions in torch's own operations."""
-    return joint_rowwise(x, layers, Method(TorchRows(activation), axis))
-
-
-def pattention_fused(x: Tensor, key: Tensor, value: Tensor, tau_tokens: Tensor, activation: str) -> Tensor:
-    """`joint_fused` of one layer in one process; [.., d_in] -> [.., d_out]."""
-    return joint_fused(x, [ParameterTokens(key, value, tau_tokens)], activation)[0]

@@ -19,6 +19,7 @@ from megatron.ops import pattention_fused, pattention_rows, pattention_triton
 from megatron.ops.pattention import ParameterTokens, joint_reference
 from megatron.ops.pattention_backends import BACKENDS, select_backend
 from tests.interpreter import rounds_to_nearest
+from tools.bench.measure import kept_bytes
 
 ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 OURS = tuple(name for name in BACKENDS if name != "reference")
@@ -133,18 +134,8 @@ def test_three_segments_of_growth_are_one_layer(backend: str, activation: str) -
 def test_what_is_kept_is_the_scores_or_nothing(backend: str, recompute: bool, scores: int) -> None:
     layer = Pattention(16, 16, 64, backend=backend, recompute_scores=recompute)
     x = torch.randn(32, 16, requires_grad=True)
-    own = {tensor.untyped_storage().data_ptr() for tensor in (x, *layer.parameters())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        _output = layer(x)  # holds the graph
-    assert sum(kept.values()) == pytest.approx(scores * 32 * 64 * 4 + 32 * 4, abs=16)
+    found = kept_bytes(lambda: layer(x), (x, *layer.parameters()))
+    assert found == pytest.approx(scores * 32 * 64 * 4 + 32 * 4, abs=16)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
