@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
@@ -20,6 +19,7 @@ from torch import Tensor
 from megatron.ops import linear_cross_entropy as module
 from megatron.ops.cross_entropy import cross_entropy
 from megatron.ops.linear_cross_entropy import linear_cross_entropy
+from tools.bench.kernels import registers
 
 pytestmark = pytest.mark.long  # processes in which Triton interprets or compiles
 triton = pytest.importorskip("triton", reason="triton is not installed: it has no build for this platform")
@@ -129,12 +129,12 @@ SIGNATURES: dict[str, dict[str, str]] = {
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_kernels_compile_ahead_of_time_without_spills(
-    compiler: Executor, name: str, kind: str, architecture: int, tmp_path: Path
+    compiler: Executor, name: str, kind: str, architecture: int
 ) -> None:
-    compiler.submit(compile_one, name, kind, architecture, tmp_path).result()
+    compiler.submit(compile_one, name, kind, architecture).result()
 
 
-def compile_one(name: str, kind: str, architecture: int, tmp_path: Path) -> None:
+def compile_one(name: str, kind: str, architecture: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -144,30 +144,8 @@ def compile_one(name: str, kind: str, architecture: int, tmp_path: Path) -> None
     aligned: Any = {(i,): [["tt.divisibility", 16]] for i, form in enumerate(signature.values()) if form != "constexpr"}
     source = ASTSource(getattr(made, name), signature, {"BLOCK": made._BLOCK}, aligned)
     compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), {"num_warps": made._WARPS})
-    registers, spilled = usage(compiled.asm["ptx"], architecture, tmp_path)
-    assert spilled == 0 and registers <= 64, (registers, spilled)
+    used, spilled = registers(compiled.asm["ptx"], architecture)
+    assert spilled == 0 and used <= 64, (used, spilled)
     assert re.search(r"ld\.global\S*\.v4|ld\.global\S*\.v8", compiled.asm["ptx"]), "loads of 16 bytes"
     if name == "gradient_kernel" and kind != "fp32":
         assert re.search(rf"cvt\.rn\.{'bf16' if kind == 'bf16' else 'f16'}(x2)?\.f32", compiled.asm["ptx"]), "rounded"
-
-
-def usage(ptx: str, architecture: int, folder: Path) -> tuple[int, int]:
-    """(registers a thread, bytes spilled) of a kernel, as Triton's assembler tells them."""
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-
-    file = folder / "kernel.ptx"
-    file.write_text(ptx, encoding="utf-8")
-    assembler = get_ptxas(architecture)
-    command = [
-        assembler.path,
-        "-v",
-        f"--gpu-name={sm_arch_from_capability(architecture)}",
-        str(file),
-        "-o",
-        "/dev/null",
-    ]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spilled = [int(size) for size in re.findall(r"(\d+) bytes spill (?:stores|loads)", told)]
-    registers = re.search(r"Used (\d+) registers", told)
-    assert registers is not None and len(spilled) == 2, told
-    return int(registers[1]), sum(spilled)

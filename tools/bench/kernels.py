@@ -48,21 +48,17 @@ def compiled(kernel: Any, n: int, activation: int, capability: int, phase: int =
 
 
 def registers(ptx: str, capability: int) -> tuple[int, int]:
-    """(registers of a thread, bytes spilled) as NVIDIA's assembler reports them."""
-    import triton
+    """(registers of a thread, bytes spilled) as the assembler that comes with Triton reports them."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    name = "ptxas-blackwell" if capability >= 100 and (folder / "ptxas-blackwell").exists() else "ptxas"
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "kernel.ptx"
-        file.write_text(ptx)
-        target = re.search(r"\.target (\w+)", ptx)
-        gpu = target[1] if target else f"sm_{capability}"
-        command = [str(folder / name), "-v", f"--gpu-name={gpu}", str(file)]
-        done = subprocess.run([*command, "-o", f"{file}.o"], capture_output=True, text=True, check=True)
+        file.write_text(ptx, encoding="utf-8")
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}", str(file)]
+        done = subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True, check=True)
     used, spilled = re.search(r"Used (\d+) registers", done.stderr), re.findall(r"(\d+) bytes spill", done.stderr)
-    if used is None:
-        raise UserError(f"{name}: does not report registers: {done.stderr[:200]}")
+    if used is None or len(spilled) != 2:
+        raise UserError(f"ptxas: does not report registers and spills: {done.stderr[:200]}")
     return int(used[1]), sum(map(int, spilled))
 
 
