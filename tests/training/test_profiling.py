@@ -87,6 +87,7 @@ def test_mistakes_are_one_line(tiny_config: Callable[..., RunConfig], value: Any
     with pytest.raises(UserError) as error:
         tiny_config(profile=value)
     assert message in str(error.value) and str(error.value).count("\n") == 0
+    assert "profile.profile" not in str(error.value)
 
 
 def test_the_key_of_gpt_neox_is_on_or_off(tiny_config: Callable[..., RunConfig]) -> None:

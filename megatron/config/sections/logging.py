@@ -21,7 +21,7 @@ class ProfileConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> ProfileConfig:
         if self.stop < self.start:
-            raise ConfigError("profile", f"stop {self.stop} is before start {self.start}", "give a later one")
+            raise ConfigError("", f"stop {self.stop} is before start {self.start}", "give a later one")
         return self
 
 
