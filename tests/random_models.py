@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.state import CanonicalState, whole_pieces
+from megatron.checkpoint.pieces import whole_pieces
+from megatron.checkpoint.state import CanonicalState
 from megatron.checkpoint.store import RunFolder
 from megatron.config import RunConfig
 from megatron.config.build import SECTION_OF

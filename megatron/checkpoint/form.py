@@ -11,13 +11,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.pieces import coverage_fault
 from megatron.checkpoint.state import SMALL_FILES, TENSOR_KINDS
 
 CHECKSUM = "sha256"
@@ -29,6 +30,7 @@ SAFETENSORS_DTYPES = {
 }  # fmt: skip
 """Names of dtypes in the manifest, and those in the header of a file."""
 
+# An entry is [file, dtype, shape] of a tensor that is whole, or [[[file, offset, size] of each part], dtype, shape].
 _MANIFEST_KEYS = {"format", "version", "iteration", "files", "tensors"}
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,30}")
@@ -57,7 +59,21 @@ def manifest_fault(manifest: Mapping[str, Any]) -> str | None:
         return f"is incomplete: {min(_MANIFEST_KEYS - manifest.keys())} is missing"
     if not _is_count(manifest["iteration"]):
         return "has no number of an iteration"
-    return _files_fault(manifest["files"]) or _tensors_fault(manifest["tensors"], manifest["files"])
+    fault = _files_fault(manifest["files"]) or _tensors_fault(manifest["tensors"], manifest["files"])
+    if fault is None and manifest["version"] != version_of(manifest["tensors"]):
+        return f"is of version {manifest['version']}, its tables of version {version_of(manifest['tensors'])}"
+    return fault
+
+
+def version_of(index: Mapping[str, Any]) -> int:
+    """Version of the format that tables of tensors need: 2 where one is in parts."""
+    return 1 + any(isinstance(entry[0], list) for table in index.values() for entry in table.values())
+
+
+def places_of(entry: Sequence[Any]) -> list[Any]:
+    """Where a tensor is, from its entry in the manifest: [file, offset, size] of each of its parts."""
+    file, _, shape = entry
+    return file if isinstance(file, list) else [[file, [0] * len(shape), shape]]
 
 
 def _files_fault(files: Any) -> str | None:
@@ -83,9 +99,12 @@ def _tensors_fault(tensors: Any, files: Mapping[str, Any]) -> str | None:
         if not isinstance(index, dict):
             return f"has no table of {kind} tensors"
         for name, entry in index.items():
-            if not _is_entry(entry) or entry[0] not in files or not entry[0].startswith(f"{kind}-"):
+            if not _is_entry(entry) or not all(_is_place(place, kind, entry[2], files) for place in places_of(entry)):
                 return f"has no file, dtype and shape of {name[:80]} ({kind})"
-    named = {entry[0] for index in tensors.values() for entry in index.values()}
+            boxes = [(tuple(offset), tuple(size)) for _, offset, size in places_of(entry)]
+            if isinstance(entry[0], list) and (fault := coverage_fault(entry[2], boxes)):
+                return f"says that {name[:80]} ({kind}) {fault}"
+    named = {place[0] for index in tensors.values() for entry in index.values() for place in places_of(entry)}
     unused = [name for name in files if name.endswith(".safetensors") and name not in named]
     if unused:
         return f"lists no tensor of {unused[0]}"
@@ -93,15 +112,24 @@ def _tensors_fault(tensors: Any, files: Mapping[str, Any]) -> str | None:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Is it [file, dtype, shape]?"""
-    if (
-        not isinstance(entry, list)
-        or len(entry) != 3
-        or not isinstance(entry[0], str)
-        or not isinstance(entry[2], list)
-    ):
+    """Is it [file or parts, dtype, shape]?"""
+    if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[0], (str, list)):
         return False
-    return isinstance(entry[1], str) and entry[1] in SAFETENSORS_DTYPES and all(map(_is_count, entry[2]))
+    _, dtype, shape = entry
+    return isinstance(dtype, str) and dtype in SAFETENSORS_DTYPES and _are_counts(shape)
+
+
+def _is_place(place: Any, kind: str, shape: list[int], files: Mapping[str, Any]) -> bool:
+    """Is it [file, offset, size] of a part of a tensor of `shape`?"""
+    if not isinstance(place, list) or len(place) != 3 or not isinstance(place[0], str):
+        return False
+    file, offset, size = place
+    is_box = _are_counts(offset) and _are_counts(size) and len(offset) == len(size) == len(shape)
+    return is_box and file in files and file.startswith(f"{kind}-")
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(map(_is_count, values))
 
 
 def _model_fault(model: Mapping[str, Any]) -> str | None:

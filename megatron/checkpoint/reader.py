@@ -1,13 +1,18 @@
-"""Reads a checkpoint folder, and finds out whether it is whole."""
+"""Reads a checkpoint folder, and finds out whether it is whole.
+
+Tensors are mapped from their files: what is asked for is read, and no more, whichever parts it is in.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 import yaml
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -20,10 +25,12 @@ from megatron.checkpoint.form import (
     is_plain,
     manifest_checksum,
     manifest_fault,
+    places_of,
     train_state_fault,
     value_fault,
 )
-from megatron.checkpoint.state import FORMAT, FORMAT_VERSION, MANIFEST, folder_iteration
+from megatron.checkpoint.pieces import Box, common_box, key_of, slices
+from megatron.checkpoint.state import FORMAT, FORMAT_VERSIONS, MANIFEST, folder_iteration
 from megatron.config.mistakes import config_error
 from megatron.errors import UserError
 
@@ -40,7 +47,46 @@ class DamagedCheckpoint(UserError):
 
     def __init__(self, fault: str, advice: str) -> None:
         super().__init__(f"{fault}; {advice}")
-        self.fault = fault
+        self.fault, self._advice = fault, advice
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DamagedCheckpoint, (self.fault, self._advice)
+
+
+# Files of a run of several processes, each of which has written some: kind, rank, number.
+_WRITTEN_BY = re.compile(r"[a-z0-9_]+-(\d{5,9})-\d{5,9}\.safetensors")
+
+
+class _Part(NamedTuple):
+    """Where a part of a tensor is."""
+
+    file: str
+    key: str
+    dtype: str
+    box: Box
+
+
+def _parts(name: str, entry: Sequence[Any]) -> Iterator[_Part]:
+    """Where a tensor is, from its entry in the manifest."""
+    _, dtype, shape = entry
+    for file, offset, size in places_of(entry):
+        yield _Part(file, key_of(name, shape, offset, size), dtype, (tuple(offset), tuple(size)))
+
+
+def _by_file(index: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, _Part]]:
+    """file -> name in it -> part, of all tensors of a kind."""
+    found: dict[str, dict[str, _Part]] = {}
+    for name, entry in index.items():
+        for part in _parts(name, entry):
+            found.setdefault(part.file, {})[part.key] = part
+    return found
+
+
+def _as_box(shape: Sequence[int], ranges: Sequence[slice]) -> Box:
+    """Ranges of the first dimensions of a tensor, and all of the others."""
+    bounds = [whole.indices(size) for whole, size in zip(ranges, shape, strict=False)]
+    bounds += [(0, size, 1) for size in shape[len(ranges) :]]
+    return tuple(start for start, _, _ in bounds), tuple(max(0, stop - start) for start, stop, _ in bounds)
 
 
 class CheckpointReader:
@@ -87,10 +133,10 @@ class CheckpointReader:
             raise self.damaged(MANIFEST, "is nested too deeply")
         if CHECKSUM in manifest and manifest[CHECKSUM] != manifest_checksum(manifest):
             raise self.damaged(MANIFEST, "does not have its own checksum")
-        if manifest.get("version") != FORMAT_VERSION:
+        if manifest.get("version") not in FORMAT_VERSIONS:
             raise UserError(
                 f"{self._key}: {self.folder} has format version {manifest.get('version')}, this program reads "
-                f"{FORMAT_VERSION}; use the program version that wrote it"
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}; use the program version that wrote it"
             )
         if fault := manifest_fault(manifest):
             raise self.damaged(MANIFEST, fault)
@@ -130,19 +176,37 @@ class CheckpointReader:
         except (TypeError, OverflowError, MemoryError, RecursionError):
             raise self.damaged("config.yml", f"has impossible values for {cls.__name__}") from None
 
-    def verify(self, *kinds: str) -> None:
+    def verify(self, *kinds: str, share: tuple[int, int] = (0, 1)) -> None:
         """Compare files with the manifest, and look at values; DamagedCheckpoint names the first mistake.
 
         Args:
             kinds: of tensors whose files are read, for example `model`; default all.
+            share: (i, n) for the i-th of n processes that look at a part of the files each, between them at all.
         """
+        mine = self._files_of(*share)
         looked_at = [kind for kind in self._index if not kinds or kind in kinds]
         left_out = tuple(f"{kind}-" for kind in self._index if kind not in looked_at)
         for name in self._files:
-            if not name.startswith(left_out):
+            if name in mine and not name.startswith(left_out):
                 self._check(name)
         for kind in looked_at:
-            self._check_tensors(kind)
+            for file, parts in _by_file(self._index[kind]).items():
+                if file in mine:
+                    self._check_tensors(kind, file, parts)
+
+    def _files_of(self, number: int, processes: int) -> set[str]:
+        """The files that one of `processes` is to read: those that it wrote, where as many have written them."""
+        written = {name: int(match[1]) for name in self._files if (match := _WRITTEN_BY.fullmatch(name))}
+        if written and max(written.values()) + 1 == processes:
+            return {name for name in self._files if written.get(name, 0) == number}
+        loads = [0] * processes
+        mine = set()
+        for name, entry in sorted(self._files.items(), key=lambda item: -item[1]["bytes"]):
+            least = loads.index(min(loads))
+            loads[least] += entry["bytes"]
+            if least == number:
+                mine.add(name)
+        return mine
 
     def _check(self, name: str) -> None:
         path, expected = self.folder / name, self._files[name]
@@ -158,20 +222,16 @@ class CheckpointReader:
         if checksum != expected["sha256"]:
             raise self.damaged(name, "does not have the checksum of the manifest")
 
-    def _check_tensors(self, kind: str) -> None:
-        """Do the files of a kind hold the manifest's tensors and no others, all with values to go on from?"""
-        by_file: dict[str, set[str]] = {}
-        for name, entry in self._index[kind].items():
-            by_file.setdefault(entry[0], set()).add(name)
-        for file, names in by_file.items():
-            found = set(self._opened(file).keys())
-            if found != names:
-                name = min(found ^ names)
-                raise self.damaged(file, f"{'holds' if name in found else 'lacks'} {name[:80]}, unlike the manifest")
-            for name in sorted(names):
-                if fault := value_fault(kind, name, self.tensor(kind, name)):
-                    raise self.damaged(file, f"cannot be gone on from: {name[:80]} {fault}")
-            del self._open_files[file]
+    def _check_tensors(self, kind: str, file: str, parts: dict[str, _Part]) -> None:
+        """Does a file hold the manifest's parts of tensors and no others, all with values to go on from?"""
+        found = set(self._opened(file).keys())
+        if found != parts.keys():
+            name = min(found ^ parts.keys())
+            raise self.damaged(file, f"{'holds' if name in found else 'lacks'} {name[:80]}, unlike the manifest")
+        for key in sorted(parts):
+            if fault := value_fault(kind, key, self._read_part(parts[key])):
+                raise self.damaged(file, f"cannot be gone on from: {key[:80]} {fault}")
+        del self._open_files[file]
 
     def names(self, kind: str) -> list[str]:
         """Names of the tensors of a kind; none of a kind that is not there."""
@@ -183,23 +243,35 @@ class CheckpointReader:
 
     def tensor(self, kind: str, name: str) -> Tensor:
         """A whole tensor, on the CPU, with storage of its own; DamagedCheckpoint when its file is damaged."""
-        return self._read(kind, name, lambda file: file.get_tensor(name))
+        return self.part(kind, name)
 
     def part(self, kind: str, name: str, *ranges: slice) -> Tensor:
-        """A range of the first dimensions of a tensor, mapped from its file. Raises what `tensor` does."""
-        return self._read(kind, name, lambda file: file.get_slice(name)[ranges])
+        """A range of the first dimensions of a tensor, put together from its parts. Raises what `tensor` does."""
+        _, dtype, shape = self._index[kind][name]
+        wanted = _as_box(shape, ranges)
+        found = [(part, box) for part in _parts(name, self._index[kind][name]) if (box := common_box(part.box, wanted))]
+        if len(found) == 1 and found[0][1] == wanted:
+            return self._read_part(found[0][0], wanted)
+        whole = torch.empty(wanted[1], dtype=getattr(torch, dtype))
+        for part, box in found:
+            whole[slices(box, wanted[0])] = self._read_part(part, box)
+        return whole
 
-    def _read(self, kind: str, name: str, read: Callable[[Any], Tensor]) -> Tensor:
-        file, dtype, shape = self._index[kind][name]
+    def _read_part(self, part: _Part, box: Box | None = None) -> Tensor:
+        """A box of a tensor that lies within one of its parts; default all of that."""
+        box = box or part.box
         try:
-            found = self._opened(file).get_slice(name)
-            if found.get_dtype() != SAFETENSORS_DTYPES[dtype] or found.get_shape() != shape:
-                raise self.damaged(file, f"has {name[:80]} in another dtype or shape than the manifest")
-            tensor = read(self._open_files[file])
+            found = self._opened(part.file).get_slice(part.key)
+            if found.get_dtype() != SAFETENSORS_DTYPES[part.dtype] or tuple(found.get_shape()) != part.box[1]:
+                raise self.damaged(part.file, f"has {part.key[:80]} in another dtype or shape than the manifest")
+            if box == part.box:
+                tensor = self._open_files[part.file].get_tensor(part.key)
+            else:
+                tensor = found[slices(box, part.box[0])]
         except (OSError, SafetensorError) as error:
-            self._check(file)  # says what is wrong in most cases
-            raise self.damaged(file, f"cannot be read: {error}") from error
-        assert dtype_name(tensor) == dtype
+            self._check(part.file)  # says what is wrong in most cases
+            raise self.damaged(part.file, f"cannot be read: {error}") from error
+        assert dtype_name(tensor) == part.dtype
         return tensor
 
     def _opened(self, file: str) -> Any:

@@ -2,7 +2,7 @@
 
 Saving writes a temporary folder, puts checksums in its manifest, renames it, and only then moves `latest`. A process
 killed at any point leaves the previous checkpoint loadable and at most a folder whose name starts with a dot, which the
-next save removes.
+next run in this folder removes. Each process of a run writes its part of the temporary folder; one does the rest.
 """
 
 from __future__ import annotations
@@ -12,31 +12,34 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import yaml
 from safetensors import SafetensorError
 
-from megatron.checkpoint.form import CHECKSUM, manifest_checksum, train_state_fault
+from megatron.checkpoint.form import CHECKSUM, manifest_checksum, train_state_fault, version_of
 from megatron.checkpoint.lock import FolderLock
 from megatron.checkpoint.reader import CheckpointReader, DamagedCheckpoint, file_sha256
 from megatron.checkpoint.state import (
     FORMAT,
-    FORMAT_VERSION,
     MANIFEST,
     CanonicalState,
     folder_iteration,
     folder_name,
 )
-from megatron.checkpoint.writer import BadValues, write_tensors, write_text
+from megatron.checkpoint.writer import BadValues, Part, merged, write_pieces, write_text
 from megatron.errors import UserError
 from megatron.files import read_errors, replaced_file
 
-__all__ = ["CheckpointReader", "DamagedCheckpoint", "FolderLock", "RunFolder", "file_sha256", "set_aside"]
+__all__ = [
+    "BadValues", "CheckpointReader", "DamagedCheckpoint", "FolderLock", "Part", "RunFolder", "file_sha256", "set_aside",
+]  # fmt: skip
 
 LATEST = "latest"
 _TEMPORARY, _REPLACED, _DAMAGED = ".saving-", ".replaced-", "damaged-"
+_TRANSIENT = "transient"
+"""Name of the empty file that marks a checkpoint which is not kept."""
 _LONGEST_NAME = 255
 
 
@@ -51,47 +54,88 @@ class RunFolder:
     def __init__(self, path: str | Path, key: str = "load") -> None:
         self.path, self._key = Path(path), key
 
-    def save(self, state: CanonicalState, write: bool = True) -> Path:
-        """Write `state` and make it the latest checkpoint.
+    def save(self, state: CanonicalState) -> Path:
+        """Write `state`, of which this process has all pieces, and make it the latest checkpoint.
 
-        Every process of the run calls this, because the pieces may be gathered; one has `write` true.
+        Returns: the checkpoint's folder. Raises: UserError as `write_part` does; what was there before is as it was.
+        """
+        self.remove_leftovers()
+        try:
+            return self.publish(state, [self.write_part(state)])
+        except UserError:
+            self.discard(state.iteration)
+            raise
 
-        Returns: the checkpoint's folder. Raises UserError when the file system refuses (full, read-only) or a tensor
-            has values that are not finite; what was there before is then as it was.
+    def write_part(self, state: CanonicalState, rank: int | None = None) -> Part:
+        """Write the pieces of this process for a checkpoint that is to be published or discarded.
+
+        Args:
+            rank: of this process, where several write.
+
+        Raises: UserError when the file system refuses (full, read-only), and BadValues, which is one, for a tensor with
+            values that are not finite.
+        """
+        with self._save_errors(state.iteration):
+            temporary = self._temporary(state.iteration)
+            temporary.mkdir(parents=True, exist_ok=True)
+            return write_pieces(temporary, state.pieces, rank)
+
+    def publish(self, state: CanonicalState, parts: Iterable[Part], transient: bool = False) -> Path:
+        """Make a checkpoint of the parts that all processes have written, and make it the latest one.
+
+        Args:
+            state: its pieces are not looked at.
+            transient: it is to go with the next one that is saved.
+
+        Returns: the checkpoint's folder. Raises: what `write_part` does; what was there before is as it was.
         """
         target = self.path / folder_name(state.iteration)
-        if not write:
-            for _ in state.pieces:
-                pass
-            return target
+        temporary, replaced = self._temporary(state.iteration), self.path / f"{_REPLACED}{target.name}"
+        with self._save_errors(state.iteration):
+            whole = merged(parts)
+            self._check_files(temporary, whole)
+            if transient:
+                (temporary / _TRANSIENT).touch()
+            _write_records(temporary, state, whole)
+            if os.path.lexists(target):
+                os.rename(target, replaced)
+            os.rename(temporary, target)
+            self.set_latest(state.iteration)
+            _remove(replaced)
+        return target
+
+    @contextlib.contextmanager
+    def _save_errors(self, iteration: int) -> Iterator[None]:
+        target = self.path / folder_name(iteration)
         try:
-            self._write(target, state)
-        except (OSError, SafetensorError, BadValues) as error:
-            shutil.rmtree(self.path / f"{_TEMPORARY}{target.name}", ignore_errors=True)
-            if isinstance(error, BadValues):
-                raise UserError(
-                    f"save: checkpoint {target} is not written: {error}; earlier checkpoints are intact, resume from "
-                    "one with a smaller lr, a larger eps or another seed"
-                ) from error
+            yield
+        except BadValues as error:
+            raise BadValues(
+                f"save: checkpoint {target} is not written: {error}; earlier checkpoints are intact, resume from "
+                "one with a smaller lr, a larger eps or another seed"
+            ) from error
+        except (OSError, SafetensorError) as error:
             raise UserError(
                 f"save: cannot write checkpoint {target}: {error}; earlier checkpoints are intact, "
                 "free space or change `save` and resume"
             ) from error
-        return target
 
-    def _write(self, target: Path, state: CanonicalState) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
-        temporary, replaced = (self.path / f"{prefix}{target.name}" for prefix in (_TEMPORARY, _REPLACED))
-        temporary.mkdir()
-        _write_files(temporary, state)
-        if os.path.lexists(target):
-            os.rename(target, replaced)
-        os.rename(temporary, target)
-        self.set_latest(state.iteration)
-        _remove(replaced)
+    def _check_files(self, folder: Path, part: Part) -> None:
+        """Does this process see what the others have written?"""
+        for name, entry in part.files.items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                raise OSError(f"{name} of another process is not there, so the nodes do not share this folder")
 
-    def _remove_leftovers(self) -> None:
+    def discard(self, iteration: int) -> None:
+        """Remove what was written for a checkpoint that is not published."""
+        shutil.rmtree(self._temporary(iteration), ignore_errors=True)
+
+    def _temporary(self, iteration: int) -> Path:
+        return self.path / f"{_TEMPORARY}{folder_name(iteration)}"
+
+    def remove_leftovers(self) -> None:
+        """Remove what saves and removals that were killed have left."""
         for folder in self.path.glob(".*"):
             is_replaced = folder.name.startswith(_REPLACED) and (self.path / folder.name[len(_REPLACED) :]).exists()
             if folder.name.startswith(_TEMPORARY) or is_replaced:
@@ -154,17 +198,24 @@ class RunFolder:
             what = named if name else f"{self.path / LATEST} does not name a checkpoint"
             raise UserError(f"{self._key}: {what}; iterations found there: {self.described()}; {other}")
 
-    def remove_old(self, keep: int, protected: Collection[int] = ()) -> list[int]:
+    def remove_old(self, keep: int | None, protected: Collection[int] = ()) -> list[int]:
         """Remove all but the `keep` checkpoints saved last, never those of `protected` iterations; returns what went.
 
-        Last saved, not highest iteration: a run that was rolled back saves lower iterations than it finds.
+        Transient ones do not count, and go unless nothing has been saved after them. Last saved, not highest
+        iteration: a run that was rolled back saves lower iterations than it finds.
+
+        Args:
+            keep: None removes transient ones only.
         """
 
         def saved_at(iteration: int) -> int:
             return (self.path / folder_name(iteration) / MANIFEST).stat().st_mtime_ns
 
-        candidates = sorted((i for i in self.iterations() if i not in protected), key=saved_at)
-        removed = sorted(candidates[: max(0, len(candidates) - keep)])
+        by_age = sorted(self.iterations(), key=saved_at)
+        transient = [i for i in by_age if (self.path / folder_name(i) / _TRANSIENT).exists()]
+        candidates = [i for i in by_age if i not in protected and i not in transient]
+        old = candidates[: max(0, len(candidates) - keep)] if keep is not None else []
+        removed = sorted([*old, *(i for i in transient if i != by_age[-1])])
         for iteration in removed:
             name = folder_name(iteration)
             # Renamed first, so that a kill while deleting leaves no half checkpoint under a valid name.
@@ -204,18 +255,18 @@ class RunFolder:
                 yield folder
 
 
-def _write_files(folder: Path, state: CanonicalState) -> None:
+def _write_records(folder: Path, state: CanonicalState, part: Part) -> None:
+    """The small files beside those of tensors, the manifest last."""
     if fault := train_state_fault(state.train_state, state.iteration):
         raise BadValues(f"train_state.json {fault}")
-    index, files = write_tensors(folder, state.pieces)
     texts = {
         "train_state.json": json.dumps(dict(state.train_state), indent=1),
         "config.yml": yaml.safe_dump(dict(state.config), sort_keys=False),
         "environment.json": json.dumps(dict(state.environment), indent=1),
     }
-    files.update({name: write_text(folder / name, text) for name, text in texts.items()})
-    manifest = {"format": FORMAT, "version": FORMAT_VERSION, "iteration": state.iteration}
-    manifest |= {"files": dict(sorted(files.items())), "tensors": index}
+    files = part.files | {name: write_text(folder / name, text) for name, text in texts.items()}
+    manifest = {"format": FORMAT, "version": version_of(part.index), "iteration": state.iteration}
+    manifest |= {"files": dict(sorted(files.items())), "tensors": part.index}
     manifest[CHECKSUM] = manifest_checksum(manifest)
     write_text(folder / MANIFEST, json.dumps(manifest))
     _sync(folder)

@@ -1,4 +1,4 @@
-"""Writes the files of a checkpoint: one pass over each tensor looks at its values, hashes its bytes and writes them.
+"""Writes files of tensors: one pass over each part looks at its values, hashes its bytes and writes them.
 
 Files of tensors are in the safetensors format: the length of a JSON header (uint64, little-endian), the header, padded
 with blanks to a multiple of 8 bytes, and the tensors' bytes in the header's order.
@@ -11,6 +11,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import count, groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.form import SAFETENSORS_DTYPES, dtype_name, value_fault
-from megatron.checkpoint.state import TENSOR_KINDS, Piece
+from megatron.checkpoint.pieces import Piece, coverage_fault
+from megatron.checkpoint.state import TENSOR_KINDS
 from megatron.errors import UserError
 
 SHARD_BYTES = 2 * 1024**3
@@ -57,61 +59,78 @@ def write_text(path: Path, text: str) -> dict[str, Any]:
     return file.close()
 
 
-def write_tensors(folder: Path, pieces: Iterable[Piece]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write tensors in files of about SHARD_BYTES, each of one kind.
+@dataclass
+class Part:
+    """What one process has written of a checkpoint."""
 
-    Returns: the manifest's index {kind: {name: [file, dtype, shape]}} and its entries of the files. Raises BadValues.
+    index: dict[str, dict[str, list[Any]]]
+    """kind -> tensor -> [[[file, offset, size] of each of its parts], dtype, shape of the whole]."""
+    files: dict[str, Any]
+    """file -> {"bytes", "sha256"}."""
+
+
+def write_pieces(folder: Path, pieces: Iterable[Piece], rank: int | None = None) -> Part:
+    """Write pieces in files of about SHARD_BYTES, each of one kind.
+
+    Args:
+        rank: of this process, where several write; default this one writes all.
+
+    Raises: BadValues, OSError.
     """
-    index: dict[str, dict[str, Any]] = {kind: {} for kind in TENSOR_KINDS}
-    files: dict[str, Any] = {}
+    part = Part({}, {})
     numbers = defaultdict[str, Iterator[int]](count)
-    for kind, tensors in groupby(_put_together(pieces), key=lambda found: found[0]):
-        for shard in _shards(tensors):
-            file = f"{kind}-{next(numbers[kind]):05d}.safetensors"
-            files[file] = write_safetensors(folder / file, shard)
-            entries = {name: [file, dtype_name(tensor), list(tensor.shape)] for name, tensor in shard.items()}
-            index.setdefault(kind, {}).update(entries)
-    return index, files
+    prefix = "" if rank is None else f"{rank:05d}-"
+    for kind, of_kind in groupby(pieces, key=lambda piece: piece.kind):
+        for shard in _shards(of_kind):
+            file = f"{kind}-{prefix}{next(numbers[kind]):05d}.safetensors"
+            part.files[file] = write_safetensors(folder / file, {p.key: p.tensor for p in shard}, kind)
+            index = part.index.setdefault(kind, {})
+            for piece in shard:
+                entry = index.setdefault(piece.name, [[], dtype_name(piece.tensor), list(piece.shape)])
+                entry[0].append([file, list(piece.offset), list(piece.tensor.shape)])
+    return part
 
 
-def _put_together(pieces: Iterable[Piece]) -> Iterator[tuple[str, str, Tensor]]:
-    """(kind, name, whole tensor) of each once all of its pieces have come. Raises BadValues where some do not."""
-    begun: dict[tuple[str, str], tuple[Tensor, int]] = {}
-    for piece in pieces:
-        key = piece.kind, piece.name
-        if piece.is_whole:
-            yield *key, piece.tensor
-            continue
-        if key not in begun:
-            begun[key] = torch.empty(piece.shape, dtype=piece.tensor.dtype), 0
-        whole, filled = begun.pop(key)
-        whole[piece.ranges] = piece.tensor.detach()
-        filled += piece.tensor.numel()
-        if filled < whole.numel():
-            begun[key] = whole, filled
-        else:
-            yield *key, whole
-    for (kind, name), (whole, filled) in begun.items():
-        raise BadValues(f"{name} ({kind}) has {filled:,} of its {whole.numel():,} values only")
+def merged(parts: Iterable[Part]) -> Part:
+    """The parts of all processes as one. In its index, a tensor that is whole is just [file, dtype, shape].
+
+    Raises: BadValues where the parts of a tensor are not all of it.
+    """
+    whole = Part({kind: {} for kind in TENSOR_KINDS}, {})
+    for part in parts:
+        whole.files |= part.files
+        for kind, index in part.index.items():
+            mine = whole.index.setdefault(kind, {})
+            for name, (places, dtype, shape) in index.items():
+                mine.setdefault(name, [[], dtype, shape])[0].extend(places)
+    for kind, index in whole.index.items():
+        for name, entry in index.items():
+            places, _, shape = entry
+            if fault := coverage_fault(shape, [(tuple(offset), tuple(size)) for _, offset, size in places]):
+                raise BadValues(f"{name} ({kind}) {fault}")
+            if len(places) == 1:
+                entry[0] = places[0][0]
+    return whole
 
 
-def _shards(tensors: Iterable[tuple[str, str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
+def _shards(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    shard: list[Piece] = []
     size = 0
-    for kind, name, tensor in tensors:
-        if fault := value_fault(kind, name, tensor):
-            raise BadValues(f"{name} ({kind}) {fault}")
-        shard[name] = tensor.detach().cpu().contiguous()
-        size += tensor.numel() * tensor.element_size()
+    for piece in pieces:
+        shard.append(piece)
+        size += piece.tensor.numel() * piece.tensor.element_size()
         if size >= SHARD_BYTES:
             yield shard
-            shard, size = {}, 0
+            shard, size = [], 0
     if shard:
         yield shard
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write CPU tensors as safetensors.torch.save_file does, to the byte; returns the file's entry in the manifest."""
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], kind: str = "") -> dict[str, Any]:
+    """Write tensors as safetensors.torch.save_file does, to the byte; returns the file's entry in the manifest.
+
+    Each is brought to the host when its turn comes. Raises: BadValues for what no tensor of this kind may hold.
+    """
     # Wide elements first: each tensor then starts at a multiple of its element size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header, start = {}, 0
@@ -125,7 +144,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, An
     file = HashedFile(path)
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
-    for _, tensor in ordered:
+    for name, tensor in ordered:
+        tensor = tensor.detach().cpu().contiguous()
+        if fault := value_fault(kind, name, tensor):
+            raise BadValues(f"{name} ({kind}) {fault}")
         if tensor.numel():
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return file.close()

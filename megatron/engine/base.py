@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from megatron.checkpoint.state import ParameterSource
+from megatron.checkpoint.tensors import Tensors
 from megatron.config.mistakes import mistakes
 from megatron.engine.compiled import compile_blocks, forget_compiled
 from megatron.engine.grid import DeepSpeedGrid
@@ -25,9 +25,9 @@ from megatron.engine.settings import EngineSettings
 from megatron.engine.state import EngineState
 from megatron.engine.watch import StepWatch
 from megatron.errors import ConfigError, UserError
+from megatron.model.fill import share_of
 from megatron.mpu import Layout
 from megatron.mpu.device import process_device, uses_gpu
-from megatron.mpu.shard import take_share
 from megatron.tasks import Task
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -52,8 +52,8 @@ class Engine(ABC):
         settings: what it is told.
         task: what the model learns.
         layout: the grid.
-        model: on the training device, fp32, holding the values of `source`.
-        source: the whole fp32 value of each parameter, for 16-bit training's master weights.
+        model: on the training device, fp32, holding the values of `tensors`.
+        tensors: the fp32 values of the parameters, for 16-bit training's master weights.
         grid: `DeepSpeedGrid.of(layout)`.
     """
 
@@ -63,7 +63,7 @@ class Engine(ABC):
         task: Task[Any],
         layout: Layout,
         model: nn.Module,
-        source: ParameterSource,
+        tensors: Tensors,
         grid: DeepSpeedGrid | None = None,
     ) -> None:
         self.settings, self.task, self.layout, self._grid = settings, task, layout, grid
@@ -77,7 +77,7 @@ class Engine(ABC):
             freeze_old_parameters(self._layers(), settings.growths)
             # The engine has no fp32 copy of what it does not train, and keeps none.
             frozen = {
-                name: take_share(source(name), parameter, layout.tensor).float().cpu().clone()
+                name: share_of(tensors, name, parameter, layout).float().cpu().clone()
                 for name, parameter in model.named_parameters()
                 if not parameter.requires_grad
             }
@@ -85,7 +85,7 @@ class Engine(ABC):
         self._engine = self._initialize()
         self.state = EngineState(model, self._engine.optimizer, self.zero_stage, layout, frozen)
         if settings.dtype != "fp32":
-            self.state.write_masters(source)
+            self.state.write_masters(tensors)
         if settings.compile_blocks:
             compile_blocks(self._blocks(), self.device, settings.model.tokens_per_sample())
 
@@ -172,11 +172,6 @@ class Engine(ABC):
         tensor = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return bool(tensor.item())
-
-    def model_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole canonical parameters (fp32) and buffers; collective."""
-        yield from self.state.masters()
-        yield from self.state.buffers()
 
     def close(self) -> None:
         """Let go of everything that takes memory, so that another engine can be built in this process.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +11,13 @@ from megatron.checkpoint.tensors import Tensors
 from megatron.engine.base import Engine
 from megatron.engine.grid import DeepSpeedGrid, reused_groups
 from megatron.engine.pipeline import PipelineEngine
+from megatron.engine.read_together import ReadTogether
 from megatron.engine.settings import EngineSettings
 from megatron.engine.single_stage import SingleStageEngine
 from megatron.model.blocks import BuildOptions
 from megatron.model.build import build_model
 from megatron.model.fill import fill
+from megatron.model.init import InitialTensors
 from megatron.mpu import Layout
 from megatron.mpu.device import DTYPES, process_device
 from megatron.mpu.shard import allocate
@@ -27,37 +28,37 @@ def build_engine(settings: EngineSettings, task: Task[Any], layout: Layout, tens
     """The engine of this process, with the model or its part of it on the training device. Collective.
 
     Args:
-        tensors: whole fp32 values of parameters, and of buffers, to start with.
+        tensors: fp32 values of parameters, and buffers, to start with.
     """
     with reused_groups(layout.timeout):
         return _build(settings, task, layout, tensors)
 
 
 def _build(settings: EngineSettings, task: Task[Any], layout: Layout, tensors: Tensors) -> Engine:
-    source = partial(tensors.tensor, "model")
     options = BuildOptions(
         settings.pattention_backend, settings.attention_backend, layout=layout, gather_logits=False,
         recompute_scores=settings.recompute_scores,
         defer_logits=settings.defer_logits,
     )  # fmt: skip
     device = process_device()
+    together = tensors if isinstance(tensors, InitialTensors) else ReadTogether(tensors, layout.data, device)
     if layout.pipeline.size > 1:
         # Imports DeepSpeed, which looks at the environment that initialize_distributed has set up.
         from megatron.engine.pipeline_model import PipelineModel
 
         stage = PipelineModel(settings.model, layout, options, device, settings.checkpoint_layers)
-        fill(stage, tensors, layout)
-        return PipelineEngine(settings, task, layout, stage, source)
+        fill(stage, together, layout)
+        return PipelineEngine(settings, task, layout, stage, tensors)
     grid, in_parts = DeepSpeedGrid.of(layout), settings.zero_stage == 3
     place = torch.device("meta") if in_parts else device
     model = build_model(settings.model, options, device=place, checkpoint_layers=settings.checkpoint_layers)
     if not in_parts:
-        fill(model, tensors, layout)
+        fill(model, together, layout)
     for name, part in model.parts() if in_parts else ():
         allocate(part, device)
-        fill(part, tensors, layout, f"{name}.")
+        fill(part, together, layout, f"{name}.")
         partition_parameters(part, settings, layout, grid)
-    return SingleStageEngine(settings, task, layout, model, source, grid)
+    return SingleStageEngine(settings, task, layout, model, tensors, grid)
 
 
 def partition_parameters(

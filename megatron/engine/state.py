@@ -1,30 +1,30 @@
-"""Reads and writes the whole tensors behind a DeepSpeed engine: fp32 masters, optimizer state and buffers.
+"""What a process holds of the tensors behind a DeepSpeed engine: fp32 masters, optimizer state and buffers.
 
 DeepSpeed keeps the fp32 values of a parameter in one of three places: in the parameter itself (fp32 without ZeRO), in a
 slice of a flat partition (ZeRO 1 and 2), or in a slice of a flat sub-group (ZeRO 3). `_locate` finds this rank's slice;
 everything else is the same for all three.
 
-A whole tensor is put together axis by axis: ZeRO slices over the data axis, shares over the tensor axis; then its
-pipeline stage shows it to the others. All processes of the grid walk the same tensors in the same order.
+A parameter is a share of a whole tensor (over the tensor axis), and what a process trains of it a range of that share's
+memory. Nothing is gathered: `pieces` are where they are, and of what is read a process asks for its part.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from operator import add
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.checkpoint.state import ParameterSource
+from megatron.checkpoint.pieces import Piece, flat_boxes
+from megatron.checkpoint.tensors import Tensors
+from megatron.engine.ownership import Ownership
 from megatron.errors import UserError
 from megatron.mpu import SINGLE, Layout
-from megatron.mpu.collectives import gather_objects
-from megatron.mpu.shard import shard_spec, take_share, whole_shape
-
-Entry = TypeVar("Entry")
+from megatron.mpu.shard import shard_spec, whole_shape
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class EngineState:
         self._frozen = dict(frozen or {})
         self._of_model = dict(model.named_parameters())
         self._check_slices()
-        self._shapes = self._of_all_stages({name: whole_shape(p) for name, p in self._of_model.items()})
+        self._ownership = Ownership({name: tuple(whole_shape(p)) for name, p in self._of_model.items()}, layout)
 
     def _locate(self, parameter: Any) -> _Slice:
         if self.zero_stage == 0:
@@ -97,69 +97,62 @@ class EngineState:
                         "that cannot be checkpointed here; remove the settings beyond stage"
                     )
 
-    def _of_all_stages(self, mine: Mapping[str, Entry]) -> dict[str, tuple[int, Entry]]:
-        """name -> (first pipeline stage that has it, its entry there), in the same order on every stage. Collective."""
-        merged: dict[str, tuple[int, Entry]] = {}
-        for stage, entries in enumerate(gather_objects(mine, self.layout.pipeline)):
-            for name, entry in entries.items():
-                merged.setdefault(name, (stage, entry))
-        return merged
+    def pieces(self, with_optimizer: bool = True) -> Iterator[Piece]:
+        """What this process writes into a checkpoint, where it is: masters, buffers, and moments and step counts.
 
-    def _gather(self, name: str, moment: str | None) -> Tensor:
-        """The whole fp32 master (moment None) or moment of a parameter, on every process. Collective."""
-        stage, shape = self._shapes[name]
-        layout = self.layout
-        if stage == layout.pipeline.rank:
-            whole = self._join_shares(name, self._join_slices(name, moment))
-        else:
-            whole = torch.empty(shape, dtype=torch.float32, device=next(iter(self._of_model.values())).device)
-        if layout.pipeline.group is not None:
-            dist.broadcast(whole, group=layout.pipeline.group, group_src=stage)
-        return whole
-
-    def _join_slices(self, name: str, moment: str | None) -> Tensor:
-        """This tensor rank's share of a master or moment, from the slices of the data ranks."""
-        if moment is None and name in self._frozen:
-            return self._frozen[name].to(self._of_model[name].device)
-        place, parameter = self._slices[name], self.parameters[name]
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        share = torch.zeros(shape.numel(), dtype=torch.float32, device=parameter.device)
-        source = place.flat if moment is None else self.inner.state[place.flat][moment]
-        share.narrow(0, place.start, place.size).copy_(place.of(source))
-        if self.zero_stage > 0 and self.layout.data.group is not None:
-            dist.all_reduce(share, group=self.layout.data.group)
-        return share.view(shape)
-
-    def _join_shares(self, name: str, share: Tensor) -> Tensor:
-        """The whole tensor from the shares of the tensor ranks, which may be of different sizes."""
-        spec = shard_spec(self._of_model[name])
-        if spec is None or self.layout.tensor.group is None:
-            return share
-        whole = torch.zeros(spec.shape, dtype=share.dtype, device=share.device)
-        spec.take(whole, self.layout.tensor).copy_(share)
-        dist.all_reduce(whole, group=self.layout.tensor.group)
-        return whole
-
-    def masters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole fp32 value) of every parameter of the model. Collective."""
-        for name in self._shapes:
-            yield name, self._gather(name, None)
-
-    def buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, value) of every buffer of the model; buffers are whole and small. Collective."""
-        mine = {name: buffer.cpu() for name, buffer in self.model.named_buffers()}
-        for name, (_, buffer) in self._of_all_stages(mine).items():
-            yield name, buffer
-
-    def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
-        """(`{moment}/{name}`, whole tensor) of every trained parameter; step counts are scalars. Empty at first.
-
-        Collective.
+        Those of all processes are every tensor once. Moments are named `{moment}/{parameter}`, step counts, which are
+        scalars, alike; there are none before the first update.
         """
-        mine = {name: self._moments(place.flat) for name, place in self._slices.items()}
-        for name, (_, moments) in self._of_all_stages(mine).items():
-            for moment, scalar in moments.items():
-                yield f"{moment}/{name}", self._gather(name, moment) if scalar is None else scalar
+        owned = {name: self._owned(name) for name in self._of_model}
+        for name, (start, stop) in owned.items():
+            yield from self._cut("model", name, name, self._master(name), start, stop)
+        for name, buffer in self.model.named_buffers():
+            if self._ownership.writes_buffer(name):
+                yield Piece("model", name, tuple(buffer.shape), (0,) * buffer.dim(), buffer)
+        for name in self._slices if with_optimizer else ():
+            yield from self._pieces_of_state(name, *owned[name])
+
+    def _owned(self, name: str) -> tuple[int, int]:
+        """[start, stop) of the memory of this process's share of a parameter: what it writes."""
+        parameter, place = self._of_model[name], self._slices.get(name)
+        rows, row_size = _rows(_share_shape(parameter))
+        is_sharded, is_replicated = shard_spec(parameter) is not None, place is None or self.zero_stage == 0
+        first, last = self._ownership.rows(name, rows, row_size, is_sharded, is_replicated)
+        start, stop = first * row_size, last * row_size
+        return (start, stop) if place is None else (max(start, place.start), min(stop, place.start + place.size))
+
+    def _master(self, name: str) -> _Slice:
+        place = self._slices.get(name)
+        return place or _Slice(self._frozen[name], 0, 0, self._frozen[name].numel())
+
+    def _cut(self, kind: str, full_name: str, name: str, place: _Slice, start: int, stop: int) -> Iterator[Piece]:
+        """The pieces that [start, stop) of the memory of a share are, which `place` has."""
+        parameter = self._of_model[name]
+        shape, origin = tuple(whole_shape(parameter)), self._origin(parameter)
+        values = place.of(place.flat)
+        for offset, size in flat_boxes(_share_shape(parameter), start, stop):
+            part = values.narrow(0, start - place.start, math.prod(size)).view(size)
+            start += part.numel()
+            yield Piece(kind, full_name, shape, tuple(map(add, offset, origin)), part)
+
+    def _origin(self, parameter: Tensor) -> list[int]:
+        """Where in its whole tensor a share begins."""
+        spec = shard_spec(parameter)
+        origin = [0] * len(whole_shape(parameter))
+        if spec is not None:
+            origin[spec.dim], _ = self.layout.tensor.share(spec.shape[spec.dim])
+        return origin
+
+    def _pieces_of_state(self, name: str, start: int, stop: int) -> Iterator[Piece]:
+        if start >= stop:
+            return
+        place = self._slices[name]
+        for moment, scalar in self._moments(place.flat).items():
+            if scalar is None:
+                there = replace(place, flat=self.inner.state[place.flat][moment])
+                yield from self._cut("optimizer", f"{moment}/{name}", name, there, start, stop)
+            elif start == 0 and self.layout.tensor.rank == 0:
+                yield Piece("optimizer", f"{moment}/{name}", (), (), scalar)
 
     def _moments(self, flat: Tensor) -> dict[str, Tensor | None]:
         """What the optimizer keeps for `flat`: None for a tensor of its shape, the value itself for a count."""
@@ -173,35 +166,41 @@ class EngineState:
         return kept
 
     @torch.no_grad()
-    def write_masters(self, source: ParameterSource) -> None:
+    def write_masters(self, tensors: Tensors) -> None:
         """Set the fp32 values; the 16-bit weights are assumed to be their rounded copies already."""
         for name, place in self._slices.items():
-            self._write(name, place.flat, source(name))
+            place.of(place.flat).copy_(self._mine(tensors, "model", name, name))
 
-    def _write(self, name: str, flat: Tensor, whole: Tensor) -> None:
-        """Copy this process's part of a whole tensor into a tensor shaped like the parameter's `flat`."""
-        place = self._slices[name]
-        share = take_share(whole, self.parameters[name], self.layout.tensor)
-        place.of(flat).copy_(share.reshape(-1).narrow(0, place.start, place.size))
+    def _mine(self, tensors: Tensors, kind: str, full_name: str, name: str) -> Tensor:
+        """What this process holds of a tensor shaped like a parameter, [size of its slice]; no more rows are read."""
+        place, parameter, spec = self._slices[name], self.parameters[name], shard_spec(self.parameters[name])
+        rows, row_size = _rows(_share_shape(parameter))
+        first = min(place.start // max(row_size, 1), rows)
+        last = -(-(place.start + place.size) // max(row_size, 1))
+        origin = self._origin(parameter)
+        ranges = [slice(origin[0] + first, origin[0] + last)]
+        if spec is not None and spec.dim:
+            ranges += spec.ranges(self.layout.tensor)[1:]
+        return tensors.part(kind, full_name, *ranges).reshape(-1)[place.start - first * row_size :][: place.size]
 
     @torch.no_grad()
-    def write_optimizer_state(self, names: list[str], source: ParameterSource) -> None:
-        """Set moments and step counts from whole tensors named as `optimizer_state` names them.
+    def write_optimizer_state(self, tensors: Tensors) -> None:
+        """Set moments and step counts, named as `pieces` names them.
 
         Those of parameters that other pipeline stages hold are left to them.
         """
-        for full_name in names:
+        for full_name in tensors.names("optimizer"):
             moment, _, name = full_name.partition("/")
             if name not in self._slices:
                 continue
             place = self._slices[name]
-            value, entries = source(full_name), self.inner.state[place.flat]
-            if value.dim() == 0:
-                self._write_scalar(moment, value, place.flat)
+            entries = self.inner.state[place.flat]
+            if not tensors.shape("optimizer", full_name):
+                self._write_scalar(moment, tensors.tensor("optimizer", full_name), place.flat)
                 continue
             if moment not in entries:
                 entries[moment] = torch.zeros_like(place.flat, dtype=torch.float32)
-            self._write(name, entries[moment], value)
+            place.of(entries[moment]).copy_(self._mine(tensors, "optimizer", full_name, name))
 
     def _group_step(self, flat: Tensor) -> dict[str, int]:
         """The step count of optimizers that keep one a group (apex) instead of one a parameter."""
@@ -221,3 +220,13 @@ class EngineState:
             self.inner.state[flat][moment] = value.float().to(flat.device if on_device else "cpu")
         else:
             self.inner.state[flat][moment] = int(value)
+
+
+def _share_shape(parameter: Any) -> tuple[int, ...]:
+    """Shape of a tensor rank's share; ZeRO 3 leaves an empty parameter between uses, but keeps its shape."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
+    """How many rows a tensor of at least one dimension has, and how many values each of them."""
+    return shape[0], math.prod(shape[1:])

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from megatron.checkpoint.new_folder import new_folder
+from megatron.checkpoint.pieces import whole_pieces
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.checkpoint.state import TENSOR_KINDS, CanonicalState, whole_pieces
+from megatron.checkpoint.state import TENSOR_KINDS, CanonicalState
 from megatron.checkpoint.store import RunFolder
 from megatron.config.sections.model import ModelConfig, ModelSection, model_section
 from megatron.config.sections.tokenizer import TokenizerConfig

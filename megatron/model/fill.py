@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron.checkpoint.tensors import Tensors
 from megatron.mpu.layout import SINGLE, Layout
@@ -18,8 +18,10 @@ def fill(module: nn.Module, tensors: Tensors, layout: Layout = SINGLE, prefix: s
         prefix: where in the model the module is, for example `layers.3.`.
     """
     for name, target in (*module.named_parameters(), *module.named_buffers()):
-        spec, name = shard_spec(target), prefix + name
-        if spec is None:
-            target.copy_(tensors.tensor("model", name))
-        else:
-            target.copy_(tensors.part("model", name, *spec.ranges(layout.tensor)))
+        target.copy_(share_of(tensors, prefix + name, target, layout))
+
+
+def share_of(tensors: Tensors, name: str, target: Tensor, layout: Layout) -> Tensor:
+    """What a parameter or buffer is to hold of the whole tensor `name`."""
+    spec = shard_spec(target)
+    return tensors.tensor("model", name) if spec is None else tensors.part("model", name, *spec.ranges(layout.tensor))

@@ -125,6 +125,15 @@ class Layout:
         return replace(axis, group=next(group for ranks, group in groups if self.rank in ranks))
 
     @property
+    def world(self) -> Axis:
+        """All processes of the grid."""
+        if self.world_size == 1:
+            return ALONE
+        import torch.distributed as dist
+
+        return Axis(self.world_size, self.rank, dist.group.WORLD)
+
+    @property
     def world_size(self) -> int:
         """Number of processes."""
         return prod(getattr(self, name).size for name in _AXES)

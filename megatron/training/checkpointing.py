@@ -5,19 +5,27 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from concurrent.futures import Future, wait
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from megatron.checkpoint.state import CanonicalState, folder_name, whole_pieces
+from megatron.checkpoint.pieces import whole_pieces
+from megatron.checkpoint.snapshot import HostBuffers
+from megatron.checkpoint.state import CanonicalState
 from megatron.checkpoint.store import RunFolder
 from megatron.config.schema import RunConfig
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.engine.base import Engine
 from megatron.errors import UserError
 from megatron.log import get_logger
-from megatron.mpu.processes import first_rank_does
 from megatron.training.generators import random_states
+from megatron.training.saving import SaveResult, done, in_thread, save_together
 from megatron.training.state import TrainState
 
+_PATIENCE_SECONDS = 600.0
+"""How long a run that ends with an error waits for a save."""
 _PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "safetensors", "pydantic")
 
 
@@ -37,64 +45,104 @@ def should_save(config: CheckpointConfig, iteration: int) -> bool:
 
 
 class Saver:
-    """Saves a run where `save` names a folder, and removes what `keep_last_n_checkpoints` no longer keeps."""
+    """Saves a run where `save` names a folder, and removes what `keep_last_n_checkpoints` no longer keeps.
+
+    Every rank writes what it holds. Training waits for a copy of that in the host's memory only; a thread of each rank
+    writes it, and one of the first rank's publishes the checkpoint once all have. There is one save at a time.
+    """
 
     def __init__(self, config: RunConfig, engine: Engine, state: TrainState) -> None:
         self._config, self._engine, self._state = config, engine, state
         self._folder = RunFolder(config.checkpoint.save, "save") if config.checkpoint.save else None
-        self._saved: int | None = None
+        self._buffers, self._saved = HostBuffers(), -1
+        self._in_flight: Future[SaveResult] | None = None
+        self._failure: UserError | None = None
+        self._record: dict[str, Any] | None = None
+
+    @property
+    def stops(self) -> bool:
+        """Has a save failed that the run is not to go on without?"""
+        if self._in_flight is not None and self._in_flight.done():
+            self._settle()
+        return self._failure is not None
 
     def is_due(self) -> bool:
         """Is it the time for a checkpoint?"""
-        return self._folder is not None and should_save(self._config.checkpoint, self._state.iteration)
+        return self._folder is not None and (self._is_kept() or self._is_transient())
+
+    def _is_kept(self) -> bool:
+        return should_save(self._config.checkpoint, self._state.iteration)
+
+    def _is_transient(self) -> bool:
+        interval, iteration = self._config.checkpoint.non_persistent_save_interval, self._state.iteration
+        return interval is not None and iteration > 0 and iteration % interval == 0
 
     def save_if_due(self, force: bool = False) -> bool:
-        """Write a canonical checkpoint, unless this iteration has one. Collective.
+        """Begin to write a canonical checkpoint, unless this iteration has one. Collective.
 
         Args:
-            force: now, whether it is the time for one or not.
+            force: now, whether it is the time for one or not; and have it written before going on.
 
-        Returns: one was written. Raises UserError where that failed, and after an update that was not finite.
+        Returns: it was time for one. Raises: UserError where a forced save failed, or an earlier one that the run is
+            not to go on without, and after an update that was not finite.
         """
-        iteration = self._state.iteration
-        if self._folder is None or self._saved == iteration or not (force or self.is_due()):
+        if self._folder is None or not (force or self.is_due()):
+            return False
+        self.finish()
+        if self._saved == self._state.iteration:
             return False
         self._engine.watch.look()
-        self._save(self._folder)
-        self._saved = iteration
+        self._save(self._folder, transient=not (force or self._is_kept()), waits=force)
         return True
 
-    def _save(self, folder: RunFolder) -> None:
-        engine, state, rank = self._engine, self._state, self._engine.layout.rank
-        state.loss_scaler = engine.loss_scaler
-        tensors = {
-            "model": engine.model_tensors(),
-            "optimizer": () if self._config.checkpoint.no_save_optim else engine.state.optimizer_state(),
-            "rng": random_states(engine.layout, engine.device),
-        }
-        flat, record = self._config.flat(), environment() if rank == 0 else {}
-        canonical = CanonicalState(state.iteration, state.state_dict(), flat, whole_pieces(tensors), record)
-        if rank:
-            folder.save(canonical, write=False)
-        first_rank_does(lambda: self._write(folder, canonical), engine.layout)
-        get_logger().info("saved checkpoint %s", folder.path / folder_name(state.iteration))
+    def finish(self) -> None:
+        """Wait for the save that is being written. Raises: UserError for one that the run is not to go on without."""
+        self._settle()
+        if self._failure is not None:
+            raise self._failure
 
-    def _write(self, folder: RunFolder, state: CanonicalState) -> None:
-        """Write the checkpoint, on the first rank; the others give it their parts, and then wait for it to be done.
+    def close(self) -> None:
+        """Wait for the save that is being written, whatever becomes of it; for a run that ends with an error."""
+        if self._in_flight is not None:
+            wait([self._in_flight], timeout=_PATIENCE_SECONDS)
 
-        Raises: UserError for a full disk and for values that are not finite, once all parts are taken.
+    def _save(self, folder: RunFolder, transient: bool, waits: bool) -> None:
+        layout, state, options = self._engine.layout, self._state, self._config.checkpoint
+        state.loss_scaler = self._engine.loss_scaler
+        if self._record is None:
+            self._record = environment() if layout.rank == 0 else {}
+        pieces = chain(
+            self._engine.state.pieces(with_optimizer=not options.no_save_optim),
+            whole_pieces({"rng": random_states(layout.rank)}),
+        )
+        in_background = options.async_save and not waits
+        canonical = CanonicalState(
+            state.iteration, state.state_dict(), self._config.flat(),
+            self._buffers.copies(pieces) if in_background else pieces, self._record,
+        )  # fmt: skip
+        write = partial(save_together, folder, canonical, layout, transient, options)
+        self._saved = state.iteration
+        self._in_flight = in_thread(write) if in_background else done(write())
+        if not in_background:
+            self._settle(forced=waits)
+            self.finish()
+
+    def _settle(self, forced: bool = False) -> None:
+        """Take in what became of the last save, the same on all ranks.
+
+        Args:
+            forced: there is no later one that could make up for it.
         """
-        options = self._config.checkpoint
-        try:
-            folder.save(state)
-        except UserError:
-            folder.save(state, write=False)  # the others are still gathering
-            raise
-        if options.keep_last_n_checkpoints:
-            try:
-                folder.remove_old(options.keep_last_n_checkpoints, options.extra_save_iters or ())
-            except OSError as error:
-                get_logger().warning("keep_last_n_checkpoints: %s; an old checkpoint stays", error)
+        if self._in_flight is None:
+            return
+        result, self._in_flight = self._in_flight.result(), None
+        if result.failure is None:
+            return
+        self._saved = -1
+        if forced or result.is_fatal or self._config.checkpoint.on_save_failure == "stop":
+            self._failure = UserError(result.failure)
+        else:
+            get_logger().warning("%s; training goes on (on_save_failure: continue)", result.failure)
 
 
 def environment() -> dict[str, str | dict[str, str]]:

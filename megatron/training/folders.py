@@ -6,7 +6,7 @@ import errno
 import tempfile
 from pathlib import Path
 
-from megatron.checkpoint.lock import FolderLock
+from megatron.checkpoint.store import FolderLock, RunFolder
 from megatron.config.schema import RunConfig
 from megatron.errors import UserError
 from megatron.log import log_to_file
@@ -31,6 +31,8 @@ def claim_folders(config: RunConfig) -> FolderLock | None:
                 reason = error.strerror
                 raise UserError(f"{key}: {folder} cannot be written: {reason}; choose another folder") from error
     lock = FolderLock(config.checkpoint.save) if config.checkpoint.save else None
+    if config.checkpoint.save:
+        RunFolder(config.checkpoint.save).remove_leftovers()
     if config.logging.log_dir:
         log_to_file(Path(config.logging.log_dir) / "train.log")
     return lock

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron.checkpoint.reader import CheckpointReader
@@ -19,16 +18,9 @@ from megatron.mpu import Layout
 from megatron.mpu.device import uses_gpu
 
 
-def random_states(layout: Layout, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Generator states of every rank, `rank{r}/{generator}`. Collective."""
-    for kind, state in _local_random_states().items():
-        mine = state.to(device)
-        everyone = [torch.empty_like(mine) for _ in range(layout.world_size)]
-        if layout.world_size > 1:
-            dist.all_gather(everyone, mine)
-        else:
-            everyone = [mine]
-        yield from ((f"rank{rank}/{kind}", tensor) for rank, tensor in enumerate(everyone))
+def random_states(rank: int) -> Iterator[tuple[str, Tensor]]:
+    """This process's generator states, `rank{r}/{generator}`."""
+    yield from ((f"rank{rank}/{kind}", state) for kind, state in _local_random_states().items())
 
 
 def _local_random_states() -> dict[str, Tensor]:

@@ -109,6 +109,7 @@ class Trainer:
 
     def close(self) -> None:
         """Flush the metrics, let go of the model and give the save folder free."""
+        self._saver.close()
         self._profiler.close()
         self._metrics.close()
         self.engine.close()
@@ -163,7 +164,7 @@ class Trainer:
         Raises: UserError when a loss or a gradient norm is not finite.
         """
         watch = self.engine.watch
-        watch.post(step.loss, step.grad_norm, stop.requested)
+        watch.post(step.loss, step.grad_norm, stop.requested or self._saver.stops)
         if watch.stops or not self._is_quiet():
             watch.look()
         self._throughput.add(self._update.tokens)

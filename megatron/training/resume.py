@@ -1,16 +1,16 @@
 """Which checkpoint a run goes on from: the newest whole one, or the one that `iteration` names.
 
-The first process decides, for it is the one that reads every file, and tells the others.
+The first process decides, from the records; then each looks through some of the files that were chosen. If they are
+damaged, the first one chooses again.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-
-import torch.distributed as dist
 
 from megatron.checkpoint.reader import CheckpointReader, DamagedCheckpoint
 from megatron.checkpoint.state import MANIFEST, folder_iteration, folder_name
@@ -21,8 +21,9 @@ from megatron.errors import UserError
 from megatron.exchange import Checkpoint, open_checkpoint
 from megatron.log import get_logger
 from megatron.mpu import Layout
+from megatron.mpu.collectives import object_from_first_rank
 from megatron.mpu.processes import first_rank_does
-from megatron.training.soundness import require_sound
+from megatron.training.soundness import require_consistent, verify_together
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,15 @@ def open_for_resume(options: CheckpointConfig, layout: Layout) -> Resumption | N
     chosen, missing = None, "load is not given"
     if options.load is not None:
         search = _Search(options, RunFolder(options.load))
-        told = [first_rank_does(search.choose, layout)]
-        if layout.world_size > 1:
-            dist.broadcast_object_list(told, src=0)
-        chosen, missing = told[0], f"load: {options.load} has none"
+        while chosen := object_from_first_rank(first_rank_does(search.choose, layout), layout.world):
+            try:
+                verify_together(CheckpointReader(chosen.folder, verify=False), layout)
+                break
+            except DamagedCheckpoint as error:
+                search.damage[chosen.folder] = error
+        missing = f"load: {options.load} has none"
     if chosen is not None:
+        first_rank_does(partial(search.settle, chosen), layout)
         return Resumption(open_checkpoint(chosen.folder), chosen.rollbacks)
     for mistake in broken_promises(options, missing):
         raise mistake
@@ -68,6 +73,10 @@ class _Choice:
     folder: Path
     iteration: int
     rollbacks: list[int]
+    faults: tuple[str, ...] = ()
+    """Why it is not the latest one."""
+    damaged: tuple[Path, ...] = ()
+    """The folders that are passed over because of these."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +85,18 @@ class _Search:
 
     options: CheckpointConfig
     found: RunFolder
+    damage: dict[Path, DamagedCheckpoint] = field(default_factory=dict)
+    """Folders whose files turned out not to be what was saved."""
 
     def choose(self) -> _Choice | None:
-        """What to go on from, looked through; None where there is no checkpoint at all."""
+        """What to go on from, if its files are whole; None where there is no checkpoint at all."""
         root = self.found.path
         if root.exists() and not root.is_dir():
             raise UserError(f"load: {root} is a file; give the folder of the run's checkpoints")
         if self.options.iteration is not None:
             return self._rolled_back(self.options.iteration)
         if (root / MANIFEST).is_file():
-            return _whole(root)
+            return self._whole(root)
         name, known = self.found.latest_name(), self.found.iterations()
         if not known and name is None:
             if root.is_dir() and any(root.glob("global_step*")):
@@ -118,14 +129,14 @@ class _Search:
             if faults and self.options.strict_load:
                 break
             try:
-                choice = _whole(folder)
+                choice = self._whole(folder)
             except DamagedCheckpoint as error:
                 faults.append(error.fault)
                 damaged.append(folder)
                 continue
             if faults:
-                choice = replace(choice, rollbacks=self.found.rollback_log())
-                self._pass_over(faults, damaged, folder)
+                log = self.found.rollback_log()
+                choice = replace(choice, rollbacks=log, faults=tuple(faults), damaged=tuple(damaged))
             return choice
         if self.options.strict_load:
             advice = "name one with `iteration`, or go on from the newest whole one with strict_load: false"
@@ -133,17 +144,21 @@ class _Search:
             advice = "no other one is whole; bring one back from a copy, or name another folder"
         raise UserError(f"{'; '.join(faults)}; iterations found there: {self.found.described()}; {advice}")
 
-    def _pass_over(self, faults: list[str], damaged: list[Path], chosen: Path) -> None:
+    def settle(self, choice: _Choice) -> None:
         """Warn of what is not used. In the run's own folder, set it aside and point `latest` at the chosen one."""
+        if not choice.faults:
+            return
         moves, save = "", None if self.options.finetune else self.options.save
         if save is not None and Path(save).resolve() == self.found.path.resolve():
-            targets = [(folder, set_aside(folder)) for folder in damaged]
+            targets = [(folder, set_aside(folder)) for folder in choice.damaged]
             moves = "".join(f"; {folder.name} is renamed to {target.name}" for folder, target in targets if target)
-            iteration = folder_iteration(chosen.name)
+            iteration = folder_iteration(choice.folder.name)
             with contextlib.suppress(OSError):  # if that cannot be written, the run finds its way again next time
                 if iteration is not None:
                     self.found.set_latest(iteration)
-        get_logger().warning("%s; going on from %s, the newest whole checkpoint%s", "; ".join(faults), chosen, moves)
+        get_logger().warning(
+            "%s; going on from %s, the newest whole checkpoint%s", "; ".join(choice.faults), choice.folder, moves
+        )
 
     def _rolled_back(self, iteration: int) -> _Choice | None:
         """The checkpoint of `iteration`, None where there are none; once a run from it has saved, the newest of that.
@@ -165,11 +180,12 @@ class _Search:
             return choice
         folder = self.found.find(iteration)
         assert folder is not None, "find raises where there is none"
-        return replace(_whole(folder), rollbacks=[*log, iteration])
+        return replace(self._whole(folder), rollbacks=[*log, iteration])
 
-
-def _whole(folder: Path) -> _Choice:
-    """A checkpoint that has been looked through. Raises DamagedCheckpoint."""
-    reader = CheckpointReader(folder, verify=False)
-    require_sound(reader)
-    return _Choice(folder, reader.iteration, list(reader.train_state.get("rollbacks", [])))
+    def _whole(self, folder: Path) -> _Choice:
+        """A checkpoint that is whole, as far as its records tell. Raises DamagedCheckpoint."""
+        if folder in self.damage:
+            raise self.damage[folder]
+        reader = CheckpointReader(folder, verify=False)
+        require_consistent(reader)
+        return _Choice(folder, reader.iteration, list(reader.train_state.get("rollbacks", [])))

@@ -1,30 +1,53 @@
-"""Is a checkpoint whole, and does it agree with itself? Asked by one process, before anything is built from it.
+"""Is a checkpoint whole, and does it agree with itself? Asked before anything is built from it.
 
 The reader knows the form; what is checked here takes the model, the optimizer and the generators of a run.
 """
 
 from __future__ import annotations
 
-from megatron.checkpoint.reader import CheckpointReader
+from megatron.checkpoint.reader import CheckpointReader, DamagedCheckpoint
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.optimization import OptimizationConfig, OptimizerSpec
 from megatron.config.sections.parallel import ParallelConfig
+from megatron.errors import UserError
 from megatron.exchange.canonical import model_config_of
+from megatron.mpu import Layout
+from megatron.mpu.collectives import gather_objects
 from megatron.training.generators import check_saved_states
 
 
 def require_sound(reader: CheckpointReader) -> None:
-    """Look at all that a run takes from a checkpoint. Raises DamagedCheckpoint, which says what is wrong.
+    """Look at all that a run takes from a checkpoint. Raises DamagedCheckpoint, which says what is wrong."""
+    reader.verify()
+    require_consistent(reader)
+
+
+def require_consistent(reader: CheckpointReader) -> None:
+    """Look at the records of a checkpoint, but not at its files of tensors. Raises DamagedCheckpoint.
 
     Checksums cannot tell of everything: contents may have been changed together with them.
     """
-    reader.verify()
     model_config_of(reader)
     reader.section(ParallelConfig)
     if reader.iteration and "iteration" not in reader.train_state:
         raise reader.damaged("train_state.json", "is empty")
     if fault := _optimizer_fault(reader) or check_saved_states(reader):
         raise reader.damaged("manifest.json", fault)
+
+
+def verify_together(reader: CheckpointReader, layout: Layout) -> None:
+    """Compare the files of a checkpoint with its manifest, each rank some of them. Collective.
+
+    Raises: on all ranks, what the first of those that found something found: DamagedCheckpoint before any other error.
+    """
+    found: UserError | None = None
+    try:
+        reader.verify(share=(layout.rank, layout.world_size))
+    except UserError as error:
+        found = error
+    errors = [fault for fault in gather_objects(found, layout.world) if fault is not None]
+    if errors:
+        raise next((fault for fault in errors if isinstance(fault, DamagedCheckpoint)), errors[0])
 
 
 def _optimizer_fault(reader: CheckpointReader) -> str | None:

@@ -33,7 +33,7 @@ from megatron.mpu.processes import first_rank_does
 from megatron.tasks import Task
 from megatron.training.generators import restore_random_states
 from megatron.training.resume import Resumption, open_for_resume
-from megatron.training.soundness import require_sound
+from megatron.training.soundness import require_consistent, verify_together
 from megatron.training.state import TrainState
 
 # Changing one of these gives the samples another order, in which the consumed ones are not a prefix.
@@ -110,7 +110,8 @@ class Start:
         config, key = self._task.config, "pretrain_partial_init"
         base = open_checkpoint(path, config, key=key)
         if isinstance(base.tensors, CheckpointReader):
-            first_rank_does(partial(require_sound, base.tensors), self._layout)
+            first_rank_does(partial(require_consistent, base.tensors), self._layout)
+            verify_together(base.tensors, self._layout)
         slots = {f"{kind}_slot_num": getattr(config.model, f"{kind}_slot_num") for kind in KINDS}
         check_same_model(config.model, base.model_config.replaced(**slots, token_segments=None), base.folder)
         # Everything but the tokens is as configured.
@@ -219,7 +220,7 @@ def _restore_optimizer(now: str, engine: Engine, checkpoint: Checkpoint) -> None
 
     Parameters that it does not know (new tokens) start without a state. Raises UserError where there is none.
     """
-    settings, tensors = checkpoint.resolved(), checkpoint.tensors
+    settings = checkpoint.resolved()
     saved = settings["optimizer"]["type"]
     if saved != now and not (saved in _ADAM_FAMILY and now in _ADAM_FAMILY):
         raise UserError(
@@ -230,4 +231,4 @@ def _restore_optimizer(now: str, engine: Engine, checkpoint: Checkpoint) -> None
         raise UserError(
             f"load: {checkpoint.folder} has no optimizer state; set no_load_optim: true to go on without it"
         )
-    engine.state.write_optimizer_state(tensors.names("optimizer"), partial(tensors.tensor, "optimizer"))
+    engine.state.write_optimizer_state(checkpoint.tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from megatron.checkpoint import store as store_module
 from megatron.checkpoint import writer as writer_module
 from megatron.checkpoint.form import manifest_checksum
-from megatron.checkpoint.state import CanonicalState, whole_pieces
-from megatron.checkpoint.store import CheckpointReader, FolderLock, RunFolder
+from megatron.checkpoint.pieces import Piece, whole_pieces
+from megatron.checkpoint.state import CanonicalState
+from megatron.checkpoint.store import BadValues, CheckpointReader, DamagedCheckpoint, FolderLock, RunFolder
 from megatron.errors import UserError
 
 PROGRESS = {
@@ -71,7 +72,7 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(
 
     with monkeypatch.context() as patch:
         if when == "tensors":
-            patch.setattr(store_module, "write_tensors", die)
+            patch.setattr(store_module, "write_pieces", die)
         elif when == "manifest":
             patch.setattr(store_module, "manifest_checksum", die)
         elif when == "rename":
@@ -263,16 +264,118 @@ def test_kept_are_the_ones_saved_last_not_the_highest_numbers(tmp_path: Path) ->
     assert RunFolder(tmp_path).iterations() == [3, 10]
 
 
-def test_ranks_that_do_not_write_walk_every_stream(tmp_path: Path) -> None:
-    walked = []
+def in_two_parts(value: float) -> list[CanonicalState]:
+    """A checkpoint of two processes, each with rows of one tensor; the first has another one too."""
+    whole, states = torch.arange(12, dtype=torch.float32).view(4, 3) + value, []
+    for rank in (0, 1):
+        pieces = [Piece("model", "layer.weight", (4, 3), (2 * rank, 0), whole[2 * rank : 2 * rank + 2])]
+        pieces += whole_pieces({"rng": [(f"rank{rank}/torch", torch.ones(5, dtype=torch.uint8))]})
+        pieces += whole_pieces({"model": [("bias", torch.ones(3))]}) if rank == 0 else ()
+        states.append(CanonicalState(1, {}, {}, pieces))
+    return states
 
-    def stream() -> Iterator[tuple[str, torch.Tensor]]:
-        walked.append("model")
-        yield "w", torch.ones(1)
-        walked.append("end")
 
-    RunFolder(tmp_path).save(CanonicalState(1, {}, {}, whole_pieces({"model": stream()})), write=False)
-    assert walked == ["model", "end"] and RunFolder(tmp_path).iterations() == []
+def test_each_process_writes_its_part_and_one_publishes(tmp_path: Path) -> None:
+    root, states = RunFolder(tmp_path), in_two_parts(1.0)
+    parts = [root.write_part(state, rank) for rank, state in reversed(list(enumerate(states)))]
+    assert root.iterations() == []
+    folder = root.publish(states[0], parts)
+    assert {path.name for path in folder.glob("*.safetensors")} == {
+        f"{kind}-0000{rank}-00000.safetensors" for kind in ("model", "rng") for rank in (0, 1)
+    } | {"model-00000-00001.safetensors"}
+    reader = CheckpointReader(folder)
+    whole = torch.arange(12, dtype=torch.float32).view(4, 3) + 1
+    assert torch.equal(reader.tensor("model", "layer.weight"), whole)
+    assert torch.equal(reader.part("model", "layer.weight", slice(1, 3), slice(1, 3)), whole[1:3, 1:3])
+    assert torch.equal(reader.part("model", "layer.weight", slice(2, 4)), whole[2:4])
+    assert reader.shape("model", "layer.weight") == (4, 3) and torch.equal(
+        reader.tensor("model", "bias"), torch.ones(3)
+    )
+    assert json.loads((folder / "manifest.json").read_text())["version"] == 2
+
+
+def test_processes_look_at_the_files_that_they_wrote_and_between_them_at_all(tmp_path: Path) -> None:
+    root, states = RunFolder(tmp_path), in_two_parts(1.0)
+    folder = root.publish(states[0], [root.write_part(state, rank) for rank, state in enumerate(states)])
+    file = folder / "model-00001-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    reader = CheckpointReader(folder, verify=False)
+    reader.verify(share=(0, 2))
+    for processes in (1, 2, 3, 7):
+        faults = 0
+        for number in range(processes):
+            try:
+                CheckpointReader(folder, verify=False).verify(share=(number, processes))
+            except DamagedCheckpoint as error:
+                assert "model-00001-00000.safetensors has" in str(error)
+                faults += 1
+        assert faults == 1
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_parts_that_are_not_all_of_a_tensor_are_not_published(tmp_path: Path, lost: int) -> None:
+    root, states = RunFolder(tmp_path), in_two_parts(1.0)
+    parts = [root.write_part(state, rank) for rank, state in enumerate(states)]
+    with pytest.raises(BadValues, match=r"not written: layer.weight \(model\) has 6 of its 12 values only"):
+        root.publish(states[0], [parts[1 - lost]])
+    (tmp_path / ".saving-global_step1" / f"model-0000{lost}-00000.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=f"model-0000{lost}-00000.* is not there, so the nodes do not share this folder"
+    ):
+        root.publish(states[0], parts)
+    assert root.iterations() == []
+
+
+def forged(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    write_manifest(folder, manifest)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda places: places.pop(), "has 6 of its 12 values only"),
+        (lambda places: places[0].__setitem__(1, [3, 0]), "has a part outside of it"),
+        (lambda places: places[0].__setitem__(1, [1, 0]), "has values twice"),
+        (lambda places: places.append(places[0]), "has values twice"),
+        (lambda places: places[0].__setitem__(2, [2]), "has no file, dtype and shape"),
+        (lambda places: places[0].__setitem__(2, [2, -3]), "has no file, dtype and shape"),
+        (lambda places: places[0].__setitem__(0, "rng-00000-00000.safetensors"), "has no file, dtype and shape"),
+        (lambda places: places[0].pop(), "has no file, dtype and shape"),
+        (lambda places: places.clear(), "has 0 of its 12 values only"),
+    ],
+)
+def test_a_manifest_whose_parts_make_no_tensor_is_damaged(
+    tmp_path: Path, change: Callable[[list[Any]], Any], message: str
+) -> None:
+    root, states = RunFolder(tmp_path), in_two_parts(1.0)
+    folder = root.publish(states[0], [root.write_part(state, rank) for rank, state in enumerate(states)])
+    forged(folder, lambda manifest: change(manifest["tensors"]["model"]["layer.weight"][0]))
+    with pytest.raises(DamagedCheckpoint, match=f"manifest.json .*layer.weight.*{message}|{message} of layer.weight"):
+        CheckpointReader(folder)
+
+
+def test_a_version_that_its_tables_do_not_have_is_damage(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path).save(state(1))
+    forged(folder, lambda manifest: manifest.update(version=2))
+    with pytest.raises(DamagedCheckpoint, match="is of version 2, its tables of version 1"):
+        CheckpointReader(folder)
+
+
+def test_transient_checkpoints_go_with_the_next_and_do_not_count(tmp_path: Path) -> None:
+    root = RunFolder(tmp_path)
+
+    def save(iteration: int, transient: bool) -> None:
+        one = state(iteration)
+        root.publish(one, [root.write_part(one)], transient)
+        root.remove_old(2)
+
+    for iteration, transient in ((1, False), (2, True), (3, True), (4, False), (5, True)):
+        save(iteration, transient)
+    assert root.iterations() == [1, 4, 5] and root.find() == tmp_path / "global_step5"
+    save(6, False)
+    assert root.iterations() == [4, 6]
 
 
 @pytest.mark.parametrize("name", [".saving-global_step1", ".latest", "latest", ".lock", ".replaced-global_step1"])

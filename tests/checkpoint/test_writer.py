@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from megatron.checkpoint.state import CanonicalState, Piece, whole_pieces
+from megatron.checkpoint.pieces import Piece, coverage_fault, flat_boxes, slices, whole_pieces
+from megatron.checkpoint.state import CanonicalState
 from megatron.checkpoint.store import CheckpointReader, RunFolder
 from megatron.checkpoint.writer import write_safetensors
 from megatron.errors import UserError
@@ -64,18 +65,28 @@ def quarters(name: str, kind: str = "model") -> list[Piece]:
     return [Piece(kind, name, (4, 6), (r, c), whole[r : r + 2, c : c + 3]) for r, c in places]
 
 
-def test_pieces_in_any_order_make_the_files_that_whole_tensors_make(tmp_path: Path) -> None:
+def test_pieces_in_any_order_are_read_as_the_whole_tensors(tmp_path: Path) -> None:
     a, b = quarters("a"), quarters("b")
     mixed = [a[3], b[0], a[0], b[2], a[1], b[3], b[1], a[2]]
     whole = torch.arange(24, dtype=torch.float32).view(4, 6)
-    folders = [
-        RunFolder(tmp_path / "pieces").save(CanonicalState(1, {}, {}, mixed)),
-        RunFolder(tmp_path / "whole").save(
-            CanonicalState(1, {}, {}, whole_pieces({"model": dict(b=whole, a=whole).items()}))
-        ),
-    ]
-    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
-    assert files[0] == files[1]
+    reader = CheckpointReader(RunFolder(tmp_path).save(CanonicalState(1, {}, {}, mixed)))
+    for name in ("a", "b"):
+        assert torch.equal(reader.tensor("model", name), whole)
+        for ranges in ((slice(1, 3),), (slice(0, 2), slice(1, 6)), (slice(2, 4), slice(3, 6)), (slice(3, 3),)):
+            assert torch.equal(reader.part("model", name, *ranges), whole[ranges])
+
+
+@pytest.mark.parametrize("shape", [(7,), (4, 6), (3, 1, 5), (2, 3, 4), (1,), ()])
+def test_ranges_of_memory_are_boxes(shape: tuple[int, ...]) -> None:
+    whole = torch.arange(math.prod(shape)).view(shape)
+    for start in range(whole.numel() + 1):
+        for stop in range(start, whole.numel() + 1):
+            boxes = list(flat_boxes(shape, start, stop))
+            found = [whole[slices(box)].flatten() for box in boxes]
+            assert torch.cat([torch.empty(0, dtype=torch.int64), *found]).tolist() == list(range(start, stop))
+            assert len(boxes) <= max(1, 2 * len(shape) - 1)
+            before, after = flat_boxes(shape, 0, start), flat_boxes(shape, stop, whole.numel())
+            assert coverage_fault(shape, [*after, *boxes, *before]) is None
 
 
 def test_a_tensor_of_which_a_piece_is_missing_is_not_saved(tmp_path: Path) -> None:

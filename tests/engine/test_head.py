@@ -18,6 +18,7 @@ from megatron.ops import linear_cross_entropy as chunked
 from megatron.training.loop import Trainer
 from tests.ranks import run_ranks
 from tests.training.cases import Case
+from tests.whole_state import Whole
 
 pytestmark = pytest.mark.processes
 
@@ -61,8 +62,8 @@ def trained(config: RunConfig) -> dict[str, Tensor]:
             found |= {f"loss {update}": step.loss.detach().clone(), f"norm {update}": norm}
         held_out = run.engine.evaluate(islice(next(batches), 2))
         found |= {f"measured {name}": torch.tensor(value) for name, value in held_out.items()}
-        found |= {name: tensor.clone() for name, tensor in run.engine.model_tensors()}
-        found |= {name: tensor.clone() for name, tensor in run.engine.state.optimizer_state()}
+        whole = Whole(run.engine.state)
+        found |= whole.tensors["model"] | whole.tensors["optimizer"]
     finally:
         run.close()
     return found

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from megatron.checkpoint.pieces import whole_pieces
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.checkpoint.state import CanonicalState, whole_pieces
+from megatron.checkpoint.state import CanonicalState
 from megatron.checkpoint.store import RunFolder
 from megatron.exchange import open_checkpoint
 from megatron.exchange.convert import from_huggingface, to_huggingface

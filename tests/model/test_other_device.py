@@ -36,6 +36,7 @@ from megatron.tokenizer import CharLevelTokenizer
 from tests.other_device import NAME, install
 from tests.random_models import make_config
 from tests.ranks import run_ranks
+from tests.whole_state import Whole
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -91,9 +92,9 @@ def trained(model: LanguageModel, ids: Tensor) -> Tensor:
     optimizer = torch.optim.AdamW(model.parameters(), eps=1e-4)  # 1e-8 is 0 in fp16
     optimizer.step()
     state = EngineState(model, optimizer, 0)
-    values = {**dict(state.masters()), **dict(state.optimizer_state())}
-    state.write_masters(values.__getitem__)
-    state.write_optimizer_state([name for name in values if "/" in name], values.__getitem__)
+    saved = Whole(state)
+    state.write_masters(saved)
+    state.write_optimizer_state(saved)
     return loss.detach()
 
 

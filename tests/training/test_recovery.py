@@ -45,7 +45,7 @@ def run(config: MakeConfig, folder: Path, **keys: Any) -> int:
 
 
 def cut(folder: Path) -> None:
-    file = folder / "model-00000.safetensors"
+    file = min(folder.glob("model-*"))
     file.write_bytes(file.read_bytes()[:-100])
 
 

@@ -15,6 +15,7 @@ from megatron.config import RunConfig
 from megatron.engine.state import EngineState
 from megatron.errors import UserError
 from megatron.training import train
+from tests.whole_state import Whole
 
 pytestmark = pytest.mark.usefixtures("single_process")
 MakeConfig = Callable[..., RunConfig]
@@ -171,14 +172,14 @@ def test_step_counts_take_the_form_the_optimizer_wants() -> None:
 
     model = torch.nn.Linear(2, 2, bias=False)
     source = EngineState(model, GroupStep(model.parameters()), zero_stage=0)
-    saved = dict(source.optimizer_state())
-    assert saved.keys() == {"step/weight"} and saved["step/weight"].item() == 7
+    saved = Whole(source)
+    assert saved.names("optimizer") == ["step/weight"] and saved.tensor("optimizer", "step/weight").item() == 7
     adam = torch.optim.AdamW(model.parameters())
-    EngineState(model, adam, 0).write_optimizer_state(["step/weight"], saved.__getitem__)
+    EngineState(model, adam, 0).write_optimizer_state(saved)
     assert torch.equal(adam.state[model.weight]["step"], torch.tensor(7.0))
     target = GroupStep(model.parameters())
     target.param_groups[0]["step"] = 0
-    EngineState(model, target, 0).write_optimizer_state(["step/weight"], saved.__getitem__)
+    EngineState(model, target, 0).write_optimizer_state(saved)
     assert target.param_groups[0]["step"] == 7
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import yaml
 
-from megatron.checkpoint.state import CanonicalState, whole_pieces
+from megatron.checkpoint.pieces import whole_pieces
+from megatron.checkpoint.state import CanonicalState
 from megatron.checkpoint.store import RunFolder
 from megatron.config import load_config
 from megatron.config.sections.model import ModelConfig

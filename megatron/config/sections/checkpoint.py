@@ -29,6 +29,14 @@ class CheckpointConfig(Section):
     """Additional iterations to save at; these checkpoints are never removed."""
     keep_last_n_checkpoints: int | None = Field(default=None, gt=0)
     """Keep this many of the latest checkpoints and remove older ones; those of extra_save_iters stay."""
+    async_save: bool = True
+    """Write checkpoints while training goes on, from a copy in the host's memory. false: training waits for it."""
+    on_save_failure: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written, stop the run, or warn and go on until the next one is due. What is saved at
+    the end, or when the run is asked to stop, has to succeed in any case."""
+    non_persistent_save_interval: int | None = Field(default=None, gt=0)
+    """Iterations between short-lived checkpoints: each is removed once a later one of either kind is saved, and
+    keep_last_n_checkpoints does not count it."""
     finetune: bool = False
     """Take only the weights of the loaded checkpoint: iteration, optimizer and data start anew."""
     no_load_optim: bool = False

@@ -1,0 +1,55 @@
+"""Messages of all ranks to the first one, and its answer to all: from threads beside training, without a collective."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from megatron.errors import RankError
+from megatron.mpu.layout import Layout
+
+_PAUSE_SECONDS = 0.05
+
+
+class Mail:
+    """The letters of one piece of work, which all ranks do at the same time.
+
+    Args:
+        subject: the same on all ranks, and of no other work.
+        layout: the grid. One process needs no mail.
+    """
+
+    def __init__(self, subject: str, layout: Layout) -> None:
+        self._subject, self._layout = subject, layout
+        self._store = distributed_c10d._get_default_store()
+
+    def send(self, message: str) -> None:
+        """Send this rank's message to the first rank."""
+        self._store.set(f"{self._subject}/{self._layout.rank}", message)
+
+    def collect(self) -> Iterator[str]:
+        """The messages of all ranks in order, on the first one. Waits for them as long as it takes."""
+        for rank in range(self._layout.world_size):
+            key = f"{self._subject}/{rank}"
+            yield self._wait_for(key)
+            self._store.delete_key(key)
+
+    def answer(self, message: str) -> None:
+        """Tell all ranks, from the first one."""
+        self._store.set(f"{self._subject}/answer", message)
+
+    def wait_for_answer(self) -> str:
+        """What the first rank says. Raises RankError when it is gone."""
+        return self._wait_for(f"{self._subject}/answer")
+
+    def _wait_for(self, key: str) -> str:
+        # Asked again and again: whoever waits in the store keeps this process's other threads from it.
+        try:
+            while not self._store.check([key]):
+                time.sleep(_PAUSE_SECONDS)
+            return self._store.get(key).decode()
+        except dist.DistNetworkError as error:
+            raise RankError("the first rank is gone; its own lines, or its node's, say why") from error
