@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Longest matching prefix counts.
 FLOORS = {
     "megatron.text": 0, "megatron.errors": 0.2, "megatron.log": 0, "megatron": 0,
-    "megatron.files": 0.5, "megatron.signals": 0.5, "megatron.metrics": 1.5,
+    "megatron.files": 0.5, "megatron.signals": 0.5, "megatron.failures": 0.5, "megatron.metrics": 1.5,
     "megatron.mpu": 1, "megatron.config": 1,
     "megatron.ops": 2, "megatron.checkpoint": 2, "megatron.tokenizer": 2,
     "megatron.model": 3, "megatron.data": 3,
