@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from megatron.text import yaml_form
 
 EXIT_USER_ERROR = 2
+EXIT_LOST_RANK = os.EX_TEMPFAIL  # 75: another process of the run is gone, starting again may help
 EXIT_INTERRUPTED = 130  # what shells give a process that SIGINT has ended
 EXIT_NO_READER = 141  # the same for SIGPIPE: `--help | head` has read enough
 
@@ -83,11 +84,15 @@ class RankError(UserError):
     """A UserError that this process may have met alone, so that it speaks whatever its rank."""
 
 
+class LostRank(RankError):
+    """Another process of the run is gone. Nobody's mistake: the run may be started again as it is."""
+
+
 def run_command(function: Callable[[], int | None]) -> int:
     """Call `function`; report a UserError as one line a mistake on stderr instead of a traceback.
 
-    Returns the exit code: what `function` returned (None counts as 0), 2 after a UserError, 130 after a Ctrl-C, 141
-    when nobody reads what it prints any more.
+    Returns the exit code: what `function` returned (None counts as 0), 2 after a UserError, 75 after a LostRank, 130
+    after a Ctrl-C, 141 when nobody reads what it prints any more.
     """
     try:
         code = function() or 0
@@ -100,7 +105,7 @@ def run_command(function: Callable[[], int | None]) -> int:
             lines = error.lines if isinstance(error, UserErrors) else [_one_line(str(error))]
             sys.stderr.write("".join(f"error: {line}\n" for line in lines))
             sys.stderr.flush()
-        return EXIT_USER_ERROR
+        return EXIT_LOST_RANK if isinstance(error, LostRank) else EXIT_USER_ERROR
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from megatron.errors import UserError
+from megatron.errors import EXIT_LOST_RANK, UserError
 from megatron.log import get_logger
 
 STOP_SIGNALS = (
@@ -102,7 +102,7 @@ class StopRequest:
             if not any(words in str(error) for words in _LOST_CONNECTION):
                 raise
             _say(f"error: another process of this run is gone, its own lines may say why ({first})")
-            os._exit(1)
+            os._exit(EXIT_LOST_RANK)
 
     def _read(self, read: int) -> None:
         while numbers := os.read(read, 64):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.errors import UserError, UserErrors, run_command
+from megatron.errors import EXIT_LOST_RANK, LostRank, UserError, UserErrors, run_command
 
 
 def test_each_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,6 +33,17 @@ def test_memory_that_is_not_there_is_one_line(
     assert run_command(lambda: allocate() and 0) == 2  # type: ignore[func-returns-value]
     error = capsys.readouterr().err
     assert error.startswith("error: out of memory: ") and error.count("\n") == 1 and "--dry-run" in error
+
+
+def test_a_lost_rank_is_a_line_on_every_rank_and_no_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise LostRank("the first rank is gone")
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert run_command(fail) == EXIT_LOST_RANK == 75
+    assert capsys.readouterr().err == "error: the first rank is gone\n"
 
 
 def test_other_errors_keep_their_traceback() -> None:

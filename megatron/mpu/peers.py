@@ -18,14 +18,15 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from megatron.errors import EXIT_LOST_RANK
+
 _INTERVAL, _LIMIT = 5.0, 120.0
-EXIT_LOST_PEER = 1
 
 
 def _end(line: str) -> NoReturn:
     sys.stderr.write(f"error: {line}\n")
     sys.stderr.flush()
-    os._exit(EXIT_LOST_PEER)
+    os._exit(EXIT_LOST_RANK)
 
 
 class PeerWatch:

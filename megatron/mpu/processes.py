@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megatron.errors import RankError, UserError
+from megatron.errors import LostRank, UserError
 from megatron.mpu.device import claim_device, process_device, refuse_shared_gpu, uses_gpu
 from megatron.mpu.layout import SINGLE, Layout
 from megatron.mpu.peers import PeerWatch
@@ -142,6 +142,8 @@ def _connect(layout: Layout, backend: str | None, ranks_per_gpu: int) -> Layout:
 def first_rank_does(action: Callable[[], Result], layout: Layout) -> Result | None:
     """Do something on the first process of the grid only; its UserError is raised on every process. Collective.
 
+    After another error of it, or when it is gone, the others raise LostRank.
+
     The others wait as long as it takes, for there is no collective to run out of time: the first says that it is still
     at work. They give up when it falls silent.
 
@@ -152,20 +154,21 @@ def first_rank_does(action: Callable[[], Result], layout: Layout) -> Result | No
     store = distributed_c10d._get_default_store()
     key = f"first_rank/{next(_works)}"
     if layout.rank:
-        message = json.loads(_wait_for(store, key))
+        mistake, fault = json.loads(_wait_for(store, key))
         store.add(f"{key}/read", 1)
-        if message is not None:
-            raise UserError(message)
+        if mistake is not None:
+            raise UserError(mistake)
+        if fault:
+            raise LostRank("the first rank ended with an error; see its lines")
         return None
     try:
         with _beating(store, key):
             result = action()
     except BaseException as error:
-        message = str(error) if isinstance(error, UserError) else "the first rank ended with an error; see its lines"
-        store.set(key, json.dumps(message))
+        store.set(key, json.dumps([str(error) if isinstance(error, UserError) else None, True]))
         _wait_for_readers(store, key, layout.world_size - 1)
         raise
-    store.set(key, json.dumps(None))
+    store.set(key, json.dumps([None, False]))
     return result
 
 
@@ -188,20 +191,20 @@ def _beating(store: dist.Store, key: str) -> Iterator[None]:
 
 
 def _wait_for(store: dist.Store, key: str) -> bytes:
-    """The value of `key`, once the first rank has set it; RankError when it falls silent before."""
+    """The value of `key`, once the first rank has set it; LostRank when it falls silent before."""
     beats, heard = -1, time.monotonic()
     while True:
         try:
             store.wait([key], timedelta(seconds=_BEAT_SECONDS))
             return store.get(key)
         except dist.DistNetworkError as error:
-            raise RankError("the first rank is gone; its own lines, or its node's, say why") from error
+            raise LostRank("the first rank is gone; its own lines, or its node's, say why") from error
         except dist.DistStoreError:  # not yet
             now = store.add(f"{key}/beat", 0)
             if now != beats:
                 beats, heard = now, time.monotonic()
         if time.monotonic() - heard > _SILENCE_SECONDS:
-            raise RankError(f"the first rank has been silent for {_SILENCE_SECONDS:.0f} s; is its node alive?")
+            raise LostRank(f"the first rank has been silent for {_SILENCE_SECONDS:.0f} s; is its node alive?")
 
 
 def _wait_for_readers(store: dist.Store, key: str, count: int, seconds: float = 10.0) -> None:

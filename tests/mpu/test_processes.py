@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.errors import UserError
+from megatron.errors import EXIT_LOST_RANK, UserError
 from megatron.mpu import SINGLE, Layout, processes
 from megatron.mpu.environment import free_port
-from megatron.mpu.peers import EXIT_LOST_PEER, PeerWatch
+from megatron.mpu.peers import PeerWatch
 from megatron.mpu.processes import abandoned_on_error, connect_world, first_rank_does
 from tests.ranks import run_ranks, start_process
 
@@ -61,7 +61,7 @@ def refused() -> list[str]:
 def test_an_error_of_the_first_rank_ends_all() -> None:
     first, second = run_ranks(2, refused)
     assert first == ["UserError: save: the disk is full", "ZeroDivisionError: "]
-    assert second == [first[0], "UserError: the first rank ended with an error; see its lines"]
+    assert second == [first[0], "LostRank: the first rank ended with an error; see its lines"]
 
 
 def silence() -> str:
@@ -123,7 +123,7 @@ def test_a_process_that_waits_for_a_stopped_one_ends() -> None:
     ranks = [start_process(wait_for_a_stopped_peer, rank, port) for rank in range(2)]
     try:
         ranks[0].join(20)
-        assert ranks[0].exitcode == EXIT_LOST_PEER
+        assert ranks[0].exitcode == EXIT_LOST_RANK
     finally:
         for rank in ranks:
             rank.kill()
