@@ -161,8 +161,8 @@ def _optimizer_fault(optimizer: Mapping[str, Any], model: Mapping[str, Any]) -> 
 
 _COUNTS = ("iteration", "skipped_iterations", "consumed_samples", "consumed_tokens")
 _REQUIRED = (*_COUNTS, "epoch_blocks", "loss_scaler", "lineage")
-TRAIN_STATE_KEYS = (*_REQUIRED, "rollbacks")
-"""What train_state.json may hold: `rollbacks` came later, and a converted model has no state, or only a lineage."""
+TRAIN_STATE_KEYS = (*_REQUIRED, "rollbacks", "restarts")
+"""What train_state.json may hold: the last two came later, and a converted model has no state, or only a lineage."""
 _ORDER_KEY = re.compile(r"(train|valid|test)/(?:(\d{1,6})(/later)?|(period))")
 _SCALER_KEYS = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
 
@@ -175,7 +175,7 @@ def train_state_fault(state: Mapping[str, Any], iteration: int) -> str | None:
         return "is nested too deeply"
     if state.keys() - {"lineage"} and (missing := [key for key in _REQUIRED if key not in state]):
         return f"is incomplete: {missing[0]} is missing"
-    for key in _COUNTS:
+    for key in (*_COUNTS, "restarts"):
         if not _is_count(state.get(key, 0)):
             return f"has no number for {key}"
     if state.get("iteration", iteration) != iteration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -77,6 +78,8 @@ def find_training_mistakes(config: RunConfig) -> Iterator[ConfigError]:
         reason = "continue goes on from a smaller model, and pretrain_partial_init is not given"
         beside = ["pretrain_partial_init"]
         yield ConfigError("partial_init_policy", reason, "name one, or remove it", beside=beside)
+    if config.launch.max_restarts:
+        yield from _restarting(options)
     yield from find_setting_mistakes(config)
 
 
@@ -109,6 +112,13 @@ def find_setting_mistakes(config: RunConfig) -> Iterator[ConfigError]:
         yield from _scaled_by_age([config.scaling, *config.scaling.growth])
     if config.scaling.growth:
         yield from _growing(config.checkpoint)
+
+
+def _restarting(options: CheckpointConfig) -> Iterator[ConfigError]:
+    folders = [os.path.realpath(folder) for folder in (options.save, options.load) if folder is not None]
+    if len(folders) < 2 or folders[0] != folders[1]:
+        reason = "a run that is started again resumes from what it saved, and load and save do not name one folder"
+        yield ConfigError("max_restarts", reason, "set load to the folder of save", beside=["load", "save"])
 
 
 def _compiling(training: TrainingConfig, zero_stage: int) -> Iterator[ConfigError]:

@@ -43,6 +43,7 @@ FLAG_KEYS: dict[str, str] = {
     "wandb_team": "wandb_team",
     "num_gpus": "num_gpus",
     "master_port": "master_port",
+    "max_restarts": "max_restarts",
 }
 """The key that each flag sets."""
 
@@ -62,6 +63,7 @@ OTHER_WORDS: dict[str, str] = {
 
 _NUMBER_KEYS = {
     "iteration", "eval_batch_size", "eval_limit", "num_fewshot", "perplexity_stride", "num_gpus", "master_port",
+    "max_restarts",
 }  # fmt: skip
 _MOST_GPUS = 100_000
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,19}")
@@ -153,6 +155,7 @@ def _add_run_flags(group: Any) -> None:
     group.add_argument("-H", "--hostfile", metavar="FILE", help="nodes to run on, `name slots=8` a line")
     group.add_argument("--num_gpus", metavar="N", help="processes per node")
     group.add_argument("--master_port", metavar="PORT", help="port of the first node")
+    group.add_argument("--max_restarts", metavar="N", help="restarts of train.py after failures; for deepy.py")
     group.add_argument("--wandb_group", metavar="NAME", help="Weights & Biases group")
     group.add_argument("--wandb_team", metavar="NAME", help="Weights & Biases team")
 

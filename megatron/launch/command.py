@@ -67,8 +67,8 @@ def _multi_node_call(
     command = [*_RUNNER, "--hostfile", file, "--launcher", launcher, *_multi_node_options(config, launcher, hosts, env)]
     if launcher == "pdsh":
         stop = _pdsh_stop(config, hosts, work)
-        return LauncherCall([*command, *_remote_words(work)], env, stop_command=stop, written=written)
-    return LauncherCall([*command, *work], env, 1, stop_signal=signal.SIGUSR1, written=written)
+        return LauncherCall([*command, *_remote_words(work)], env, stop_command=stop, written=written, hosts=hosts)
+    return LauncherCall([*command, *work], env, 1, stop_signal=signal.SIGUSR1, written=written, hosts=hosts)
 
 
 def check_world(config: RunConfig, script: str, processes: int | None) -> None:

@@ -9,7 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron.config.cli import check_outputs, checks_of, parse_arguments, resolve_arguments, without_plan_flags
+from megatron.config.cli import (
+    check_outputs,
+    checks_of,
+    is_training,
+    parse_arguments,
+    resolve_arguments,
+    without_plan_flags,
+)
 from megatron.config.explain import explain
 from megatron.config.hostfile import missing_hostfile
 from megatron.config.load import Resolved
@@ -17,7 +24,8 @@ from megatron.config.places import places_named
 from megatron.errors import UserError
 from megatron.launch.command import make_call
 from megatron.launch.hosts import count_processes, find_hosts
-from megatron.launch.supervise import run_call
+from megatron.launch.restarts import Restarts
+from megatron.launch.supervise import Outcome, run_call
 from megatron.log import get_logger
 
 
@@ -46,7 +54,14 @@ def _launch(resolved: Resolved, args: Namespace, script: str, arguments: list[st
         return _dry_run(resolved, script, without_plan_flags(arguments), args.gpus, args.machine)
     if note:
         get_logger().warning(note)
-    return run_call(make_call(resolved, script, arguments, os.environ))
+    config = resolved.config
+
+    def attempt() -> Outcome:
+        return run_call(make_call(resolved, script, arguments, os.environ))
+
+    if is_training(script) and config.launch.max_restarts and config.checkpoint.save:
+        return Restarts(config.launch, config.checkpoint.save, os.environ).run(attempt)
+    return attempt().code
 
 
 def _check_script(script: str | None, prog: str) -> str:

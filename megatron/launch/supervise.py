@@ -7,11 +7,15 @@ import signal
 import socket
 import subprocess
 import time
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from megatron.errors import EXIT_LOST_RANK, EXIT_NO_READER, EXIT_USER_ERROR
+from megatron.failures import node_name
+from megatron.launch.culprit import Culprit, Listener, shell_code
 from megatron.log import get_logger
 from megatron.mpu.environment import LAUNCHER_HOST, LAUNCHER_PID
 from megatron.signals import INSISTENT, STOP_SIGNALS, blocked
@@ -34,6 +38,8 @@ class LauncherCall:
     """Run instead of sending a signal, where the workers are no descendants of the launcher."""
     written: str | None = None
     """The hostfile written for this launch, removed after it."""
+    hosts: Mapping[str, int] = field(default_factory=dict)
+    """{node: processes} of several nodes, in the order of the ranks."""
 
     @property
     def is_local(self) -> bool:
@@ -41,8 +47,55 @@ class LauncherCall:
         return self.signal_depth == 2
 
 
-def run_call(call: LauncherCall) -> int:
-    """Run the launcher until it and its workers have ended; returns their exit code.
+_NO_FAILURE = {0, EXIT_USER_ERROR, EXIT_NO_READER, *(128 + number for number in STOP_SIGNALS)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of the launcher ended."""
+
+    code: int
+    """Its exit code, as shells have it."""
+    was_stopped: bool = False
+    """Did a signal ask for the end?"""
+    culprit: Culprit | None = None
+    """The first process that ended by itself, where a launcher of several nodes has told."""
+    is_local: bool = False
+    """Did the workers run on this machine?"""
+
+    @property
+    def is_failure(self) -> bool:
+        """Has it failed by nobody's mistake or wish, so that another attempt may do better?"""
+        cause = self.culprit.exit_code if self.culprit else self.code
+        return not self.was_stopped and self.code != 0 and cause not in _NO_FAILURE
+
+    def blame(self) -> tuple[str | None, int | None, str]:
+        """(node, rank, what happened), None where that is not known."""
+        if self.culprit is not None:
+            return self.culprit.node, self.culprit.rank, _in_words(self.culprit.exit_code)
+        return node_name() if self.is_local else None, None, _in_words(self.code)
+
+
+def _in_words(code: int) -> str:
+    if code == EXIT_LOST_RANK:
+        return "a process was lost"
+    return f"a process was killed by signal {code - 128}" if code > 128 else f"a process ended with exit code {code}"
+
+
+@contextmanager
+def signals_to(receive: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Inside, STOP_SIGNALS are given to `receive`; those that are ignored stay ignored."""
+    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, receive) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def run_call(call: LauncherCall) -> Outcome:
+    """Run the launcher until it and its workers have ended; returns how they did.
 
     The first of STOP_SIGNALS asks the workers to save and stop, once; SIGINT or SIGTERM again ends everything, and the
     exit code is 128 and the signal's number. The launcher has a session of its own, which a Ctrl-C does not reach, and
@@ -50,24 +103,28 @@ def run_call(call: LauncherCall) -> int:
     """
     environment = {**call.environment, LAUNCHER_PID: str(os.getpid()), LAUNCHER_HOST: socket.gethostname()}
     stopper = _Stopper(call)
-    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, stopper.receive) for number in numbers}
     try:
-        with blocked() if call.is_local else nullcontext():
-            process = subprocess.Popen(call.command, env=environment, start_new_session=True)
-            stopper.session = process.pid
-        if stopper.received:  # before there was anything to stop
-            stopper.act(process.pid)
-        code = _shell_code(process.wait())
-        stopper.wait_for_workers(process.pid)
-        if code > 128 and not stopper.received and not stopper.code:
-            get_logger().error("a worker was killed by signal %d (9: often out of memory)", code - 128)
-        return stopper.code or code
+        with signals_to(stopper.receive):
+            return _run(call, environment, stopper)
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         if call.written:
             Path(call.written).unlink(missing_ok=True)
+
+
+def _run(call: LauncherCall, environment: dict[str, str], stopper: _Stopper) -> Outcome:
+    stderr = None if call.is_local else subprocess.PIPE
+    with blocked() if call.is_local else nullcontext():
+        process = subprocess.Popen(call.command, env=environment, start_new_session=True, stderr=stderr)
+        stopper.session = process.pid
+    listener = Listener(process.stderr, call.hosts) if process.stderr else None
+    if stopper.received:  # before there was anything to stop
+        stopper.act(process.pid)
+    code = shell_code(process.wait())
+    stopper.wait_for_workers(process.pid)
+    if code > 128 and not stopper.received and not stopper.code:
+        get_logger().error("a worker was killed by signal %d (9: often out of memory)", code - 128)
+    culprit = listener.culprit() if listener else None
+    return Outcome(stopper.code or code, bool(stopper.received), culprit, call.is_local)
 
 
 class _Stopper:
@@ -125,13 +182,6 @@ def _left_behind(session: int) -> list[int]:
             if os.getsid(int(entry.name)) == session and WORKER.encode() in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
     return found
-
-
-def _shell_code(code: int) -> int:
-    """A worker killed by signal n comes out of DeepSpeed's launcher as 256 - n; shells say 128 + n."""
-    if code < 0:
-        return 128 - code
-    return 128 + 256 - code if code > 192 else code
 
 
 def _stop_workers(call: LauncherCall, pid: int) -> bool:

@@ -21,6 +21,7 @@ from megatron.config.schema import RunConfig
 from megatron.engine.base import Engine
 from megatron.errors import UserError
 from megatron.exchange import Checkpoint, open_checkpoint
+from megatron.failures import failed_attempts, read_failures
 from megatron.growth.grow import grown_checkpoint, lineage_entry
 from megatron.growth.plan import KINDS, TokenCounts, grown_config
 from megatron.growth.proof import Difference, compare_logits
@@ -74,6 +75,9 @@ class Start:
             self._go_on_from(resumption)
         elif config.checkpoint.pretrain_partial_init:
             self._grow_from(config.checkpoint.pretrain_partial_init)
+        if config.checkpoint.save:
+            failed = failed_attempts(read_failures(config.checkpoint.save))
+            self.state.restarts = max(self.state.restarts, len(failed))
         schedule.check(self.config.model, config.optimization, config.parallel.model_parallel_size, self.state)
         while schedule.is_due(self.state):
             done = growths_done(self.state.lineage)
@@ -132,7 +136,7 @@ class Start:
             state.lineage = past_growths(base.train_state.get("lineage", []))
             return
         state.load_state_dict(base.train_state)
-        state.lineage, state.rollbacks = past_growths(state.lineage), []
+        state.lineage, state.rollbacks, state.restarts = past_growths(state.lineage), [], 0
         if config.scaling.partial_init_policy == "restart":
             state.iteration = state.skipped_iterations = 0
         elif state.iteration >= (config.training.train_iters or math.inf):
@@ -205,7 +209,8 @@ class Start:
             return
         if changed := _data_differences(self._task, checkpoint):
             get_logger().warning("data differs from the checkpoint's, samples may repeat: %s", "; ".join(changed))
-        get_logger().info("resumed from %s at iteration %d", checkpoint.folder, self.state.iteration)
+        again = f", restart {self.state.restarts} of this run" if self.state.restarts else ""
+        get_logger().info("resumed from %s at iteration %d%s", checkpoint.folder, self.state.iteration, again)
 
 
 def _data_differences(task: Task[Any], checkpoint: Checkpoint) -> list[str]:

@@ -31,6 +31,8 @@ class TrainState:
     """One entry a growth: what was there and since which iteration."""
     rollbacks: list[int] = field(default_factory=list)
     """The iterations that `iteration` has rolled the run back to, in order."""
+    restarts: int = 0
+    """How often the run was started again after a failure."""
 
     @property
     def updates(self) -> int:

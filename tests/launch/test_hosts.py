@@ -13,7 +13,7 @@ from megatron.errors import UserError
 from megatron.launch import launch
 from megatron.launch import start as start_module
 from megatron.launch.hosts import count_processes, find_hosts, read_hostfile
-from megatron.launch.supervise import LauncherCall, run_call
+from megatron.launch.supervise import LauncherCall, Outcome, run_call
 from megatron.mpu import environment as process_environment
 from tests.launch.calls import DEMO, ROOT, call_of, option
 
@@ -36,7 +36,7 @@ def test_slurm_hosts_come_from_the_allocation(tmp_path: Path, monkeypatch: pytes
     written = option(call.command, "--hostfile")
     assert read_hostfile(written) == {"node1": 4, "node2": 4}
     finished = LauncherCall([sys.executable, "-c", ""], {}, written=call.written)
-    assert run_call(finished) == 0 and not Path(written).exists()
+    assert run_call(finished).code == 0 and not Path(written).exists()
 
 
 @pytest.mark.usefixtures("all_launchers")
@@ -72,7 +72,7 @@ def test_a_hostfile_that_is_not_there_means_this_machine(
     call = call_of(overrides, dict(os.environ))
     assert option(call.command, "--hostfile") == "/mock_path" and "--launcher" not in call.command
     started: list[object] = []
-    monkeypatch.setattr(start_module, "run_call", lambda call: started.append(call) or 0)
+    monkeypatch.setattr(start_module, "run_call", lambda call: started.append(call) or Outcome(0))
     flags = [f"--set={override}" for override in overrides]
     assert launch(["train.py", "configs/demo.yml", *flags]) == 0 and len(started) == 1
     assert launch(["train.py", "configs/demo.yml", *flags, "--dry-run"]) == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron.launch import supervise
+from megatron.launch.culprit import shell_code
 from megatron.mpu.environment import free_port
 from tests.launch.calls import DEMO, ROOT
 from tests.launched import deepy, environment, training_lines, wait_until, write_config
@@ -108,4 +108,4 @@ def test_torchrun_trains_on_two_processes(tmp_path: Path, tokenizer_file: Path, 
 
 @pytest.mark.parametrize(("code", "shell"), [(0, 0), (2, 2), (247, 137), (-15, 143)])
 def test_killed_workers_have_the_shells_exit_code(code: int, shell: int) -> None:
-    assert supervise._shell_code(code) == shell
+    assert shell_code(code) == shell

@@ -186,6 +186,7 @@ FORGERIES: dict[str, Change] = {
     "a lineage of text": record("train_state.json", lambda s: s.update(lineage="none")),
     "a growth without time": record("train_state.json", lambda s: s.update(lineage=[{"scheduled": True}])),
     "rollbacks of text": record("train_state.json", lambda s: s.update(rollbacks=["1"])),
+    "restarts below 0": record("train_state.json", lambda s: s.update(restarts=-1)),
     "no width": record("config.yml", lambda c: c.pop("hidden_size")),
     "another width": record("config.yml", lambda c: c.update(hidden_size=64)),
     "a billion layers": record("config.yml", lambda c: c.update(num_layers=10**12)),
@@ -252,10 +253,10 @@ def test_values_of_other_kinds_are_user_errors_or_harmless(whole_run: Path, tmp_
 
 
 def test_a_manifest_without_a_checksum_of_its_own_is_read(run: Path) -> None:
-    """Checkpoints of earlier versions have none, and no rollbacks."""
+    """Checkpoints of earlier versions have none, and no rollbacks or restarts."""
     path, record_path = run / "global_step2/manifest.json", run / "global_step2/train_state.json"
     state = json.loads(record_path.read_text())
-    del state["rollbacks"]
+    del state["rollbacks"], state["restarts"]
     record_path.write_text(json.dumps(state))
     manifest = json.loads(path.read_text())
     del manifest["sha256"]

@@ -49,6 +49,16 @@ class LaunchConfig(Section):
     distributed_timeout_minutes: int = Field(default=10, gt=0, le=1_000_000)
     """How long a collective of training waits for a rank before the run ends. Work that one rank does for all, such
     as reading a checkpoint's checksums, does not count."""
+    max_restarts: int = Field(default=0, ge=0, le=1_000_000)
+    """How often deepy.py starts train.py again after a failure that is nobody's mistake: killed processes, lost
+    connections, faults of the program. Each time the run resumes from its newest whole checkpoint; it ends when two
+    attempts in a row have left no newer one. load and save have to name one folder."""
+    restart_delay_seconds: float = Field(default=10, ge=0, le=86_400)
+    """Time before the first restart; each one after it waits twice as long as the one before, up to ten minutes or
+    this, if it is more."""
+    restart_by_requeue: bool = False
+    """true: in a batch job of Slurm, restart by requeueing the job without nodes that failed twice, as
+    tools/slurm/pretrain.sbatch does. The delay is then Slurm's own, and the restarts of all its starts count."""
     ranks_per_gpu: int = Field(default=1, gt=0, le=1024)
     """Processes that share a GPU, for tests of layouts on one card; above 1 only with distributed_backend: gloo."""
 
