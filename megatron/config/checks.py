@@ -100,6 +100,7 @@ def find_setting_mistakes(config: RunConfig) -> Iterator[ConfigError]:
     if peak < floor:
         reason = f"{floor:g} is above the learning rate lr, {peak:g}"
         yield ConfigError("min_lr", reason, "lower it", beside=["optimizer.params.lr"])
+    yield from _wsd(optimization, optimization.lr_decay_iters or config.training.train_iters)
     yield from _zero(zero.stage, zero.model_extra or {})
     yield from _compiling(config.training, zero.stage)
     if config.logging.profile and not (config.logging.log_dir or config.checkpoint.save):
@@ -119,6 +120,14 @@ def _restarting(options: CheckpointConfig) -> Iterator[ConfigError]:
     if len(folders) < 2 or folders[0] != folders[1]:
         reason = "a run that is started again resumes from what it saved, and load and save do not name one folder"
         yield ConfigError("max_restarts", reason, "set load to the folder of save", beside=["load", "save"])
+
+
+def _wsd(options: OptimizationConfig, total: int | None) -> Iterator[ConfigError]:
+    warmup = options.warmup_iters(total or 0)
+    if total is not None and 0 < options.lr_wsd_decay_iters > total - warmup:
+        reason = f"{options.lr_wsd_decay_iters} of {total} iterations, of which {warmup:g} are warm-up"
+        beside = ["lr_decay_iters", "train_iters", "warmup", "lr_warmup_iters"]
+        yield ConfigError("lr_wsd_decay_iters", reason, "shorten the decay or the warm-up", beside=beside)
 
 
 def _compiling(training: TrainingConfig, zero_stage: int) -> Iterator[ConfigError]:

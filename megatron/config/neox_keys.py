@@ -255,7 +255,7 @@ REFUSED: dict[str, Rule] = {
     **_refused("the schedule comes from lr_decay_style, warmup and min_lr; remove it", "scheduler"),
     **_refused("choose lr_decay_style instead; set false", "old_lr_decay"),
     **_refused("the learning rate decays to min_lr; set that instead", "decay_lr_to"),
-    **_refused("the warm-up is a part of lr_decay_iters; set warmup instead", "warmup_iters"),
+    **_refused("the warm-up is warmup of lr_decay_iters, or lr_warmup_iters; set one of these instead", "warmup_iters"),
     **_refused("the kinds of blocks are those of attention_config; set that instead", "attention_type"),
     **_refused("apex amp is gone from DeepSpeed; use precision: fp16 or bf16", "amp"),
     **_refused(

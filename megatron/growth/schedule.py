@@ -69,8 +69,8 @@ class GrowthSchedule:
         """
         done = growths_done(now.lineage)
         for number, growth in enumerate(self.growths[done:], done):
-            peak = options.optimizer.params.lr if growth.lr is None else growth.lr
-            floor = options.min_lr if growth.min_lr is None else growth.min_lr
+            own = _restarted(options, growth)
+            peak, floor = own.optimizer.params.lr, own.min_lr
             if growth.lr_policy == "restart" and peak < floor:
                 raise UserError(
                     f"growth[{number}]: lr {peak:g} is below min_lr {floor:g}; give the growth a lower min_lr too"
@@ -87,10 +87,10 @@ class GrowthSchedule:
                     f"growth: {kind}_slot_num grows by {fewest} where model_parallel_size is {tensor_ranks}; each rank "
                     "needs a new token: grow by more, or lower model_parallel_size"
                 )
-        self._check_times(now)
+        self._check_times(options, now)
 
-    def _check_times(self, now: Progress) -> None:
-        """Are the growths to come in order? Says so when the run ends before one of them."""
+    def _check_times(self, options: OptimizationConfig, now: Progress) -> None:
+        """Are the growths to come in order, each with time for its decay? Says so when the run ends before one."""
         last, done = now.iteration, growths_done(now.lineage)
         for number, growth in enumerate(self.growths[done:], done):
             begin = max(now.iteration, self._start_of(growth, now.iteration, now.consumed_tokens))
@@ -98,12 +98,27 @@ class GrowthSchedule:
                 raise UserError(
                     f"growth[{number}]: comes at iteration {begin}, that before it at {last}; sort the growths by time"
                 )
+            if growth.lr_policy == "restart" and options.lr_decay_style == "WSD":
+                self._check_decay(_restarted(options, growth), number, begin)
             if begin > (self.train_iters or begin):
                 get_logger().info(
                     "growth[%d] is not made: it comes at iteration %d, train_iters is %d",
                     number, begin, self.train_iters,
                 )  # fmt: skip
             last = begin
+
+    def _check_decay(self, options: OptimizationConfig, number: int, begin: int) -> None:
+        """Does WSD's decay fit into the schedule that growth `number` starts at iteration `begin`?"""
+        total = self.growths[number].lr_decay_iters
+        if total is None:
+            is_last = all(growth.lr_policy == "continue" for growth in self.growths[number + 1 :])
+            total = (self.train_iters or 0) - begin if is_last else 0
+        warmup, decay = options.warmup_iters(total), options.lr_wsd_decay_iters
+        if decay and 0 < total < decay + warmup:
+            raise UserError(
+                f"growth[{number}]: lr_wsd_decay_iters {decay} of {total} iterations from there on, of which "
+                f"{warmup:g} are warm-up; shorten the decay or the warm-up, or grow earlier"
+            )
 
     def after(self, model: Model, done: int, already: int = 0) -> Grown[Model]:
         """Model and scaling of a run after the first `done` growths.
@@ -164,7 +179,8 @@ class GrowthSchedule:
         """The optimization settings in force, and the update they start from.
 
         A growth with lr_policy restart has a schedule of its own, which ends where the next restart begins unless
-        lr_decay_iters says otherwise; before the first, the run's own schedule does so.
+        lr_decay_iters says otherwise; before the first, the run's own schedule does so. WSD keeps its decay for the end
+        of the run: a schedule that a restart ends stays at its peak.
 
         Args:
             options: of the run's configuration.
@@ -179,12 +195,13 @@ class GrowthSchedule:
         end = self._start_of(later[0], since, tokens) if later else self.train_iters
         first = since if begun else 0
         decay = None if end is None else max(1, min(end, self.train_iters or end) - first)
+        given = begun[-1][1].lr_decay_iters if begun else options.lr_decay_iters
+        if later and given is None and options.lr_decay_style == "WSD":
+            options = options.replaced(lr_wsd_decay_iters=0)
         if not begun:
-            return options.replaced(lr_decay_iters=options.lr_decay_iters or (decay if later else None)), 0
+            return options.replaced(lr_decay_iters=given or (decay if later else None)), 0
         entry, growth = begun[-1]
-        own = {"optimizer.params.lr": growth.lr, "warmup": growth.warmup, "min_lr": growth.min_lr}
-        given = {key: value for key, value in own.items() if value is not None}
-        return options.replaced(lr_decay_iters=growth.lr_decay_iters or decay, **given), int(entry["updates"])
+        return _restarted(options, growth).replaced(lr_decay_iters=given or decay), int(entry["updates"])
 
     def _start_of(self, growth: ScheduledGrowth, iteration: int, consumed_tokens: int) -> int:
         """The iteration at which a growth will be due, counted on from where the run is or was."""
@@ -192,6 +209,16 @@ class GrowthSchedule:
             return growth.at_iteration
         assert growth.at_tokens is not None, "one of the two is given"
         return iteration + max(0, math.ceil((growth.at_tokens - consumed_tokens) / self.update_tokens))
+
+
+def _restarted(options: OptimizationConfig, growth: ScheduledGrowth) -> OptimizationConfig:
+    """The run's settings with those that a growth has for its own schedule."""
+    own = {"optimizer.params.lr": growth.lr, "min_lr": growth.min_lr, "warmup": growth.warmup}
+    own["lr_warmup_iters"] = growth.lr_warmup_iters
+    given: dict[str, Any] = {key: value for key, value in own.items() if value is not None}
+    if growth.warmup is not None:
+        given.setdefault("lr_warmup_iters", None)  # the run's would win
+    return options.replaced(**given)
 
 
 def _grown_once(model: Model, growth: ScheduledGrowth, number: int) -> Model:

@@ -121,6 +121,24 @@ def test_a_restart_counts_updates_and_may_have_a_length_of_its_own() -> None:
     assert [schedule(i) for i in (7, 11, 30)] == pytest.approx([1e-3, 1e-4, 1e-4])
 
 
+def test_wsd_keeps_its_decay_for_the_end_of_the_run() -> None:
+    wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_style": "linear", "lr_wsd_decay_iters": 4, "lr_warmup_iters": 2}
+    config = tiny([stage(10, warmup=0.5), stage(20)], train_iters=30, **wsd)
+    check(config)
+    first, second, last = (rates(config, progress([entry(10), entry(20)][:done]), 64) for done in (0, 1, 2))
+    assert [first(i) for i in (1, 2, 9)] == pytest.approx([5e-4, 1e-3, 1e-3])
+    assert [second(i) for i in (10, 12, 15, 19)] == pytest.approx([0, 4e-4, 1e-3, 1e-3])
+    assert [last(i) for i in (20, 22, 26, 28, 30)] == pytest.approx([0, 1e-3, 1e-3, 5.5e-4, 1e-4])
+    going_on = tiny([stage(10, **CONTINUE)], train_iters=30, **wsd)
+    assert rates(going_on, progress([]), 64)(28) == pytest.approx(5.5e-4)
+    anneals_early = tiny([stage(10, lr_decay_iters=8), stage(20)], train_iters=30, **wsd)
+    assert rates(anneals_early, progress([entry(10)]), 64)(18) == pytest.approx(1e-4)
+    with pytest.raises(
+        UserError, match=r"growth\[1\]: lr_wsd_decay_iters 9 of 10 iterations from there on, of which 2"
+    ):
+        check(tiny([stage(10), stage(20)], train_iters=30, **{**wsd, "lr_wsd_decay_iters": 9}))
+
+
 def test_a_stage_by_tokens_ends_the_schedule_before_it() -> None:
     growth = [
         {**stage(1), "at_iteration": None, "at_tokens": 1000},

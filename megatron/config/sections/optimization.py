@@ -5,9 +5,10 @@ from __future__ import annotations
 import typing
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron.config.sections.base import ListedNumber, Section
+from megatron.errors import ConfigError
 from megatron.text import shortened
 
 
@@ -57,6 +58,10 @@ class OptimizerSpec(Section):
         raise ValueError(f"'{shortened(value)}' is not supported; choose one of {names}")
 
 
+WsdDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
+"""Shapes of WSD's decay; megatron.training.schedule has the formulas."""
+
+
 class OptimizationConfig(Section):
     """Optimizer, weight decay, clipping and learning-rate schedule."""
 
@@ -68,9 +73,28 @@ class OptimizationConfig(Section):
     """Largest global gradient norm; 0 turns clipping off."""
     min_lr: float = Field(default=0.0, ge=0, le=1000)
     """Learning rate at the end of the decay and from then on."""
-    lr_decay_style: Literal["linear", "cosine", "exponential", "constant"] = "linear"
-    """Shape of the decay after the warm-up."""
+    lr_decay_style: Literal["linear", "cosine", "exponential", "constant", "WSD"] = "linear"
+    """Shape of the decay after the warm-up. WSD (warm-up, stable, decay) stays at the peak until the last
+    lr_wsd_decay_iters iterations."""
     lr_decay_iters: int | None = Field(default=None, gt=0)
     """Iterations until min_lr is reached. Default: train_iters."""
+    lr_wsd_decay_style: WsdDecayStyle = "exponential"
+    """Shape of WSD's decay."""
+    lr_wsd_decay_iters: int = Field(default=0, ge=0)
+    """Iterations of WSD's decay, the last of lr_decay_iters. 0: it stays at the peak, for a trunk that runs branch from
+    (tools/ckpts/branch.py)."""
     warmup: float = Field(default=0.01, ge=0, le=1)
     """Fraction of lr_decay_iters spent on a linear warm-up from 0."""
+    lr_warmup_iters: int | None = Field(default=None, ge=0)
+    """Iterations of the warm-up, whatever the length of the run; instead of warmup."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizationConfig:
+        if self.lr_wsd_decay_iters and self.lr_decay_style != "WSD":
+            reason = f"{self.lr_wsd_decay_iters} is of WSD, and lr_decay_style is {self.lr_decay_style}"
+            raise ConfigError("lr_wsd_decay_iters", reason, "set WSD, or remove it", beside=["lr_decay_style"])
+        return self
+
+    def warmup_iters(self, total: int) -> float:
+        """Iterations of the warm-up of a schedule of `total`."""
+        return self.warmup * total if self.lr_warmup_iters is None else self.lr_warmup_iters

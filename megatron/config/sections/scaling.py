@@ -36,8 +36,11 @@ class ScheduledGrowth(Section):
     """Learning rate at the end of a restart's decay. Default: that of the run."""
     warmup: float | None = Field(default=None, ge=0, le=1)
     """Fraction of a restart's lr_decay_iters spent on a linear warm-up. Default: that of the run."""
+    lr_warmup_iters: int | None = Field(default=None, ge=0)
+    """Iterations of a restart's warm-up, instead of warmup. Default: that of the run."""
     lr_decay_iters: int | None = Field(default=None, gt=0)
-    """Iterations of a restart's decay. Default: until the next restart or train_iters."""
+    """Iterations of a restart's decay. Default: until the next restart or train_iters; WSD does not decay before the
+    next restart then."""
     new_keys: NewKeys = "zero"
     """zero: as in the paper. rotated: random rotations of the old keys with values of zero, which is just as exact
     and learns faster; with l2_norm_gelu, by at least min(tokens, hidden_size) tokens."""
@@ -62,7 +65,7 @@ class ScheduledGrowth(Section):
         if self.qkv_slot_num is None and self.proj_slot_num is None and self.ffn_slot_num is None:
             reason = "needs qkv_slot_num, proj_slot_num or ffn_slot_num; as many as before add none"
             raise ConfigError("", reason)
-        for key in ("lr", "min_lr", "warmup", "lr_decay_iters"):
+        for key in ("lr", "min_lr", "warmup", "lr_warmup_iters", "lr_decay_iters"):
             if self.lr_policy == "continue" and getattr(self, key) is not None:
                 raise ConfigError(key, "belongs to a schedule of its own", "set lr_policy: restart")
         return self
