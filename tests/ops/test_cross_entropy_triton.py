@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -21,60 +18,32 @@ from megatron.ops.cross_entropy import cross_entropy
 from megatron.ops.linear_cross_entropy import linear_cross_entropy
 from tools.bench.kernels import registers
 
-pytestmark = pytest.mark.long  # processes in which Triton interprets or compiles
+pytestmark = pytest.mark.long  # a GPU is interpreted, or compiled for
 triton = pytest.importorskip("triton", reason="triton is not installed: it has no build for this platform")
-FILE = Path(module.__file__).with_name("cross_entropy_triton.py")
-
-
-def kernels() -> ModuleType:
-    """A copy of the module, made anew: Triton looks at TRITON_INTERPRET when a kernel is defined."""
-    spec = importlib.util.spec_from_file_location("cross_entropy_triton_again", FILE)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Executor]:
-    yield from process({"TRITON_INTERPRET": "1"})
+from megatron.ops import cross_entropy_triton as kernels  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
-    folder = tmp_path_factory.mktemp("triton")
-    yield from process({"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)})
-
-
-def process(variables: dict[str, str]) -> Iterator[Executor]:
-    """A process whose Triton interprets or compiles: it has to be told before it is imported."""
+    """A process whose Triton compiles: it has to be told before kernels are defined, and here they are interpreted."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         with pytest.MonkeyPatch.context() as environment:
-            for name, value in variables.items():
-                environment.setenv(name, value)
+            environment.setenv("TRITON_INTERPRET", "0")
+            environment.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
             pool.submit(len, "").result()  # starts it
         yield pool
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [1, 130, 4096, 9001])
-def test_statistics_and_gradient_equal_torch(interpreter: Executor, width: int, dtype: torch.dtype) -> None:
-    interpreter.submit(compare_rows, width, dtype).result()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_whole_function_through_the_kernels(interpreter: Executor, dtype: torch.dtype) -> None:
-    interpreter.submit(compare_losses, dtype).result()
-
-
-def compare_rows(width: int, dtype: torch.dtype) -> None:
-    interpreted, rows = kernels(), 5
+def test_statistics_and_gradient_equal_torch(width: int, dtype: torch.dtype) -> None:
+    rows = 5
     torch.manual_seed(width)
     logits = (torch.randn(rows, width) * 5).to(dtype)
     logits[1] += 60  # the sum of exponentials would overflow fp32 without the maximum
     logits[2, : width // 2] = -100.0  # the maximum comes late
     columns, mine = torch.randint(width, (rows,)), torch.tensor([True, True, False, True, True])
-    log_sums, labels = interpreted.row_statistics(logits, columns, mine)
+    log_sums, labels = kernels.row_statistics(logits, columns, mine)
     exact = logits.double()
     assert torch.allclose(log_sums.double(), torch.logsumexp(exact, -1), rtol=3e-7, atol=1e-6)
     assert torch.equal(labels, torch.where(mine, logits.float()[torch.arange(rows), columns], 0.0))
@@ -83,16 +52,16 @@ def compare_rows(width: int, dtype: torch.dtype) -> None:
     corrections, shifts = torch.where(mine, factors, 0.0), log_sums - torch.log(factors)
     expected = torch.exp(exact - log_sums.double()[:, None]) * factors.double()[:, None]
     expected[torch.arange(rows), columns] -= corrections.double()
-    interpreted.logits_to_gradient(logits, columns, corrections, shifts)
+    kernels.logits_to_gradient(logits, columns, corrections, shifts)
     # The interpreter cuts off what bf16 cannot hold; compiled kernels round, which the test below looks for.
     rounding = {torch.float32: 2e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}[dtype]
     assert torch.allclose(logits.double(), expected, rtol=rounding, atol=2e-6)
     assert logits[3].abs().max() == 0, "a row that does not count"
 
 
-def compare_losses(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_whole_function_through_the_kernels(dtype: torch.dtype) -> None:
     """As on a GPU, in chunks, with a mask; beside torch's operations on the same tensors."""
-    interpreted = kernels()
     torch.manual_seed(0)
     hidden, weight = torch.randn(20, 16).to(dtype), torch.randn(150, 16).to(dtype)
     labels, mask = torch.randint(150, (20,)), torch.rand(20) > 0.3
@@ -105,7 +74,7 @@ def compare_losses(dtype: torch.dtype) -> None:
     expected = results(lambda h, w: cross_entropy(h @ w.T, labels, mask))
     with (
         patch.dict(module.CHUNK_BYTES, cpu=8 * 150 * dtype.itemsize),
-        patch.object(module, "_row_kernels", lambda _: interpreted),
+        patch.object(module, "_row_kernels", lambda _: kernels),
     ):
         found = results(lambda h, w: linear_cross_entropy(h, w, labels, mask))
     tolerance = 1e-6 if dtype == torch.float32 else 8e-3
@@ -138,12 +107,11 @@ def compile_one(name: str, kind: str, architecture: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    made = kernels()
     signature = {argument: form.format(kind) for argument, form in SIGNATURES[name].items()}
     # Rows whose length is a multiple of 16 entries, as a padded vocabulary's.
     aligned: Any = {(i,): [["tt.divisibility", 16]] for i, form in enumerate(signature.values()) if form != "constexpr"}
-    source = ASTSource(getattr(made, name), signature, {"BLOCK": made._BLOCK}, aligned)
-    compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), {"num_warps": made._WARPS})
+    source = ASTSource(getattr(kernels, name), signature, {"BLOCK": kernels._BLOCK}, aligned)
+    compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), {"num_warps": kernels._WARPS})
     used, spilled = registers(compiled.asm["ptx"], architecture)
     assert spilled == 0 and used <= 64, (used, spilled)
     assert re.search(r"ld\.global\S*\.v4|ld\.global\S*\.v8", compiled.asm["ptx"]), "loads of 16 bytes"
