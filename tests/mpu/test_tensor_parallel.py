@@ -81,14 +81,16 @@ def compare_layer(layout: Layout, activation: str, backend: str, tokens: list[in
     dtype = torch.float32 if backend == "triton" else torch.float64  # in fp64 its kernels are not asked
     build = {"activation": activation, "backend": backend, "tau_tokens": 17, "dtype": dtype}
     whole = Pattention(WIDTH, WIDTH, tokens, **build)  # type: ignore[arg-type]
-    x = torch.randn(BATCH, LENGTH, WIDTH, dtype=dtype)
+    # The interpreter runs a program a row.
+    shape = (2, 3) if backend == "triton" else (BATCH, LENGTH)
+    x = torch.randn(*shape, WIDTH, dtype=dtype)
     with torch.no_grad():
         if zero_keys:
             whole.key_tokens_0[3:].zero_()
         x[0, 0].zero_()  # a row of scores that is all zero
     sharded = Pattention(WIDTH, WIDTH, tokens, axis=layout.tensor, **build)  # type: ignore[arg-type]
     take_parameters(sharded, whole, layout)
-    grad_out = torch.randn(BATCH, LENGTH, WIDTH, dtype=dtype)
+    grad_out = torch.randn(*shape, WIDTH, dtype=dtype)
     results = []
     for layer in (whole, sharded):
         leaf = x.clone().requires_grad_()
