@@ -56,6 +56,7 @@ def train_both_ways(backend: str, pairs: dict[str, tuple[RunConfig, RunConfig]])
     """Each run as it is and compiled; how many graphs there are after each iteration of the compiled one."""
     os.environ.pop("TORCHDYNAMO_DISABLE")
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else it starts processes that may outlive a rank by a while
+    os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # else it compiles a program for each set of vector instructions
     from torch._dynamo.utils import counters
 
     graphs: dict[str, list[int]] = {}
