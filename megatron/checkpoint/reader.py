@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,6 +38,7 @@ from megatron.errors import UserError
 SectionType = TypeVar("SectionType", bound=BaseModel)
 _YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's reads the same ten times as fast
 _MAX_DEPTH = 64
+_FILES_AT_ONCE = 4
 
 
 class DamagedCheckpoint(UserError):
@@ -184,15 +186,21 @@ class CheckpointReader:
             share: (i, n) for the i-th of n processes that look at a part of the files each, between them at all.
         """
         mine = self._files_of(*share)
-        looked_at = [kind for kind in self._index if not kinds or kind in kinds]
+        looked_at = {kind: _by_file(index) for kind, index in self._index.items() if not kinds or kind in kinds}
         left_out = tuple(f"{kind}-" for kind in self._index if kind not in looked_at)
-        for name in self._files:
-            if name in mine and not name.startswith(left_out):
-                self._check(name)
-        for kind in looked_at:
-            for file, parts in _by_file(self._index[kind]).items():
-                if file in mine:
-                    self._check_tensors(kind, file, parts)
+        parts = {file: (kind, found) for kind, files in looked_at.items() for file, found in files.items()}
+
+        def look_at(file: str) -> None:
+            self._check(file)
+            if file in parts:
+                kind, found = parts[file]
+                self._check_tensors(kind, file, found)
+
+        # Disks and hashes are each fast enough to wait for the other.
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+            files = [file for file in self._files if file in mine and not file.startswith(left_out)]
+            for _ in threads.map(look_at, files):
+                pass
 
     def _files_of(self, number: int, processes: int) -> set[str]:
         """The files that one of `processes` is to read: those that it wrote, where as many have written them."""

@@ -26,14 +26,13 @@ from megatron.training.resume import open_for_resume
 from megatron.training.soundness import require_sound
 from tests.checkpoint.forged import Change, forge, in_manifest, record, tensors, text
 from tests.damage import damaged
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("single_process")
 MakeConfig = Callable[..., RunConfig]
 SEED = int(os.environ.get("SOAK_SEED", "1"))
 ROUNDS = int(os.environ.get("SOAK_ROUNDS", "1"))
 SECONDS_A_FILE = 20.0
-FILES = ("manifest.json", "train_state.json", "config.yml", "environment.json", "model-00000.safetensors",
-         "optimizer-00000.safetensors", "rng-00000.safetensors")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +43,28 @@ def whole_run(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+@pytest.fixture(scope="module")
+def run_in_parts(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of two ranks, each of which has written its part."""
+    folder = tmp_path_factory.mktemp("parts") / "run"
+    keys = {"train_iters": 2, "checkpoint_factor": 1, "eval_iters": 0, "zero_optimization": {"stage": 1}}
+    run_ranks(2, train_silently, tiny_config(save=str(folder), **keys))
+    assert json.loads((folder / "global_step2" / "manifest.json").read_text())["version"] == 2
+    return folder
+
+
+def train_silently(config: RunConfig) -> None:
+    train(config)
+
+
+def copied(source: Path, target: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(source, target))
+
+
 @pytest.fixture
 def run(whole_run: Path, tmp_path: Path) -> Path:
-    """A copy that may be damaged."""
-    return Path(shutil.copytree(whole_run, tmp_path / "run"))
+    return copied(whole_run, tmp_path / "run")
 
 
 def draws(kind: str, count: int) -> list[random.Random]:
@@ -69,16 +86,22 @@ def outcome(config: RunConfig) -> CheckpointReader:
     return found.checkpoint.tensors
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize("form", ["whole_run", "run_in_parts"])
 def test_a_damaged_file_costs_one_warning_and_the_checkpoint_before_is_taken(
-    run: Path, whole_run: Path, tiny_config: MakeConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+    form: str, tmp_path: Path, tiny_config: MakeConfig, caplog: pytest.LogCaptureFixture,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    whole_run: Path = request.getfixturevalue(form)
+    run = copied(whole_run, tmp_path / "run")
+    names = sorted(path.name for path in (run / "global_step2").iterdir())
     config = tiny_config(save=str(run), load=str(run))
     expected = {n: content(CheckpointReader(whole_run / f"global_step{n}")) for n in (1, 2)}
     logger = get_logger()
     logger.addHandler(caplog.handler)
     try:
         for number, draw in enumerate(draws("checkpoint", 49)):
-            path = run / "global_step2" / FILES[number % len(FILES)]
+            path = run / "global_step2" / names[number % len(names)]
             path.write_bytes(damaged(path.read_bytes(), draw))
             caplog.clear()
             reader = outcome(config)
@@ -234,9 +257,16 @@ def mutate(value: Any, draw: random.Random) -> None:
         value[last] = replacement
 
 
-@pytest.mark.parametrize("file", ["manifest.json", "train_state.json", "config.yml"])
-def test_values_of_other_kinds_are_user_errors_or_harmless(whole_run: Path, tmp_path: Path, file: str) -> None:
-    folder = Path(shutil.copytree(whole_run / "global_step2", tmp_path / "global_step2"))
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("form", "file"),
+    [*(("whole_run", f"{name}") for name in ("manifest.json", "train_state.json", "config.yml")),
+     ("run_in_parts", "manifest.json")],
+)  # fmt: skip
+def test_values_of_other_kinds_are_user_errors_or_harmless(
+    form: str, file: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = copied(request.getfixturevalue(form) / "global_step2", tmp_path / "global_step2")
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     for draw in draws(file, 30):
         change = (lambda f, m, d=draw: mutate(m, d)) if file == "manifest.json" else record(
