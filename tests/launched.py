@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,34 @@ def environment(**variables: str) -> dict[str, str]:
 def deepy(*arguments: str | Path) -> list[str]:
     """The command `python deepy.py train.py arguments`."""
     return [sys.executable, "deepy.py", "train.py", *map(str, arguments)]
+
+
+# A process that kills itself before an iteration of the list, once for each.
+_STRUCK = """\
+import os, runpy, signal, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from megatron.training.loop import Trainer
+iterate = Trainer._iterate
+
+def struck(trainer, batches):
+    marker = Path({markers!r}) / f"struck{{trainer.state.iteration}}"
+    is_meant = os.environ.get("SLURMD_NODENAME") == {node!r} and trainer.state.iteration in {iterations!r}
+    if is_meant and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return iterate(trainer, batches)
+
+Trainer._iterate = struck
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def write_struck_script(file: Path, iterations: Sequence[int], node: str | None = None) -> Path:
+    """A train.py that kills itself once after each of these iterations; in a job of Slurm, on that node only."""
+    words = {"root": str(ROOT), "script": str(ROOT / "train.py"), "markers": str(file.parent)}
+    file.write_text(_STRUCK.format(**words, iterations=[*iterations], node=node))
+    return file
 
 
 def training_lines(folder: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from megatron.signals import STOP_SIGNALS
 
 _LONGEST_DELAY = 600.0  # seconds
 _EXCLUDED = re.compile(r"\bExcNodeList=([^\s(]+)")
+_NODES = re.compile(r"(?:[^,\[]|\[[^\]]*\])+")  # the items of a list: node1,node[3-5,9]
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ class Restarts:
             signal.signal(number, signal.SIG_IGN)  # Slurm sends one to all processes of a job that it requeues
         if _scontrol("requeue", self._job) is not None and nodes:
             get_logger().info("nodes that failed twice are left out: %s", ", ".join(nodes))
-            excluded = ",".join([*([known[1]] if known else []), *nodes])
-            _scontrol("update", f"JobId={self._job}", f"ExcNodeList={excluded}")
+            excluded = dict.fromkeys([*_NODES.findall(known[1] if known else ""), *nodes])
+            _scontrol("update", f"JobId={self._job}", f"ExcNodeList={','.join(excluded)}")
 
 
 def _wait(seconds: float, interval: float = 0.2) -> int | None:

@@ -27,7 +27,7 @@ from megatron.launch.supervise import Outcome
 from megatron.training.loop import train
 from tests.growth.grown_runs import assert_equal, tensors
 from tests.launch.calls import DEMO
-from tests.launched import ROOT, environment, training_lines, write_config
+from tests.launched import ROOT, environment, training_lines, write_config, write_struck_script
 from tests.ranks import run_ranks
 
 KILLED = Outcome(137, is_local=True)
@@ -205,9 +205,9 @@ def test_a_job_is_requeued_without_the_nodes_that_failed_twice(tmp_path: Path, c
     on = {name: Outcome(137, culprit=Culprit(name, 1, 137)) for name in ("node2", "node3")}
     assert requeued(tmp_path / "out", (4, on["node2"]), (8, on["node3"]), (12, Outcome(0))) == [137, 137, 0]
     assert calls() == ["requeue 7", "show job 7", "requeue 7"]
-    (tmp_path / "bin/excluded").write_text("node[7-8]")
+    (tmp_path / "bin/excluded").write_text("node[7,8-9],node2")
     requeued(tmp_path / "out", (16, on["node2"]))
-    assert calls()[-2:] == ["requeue 7", "update JobId=7 ExcNodeList=node[7-8],node2"]
+    assert calls()[-2:] == ["requeue 7", "update JobId=7 ExcNodeList=node[7,8-9],node2"]
 
 
 def test_a_job_is_not_requeued_for_ever(
@@ -250,22 +250,6 @@ def test_a_job_that_cannot_be_requeued_is_told(
 
 # ---- a real run ----
 
-STRUCK = """\
-import os, runpy, signal, sys
-sys.path.insert(0, {root!r})
-from megatron.training.loop import Trainer
-iterate = Trainer._iterate
-
-def struck(trainer, batches):
-    if trainer.state.iteration == 7 and not os.path.exists({marker!r}):
-        open({marker!r}, "w").close()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return iterate(trainer, batches)
-
-Trainer._iterate = struck
-runpy.run_path({script!r}, run_name="__main__")
-"""
-
 
 def trained(config: RunConfig) -> None:
     train(config)
@@ -278,8 +262,7 @@ def test_a_killed_worker_costs_a_restart_and_nothing_else(
 ) -> None:
     keys = {"train_iters": 12, "checkpoint_factor": 5, "hidden_dropout": 0.1}
     run_ranks(1, trained, tiny_config(**keys, save=str(tmp_path / "undisturbed")))
-    script, save = tmp_path / "train.py", tmp_path / "struck"
-    script.write_text(STRUCK.format(root=str(ROOT), marker=str(tmp_path / "marker"), script=str(ROOT / "train.py")))
+    script, save = write_struck_script(tmp_path / "train.py", [7]), tmp_path / "struck"
     folders = {"save": str(save), "load": str(save)}
     config = write_config(
         tmp_path / "run.yml", tokenizer_file, corpus_prefix, **keys, **folders, restart_delay_seconds=0.5

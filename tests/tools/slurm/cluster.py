@@ -49,8 +49,6 @@ MpiDefault=none
 ReturnToService=2
 KillWait=5
 SlurmdParameters=config_overrides
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000
-NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -61,15 +59,16 @@ def missing_programs() -> list[str]:
 
 
 class Cluster:
-    """Context in which the cluster runs; its daemons are killed at the end.
+    """Context in which the cluster of node1, node2 and so on runs; its daemons are killed at the end.
 
     Args:
         folder: where their files go; its path has to be short, it holds a socket.
         settings: further lines of slurm.conf.
+        nodes: how many.
     """
 
-    def __init__(self, folder: Path, settings: str = "") -> None:
-        self.folder, self._settings = folder, settings
+    def __init__(self, folder: Path, settings: str = "", nodes: int = 2) -> None:
+        self.folder, self._settings, self._nodes = folder, settings, [f"node{n}" for n in range(1, nodes + 1)]
         self.environment = environment(SLURM_CONF=str(folder / "slurm.conf"), PATH=SEARCH_PATH)
         for name in [name for name in self.environment if name.startswith("SLURM_") and name != "SLURM_CONF"]:
             del self.environment[name]
@@ -105,7 +104,7 @@ class Cluster:
         if len(self._daemons) > 1:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.run("scancel", "--user", str(os.getuid()), check=False)
-                self._wait_for("2", "sinfo", "-h", "-t", "idle", "-o", "%D", seconds=15)
+                self._all_idle(15)
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:
@@ -124,16 +123,21 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
         user, host = pwd.getpwuid(os.getuid()).pw_name, socket.gethostname().partition(".")[0]
-        text = CONFIGURATION.format(folder=self.folder, user=user, host=host, ports=_free_ports(3))
-        (self.folder / "slurm.conf").write_text(text + self._settings)
+        ports = _free_ports(1 + len(self._nodes))
+        text = CONFIGURATION.format(folder=self.folder, user=user, host=host, ports=ports)
+        nodes = "".join(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=4000\n"
+            for node, port in zip(self._nodes, ports[1:], strict=True)
+        )
+        (self.folder / "slurm.conf").write_text(nodes + text + self._settings)
         own = {"socket": "munge.socket", "pid-file": "munge/pid", "log-file": "munge/log", "seed-file": "munge/seed"}
         files = [f"--{option}={self.folder / name}" for option, name in own.items()]
         self._daemon("munged", "--foreground", "--force", f"--key-file={key}", *files)
         self._wait_until((self.folder / "munge.socket").exists)
         self._daemon("slurmctld", "-D", "-i")
-        for node in ("node1", "node2"):
+        for node in self._nodes:
             self._daemon("slurmd", "-D", "-N", node)
-        assert self._wait_for("2", "sinfo", "-h", "-t", "idle", "-o", "%D"), self.logs()
+        assert self._all_idle(), self.logs()
 
     def _daemon(self, program: str, *arguments: str) -> None:
         command = [str(shutil.which(program, path=SEARCH_PATH)), *arguments]
@@ -141,8 +145,9 @@ class Cluster:
             daemon = subprocess.Popen(command, env=self.environment, stdout=output, stderr=output)
         self._daemons.append(daemon)
 
-    def _wait_for(self, expected: str, *command: str, seconds: float = 20.0) -> bool:
-        return self._wait_until(lambda: self.run(*command, check=False) == expected, seconds)
+    def _all_idle(self, seconds: float = 20.0) -> bool:
+        idle = "sinfo", "-h", "-t", "idle", "-o", "%D"
+        return self._wait_until(lambda: self.run(*idle, check=False) == str(len(self._nodes)), seconds)
 
     def _wait_until(self, condition: object, seconds: float = 20.0) -> bool:
         assert callable(condition)

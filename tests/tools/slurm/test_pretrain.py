@@ -8,12 +8,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.launched import ROOT, environment, training_lines, wait_until, write_config
+from megatron.checkpoint.store import CheckpointReader
+from megatron.config import RunConfig
+from megatron.failures import Failure, record_failure
+from megatron.training.loop import train
+from tests.growth.grown_runs import assert_equal, tensors
+from tests.launched import ROOT, environment, training_lines, wait_until, write_config, write_struck_script
+from tests.ranks import run_ranks
 from tests.tools.slurm.cluster import Cluster, missing_programs
 
 pytestmark = pytest.mark.launches
@@ -84,7 +90,8 @@ def test_a_complete_run_ends_the_job(script: StandIn) -> None:
     code, output = script.run()
     assert code == 0 and "scontrol" not in output
     arguments = (script.folder / "started").read_text().strip()
-    assert arguments == "args: deepy.py train.py -d configs a.yml --set seed=3 --set deepspeed_slurm=true"
+    requeue = "--set restart_by_requeue=true"
+    assert arguments == f"args: deepy.py train.py -d configs a.yml --set seed=3 --set deepspeed_slurm=true {requeue}"
 
 
 @pytest.mark.parametrize("code", [1, 2, 137])
@@ -142,11 +149,16 @@ def test_a_run_that_could_not_resume_is_refused(script: StandIn, keys: dict[str,
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     if missing_programs():
         pytest.skip(f"Slurm is not installed: {', '.join(missing_programs())} not found")
-    with tempfile.TemporaryDirectory(prefix="slurm") as folder, Cluster(Path(folder) / "c") as running:
+    nodes = getattr(request, "param", 2)
+    with tempfile.TemporaryDirectory(prefix="slurm") as folder, Cluster(Path(folder) / "c", nodes=nodes) as running:
         yield running
+
+
+def done(cluster: Cluster, job: str) -> bool:
+    return not cluster.run("squeue", "-h", "-j", job, check=False)
 
 
 def test_a_run_is_stopped_before_its_time_limit_requeued_and_ends_as_without(
@@ -170,15 +182,12 @@ def test_a_run_is_stopped_before_its_time_limit_requeued_and_ends_as_without(
     }
     job = cluster.run("sbatch", "--parsable", *places, *limit, str(SCRIPT), str(config), cwd=ROOT)
 
-    def done() -> bool:
-        return not cluster.run("squeue", "-h", "-j", job, check=False)
-
-    assert wait_until(lambda: (saved / "latest").exists() or done(), 60), cluster.logs()
+    assert wait_until(lambda: (saved / "latest").exists() or done(cluster, job), 60), cluster.logs()
     configure("run.yml")
     # While the job waits to start again, srun without deepy.py makes the run it is compared with.
     plain = configure("plain.yml", log_dir=str(tmp_path / "plain"))
     cluster.run("srun", *places, sys.executable, "train.py", str(plain), cwd=ROOT)
-    assert wait_until(done, 120), f"{log.read_text()}{cluster.logs()}"
+    assert wait_until(lambda: done(cluster, job), 120), f"{log.read_text()}{cluster.logs()}"
     output = log.read_text()
     stopped = re.search(rf"job {job}: stopped before train_iters {iterations} \(exit code (\d+)\), requeued", output)
     assert stopped and f"job {job}, start 2" in output, output
@@ -189,3 +198,54 @@ def test_a_run_is_stopped_before_its_time_limit_requeued_and_ends_as_without(
     assert [line["consumed_samples"] for line in expected] == [8 * n for n in range(1, iterations + 1)]
     assert [line["lm_loss"] for line in found] == [line["lm_loss"] for line in expected]
     assert "ExitCode=0:0" in cluster.run("scontrol", "show", "job", job)
+
+
+def trained(config: RunConfig) -> None:
+    train(config)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("cluster", [3], indirect=True)
+def test_a_run_whose_node_fails_twice_ends_on_others_as_without(
+    cluster: Cluster,
+    tmp_path: Path,
+    tiny_config: Callable[..., RunConfig],
+    tokenizer_file: Path,
+    corpus_prefix: str,
+) -> None:
+    """Of two processes the one on node2 is killed, as one there was in an earlier job of the run."""
+    site, saved, log = tmp_path / "site", tmp_path / "out", tmp_path / "job.out"
+    site.mkdir()
+    (site / "deepy.py").symlink_to(ROOT / "deepy.py")
+    write_struck_script(site / "train.py", [7], "node2")
+    record_failure(saved, Failure("node2", 1, "an earlier job's", 0, exit_code=137, progress=True, job="1"))
+    keys = {"train_iters": 12, "checkpoint_factor": 5, "master_addr": "127.0.0.1", "eval_iters": 0}
+    config = write_config(tmp_path / "run.yml", tokenizer_file, corpus_prefix, **keys)
+    cluster.environment |= {
+        "PYTHON": sys.executable,
+        "CHECKPOINTS": str(saved),
+        "CONF_DIR": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    places = ["--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
+    command = ["sbatch", "--parsable", *places, str(SCRIPT), str(config), "--max_restarts", "4"]
+    job = cluster.run(*command, cwd=site)
+    run_ranks(2, trained, tiny_config(**keys, save=str(tmp_path / "plain")))
+    ended = wait_until(lambda: done(cluster, job), 200)
+    output = f"{log.read_text() if log.exists() else ''}{cluster.logs()}"
+    assert ended, output
+    for words in (
+        "killed by signal 9 on node2 (rank 1); restart 1 of 4 from global_step5, by requeueing the job",
+        "nodes that failed twice are left out: node2", f"job {job}, start 2 on node[1,3]: ",
+        f"resumed from {saved / 'global_step5'} at iteration 5, restart 2 of this run",
+    ):  # fmt: skip
+        assert words in output, output
+    assert training_lines(saved) == [
+        {**line, **{key: seen[key] for key in ("tokens_per_second", "memory_gib")}}
+        for line, seen in zip(training_lines(tmp_path / "plain"), training_lines(saved), strict=True)
+    ]
+    assert_equal(tensors(saved), tensors(tmp_path / "plain"))
+    assert CheckpointReader(saved / "global_step12").train_state["restarts"] == 2
+    state = cluster.run("scontrol", "show", "job", job)
+    assert "ExitCode=0:0" in state and "ExcNodeList=node2" in state
