@@ -8,6 +8,7 @@ long one may repeat the choices of its first `period` steps, each time with the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +76,13 @@ class BlendedDataset(Dataset[npt.NDArray[np.int64]]):
             raise IndexError(f"sample {index} of {len(self)}")
         number, sample = self.locate(index)
         return self.datasets[number][sample]
+
+    def origins(self, index: int) -> list[Any]:
+        """What sample `index` is made of, as its data set has it."""
+        number, sample = self.locate(index)
+        dataset: Any = self.datasets[number]
+        found: list[Any] = dataset.origins(sample)
+        return found
 
     @property
     def dataset_sample_index(self) -> npt.NDArray[np.int64]:

@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,19 @@ _LATER_SAMPLES = 1 << 19
 _BLOCKS_KEPT = 2
 
 _NAMES = ("doc_idx", "sample_idx", "shuffle_idx")
+
+
+class Origin(TypedDict):
+    """Tokens of a corpus that a sample has."""
+
+    set: str
+    """Prefix of the .bin/.idx pair."""
+    index: int
+    """Number of the sequence in it; prepare_data.py makes one of a document."""
+    offset: int
+    """First token of the sequence that the sample has."""
+    length: int
+    """How many it has."""
 
 
 @dataclass(frozen=True)
@@ -138,19 +152,25 @@ class GPTDataset(Dataset[npt.NDArray[np.int64]]):
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
         """Sample `index`: int64 [seq_length + 1]; the last token of one sample is the first of its neighbour."""
+        return np.concatenate([self.indexed.get(*part) for part in self._parts(index)], dtype=np.int64)
+
+    def origins(self, index: int) -> list[Origin]:
+        """What sample `index` is made of, in order."""
+        corpus = self.indexed.prefix
+        return [Origin(set=corpus, index=i, offset=start, length=n) for i, start, n in self._parts(index) if n]
+
+    def _parts(self, index: int) -> list[tuple[int, int, int]]:
+        """(sequence of the corpus, offset in it, tokens) of each part of a sample."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number, place = self._locate(index)
         block = self._block(number)
         row = int(block.shuffle_idx[place])
         (first, start), (last, end) = block.sample_idx[row].tolist(), block.sample_idx[row + 1].tolist()
-        if first == last:
-            pieces = [self.indexed.get(int(block.doc_idx[first]), start, end - start + 1)]
-        else:
-            pieces = [self.indexed.get(int(block.doc_idx[first]), start)]
-            pieces += [self.indexed.get(int(block.doc_idx[middle])) for middle in range(first + 1, last)]
-            pieces += [self.indexed.get(int(block.doc_idx[last]), 0, end + 1)]
-        return np.concatenate(pieces, dtype=np.int64)
+        documents = [int(document) for document in block.doc_idx[first : last + 1]]
+        starts = [start, *(0 for _ in documents[1:])]
+        ends = [*(int(self.indexed.sizes[document]) for document in documents[:-1]), end + 1]
+        return [(document, a, b - a) for document, a, b in zip(documents, starts, ends, strict=True)]
 
     @property
     def doc_idx(self) -> npt.NDArray[np.integer]:

@@ -25,6 +25,9 @@ class Numbers:
     def __getitem__(self, index: int) -> int:
         return index
 
+    def origins(self, index: int) -> list[tuple[int, int]]:
+        return [(self.size, index)]
+
 
 def one_step_after_the_other(weights: list[float], size: int) -> list[int]:
     counts, result = [0] * len(weights), []
@@ -96,3 +99,10 @@ def test_a_data_set_that_is_too_small_is_named() -> None:
 def test_weights_must_match_the_data_sets() -> None:
     with pytest.raises(UserError, match="data weights: 2 for 1 data sets"):
         BlendedDataset([Numbers(99)], [1, 1], 10)
+
+
+def test_origins_are_those_of_the_data_set() -> None:
+    blend = BlendedDataset([Numbers(40), Numbers(30)], [0.6, 0.4], 40)
+    for number in range(len(blend)):
+        [(size, sample)] = blend.origins(number)
+        assert (size, sample) == ([40, 30][blend.locate(number)[0]], blend[number])

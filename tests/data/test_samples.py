@@ -51,6 +51,17 @@ def test_one_epoch_covers_every_token_once(tmp_path: Path) -> None:
     assert len(dataset) == 10 and len(set(inputs.tolist())) == 40
 
 
+def test_origins_of_a_sample_are_its_tokens(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "c", [5, 0, 1, 30, 4, 5])
+    dataset = GPTDataset(corpus, 4, 7, 20, epoch_blocks=[1])
+    for number in range(len(dataset)):
+        parts = dataset.origins(number)
+        read = [corpus.get(part["index"], part["offset"], part["length"]) for part in parts]
+        assert np.concatenate(read).tolist() == dataset[number].tolist()
+        assert all(part["length"] > 0 and part["set"] == str(tmp_path / "c") for part in parts)
+    assert {len(dataset.origins(number)) for number in range(len(dataset))} >= {1, 2, 3}
+
+
 def test_an_extended_run_keeps_its_prefix() -> None:
     short = GPTDataset(IndexedDataset(CORPUS), 64, 1234, 500)
     longer = GPTDataset(IndexedDataset(CORPUS), 64, 1234, 1500, epoch_blocks=short.epoch_blocks)
