@@ -43,7 +43,7 @@ class Sink(Protocol):
         """Flush and release."""
 
 
-class _Records:
+class Records:
     """A file that is appended to: each piece whole or not at all."""
 
     def __init__(self, path: Path) -> None:
@@ -83,7 +83,7 @@ class JsonLines:
                 self._keep_until(path, resumed_iteration)
             else:
                 os.replace(path, _free_name(path))
-        self._file = _Records(path)
+        self._file = Records(path)
 
     def _keep_until(self, path: Path, iteration: int) -> None:
         lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
@@ -168,7 +168,7 @@ class TensorBoard:
         self._event, self._summary = Event, Summary
         Path(folder).mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_boards)}"
-        self._writer = RecordWriter(_Records(Path(folder) / name))
+        self._writer = RecordWriter(Records(Path(folder) / name))
         self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
 
     def write(self, metrics: Metrics) -> None:

@@ -161,8 +161,11 @@ def _optimizer_fault(optimizer: Mapping[str, Any], model: Mapping[str, Any]) -> 
 
 _COUNTS = ("iteration", "skipped_iterations", "consumed_samples", "consumed_tokens")
 _REQUIRED = (*_COUNTS, "epoch_blocks", "loss_scaler", "lineage")
-TRAIN_STATE_KEYS = (*_REQUIRED, "rollbacks", "restarts")
-"""What train_state.json may hold: the last two came later, and a converted model has no state, or only a lineage."""
+TRAIN_STATE_KEYS = (
+    *_REQUIRED, "rollbacks", "restarts", "left_out_iterations", "skips", "spike_window", "spikes_in_a_row",
+)  # fmt: skip
+"""What train_state.json may hold: `rollbacks` and what follows came later, and a converted model has no state, or only
+a lineage."""
 _ORDER_KEY = re.compile(r"(train|valid|test)/(?:(\d{1,6})(/later)?|(period))")
 _SCALER_KEYS = {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
 
@@ -180,9 +183,28 @@ def train_state_fault(state: Mapping[str, Any], iteration: int) -> str | None:
             return f"has no number for {key}"
     if state.get("iteration", iteration) != iteration:
         return f"is of iteration {state['iteration']}, the manifest of {iteration}"
-    if state.get("skipped_iterations", 0) > iteration:
+    if fault := _spikes_fault(state):
+        return fault
+    if state.get("skipped_iterations", 0) + state.get("left_out_iterations", 0) > iteration:
         return "has more skipped iterations than iterations"
     return _order_fault(state.get("epoch_blocks", {})) or _history_fault(state)
+
+
+def _spikes_fault(state: Mapping[str, Any]) -> str | None:
+    for key in ("left_out_iterations", "spikes_in_a_row"):
+        if not _is_count(state.get(key, 0)):
+            return f"has no number for {key}"
+    skips, window = state.get("skips", []), state.get("spike_window", {})
+    if not isinstance(skips, list) or not all(map(_is_span, skips)):
+        return "has skips that are no spans of iterations"
+    lists = list(window.values()) if isinstance(window, dict) else [None]
+    if not all(isinstance(values, list) and all(map(_is_finite, values)) for values in lists):
+        return "has a spike_window that is no table of numbers"
+    return None
+
+
+def _is_span(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value)) and value[0] <= value[1]
 
 
 def _order_fault(blocks: Any) -> str | None:

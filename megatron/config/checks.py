@@ -112,7 +112,22 @@ def find_setting_mistakes(config: RunConfig) -> Iterator[ConfigError]:
         yield from _muon(zero, optimization, config.parallel.model_parallel_size)
         yield from _scaled_by_age([config.scaling, *config.scaling.growth])
     if config.scaling.growth:
-        yield from _growing(config.checkpoint)
+        yield from _through_checkpoints(config.checkpoint, "growth", "grows")
+    yield from _spikes(config)
+
+
+def _spikes(config: RunConfig) -> Iterator[ConfigError]:
+    spikes, zero = config.training.spikes, config.parallel.zero_optimization
+    if spikes.action in ("none", "log"):
+        return
+    if config.training.allow_nonfinite_loss:
+        reason = f"true lets through what spikes.action {spikes.action} is for"
+        yield ConfigError("allow_nonfinite_loss", reason, "set false", beside=["spikes.action"])
+    if spikes.action == "rewind":
+        yield from _through_checkpoints(config.checkpoint, "spikes.action", "rewinds")
+    elif config.optimization.optimizer.type == "Muon" and zero.stage:
+        reason = "skip_update comes too late for Muon, whose momentum DeepSpeed updates before the norm is known"
+        yield ConfigError("spikes.action", reason, "use rewind, or ZeRO 0", beside=["optimizer.type"])
 
 
 def _restarting(options: CheckpointConfig) -> Iterator[ConfigError]:
@@ -150,13 +165,14 @@ def _loss_package(name: str, tensor: int, dtype: str) -> Iterator[ConfigError]:
         yield ConfigError("cross_entropy", reason, "use auto, or bf16", beside=["precision"])
 
 
-def _growing(options: CheckpointConfig) -> Iterator[ConfigError]:
+def _through_checkpoints(options: CheckpointConfig, key: str, does: str) -> Iterator[ConfigError]:
+    """What keeps a run that grows or rewinds, as `key` says, from going on from its own checkpoint."""
     if options.save is None:
-        reason = "a run that grows goes through a checkpoint"
-        yield ConfigError("growth", reason, "give `save` (and the same folder as load)", beside=["save"])
+        reason = f"a run that {does} goes through a checkpoint"
+        yield ConfigError(key, reason, "give `save` (and the same folder as load)", beside=["save"])
     if options.no_save_optim:
-        reason = "a run that grows goes on from its checkpoint"
-        yield ConfigError("no_save_optim", reason, "set no_save_optim: false", beside=["growth"])
+        reason = f"a run that {does} goes on from its checkpoint"
+        yield ConfigError("no_save_optim", reason, "set no_save_optim: false", beside=[key])
 
 
 def _scaled_by_age(growths: Sequence[ScalingConfig | ScheduledGrowth]) -> Iterator[ConfigError]:

@@ -1,7 +1,7 @@
 """From YAML files and overrides to one validated, frozen RunConfig, or all mistakes in them, each as one line.
 
 Merging: the files in the order given, the includes of a file before its own keys, overrides last; the later value
-wins. Tables (optimizer, optimizer.params, fp16, bf16, zero_optimization) are merged key by key, lists and plain
+wins. Tables (optimizer, optimizer.params, fp16, bf16, zero_optimization, spikes) are merged key by key, lists and plain
 values are replaced, null takes an earlier value back. Paths inside a file are relative to the working directory, not to
 the file; `~` and environment variables in them are replaced.
 """
@@ -23,6 +23,7 @@ from megatron.config.sections.base import Section
 from megatron.config.sections.model import MODEL_SECTIONS, ModelConfig, ModelSection, model_section
 from megatron.config.sections.optimization import OptimizerParams, OptimizerSpec
 from megatron.config.sections.precision import Bf16, Fp16
+from megatron.config.sections.training import SpikesConfig
 from megatron.config.yaml_file import (
     TABLES,
     Setting,
@@ -48,6 +49,7 @@ _TABLE_MODELS: dict[str, type[Section]] = {
     "optimizer.params": OptimizerParams,
     "fp16": Fp16,
     "bf16": Bf16,
+    "spikes": SpikesConfig,
 }
 
 

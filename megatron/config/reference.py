@@ -37,8 +37,8 @@ A run is described by YAML files with one `key: value` a line (JSON with # comme
 underscores are equal (`vocab-file`, `vocab_file`), `.yml` may be left off on the command line.
 
 - Several files are merged, the later one wins: `python deepy.py train.py configs/tokenformer/150M_train_pile.yml
-  configs/bf16.yml`. The tables `optimizer`, `optimizer.params`, `fp16`, `bf16` and `zero_optimization` are merged key
-  by key; lists and plain values are replaced; `key: null` takes an earlier value back.
+  configs/bf16.yml`. The tables `optimizer`, `optimizer.params`, `fp16`, `bf16`, `zero_optimization` and `spikes` are
+  merged key by key; lists and plain values are replaced; `key: null` takes an earlier value back.
 - `include: base.yml` (or a list) merges other files first; paths are relative to the including file, and a file that
   was merged before is not merged again. An `include` that names no YAML file is the launcher's (nodes to use).
 - `task` says what a run learns: `language`, which needs not be said, or a task of your own (see CONTRIBUTING.md), whose

@@ -22,7 +22,7 @@ from megatron.errors import ConfigError, UserError
 from megatron.files import read_text
 from megatron.text import nearest, shortened
 
-TABLES = ("optimizer", "optimizer.params", "fp16", "bf16", "zero_optimization")
+TABLES = ("optimizer", "optimizer.params", "fp16", "bf16", "zero_optimization", "spikes")
 """Keys whose value is a table; tables of several files are merged key by key, everything else is replaced."""
 
 _SUFFIXES = ("", ".yml", ".yaml")

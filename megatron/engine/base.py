@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megatron.checkpoint.tensors import Tensors
 from megatron.config.mistakes import mistakes
 from megatron.engine.compiled import compile_blocks, forget_compiled
+from megatron.engine.gate import Numbers, UpdateGate
 from megatron.engine.grid import DeepSpeedGrid
 from megatron.engine.optimizer import build_optimizer, freeze_old_parameters
 from megatron.engine.settings import EngineSettings
@@ -43,6 +44,8 @@ class StepResult:
     loss: Tensor
     grad_norm: Tensor | float | None
     skipped: bool
+    withheld: bool = False
+    """The weights are as they were, for the loss or the norm was a spike; see `Engine.withhold`."""
 
 
 class Engine(ABC):
@@ -69,6 +72,7 @@ class Engine(ABC):
         self.settings, self.task, self.layout, self._grid = settings, task, layout, grid
         self.model, self.device = model, process_device()
         self.clip, self.zero_stage = settings.optimization.gradient_clipping, settings.zero_stage
+        self._gate: UpdateGate | None = None
         self.watch = StepWatch(layout, self.device, task.loss_name, settings.allow_nonfinite_loss)
         # With ZeRO, DeepSpeed's Muon replaces gradients by updates before it takes their norm.
         self._norm_is_of_updates = settings.optimization.optimizer.type == "Muon" and self.zero_stage > 0
@@ -144,6 +148,23 @@ class Engine(ABC):
                 dist.all_reduce(sums, group=group)
         return dict(zip(self.task.measures, sums.tolist(), strict=True))
 
+    @abstractmethod
+    def _numbers_of_update(self) -> Numbers:
+        """Loss and gradient norm before the update; the mean of all ranks' losses is the loss."""
+
+    def withhold(self, is_bad: Callable[[float, float | None], bool]) -> None:
+        """From now on ask of every update, before it is made, whether it is to be left out. Each then waits for it.
+
+        Args:
+            is_bad: told the mean loss and the gradient norm, None where there is none; the same on all ranks.
+        """
+        self._gate = UpdateGate(self.state.inner, self.watch, self._numbers_of_update, is_bad)
+
+    def _norm_of_zero(self) -> Tensor | float | None:
+        """The gradient norm that DeepSpeed has for the update it is at, with ZeRO."""
+        norm: Tensor | float | None = self._engine.optimizer._global_grad_norm
+        return None if self._norm_is_of_updates else norm
+
     def _finish_step(self, loss: Tensor, norm: Tensor | float | None, skipped: bool) -> StepResult:
         """What DeepSpeed says after an update; `norm` None asks it for the norm."""
         if norm is None and not self._norm_is_of_updates:
@@ -151,7 +172,8 @@ class Engine(ABC):
         if skipped:
             # ZeRO skips updates that are not finite, which only fp16 recovers from.
             norm = None if self.settings.dtype == "fp16" else float("inf")
-        return StepResult(loss, norm, skipped)
+        withheld = self._gate is not None and self._gate.close_step(loss, norm)
+        return StepResult(loss, norm, skipped and not withheld, withheld)
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self._engine.optimizer.param_groups:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.engine.base import Engine, StepResult
+from megatron.engine.gate import Numbers
 from megatron.engine.gradients import clip_gradients, combine_norm_of_stages
 
 # Micro-batches of an evaluation's schedule, for each stage: it waits for the last stage once in so many.
@@ -36,7 +37,17 @@ class PipelineEngine(Engine):
         return engine
 
     def _clip(self, *_: Any) -> None:
-        self._norm = clip_gradients(self.model.parameters(), self.clip, self.layout)
+        if self._norm is None:  # else they are clipped: the update's numbers were asked for
+            self._norm = clip_gradients(self.model.parameters(), self.clip, self.layout)
+
+    def _numbers_of_update(self) -> Numbers:
+        pipeline, loss = self.layout.pipeline, 0.0
+        if pipeline.is_last:  # the only stage that has a loss by now: it counts for all of them
+            loss = self._engine.total_loss * (pipeline.size / self._engine.gradient_accumulation_steps())
+        if self.zero_stage:
+            return loss, self._norm_of_zero()
+        self._clip()
+        return loss, self._norm
 
     def _layers(self) -> list[nn.Module]:
         model: Any = self.model
@@ -49,6 +60,7 @@ class PipelineEngine(Engine):
     def train_step(self, batches: Sequence[Any], learning_rate: float) -> StepResult:
         """One update; see Engine."""
         self._set_learning_rate(learning_rate)
+        self._norm = None
         skipped_before = self._engine.skipped_steps
         self._engine.train_batch(self._items(batches))
         skipped = self._engine.skipped_steps > skipped_before

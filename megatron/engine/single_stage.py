@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.engine.base import Engine, StepResult
+from megatron.engine.gate import Numbers
 from megatron.engine.gradients import clip_gradients
 from megatron.model.attention import SelfAttention
 from megatron.model.layered import block_of
@@ -48,9 +49,14 @@ class SingleStageEngine(Engine):
                 self._engine.step()
         mean = torch.stack(losses).mean()
         norm = clip_gradients(self.model.parameters(), self.clip, self.layout) if self.zero_stage == 0 else None
+        self._numbers = mean, norm
         skipped_before = self._engine.skipped_steps
         self._engine.step()
         return self._finish_step(mean, norm, self._engine.skipped_steps > skipped_before)
+
+    def _numbers_of_update(self) -> Numbers:
+        loss, norm = self._numbers
+        return loss, norm if self.zero_stage == 0 else self._norm_of_zero()
 
     def _reduced(self, batch: Any, of_outputs: Callable[..., Tensor]) -> Tensor:
         """What the task's loss or measure makes of the model's outputs, computed in its forward."""

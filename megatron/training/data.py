@@ -51,10 +51,29 @@ class RunData:
 
     def training(self) -> Iterator[list[Any]]:
         """For each update to come its micro-batches, from the first sample that was not consumed yet."""
-        workers = self._task.config.data.num_workers
-        stream = self._stream(self.sets.train, self._update.steps, self._state.consumed_samples, workers)
+        workers, place, stream = self._task.config.data.num_workers, -1, iter(())
         while True:
+            if place != self._state.consumed_samples:  # at first, and where iterations were skipped, unread
+                place = self._state.consumed_samples
+                stream = self._stream(self.sets.train, self._update.steps, place, workers)
             yield [next(stream) for _ in range(self._update.steps)]
+            place += self._update.samples
+
+    @property
+    def update_samples(self) -> int:
+        """Training samples that an update of all ranks reads."""
+        return self._update.samples
+
+    def origins(self, first: int) -> list[dict[str, Any]]:
+        """What the update of all ranks that begins with training sample `first` reads, a sample after the other.
+
+        Each part is {set, index, offset, length}: prefix, sequence, first token and tokens of a corpus. Of a data set
+        that cannot tell (it has no `origins`) it is the number of the sample in it.
+        """
+        samples, train = range(first, first + self._update.samples), self.sets.train
+        if not hasattr(train, "origins"):
+            return [{"set": "train", "index": sample} for sample in samples]
+        return [dict(origin) for sample in samples for origin in train.origins(sample)]
 
     def evaluation(self, split: str) -> Iterator[Any] | None:
         """The same samples of the `valid` or `test` set every time; None where there are none to evaluate."""

@@ -27,6 +27,7 @@ from megatron.training.generators import seed_generators
 from megatron.training.hardware import memory_gib, peak_flops, report
 from megatron.training.profiling import Profiler
 from megatron.training.schedule import LRSchedule
+from megatron.training.spikes import Rewind, SpikeGuard, is_skipped
 from megatron.training.start import Start
 from megatron.training.state import TrainState
 
@@ -45,8 +46,8 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> TrainState:
     with StopRequest() if stop is None else nullcontext(stop) as stop:
         stop.hold()
         while trainer.train(stop):
-            config = _from_own_checkpoint(config)
-            trainer = Trainer(config)
+            config = _from_own_checkpoint(config) if trainer.has_saved else config
+            trainer = Trainer(config, trainer.state.skips)
     return trainer.state
 
 
@@ -58,21 +59,27 @@ def _from_own_checkpoint(config: RunConfig) -> RunConfig:
 
 
 class Trainer:
-    """A run from one of its starts to its end, a request to stop or its next growth: all it works with, and its loop.
+    """A run from one of its starts to its end, a request to stop, its next growth or rewind: what it needs, its loop.
+
+    Args:
+        skips: what rewinds of this run have said to skip; of a run's first start, its checkpoint says it.
 
     Collective. Raises: UserError for what keeps the run from starting; then it leaves no trace.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    has_saved = False
+    """Has it written a checkpoint, which another start goes on from?"""
+
+    def __init__(self, config: RunConfig, skips: list[list[int]] | None = None) -> None:
         self.layout = initialize_distributed(config)
         with ExitStack() as claims:
             lock = first_rank_does(lambda: claim_folders(config), self.layout)
             if lock is not None:
                 claims.callback(lock.close)
-            self._assemble(config)
+            self._assemble(config, skips)
             self._claims = claims.pop_all()
 
-    def _assemble(self, config: RunConfig) -> None:
+    def _assemble(self, config: RunConfig, skips: list[list[int]] | None) -> None:
         self.last_iteration, layout, seed = config.last_iteration, self.layout, config.training.seed
         seed_generators(seed, layout)
         task = self._task = build_task(config)
@@ -80,6 +87,7 @@ class Trainer:
         self._growths = GrowthSchedule(config.scaling, self.last_iteration, update.tokens)
         start = Start(task, layout, self._growths)
         config, state, checkpoint = start.config, start.state, start.checkpoint
+        state.skips = state.skips if skips is None else skips
         self.config, self.state, self._resumed = config, state, start.resumed
         self.data = RunData(task, state, update, layout.data)
         start.prove(self.data.held_out(_PROOF_SAMPLES))
@@ -94,16 +102,28 @@ class Trainer:
         measure = origin if self._peak is None else f"MFU against {self._peak / 1e12:.1f} TFLOP/s a device ({origin})"
         report(settings, layout, described.num_parameters(), update, measure)
         self._saver = Saver(config, self.engine, state)
+        self._guard(config)
         options, since = self._growths.learning_rate(config.optimization, state)
         self.schedule = LRSchedule(config.replaced(optimization=options), since)
         self._metrics = MetricsLog(config, layout.rank, state.iteration, task.console)
         self._profiler = Profiler(config.logging, config.checkpoint.save, self.engine.device, layout.rank)
         self._loss, self._throughput = RunningMean(), Throughput()
 
+    def _guard(self, config: RunConfig) -> None:
+        """Watch for what goes wrong in silence."""
+        training = config.training
+        self._skips = [*(training.skip_iterations or ()), *self.state.skips]
+        if training.spikes.action != "none":
+            folder = config.checkpoint.save or config.logging.log_dir
+            guard = SpikeGuard(training.spikes, training, self._task.loss_name, self.state, self.data, folder)
+            guard.attach(self.engine)
+
     def train(self, stop: StopRequest) -> bool:
-        """Train to the end, a request to stop or the next growth, and close; true when it is time to grow."""
+        """Train to the end, a request to stop or the next growth or rewind, and close; true for these two."""
         try:
             return self._train(stop)
+        except Rewind:
+            return True
         finally:
             self.close()
 
@@ -132,7 +152,7 @@ class Trainer:
             self._profiler.before(state.iteration + 1)
             step = self._iterate(batches)
             self._tell(step, stop)
-            if self._log_due():
+            if step is not None and self._log_due():
                 self._metrics.log(self._training_metrics(step))
             self._profiler.after(state.iteration)
             stopping = self.engine.watch.stops or self._exit_due()
@@ -150,24 +170,31 @@ class Trainer:
                 return True
         return False
 
-    def _iterate(self, batches: Iterator[list[Any]]) -> StepResult:
-        """One update, counted; the device may still be at it."""
-        update, micro_batches = self._update, next(batches)
-        step = self.engine.train_step(micro_batches, self.schedule(self.state.updates))
+    def _iterate(self, batches: Iterator[list[Any]]) -> StepResult | None:
+        """One update, counted; the device may still be at it. None where the iteration is to be skipped."""
+        state, length = self.state, self._update.tokens // self._update.samples
+        if is_skipped(state.iteration + 1, self._skips):
+            state.advance(self._update.samples, length, left_out=True)
+            return None
+        step = self.engine.train_step(next(batches), self.schedule(state.updates))
         self._loss.add(step.loss)
-        self.state.advance(update.samples, update.tokens // update.samples, step.skipped)
+        state.advance(self._update.samples, length, step.skipped, step.withheld)
         return step
 
-    def _tell(self, step: StepResult, stop: StopRequest) -> None:
+    def _tell(self, step: StepResult | None, stop: StopRequest) -> None:
         """Tell all ranks of an iteration; what they have to know of it is looked at now or after the next one.
 
-        Raises: UserError when a loss or a gradient norm is not finite.
+        Raises: UserError when a loss or a gradient norm is not finite, Rewind for a spike that is to be gone back from.
         """
         watch = self.engine.watch
-        watch.post(step.loss, step.grad_norm, stop.requested or self._saver.stops)
+        asked = stop.requested or self._saver.stops
+        if step is None:
+            watch.ask(asked)
+        else:
+            watch.post(step.loss, step.grad_norm, asked, self.state.iteration)
         if watch.stops or not self._is_quiet():
             watch.look()
-        self._throughput.add(self._update.tokens)
+        self._throughput.add(self._update.tokens if step is not None else 0)
 
     def _is_quiet(self) -> bool:
         """Does nothing follow this iteration for which the host waits for the device anyway?"""
@@ -188,6 +215,7 @@ class Trainer:
 
     def _save_if_due(self, force: bool = False) -> None:
         if self._saver.save_if_due(force):
+            self.has_saved = True
             self._throughput.skip()
 
     def _training_metrics(self, step: StepResult) -> Metrics:

@@ -63,7 +63,8 @@ def _optimizer_fault(reader: CheckpointReader) -> str | None:
     for name, found in moments.items():
         if found - {"step"} not in known:
             return f"lists {', '.join(sorted(found))} of {name[:80]}, which is not what {spec.type} keeps"
-    updates = state.get("iteration", 0) - state.get("skipped_iterations", 0)
+    skipped = state.get("skipped_iterations", 0) + state.get("left_out_iterations", 0)
+    updates = state.get("iteration", 0) - skipped
     if not updates or set() in known:
         return None
     # What is frozen, and tokens that were added since the last update, have none.

@@ -138,7 +138,8 @@ class Start:
         state.load_state_dict(base.train_state)
         state.lineage, state.rollbacks, state.restarts = past_growths(state.lineage), [], 0
         if config.scaling.partial_init_policy == "restart":
-            state.iteration = state.skipped_iterations = 0
+            state.iteration = state.skipped_iterations = state.left_out_iterations = 0
+            state.skips = []
         elif state.iteration >= (config.training.train_iters or math.inf):
             raise UserError(
                 f"train_iters: {config.training.train_iters} is not more than the {state.iteration} iterations of "
@@ -159,7 +160,7 @@ class Start:
             "growth at iteration %d: %s; %s to %s parameters",
             state.iteration, entry["added"], f"{before.num_parameters:,}", f"{grown.num_parameters:,}",
         )  # fmt: skip
-        state.lineage = [*state.lineage, entry]
+        state.lineage, state.spike_window = [*state.lineage, entry], {}  # new tokens have gradients of another size
         self.config, self.checkpoint, self._growths = after, grown, [*self._growths, (before, grown)]
 
     def prove(self, inputs: Sequence[Tensor]) -> None:

@@ -18,6 +18,8 @@ class TrainState:
     """Finished iterations, skipped updates included."""
     skipped_iterations: int = 0
     """Updates that fp16 loss scaling skipped; the schedule does not count them."""
+    left_out_iterations: int = 0
+    """Iterations without an update for a spike's or skip_iterations' sake; the schedule counts them."""
     consumed_samples: int = 0
     """Training samples read so far."""
     consumed_tokens: int = 0
@@ -33,16 +35,23 @@ class TrainState:
     """The iterations that `iteration` has rolled the run back to, in order."""
     restarts: int = 0
     """How often the run was started again after a failure."""
+    skips: list[list[int]] = field(default_factory=list)
+    """[first, last] of the iterations that a rewind said to skip, one entry a rewind."""
+    spike_window: dict[str, list[float]] = field(default_factory=dict)
+    """The latest good losses and gradient norms, oldest first, which spikes are told by."""
+    spikes_in_a_row: int = 0
+    """Updates that were skipped for a spike since the last good one."""
 
     @property
     def updates(self) -> int:
-        """Updates that changed the weights; the learning-rate schedule runs on these."""
+        """What the learning-rate schedule runs on: all iterations but those that fp16 loss scaling skipped."""
         return self.iteration - self.skipped_iterations
 
-    def advance(self, samples: int, length: int, skipped: bool) -> None:
+    def advance(self, samples: int, length: int, skipped: bool = False, left_out: bool = False) -> None:
         """Count one finished iteration of `samples`, of `length` tokens each."""
         self.iteration += 1
         self.skipped_iterations += int(skipped)
+        self.left_out_iterations += int(left_out)
         self.consumed_samples += samples
         self.consumed_tokens += samples * length
 

@@ -335,3 +335,38 @@ def test_blocks_that_cannot_be_compiled_are_refused(keys: dict[str, Any], line: 
     resolve_config([], {**complete, "compile": "blocks"}, checks=[find_training_mistakes])
     with pytest.raises(UserError, match=line):
         resolve_config([], {**complete, **keys, "compile": "blocks"}, checks=[find_training_mistakes])
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"spikes": {"action": "rewind"}}, "spikes.action: a run that rewinds goes through a checkpoint; give `save`"),
+        ({"spikes": {"action": "rewind"}, "save": "a", "no_save_optim": True}, "no_save_optim: a run that rewinds"),
+        ({"spikes": {"action": "skip_update"}, "allow_nonfinite_loss": True}, "allow_nonfinite_loss: true lets"),
+        ({"spikes": {"action": "skip_update"}, "optimizer": {"type": "Muon"}, "gradient_clipping": 0}, "too late for"),
+        ({"spikes": {"action": "stop"}}, "spikes.action: 'stop' is not supported; choose one of none, log, skip_upd"),
+        ({"spikes": {"threshold": 3}}, "spikes.action: is not given, so that the other keys have no eff"),
+        ({"spikes": {"action": "log", "window": 7}}, "spikes.window: must be at least 8, got 7"),
+        ({"spikes": {"action": "log", "threshold": 0}}, "spikes.threshold: must be greater than 0"),
+        ({"spikes": {"action": "log", "limit": 0}}, "spikes.limit: must be greater than 0"),
+        ({"spikes": {"acton": "log"}}, "spikes.acton: unknown key; did you mean spikes.action?"),
+        ({"spikes": True}, "spikes: expected a table"),
+        ({"skip_iterations": [[1, 2], [5, 4]]}, r"skip_iterations: \[5, 4\] is no span \[first, last\] of iterations"),
+        ({"skip_iterations": [[0, 4]]}, r"skip_iterations: \[0, 4\] is no span"),
+        ({"skip_iterations": [[3]]}, r"skip_iterations: \[3\] is no span"),
+        ({"skip_iterations": [3, 4]}, "skip_iterations: expected a list"),
+    ],
+)  # fmt: skip
+def test_spikes_that_cannot_be_are_refused(keys: dict[str, Any], line: str) -> None:
+    complete = {**MINIMUM, "train_iters": 1, "train_micro_batch_size_per_gpu": 1, "data_path": "x"}
+    zero = keys.get("zero_optimization", {"stage": 1})
+    with pytest.raises(UserError, match=line):
+        resolve_config([], {**complete, **keys, "zero_optimization": zero}, checks=[find_training_mistakes])
+
+
+def test_what_is_watched_for_spikes_can_be_given_in_parts(tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text("spikes: {action: log, threshold: 4}\nskip_iterations: [[3, 5], [9, 9]]\n")
+    config = load_config([tmp_path / "a.yml"], {**MINIMUM, "spikes.window": 16})
+    assert (config.training.spikes.threshold, config.training.spikes.window) == (4, 16)
+    assert config.training.skip_iterations == [[3, 5], [9, 9]]
+    assert load_config([], config.flat()).training == config.training

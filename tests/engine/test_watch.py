@@ -39,24 +39,24 @@ def error_of(watch: StepWatch) -> str:
 def test_what_is_not_finite_is_named(loss: float, norm: float | None, message: str) -> None:
     for make in (torch.tensor, lambda x: torch.tensor(x, dtype=torch.bfloat16), float):
         told = watch()
-        told.post(torch.tensor(loss), None if norm is None else make(norm), False)
+        told.post(torch.tensor(loss), None if norm is None else make(norm), False, 1)
         assert error_of(told) == message
         assert error_of(told) == "", "it was looked at"
 
 
 def test_the_next_step_looks_at_the_one_before() -> None:
     told = watch()
-    told.post(torch.tensor(NAN), None, False)
+    told.post(torch.tensor(NAN), None, False, 1)
     with pytest.raises(UserError, match="stopped before anything was saved"):
-        told.post(torch.tensor(1.0), None, False)
+        told.post(torch.tensor(1.0), None, False, 1)
 
 
 def test_a_request_to_stop_passes_where_nothing_has_to_be_finite() -> None:
     told = watch(allow_nonfinite=True)
-    told.post(torch.tensor(NAN), INF, False)
+    told.post(torch.tensor(NAN), INF, False, 1)
     told.look()
     assert not told.stops
-    told.post(torch.tensor(NAN), INF, True)
+    told.post(torch.tensor(NAN), INF, True, 1)
     assert told.stops, "one process has nobody to tell"
 
 
@@ -67,7 +67,7 @@ def told_by_others() -> list[Any]:
     found: list[Any] = []
     for allow, loss, norm, stop in ((False, 1.0, 1.0, True), (False, 1.0, INF, False), (True, NAN, INF, True)):
         told = watch(layout, allow_nonfinite=allow)
-        told.post(torch.tensor(loss if is_last else 1.0), norm if is_last else 0.5, stop and is_last)
+        told.post(torch.tensor(loss if is_last else 1.0), norm if is_last else 0.5, stop and is_last, 1)
         before = told.stops
         found.append((before, error_of(told), told.stops))
     return found

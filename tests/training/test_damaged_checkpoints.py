@@ -208,6 +208,13 @@ FORGERIES: dict[str, Change] = {
     "a scale that is NaN": record("train_state.json", lambda s: s.update(loss_scaler={"cur_scale": float("nan")})),
     "a lineage of text": record("train_state.json", lambda s: s.update(lineage="none")),
     "a growth without time": record("train_state.json", lambda s: s.update(lineage=[{"scheduled": True}])),
+    "more left out": record("train_state.json", lambda s: s.update(left_out_iterations=3)),
+    "left out of text": record("train_state.json", lambda s: s.update(left_out_iterations="1")),
+    "spikes below 0": record("train_state.json", lambda s: s.update(spikes_in_a_row=-1)),
+    "skips that end before": record("train_state.json", lambda s: s.update(skips=[[3, 2]])),
+    "skips of one": record("train_state.json", lambda s: s.update(skips=[3])),
+    "a window of text": record("train_state.json", lambda s: s.update(spike_window={"lm_loss": ["1"]})),
+    "a window that is a list": record("train_state.json", lambda s: s.update(spike_window=[1.0])),
     "rollbacks of text": record("train_state.json", lambda s: s.update(rollbacks=["1"])),
     "restarts below 0": record("train_state.json", lambda s: s.update(restarts=-1)),
     "no width": record("config.yml", lambda c: c.pop("hidden_size")),
@@ -283,10 +290,11 @@ def test_values_of_other_kinds_are_user_errors_or_harmless(
 
 
 def test_a_manifest_without_a_checksum_of_its_own_is_read(run: Path) -> None:
-    """Checkpoints of earlier versions have none, and no rollbacks or restarts."""
+    """Checkpoints of earlier versions have none, and no rollbacks or what came after them."""
     path, record_path = run / "global_step2/manifest.json", run / "global_step2/train_state.json"
     state = json.loads(record_path.read_text())
-    del state["rollbacks"], state["restarts"]
+    for later in ("rollbacks", "restarts", "left_out_iterations", "skips", "spike_window", "spikes_in_a_row"):
+        del state[later]
     record_path.write_text(json.dumps(state))
     manifest = json.loads(path.read_text())
     del manifest["sha256"]

@@ -111,8 +111,8 @@ def reported() -> Iterator[Report]:
     """Trains under the eyes of a Report."""
     report, start, iterate = Report(), Trainer.__init__, Trainer._iterate
 
-    def start_noted(run: Trainer, config: RunConfig) -> None:
-        start(run, config)
+    def start_noted(run: Trainer, *arguments: Any) -> None:
+        start(run, *arguments)
         report.traffic.note_groups()
 
     def iterate_noted(run: Trainer, batches: Any) -> StepResult:

@@ -39,8 +39,11 @@ AXES = {
     for axis, keys in {"tp": {"model_parallel_size": 2}, "pp": {"pipe_parallel_size": 2}}.items()
     for stage, precision in ((0, "fp32"), (1, "fp32"), (1, "bf16"))
 }
+WATCHED = {"spikes": {"action": "log", "window": 8}}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     **{name: (1, keys) for name, keys in STAGES.items()},
+    "zero0-watched": (1, {**STAGES["zero0-fp32"], **WATCHED}),
+    "dp2-zero0-watched": (2, {**STAGES["zero0-fp32"], **WATCHED}),
     "zero0-accumulated": (1, {**STAGES["zero0-fp32"], "gradient_accumulation_steps": 2}),
     "zero0-masked": (1, {**STAGES["zero0-fp32"], "eod_mask_loss": True, "hidden_dropout": 0.1}),
     **{f"dp2-{name}": (2, keys) for name, keys in STAGES.items()},

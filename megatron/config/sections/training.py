@@ -4,10 +4,35 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from megatron.config.sections.base import MAX_SIZE, Section
+from megatron.config.sections.base import MAX_FACTOR, MAX_SIZE, Section
 from megatron.config.update_size import UpdateSize
+from megatron.errors import ConfigError
+
+
+class SpikesConfig(Section):
+    """Losses and gradient norms that stand out, and what is done about them."""
+
+    action: Literal["none", "log", "skip_update", "rewind"] = "none"
+    """none: nothing stands out, and what is not finite stops the run. log: a line in the log and in spikes.jsonl, and
+    what is not finite stops the run. skip_update: the weights stay as they are; every update waits until its numbers
+    are known. rewind: the run goes back to its last checkpoint, and skips the iterations from the spike to where it was
+    noticed."""
+    window: int = Field(default=128, ge=8, le=4096)
+    """Good updates before it that an update is measured by: the medians of their losses and norms, and how far these
+    are from them. Nothing but what is not finite stands out before there are so many."""
+    threshold: float = Field(default=6.0, gt=0, le=MAX_FACTOR)
+    """Standard deviations above the median from which on a loss or a norm is a spike."""
+    limit: int = Field(default=10, gt=0, le=100_000)
+    """Updates in a row that are skipped (skip_update), or times that a run goes back (rewind), before it stops."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SpikesConfig:
+        if self.action == "none" and (self.window, self.threshold, self.limit) != (128, 6.0, 10):
+            reason = "is not given, so that the other keys have no effect"
+            raise ConfigError("action", reason, "give log, skip_update or rewind")
+        return self
 
 
 class TrainingConfig(Section):
@@ -54,6 +79,21 @@ class TrainingConfig(Section):
     uninterrupted one bit for bit. Attention and its backward pass become slower."""
     allow_nonfinite_loss: bool = False
     """false: a loss or a gradient norm that is not finite stops the run, and nothing of that update is saved."""
+
+    spikes: SpikesConfig = SpikesConfig()
+    """What is done about losses and gradient norms that stand out or are not finite, for example {window: 128,
+    threshold: 6, action: rewind, limit: 10}."""
+    skip_iterations: list[list[int]] | None = None
+    """Spans [first, last] of iterations that read no data and make no update, for example [[1200, 1210]]; what they
+    would have read is skipped, and the learning rate goes on by iteration."""
+
+    @field_validator("skip_iterations")
+    @classmethod
+    def _check_spans(cls, spans: list[list[int]] | None) -> list[list[int]] | None:
+        for span in spans or ():
+            if len(span) != 2 or not 1 <= span[0] <= span[1]:
+                raise ConfigError("", f"{span} is no span [first, last] of iterations, which are counted from 1")
+        return spans
 
     def update_size(self, data_ranks: int, length: int) -> UpdateSize:
         """What an update of so many data ranks reads, `length` tokens a sample; UserError when the keys do not fit."""
