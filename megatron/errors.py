@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from megatron.text import yaml_form
 
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_LOST_RANK = os.EX_TEMPFAIL  # 75: another process of the run is gone, starting again may help
 EXIT_INTERRUPTED = 130  # what shells give a process that SIGINT has ended
@@ -88,24 +89,33 @@ class LostRank(RankError):
     """Another process of the run is gone. Nobody's mistake: the run may be started again as it is."""
 
 
+class MachineError(Exception):
+    """A machine that has gone wrong: no mistake of a user, and the run may go on from its last checkpoint.
+
+    The message is one line, which names the rank and the node.
+    """
+
+
 def run_command(function: Callable[[], int | None]) -> int:
     """Call `function`; report a UserError as one line a mistake on stderr instead of a traceback.
 
-    Returns the exit code: what `function` returned (None counts as 0), 2 after a UserError, 75 after a LostRank, 130
-    after a Ctrl-C, 141 when nobody reads what it prints any more.
+    Returns the exit code: what `function` returned (None counts as 0), 2 after a UserError, 75 after a LostRank, 1
+    after a MachineError, 130 after a Ctrl-C, 141 when nobody reads what it prints any more.
     """
     try:
         code = function() or 0
         _flush()
         return code
     except UserError as error:
-        # Ranks share a console: the first of each node speaks for all, in one write.
-        local = os.environ.get("LOCAL_PROCESS") or os.environ.get("LOCAL_RANK", "0")
-        if local == "0" or isinstance(error, RankError):
+        if _speaks_for_its_node() or isinstance(error, RankError):
             lines = error.lines if isinstance(error, UserErrors) else [_one_line(str(error))]
             sys.stderr.write("".join(f"error: {line}\n" for line in lines))
             sys.stderr.flush()
         return EXIT_LOST_RANK if isinstance(error, LostRank) else EXIT_USER_ERROR
+    except MachineError as error:
+        sys.stderr.write(f"error: {_one_line(str(error))}\n" if _speaks_for_its_node() else "")
+        sys.stderr.flush()
+        return EXIT_FAILURE
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -120,6 +130,11 @@ def run_command(function: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("SIGINT: stopped\n")
         return EXIT_INTERRUPTED
+
+
+def _speaks_for_its_node() -> bool:
+    """Ranks share a console: the first of each node speaks for all, in one write."""
+    return (os.environ.get("LOCAL_PROCESS") or os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def _flush() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.errors import EXIT_LOST_RANK, LostRank, UserError, UserErrors, run_command
+from megatron.errors import EXIT_LOST_RANK, LostRank, MachineError, UserError, UserErrors, run_command
 
 
 def test_each_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,6 +44,18 @@ def test_a_lost_rank_is_a_line_on_every_rank_and_no_mistake(
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert run_command(fail) == EXIT_LOST_RANK == 75
     assert capsys.readouterr().err == "error: the first rank is gone\n"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_machine_that_goes_wrong_is_one_line_and_no_mistake(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    def fail() -> None:
+        raise MachineError("rank 3 (node1):\nwrong")
+
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert run_command(fail) == 1
+    assert capsys.readouterr().err == ("error: rank 3 (node1): wrong\n" if rank == "0" else "")
 
 
 def test_other_errors_keep_their_traceback() -> None:

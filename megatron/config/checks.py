@@ -114,6 +114,9 @@ def find_setting_mistakes(config: RunConfig) -> Iterator[ConfigError]:
     if config.scaling.growth:
         yield from _through_checkpoints(config.checkpoint, "growth", "grows")
     yield from _spikes(config)
+    if config.training.check_replicas_interval and zero.stage == 3:
+        reason = "with ZeRO 3 no two ranks hold the same weights, there is nothing to compare"
+        yield ConfigError("check_replicas_interval", reason, "remove it", beside=["zero_optimization.stage"])
 
 
 def _spikes(config: RunConfig) -> Iterator[ConfigError]:

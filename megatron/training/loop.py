@@ -10,6 +10,7 @@ from megatron.config.schema import RunConfig
 from megatron.engine.base import StepResult
 from megatron.engine.build import build_engine
 from megatron.engine.distributed import initialize_distributed
+from megatron.engine.replicas import ReplicaCheck
 from megatron.engine.settings import EngineSettings
 from megatron.growth.schedule import GrowthSchedule
 from megatron.log import get_logger
@@ -113,6 +114,7 @@ class Trainer:
         """Watch for what goes wrong in silence."""
         training = config.training
         self._skips = [*(training.skip_iterations or ()), *self.state.skips]
+        self._replicas = ReplicaCheck(self.engine, training.check_replicas_interval)
         if training.spikes.action != "none":
             folder = config.checkpoint.save or config.logging.log_dir
             guard = SpikeGuard(training.spikes, training, self._task.loss_name, self.state, self.data, folder)
@@ -214,6 +216,7 @@ class Trainer:
         get_logger().info("stopped at iteration %d (%s)", self.state.iteration, reason)
 
     def _save_if_due(self, force: bool = False) -> None:
+        self._replicas.check_if_due(self.state.iteration, force or self._saver.is_due())
         if self._saver.save_if_due(force):
             self.has_saved = True
             self._throughput.skip()

@@ -355,9 +355,11 @@ def test_blocks_that_cannot_be_compiled_are_refused(keys: dict[str, Any], line: 
         ({"skip_iterations": [[0, 4]]}, r"skip_iterations: \[0, 4\] is no span"),
         ({"skip_iterations": [[3]]}, r"skip_iterations: \[3\] is no span"),
         ({"skip_iterations": [3, 4]}, "skip_iterations: expected a list"),
+        ({"check_replicas_interval": 0}, "check_replicas_interval: must be greater than 0"),
+        ({"check_replicas_interval": 5, "zero_optimization": {"stage": 3}}, "check_replicas_interval: with ZeRO 3"),
     ],
 )  # fmt: skip
-def test_spikes_that_cannot_be_are_refused(keys: dict[str, Any], line: str) -> None:
+def test_spikes_and_checks_that_cannot_be_are_refused(keys: dict[str, Any], line: str) -> None:
     complete = {**MINIMUM, "train_iters": 1, "train_micro_batch_size_per_gpu": 1, "data_path": "x"}
     zero = keys.get("zero_optimization", {"stage": 1})
     with pytest.raises(UserError, match=line):

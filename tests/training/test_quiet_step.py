@@ -39,7 +39,7 @@ AXES = {
     for axis, keys in {"tp": {"model_parallel_size": 2}, "pp": {"pipe_parallel_size": 2}}.items()
     for stage, precision in ((0, "fp32"), (1, "fp32"), (1, "bf16"))
 }
-WATCHED = {"spikes": {"action": "log", "window": 8}}
+WATCHED = {"spikes": {"action": "log", "window": 8}, "check_replicas_interval": 100}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     **{name: (1, keys) for name, keys in STAGES.items()},
     "zero0-watched": (1, {**STAGES["zero0-fp32"], **WATCHED}),

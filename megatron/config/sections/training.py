@@ -86,6 +86,9 @@ class TrainingConfig(Section):
     skip_iterations: list[list[int]] | None = None
     """Spans [first, last] of iterations that read no data and make no update, for example [[1200, 1210]]; what they
     would have read is skipped, and the learning rate goes on by iteration."""
+    check_replicas_interval: int | None = Field(default=None, gt=0)
+    """Iterations between checks that all data ranks hold the same weights, and with ZeRO 0 the same moments, bit for
+    bit; also before every checkpoint. Default: no checks."""
 
     @field_validator("skip_iterations")
     @classmethod
