@@ -17,6 +17,11 @@ from megatron.model import LanguageModel
 from megatron.mpu import SINGLE, Layout
 
 TOKENFORMER = {"qkv_slot_num": 24, "proj_slot_num": 20, "ffn_slot_num": 40, "norm": "layernorm_nonparam"}
+# Two growths; the tokens of the first have a row norm of their own, those of the second share it, where there are any.
+OWN_NORMS: dict[str, Any] = {
+    "token_segments": {"qkv": [[10, 6, 8]] * 2, "proj": [[12, 8, 0], [12, 0, 8]], "ffn": [[19, 12, 9]] * 2},
+    "segment_norms": ["joint", "segment", "joint"],
+}
 
 
 def make_config(**keys: Any) -> RunConfig:

@@ -135,7 +135,8 @@ def _are_counts(values: Any) -> bool:
 def _model_fault(model: Mapping[str, Any]) -> str | None:
     for name, (_, dtype, shape) in model.items():
         is_count = name.endswith(".tau_tokens")
-        if (dtype, shape) != ("int64", []) if is_count else dtype != "float32":
+        is_right = dtype == "int64" and (not shape or len(shape) == 1 < shape[0]) if is_count else dtype == "float32"
+        if not is_right:
             return f"makes {name[:80]} {dtype} of shape {shape}"
         if name.endswith(".key_tokens_0") and (tau := name.replace("key_tokens_0", "tau_tokens")) not in model:
             return f"lacks {tau[:80]}"
@@ -242,7 +243,7 @@ def _is_growth(entry: Any) -> bool:
         all(_is_count(entry.get(key)) for key in counts)
         and all(slot is None or _is_count(slot) for slot in slots)
         and isinstance(entry.get("added"), str)
-        and isinstance(entry.get("new_keys", ""), str)
+        and all(isinstance(entry.get(key, ""), str) for key in ("new_keys", "row_norm"))
         and _is_finite(entry.get("logit_difference", 0.0))
     )
 

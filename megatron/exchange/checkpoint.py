@@ -107,7 +107,7 @@ class CheckedTensors(Tensors):
         """A whole tensor in the dtype of the file; UserError where no model could compute with it."""
         tensor = self._stored(name)
         if name.endswith(f".{TAU}"):
-            is_count = tensor.dtype == torch.int64 and not tensor.ndim
+            is_count = tensor.dtype == torch.int64 and tensor.ndim < 2
             fault = None if is_count else f"is {dtype_name(tensor)} of shape {list(tensor.shape)} instead of one int64"
         else:
             fault = weight_fault(tensor)

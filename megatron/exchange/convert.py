@@ -117,7 +117,7 @@ def _check_same(model: ModelConfig | None, checkpoint: Checkpoint) -> None:
         return
     if saved.token_segments is not None:
         counts = {key: getattr(saved, key) for key in ("qkv_slot_num", "proj_slot_num", "ffn_slot_num")}
-        model = model.replaced(token_segments=None, **counts)
+        model = model.replaced(token_segments=None, segment_norms=saved.segment_norms, **counts)
     check_same_model(model, saved, checkpoint.folder)
 
 

@@ -1,7 +1,7 @@
 """TokenFormer in Hugging Face's form: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
 
 The folder carries its own code (see megatron.exchange.huggingface_source). The tokens of a grown layer are joined into
-one segment; its tau_tokens is kept.
+one segment; its tau_tokens is kept. A model with several row norms keeps its segments.
 """
 
 from __future__ import annotations
@@ -72,10 +72,11 @@ def write(
 
     Raises: UserError when the folder is not empty or cannot be written, and for tensors without usable values.
     """
-    joined = JoinedTensors(checkpoint.tensors)
-    config = joined_config(checkpoint.language, joined)
-    checkpoint = replace(checkpoint, model_config=config, tensors=joined)
-    tensors = ((_export_name(name), joined.tensor("model", name)) for name in joined.names("model"))
+    if checkpoint.language.segment_norms is None:
+        joined = JoinedTensors(checkpoint.tensors)
+        checkpoint = replace(checkpoint, model_config=joined_config(checkpoint.language, joined), tensors=joined)
+    config, source = checkpoint.language, checkpoint.tensors
+    tensors = ((_export_name(name), source.tensor("model", name)) for name in source.names("model"))
     sources = {f"{MODELING}.py": modeling_source(), f"{CONFIGURATION}.py": configuration_source()}
     write_folder(target, checkpoint, tensors, _own_config(config), dtype, shard_bytes, sources)
 
@@ -89,7 +90,10 @@ def _canonical_name(exported: str) -> str:
 
 
 def _own_config(config: ModelConfig) -> dict[str, Any]:
-    keys = {key: value for key, value in config.model_dump(mode="json").items() if key not in EXPORT_NAMES}
+    dumped = config.model_dump(mode="json")
+    keys = {key: value for key, value in dumped.items() if key not in EXPORT_NAMES}
+    if config.segment_norms is not None:
+        keys |= {key: dumped[key] for key in ("token_segments", "segment_norms")}
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "tokenformer",

@@ -192,10 +192,11 @@ class TokenFormerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Pattention):
-            init.normal_(module.get_parameter("key_tokens_0"), std=self.config.init_method_std)
             value_std = 2 / self.config.num_layers / self.config.hidden_size**0.5
-            init.normal_(module.get_parameter("value_tokens_0"), std=value_std)
-            init.constant_(module.tau_tokens, module.num_tokens)
+            for i in module.segments:
+                init.normal_(module.get_parameter(f"key_tokens_{i}"), std=self.config.init_method_std)
+                init.normal_(module.get_parameter(f"value_tokens_{i}"), std=value_std)
+            init.copy_(module.tau_tokens, module.initial_tau)
         elif isinstance(module, RMSNorm):
             init.ones_(module.scale)
         else:

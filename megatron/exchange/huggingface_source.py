@@ -23,7 +23,9 @@ _CONFIG_CLASS = "TokenFormerConfig"
 CONFIGURATION, MODELING = "configuration_tokenformer", "modeling_tokenformer"
 
 # Names that transformers has a word of its own for; None: not in the export's configuration.
-EXPORT_NAMES = {"vocab_size": "tokenizer_vocab_size", "no_weight_tying": None, "token_segments": None}
+EXPORT_NAMES = {
+    "vocab_size": "tokenizer_vocab_size", "no_weight_tying": None, "token_segments": None, "segment_norms": None,
+}  # fmt: skip
 
 _HEADER = '''"""{title}
 
@@ -45,6 +47,7 @@ _CONFIG_HEAD = '''class TokenFormerConfig(PreTrainedConfig):
     attribute_map = {"num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size"}
 
     token_segments = None
+    segment_norms = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
     tokenizer_vocab_size: Any = None

@@ -112,8 +112,8 @@ def _with_counts_of(config: ModelConfig, tensors: _OfficialTensors, where: str) 
 def write(target: str | Path, checkpoint: Checkpoint) -> Path:
     """Write the official code's flat file, `target`/pytorch_model.bin, in fp32; complete or not at all.
 
-    Raises: UserError for what that file cannot say: Transformer blocks, and a tau other than the root of the number of
-        tokens, which the official code always takes.
+    Raises: UserError for what that file cannot say: Transformer blocks, several row norms in a layer, and a tau other
+        than the root of the number of tokens, which the official code always takes.
     """
     tensors = official_tensors(checkpoint)
     with new_folder(target) as temporary:
@@ -124,6 +124,11 @@ def write(target: str | Path, checkpoint: Checkpoint) -> Path:
 def official_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The official code's flat dictionary, in the checkpoint's dtype; UserError where it cannot hold the model."""
     tensors = JoinedTensors(checkpoint.tensors)
+    if checkpoint.language.segment_norms is not None:
+        raise UserError(
+            "row_norm: tokens of this model have row norms of their own; the official flat file cannot say so, and its "
+            "code would compute another function; use to-hf"
+        )
     config = joined_config(checkpoint.language, tensors)
     if set(config.layer_kinds) != {"tokenformer"}:
         raise UserError("attention_config: the official flat file holds TokenFormer blocks only; use to-hf")

@@ -65,11 +65,16 @@ def _twin(module: Any) -> Any:
     twin.__dict__["_modules"] = {name: _prepared_layer(child) for name, child in module._modules.items()}
     if isinstance(module, SelfAttention):
         layers = [module.query, module.key, module.value]
-        if all(_is_plain(layer, Pattention) for layer in layers) and len({layer.num_tokens for layer in layers}) == 1:
+        if all(_is_plain(layer, Pattention) for layer in layers) and _are_alike(layers):
             tokens = _Tokens(layers)
             for name in ("query", "key", "value"):
                 twin._modules[name] = PreparedPattention(tokens)
     return twin
+
+
+def _are_alike(layers: Sequence[Pattention]) -> bool:
+    """Have their tokens equal numbers and norms, so that their scores are one matrix?"""
+    return len({(layer.num_tokens, layer.norm_columns) for layer in layers}) == 1
 
 
 def _prepared_layer(layer: Any) -> Any:
@@ -92,7 +97,7 @@ class _Tokens:
     """Stacked keys of one or more Pattentions with the same input and number of tokens, and their values."""
 
     def __init__(self, layers: Sequence[Pattention]) -> None:
-        self.count, self.activation = len(layers), layers[0].activation
+        self.count, self.activation, self.norm_columns = len(layers), layers[0].activation, layers[0].norm_columns
         taus = [layer.tau_tokens for layer in layers]
         self.tau_tokens = taus[0] if self.count == 1 else torch.stack(taus)
         keys = [layer.key_param_tokens.detach() for layer in layers]
@@ -103,10 +108,13 @@ class _Tokens:
         """x [.., in] -> [.., out] of each layer."""
         scores = self.scores(x)
         if self.count == 1:
-            return [self.outputs[0](row_weights(scores, self.tau_tokens, self.activation))]
+            return [self.outputs[0](self._weights(scores))]
         scores = scores.unflatten(-1, (self.count, -1))  # [.., layers, n]
-        weights = row_weights(scores, self.tau_tokens, self.activation).unbind(-2)
+        weights = self._weights(scores).unbind(-2)
         return [product(weight) for product, weight in zip(self.outputs, weights, strict=True)]
+
+    def _weights(self, scores: Tensor) -> Tensor:
+        return row_weights(scores, self.tau_tokens, self.activation, self.norm_columns)
 
 
 class PreparedPattention(JointLayer):

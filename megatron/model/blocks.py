@@ -97,6 +97,7 @@ class Block(nn.Module):
                 config.norm_activation_type,
                 backend=options.pattention_backend,
                 recompute_scores=options.recompute_scores,
+                row_norms=config.segment_norms,
                 projection=_PROJECTIONS[name],
                 axis=axis,
                 inputs="channels" if name == "proj" else stream,

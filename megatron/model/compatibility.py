@@ -91,9 +91,13 @@ def tau_fault(model: nn.Module, tensors: Tensors) -> str | None:
         name = f"{layer}.tau_tokens"
         if name not in names:
             return f"has no tensor {name}, without which a layer computes something else"
-        tau = int(tensors.tensor("model", name))
-        if not 1 <= tau <= module.num_tokens:
-            return f"says that {name} is {tau} in a layer with {module.num_tokens} tokens"
+        counts, shape = module.norm_sizes, tensors.shape("model", name)
+        if shape != tuple(module.tau_tokens.shape):
+            norms = "one row norm" if len(counts) == 1 else f"{len(counts)} row norms"
+            return f"has {name} of shape {list(shape)} in a layer with {norms}"
+        for tau, count in zip(tensors.tensor("model", name).view(-1).tolist(), counts, strict=True):
+            if not 1 <= tau <= count:
+                return f"says that {name} is {tau} in a layer with {count} tokens"
     return None
 
 

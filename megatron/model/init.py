@@ -75,7 +75,7 @@ class InitialTensors(Tensors):
 
     def __init__(self, model: nn.Module, config: ModelSection, seed: int) -> None:
         self._parameters, self._config, self._seed = dict(model.named_parameters()), config, seed
-        self._counts = {f"{name}.tau_tokens": layer.num_tokens for name, layer in named_pattentions(model)}
+        self._counts = {f"{name}.tau_tokens": layer.initial_tau for name, layer in named_pattentions(model)}
 
     def names(self, kind: str) -> list[str]:
         """Names of parameters and buffers; nothing but a model is there."""
@@ -83,10 +83,10 @@ class InitialTensors(Tensors):
 
     def shape(self, kind: str, name: str) -> tuple[int, ...]:
         """Full shape of a tensor."""
-        return () if name in self._counts else tuple(whole_shape(self._parameters[name]))
+        return tuple(self._counts[name].shape if name in self._counts else whole_shape(self._parameters[name]))
 
     def tensor(self, kind: str, name: str) -> Tensor:
         """The value: fp32, or the number of tokens that tau_tokens starts as."""
         if name in self._counts:
-            return torch.tensor(self._counts[name])
+            return self._counts[name]
         return initial_value(name, self._parameters[name], self._config, self._seed)

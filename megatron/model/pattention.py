@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from megatron.config.sections.model import RowNorm
 from megatron.model.joint import JointLayer
 from megatron.mpu.collectives import Form, enter, leave, sum_scatter
 from megatron.mpu.layout import ALONE, Axis
@@ -19,6 +20,27 @@ from megatron.ops.pattention import ParameterTokens
 from megatron.ops.pattention_backends import select_backend
 
 ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
+
+
+def norm_groups(sizes: Sequence[int], row_norms: Sequence[RowNorm] | None) -> list[list[int]]:
+    """The segments that share a row norm, group by group, by their indices; those without tokens are in none.
+
+    Args:
+        sizes: tokens of each segment, oldest first.
+        row_norms: `segment` for one that starts a group, `joint` for one in that of the tokens before it; None means
+            that all are joint.
+    """
+    groups: list[list[int]] = []
+    for i in (i for i, size in enumerate(sizes) if size):
+        if not groups or (row_norms is not None and row_norms[i] == "segment"):
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def _count(taus: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """int64 []; of several norm groups [groups]."""
+    return torch.tensor(taus[0] if len(taus) == 1 else list(taus), dtype=torch.int64, device=device)
 
 
 class Pattention(JointLayer):
@@ -39,7 +61,10 @@ class Pattention(JointLayer):
         backend: auto, reference, fused, compiled or triton (see `megatron.ops.pattention_backends`).
         recompute_scores: keep less for the backward pass, and multiply by the keys again there.
         projection: which of a block's projections this is, for the roles of its parameters.
-        tau_tokens: tau^2; n when not given. It stays what it was when tokens are appended.
+        tau_tokens: tau^2 of the first norm group, or of each; the number of its tokens when not given. It stays what
+            it was when tokens are appended.
+        row_norms: for each segment `joint`, in one norm group with the tokens before it, or `segment`, the first of
+            one of its own. Theta is taken over the scores of each group alone. Default: one group.
         axis: the tensor ranks, which share the tokens; row statistics and outputs are summed over them.
         inputs, outputs: form of x and of the result between tensor ranks: `whole` on each; `channels`, a share of the
             last dimension each; `tokens`, a share of the sequence each (sequence parallelism).
@@ -58,7 +83,8 @@ class Pattention(JointLayer):
         backend: str = "auto",
         recompute_scores: bool = False,
         projection: Projection | None = None,
-        tau_tokens: int | None = None,
+        tau_tokens: int | Sequence[int] | None = None,
+        row_norms: Sequence[RowNorm] | None = None,
         axis: Axis = ALONE,
         inputs: Form = "whole",
         outputs: Form = "whole",
@@ -69,6 +95,10 @@ class Pattention(JointLayer):
         segments = [num_tokens] if isinstance(num_tokens, int) else list(num_tokens)
         if not segments or min(in_features, out_features, segments[0]) < 1 or min(segments) < 0:
             raise ValueError(f"Pattention({in_features}, {out_features}, {num_tokens}): sizes must be positive")
+        self.row_norms: list[RowNorm] = list(row_norms or ["joint"] * len(segments))
+        """Of each segment; see `norm_groups`."""
+        if len(self.row_norms) != len(segments):
+            raise ValueError(f"row_norms: {len(self.row_norms)} for {len(segments)} segments; give one for each")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: unknown '{activation}'; choose one of {', '.join(ACTIVATIONS)}")
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
@@ -77,10 +107,11 @@ class Pattention(JointLayer):
         self.axis, self.inputs, self.outputs, self.projection = axis, inputs, outputs, projection
         for i in self.segments:
             self._register_segment(i, device, dtype)
-        initial_tau = tau_tokens if tau_tokens is not None else sum(segments)
+        initial_tau = [tau_tokens] if isinstance(tau_tokens, int) else list(tau_tokens or self.norm_sizes)
         # The count is data, not weights: it is real even while the weights are on the meta device.
-        self.register_buffer("tau_tokens", torch.tensor(initial_tau, dtype=torch.int64, device=device))
+        self.register_buffer("tau_tokens", _count(initial_tau, device))
         self._initial_tau = initial_tau
+        self._find_columns()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -96,7 +127,18 @@ class Pattention(JointLayer):
 
     def reset_tau(self) -> None:
         """Write tau_tokens as given at construction (needed after moving off the meta device)."""
-        self.tau_tokens.fill_(self._initial_tau)
+        self.tau_tokens.copy_(self.initial_tau)
+
+    @property
+    def initial_tau(self) -> Tensor:
+        """What tau_tokens starts as; of several norm groups one number each."""
+        return _count(self._initial_tau)
+
+    def _find_columns(self) -> None:
+        shares = [self.axis.share(size) for size in self.segment_sizes]
+        columns = tuple(sum(shares[i][1] - shares[i][0] for i in group) for group in self.norm_groups)
+        self.norm_columns = columns if len(columns) > 1 else ()
+        """Tokens of each norm group on this rank; () stands for one group."""
 
     def _register_segment(self, i: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         size = self.segment_sizes[i]
@@ -108,24 +150,35 @@ class Pattention(JointLayer):
             self.register_parameter(f"{kind}_tokens_{i}", tokens)
 
     @torch.no_grad()
-    def append(self, size: int, values: Tensor | None = None) -> None:
+    def append(
+        self, size: int, values: Tensor | None = None, keys: Tensor | None = None, row_norm: RowNorm = "joint"
+    ) -> None:
         """Add a segment of `size` tokens without changing what the layer computes (GELU activations).
 
-        The new keys are zero, so that the new scores and weights are; tau_tokens stays. A size of 0 only counts.
+        Keys of zero have no scores and no weights, and tau_tokens stays. With a row norm of their own tokens leave the
+        others alone, whatever the activation: values of zero change nothing. A size of 0 only counts.
 
         Args:
             values: the new values [size, out_features], of which a tensor rank takes its share; default N(0, 1/n).
+            keys: the new keys [size, in_features], likewise; default zero.
+            row_norm: as in the constructor.
         """
         old, i = self.get_parameter("key_tokens_0"), len(self.segment_sizes)
-        self.segment_sizes = [*self.segment_sizes, size]
+        self.segment_sizes, self.row_norms = [*self.segment_sizes, size], [*self.row_norms, row_norm]
         if not size:
             return
         self._register_segment(i, old.device, old.dtype)
-        key, value = (self.get_parameter(f"{kind}_tokens_{i}") for kind in ("key", "value"))
         if values is None:
             values = torch.empty(size, self.out_features).normal_(std=self.num_tokens**-0.5)
-        key.zero_()
-        value.copy_(take_share(values, value, self.axis))
+        if keys is None:
+            keys = torch.zeros(size, self.in_features)
+        for kind, whole in (("key", keys), ("value", values)):
+            tokens = self.get_parameter(f"{kind}_tokens_{i}")
+            tokens.copy_(take_share(whole, tokens, self.axis))
+        if row_norm == "segment":
+            self._initial_tau = [*self._initial_tau, size]
+            self.tau_tokens = torch.cat([self.tau_tokens.view(-1), self.tau_tokens.new_tensor([size])])
+        self._find_columns()
 
     @property
     def segments(self) -> list[int]:
@@ -136,6 +189,16 @@ class Pattention(JointLayer):
     def num_tokens(self) -> int:
         """Parameter tokens n of the layer, those of all tensor ranks."""
         return sum(self.segment_sizes)
+
+    @property
+    def norm_groups(self) -> list[list[int]]:
+        """Indices of the segments in each norm group."""
+        return norm_groups(self.segment_sizes, self.row_norms)
+
+    @property
+    def norm_sizes(self) -> list[int]:
+        """Tokens in each norm group, those of all tensor ranks."""
+        return [sum(self.segment_sizes[i] for i in group) for group in self.norm_groups]
 
     @property
     def key_param_tokens(self) -> Tensor:
@@ -152,8 +215,8 @@ class Pattention(JointLayer):
         return segments[0] if len(segments) == 1 else torch.cat(segments)
 
     def read_parameters(self) -> ParameterTokens:
-        """Keys, values and tau_tokens; this rank's share."""
-        return ParameterTokens(self.key_param_tokens, self.value_param_tokens, self.tau_tokens)
+        """Keys, values, tau_tokens and norm groups; this rank's share."""
+        return ParameterTokens(self.key_param_tokens, self.value_param_tokens, self.tau_tokens, self.norm_columns)
 
     @staticmethod
     def compute(layers: Sequence[Pattention], parameters: Sequence[ParameterTokens], x: Tensor) -> list[Tensor]:

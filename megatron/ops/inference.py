@@ -38,13 +38,17 @@ def product_with(matrix: Tensor, is_packed: bool = True) -> Product:
 
 
 @torch.no_grad()
-def row_weights(scores: Tensor, tau: Tensor, activation: str) -> Tensor:
+def row_weights(scores: Tensor, tau: Tensor, activation: str, norm_columns: tuple[int, ...] = ()) -> Tensor:
     """`megatron.ops.pattention.theta` without gradients; may write into `scores`.
 
     Args:
         scores: [.., n]; for several layers of n tokens [.., layers, n].
-        tau: tau^2 of the layer, or of each, int64 [] or [layers].
+        tau: tau^2 of the layer, or of each, int64 [] or [layers]; of several norm groups [groups] or [layers, groups].
+        norm_columns: of how many columns each norm group is; () is one of all.
     """
+    if norm_columns:
+        parts = zip(scores.split(norm_columns, -1), tau.unbind(-1), strict=True)
+        return torch.cat([row_weights(part, counts, activation) for part, counts in parts], -1)
     if activation != "l2_norm_gelu":
         rows, counts = scores.unbind(-2) if tau.dim() else [scores], tau.view(-1)
         weights = [theta(row, count, activation) for row, count in zip(rows, counts, strict=True)]

@@ -24,11 +24,16 @@ from megatron.mpu.layout import ALONE, Axis
 
 
 class ParameterTokens(NamedTuple):
-    """What a Pattention layer learns: key [n, d_in], value [n, d_out]; and its int64 scalar tau_tokens = tau^2."""
+    """What a Pattention layer learns: key [n, d_in], value [n, d_out]; and its int64 scalar tau_tokens = tau^2.
+
+    Tokens in several norm groups have theta over the scores of each group alone: tau_tokens is then [groups], and
+    norm_columns says how many of the n tokens each has, in order. () stands for one group of all.
+    """
 
     key: Tensor
     value: Tensor
     tau_tokens: Tensor
+    norm_columns: tuple[int, ...] = ()
 
 
 PattentionFunction = Callable[[Tensor, Sequence[ParameterTokens], str, Axis], list[Tensor]]
@@ -107,9 +112,16 @@ def joint_reference(x: Tensor, layers: Sequence[ParameterTokens], activation: st
 
     Returns: for each layer [.., d_out]; over the tensor ranks they are partial sums.
     """
-    scores = [x @ layer.key.T for layer in layers]
-    weights = joint_theta(scores, [layer.tau_tokens for layer in layers], activation, axis)
+    scores = [_by_norm(x @ layer.key.T, layer.norm_columns) for layer in layers]
+    counts = [count for layer in layers for count in layer.tau_tokens.view(-1).unbind()]
+    found = iter(joint_theta([part for parts in scores for part in parts], counts, activation, axis))
+    weights = [torch.cat([next(found) for _ in parts], -1) if len(parts) > 1 else next(found) for parts in scores]
     return [weight @ layer.value for weight, layer in zip(weights, layers, strict=True)]
+
+
+def _by_norm(scores: Tensor, norm_columns: tuple[int, ...]) -> Sequence[Tensor]:
+    """The columns of each norm group."""
+    return scores.split(norm_columns, -1) if norm_columns else (scores,)
 
 
 def pattention_reference(x: Tensor, key: Tensor, value: Tensor, tau_tokens: Tensor, activation: str) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron.mpu.collectives import PendingSum
 from megatron.mpu.layout import ALONE, Axis
 from megatron.ops.pattention import ParameterTokens, statistics_dtype
-from megatron.ops.pattention_rows import Rows
+from megatron.ops.pattention_rows import GroupedRows, Rows
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,12 @@ def _key_gradients(x: Tensor, keys: Sequence[Tensor], grad_scores: Tensor) -> tu
 
 def joint_rowwise(x: Tensor, layers: Sequence[ParameterTokens], method: Method) -> list[Tensor]:
     """`megatron.ops.pattention.joint_reference` by a `Method`: x [.., d_in] -> [.., d_out] of each layer."""
-    if len({len(layer.key) for layer in layers}) > 1:
+    if len({(len(layer.key), layer.norm_columns) for layer in layers}) > 1:
         return [output for layer in layers for output in joint_rowwise(x, [layer], method)]
-    counts = torch.stack([layer.tau_tokens for layer in layers])
-    tau2 = counts.to(statistics_dtype(x)).unsqueeze(-1)
+    tau2 = torch.stack([layer.tau_tokens for layer in layers], -1).to(statistics_dtype(x)).unsqueeze(-1)  # [l, 1]
+    if columns := layers[0].norm_columns:
+        tau2 = tau2.unsqueeze(1)  # [groups, 1, l, 1]
+        method = Method(GroupedRows(method.rows, columns), method.axis, method.recompute_scores)
     tokens = [*(layer.key for layer in layers), *(layer.value for layer in layers)]
     outputs = _Pattention.apply(method, tau2, x.flatten(0, -2), *tokens)
     return [output.view(*x.shape[:-1], -1) for output in outputs]

@@ -13,12 +13,15 @@ A backward pass therefore needs A and one number a row, or two. Shapes: scores, 
 for T tokens and l layers that are computed together; statistics and scales [T, l, 1], of softmax [T, l, 2]; dots
 [T, l, 1]; tau^2 [l, 1]; all of these in the statistics dtype (fp32, or fp64 for fp64 scores). All arithmetic is in
 that dtype.
+
+Where the tokens of a layer are in several norm groups, all of this holds for the columns of each group alone, and
+statistics, scales, dots and tau^2 have the group as one more dimension before the others.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -37,7 +40,10 @@ _gelu_backward = torch.ops.aten.gelu_backward
 
 
 class Rows(ABC):
-    """The row functions of one activation. What they are given to read is not changed, but for `grad`."""
+    """The row functions of one activation. What they are given to read is not changed, but for `grad`.
+
+    `out` is where weights are written, if given: like the other matrices, columns of a larger one, row under row.
+    """
 
     def __init__(self, activation: str) -> None:
         self.activation = activation
@@ -45,11 +51,13 @@ class Rows(ABC):
         """Numbers in the statistic of a row, and in its scale."""
 
     @abstractmethod
-    def forward(self, scores: Tensor, tau2: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, scores: Tensor, tau2: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(weights, scale) of rows that are whole."""
 
     @abstractmethod
-    def backward(self, scores: Tensor, scale: Tensor, grad: Tensor, tau2: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, scores: Tensor, scale: Tensor, grad: Tensor, tau2: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(gradient of the scores, weights) of rows that are whole; `grad`, that of the weights, may be overwritten."""
 
     @abstractmethod
@@ -57,11 +65,11 @@ class Rows(ABC):
         """c over the columns that are there."""
 
     @abstractmethod
-    def weights(self, scores: Tensor, scale: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
         """W of rows whose scale is known."""
 
     @abstractmethod
-    def dots(self, scores: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def dots(self, scores: Tensor, scale: Tensor, grad: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(p over the columns that are there, weights)."""
 
     @abstractmethod
@@ -154,14 +162,16 @@ def _wide_weights(a: Tensor, scale: Tensor, activation: str) -> Tensor:
 class TorchRows(Rows):
     """The row functions in torch's own operations, on a CPU as many rows at a time as its cache holds."""
 
-    def forward(self, scores: Tensor, tau2: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, scores: Tensor, tau2: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See Rows."""
         scale = self.scale(self.statistics(scores), tau2)
-        return self.weights(scores, scale), scale
+        return self.weights(scores, scale, out), scale
 
-    def backward(self, scores: Tensor, scale: Tensor, grad: Tensor, tau2: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, scores: Tensor, scale: Tensor, grad: Tensor, tau2: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See Rows; `grad` becomes the gradient of the scores."""
-        weights = torch.empty_like(scores)
+        weights = torch.empty_like(scores) if out is None else out
         for a, s, g, w in _chunks(scores, scale, grad, weights):
             if self._in_place(a, s):
                 _l2_norm_gelu_backward(a, s, g, tau2, w)
@@ -176,9 +186,9 @@ class TorchRows(Rows):
             c.copy_(row_statistics(a, self.activation))
         return statistics
 
-    def weights(self, scores: Tensor, scale: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
         """See Rows."""
-        weights = torch.empty_like(scores)
+        weights = torch.empty_like(scores) if out is None else out
         for a, s, w in _chunks(scores, scale, weights):
             if self._in_place(a, s):
                 torch.ops.aten.gelu.out(torch.mul(a, s, out=w), out=w)
@@ -186,9 +196,9 @@ class TorchRows(Rows):
                 w.copy_(row_weights(a, s, self.activation))
         return weights
 
-    def dots(self, scores: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def dots(self, scores: Tensor, scale: Tensor, grad: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See Rows."""
-        dots, weights = torch.empty_like(scale[..., :1]), torch.empty_like(scores)
+        dots, weights = torch.empty_like(scale[..., :1]), torch.empty_like(scores) if out is None else out
         for a, s, g, p, w in _chunks(scores, scale, grad, dots, weights):
             _store(row_dots(a, s, g, self.activation), p, w)
         return dots, weights
@@ -229,25 +239,30 @@ def _l2_norm_gelu_backward(a: Tensor, s: Tensor, grad: Tensor, tau2: Tensor, wei
 class CompiledRows(Rows):
     """The row functions as torch.compile fuses them."""
 
-    def forward(self, scores: Tensor, tau2: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, scores: Tensor, tau2: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See Rows."""
-        return _compiled(row_forward)(scores, tau2, self.activation)
+        weights, scale = _compiled(row_forward)(scores, tau2, self.activation)
+        return _placed(weights, out), scale
 
-    def backward(self, scores: Tensor, scale: Tensor, grad: Tensor, tau2: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, scores: Tensor, scale: Tensor, grad: Tensor, tau2: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See Rows."""
-        return _compiled(row_backward)(scores, scale, grad, tau2, self.activation)
+        grad_scores, weights = _compiled(row_backward)(scores, scale, grad, tau2, self.activation)
+        return grad_scores, _placed(weights, out)
 
     def statistics(self, scores: Tensor) -> Tensor:
         """See Rows."""
         return _compiled(row_statistics)(scores, self.activation)
 
-    def weights(self, scores: Tensor, scale: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
         """See Rows."""
-        return _compiled(row_weights)(scores, scale, self.activation)
+        return _placed(_compiled(row_weights)(scores, scale, self.activation), out)
 
-    def dots(self, scores: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def dots(self, scores: Tensor, scale: Tensor, grad: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See Rows."""
-        return _compiled(row_dots)(scores, scale, grad, self.activation)
+        dots, weights = _compiled(row_dots)(scores, scale, grad, self.activation)
+        return dots, _placed(weights, out)
 
     def grad_scores(self, scores: Tensor, scale: Tensor, grad: Tensor, means: Tensor) -> Tensor:
         """See Rows."""
@@ -258,3 +273,64 @@ class CompiledRows(Rows):
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled once for each width of rows; the number of rows may vary, as it does between training and evaluation."""
     return torch.compile(function, fullgraph=True)
+
+
+def _placed(found: Tensor, place: Tensor | None) -> Tensor:
+    """`found`, or the place that it was copied to, if it is not there already."""
+    return found if place is None or found is place else place.copy_(found)
+
+
+class GroupedRows(Rows):
+    """The row functions of layers whose tokens are in several norm groups: those of each group, on its columns.
+
+    Args:
+        rows: the row functions of one group.
+        norm_columns: columns of each group, in order.
+    """
+
+    def __init__(self, rows: Rows, norm_columns: Sequence[int]) -> None:
+        super().__init__(rows.activation)
+        self._rows, self._norm_columns = rows, list(norm_columns)
+
+    def forward(self, scores: Tensor, tau2: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See Rows."""
+        weights = torch.empty_like(scores) if out is None else out
+        parts = self._parts([tau2], [scores, weights])
+        return weights, torch.stack([self._rows.forward(a, t, w)[1] for t, a, w in parts])
+
+    def backward(
+        self, scores: Tensor, scale: Tensor, grad: Tensor, tau2: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See Rows; `grad` becomes the gradient of the scores."""
+        weights = torch.empty_like(scores) if out is None else out
+        for s, t, a, g, w in self._parts([scale, tau2], [scores, grad, weights]):
+            _placed(self._rows.backward(a, s, g, t, w)[0], g)
+        return grad, weights
+
+    def statistics(self, scores: Tensor) -> Tensor:
+        """See Rows."""
+        return torch.stack([self._rows.statistics(a) for (a,) in self._parts([], [scores])])
+
+    def weights(self, scores: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+        """See Rows."""
+        weights = torch.empty_like(scores) if out is None else out
+        for s, a, w in self._parts([scale], [scores, weights]):
+            self._rows.weights(a, s, w)
+        return weights
+
+    def dots(self, scores: Tensor, scale: Tensor, grad: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See Rows."""
+        weights = torch.empty_like(scores) if out is None else out
+        parts = self._parts([scale], [scores, grad, weights])
+        return torch.stack([self._rows.dots(a, s, g, w)[0] for s, a, g, w in parts]), weights
+
+    def grad_scores(self, scores: Tensor, scale: Tensor, grad: Tensor, means: Tensor) -> Tensor:
+        """See Rows; `grad` becomes the gradient of the scores."""
+        for s, m, a, g in self._parts([scale, means], [scores, grad]):
+            _placed(self._rows.grad_scores(a, s, g, m), g)
+        return grad
+
+    def _parts(self, numbers: Sequence[Tensor], matrices: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
+        """For each group its rows' numbers and its columns of the matrices."""
+        by_group = [*(number.unbind() for number in numbers), *(m.split(self._norm_columns, -1) for m in matrices)]
+        yield from zip(*by_group, strict=True)

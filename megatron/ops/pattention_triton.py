@@ -2,8 +2,8 @@
 
 A row of up to 8192 columns stays in registers, in up to three pieces whose lengths are powers of two: n = 768 is
 512 + 256, not 1024. A longer row is read a second time, in chunks, from the cache. One program computes one row; with
-l layers, rows i, i + l, i + 2l, .. belong to layer i. Bytes a score in 16 bits: forward 2 read + 2 written, backward
-4 + 4. Arithmetic is in fp32.
+l layers, rows i, i + l, i + 2l, .. belong to layer i. A row may be some columns of a longer one: rows lie a stride
+apart. Bytes a score in 16 bits: forward 2 read + 2 written, backward 4 + 4. Arithmetic is in fp32.
 
 Triton is looked for when this module is imported, and not before it is needed. TRITON_INTERPRET=1 runs the kernels on
 a CPU.
@@ -144,14 +144,14 @@ def _grad_scores(a, grad, weights, scale, mean, ACTIVATION: tl.constexpr, EXACT:
 
 @triton.jit
 def forward_resident(
-    scores, weights, scales, tau2s, n, layers,
+    scores, weights, scales, tau2s, n, stride, layers,
     ACTIVATION: tl.constexpr, PHASE: tl.constexpr, EXACT: tl.constexpr,
     SIZE0: tl.constexpr, SIZE1: tl.constexpr, SIZE2: tl.constexpr,
 ):  # fmt: skip
     """A row in registers: FIRST writes its statistic to `scales`, SECOND its weights by that, WHOLE both."""
     row = tl.program_id(0).to(tl.int64)
     FILL: tl.constexpr = float("-inf") if ACTIVATION == 2 else 0.0
-    source, target = scores + row * n, weights + row * n
+    source, target = scores + row * stride, weights + row * stride
     a0 = _load(source, 0, n, SIZE0, FILL)
     if SIZE1 > 0:
         a1 = _load(source, SIZE0, n, SIZE1, FILL)
@@ -189,13 +189,13 @@ def forward_resident(
 
 @triton.jit
 def forward_chunked(
-    scores, weights, scales, tau2s, n, layers,
+    scores, weights, scales, tau2s, n, stride, layers,
     ACTIVATION: tl.constexpr, PHASE: tl.constexpr, EXACT: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """`forward_resident` for rows of any length."""
     row = tl.program_id(0).to(tl.int64)
     FILL: tl.constexpr = float("-inf") if ACTIVATION == 2 else 0.0
-    source, target = scores + row * n, weights + row * n
+    source, target = scores + row * stride, weights + row * stride
     if PHASE == 2:
         peak, scale = _load_scale(scales, row, ACTIVATION)
     else:
@@ -219,7 +219,7 @@ def forward_chunked(
 
 @triton.jit
 def backward_resident(
-    scores, grads, weights, scales, dots, tau2s, n, layers,
+    scores, grads, weights, scales, dots, tau2s, n, stride, layers,
     ACTIVATION: tl.constexpr, PHASE: tl.constexpr, EXACT: tl.constexpr,
     SIZE0: tl.constexpr, SIZE1: tl.constexpr, SIZE2: tl.constexpr,
 ):  # fmt: skip
@@ -229,7 +229,7 @@ def backward_resident(
     """
     row = tl.program_id(0).to(tl.int64)
     FILL: tl.constexpr = float("-inf") if ACTIVATION == 2 else 0.0
-    source, grad, target = scores + row * n, grads + row * n, weights + row * n
+    source, grad, target = scores + row * stride, grads + row * stride, weights + row * stride
     peak, scale = _load_scale(scales, row, ACTIVATION)
     a0 = _load(source, 0, n, SIZE0, FILL)
     g0, w0, dot = _dots(a0, _load(grad, 0, n, SIZE0, 0.0), peak, scale, ACTIVATION, EXACT)
@@ -260,13 +260,13 @@ def backward_resident(
 
 @triton.jit
 def backward_chunked(
-    scores, grads, weights, scales, dots, tau2s, n, layers,
+    scores, grads, weights, scales, dots, tau2s, n, stride, layers,
     ACTIVATION: tl.constexpr, PHASE: tl.constexpr, EXACT: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """`backward_resident` for rows of any length."""
     row = tl.program_id(0).to(tl.int64)
     FILL: tl.constexpr = float("-inf") if ACTIVATION == 2 else 0.0
-    source, grad, target = scores + row * n, grads + row * n, weights + row * n
+    source, grad, target = scores + row * stride, grads + row * stride, weights + row * stride
     peak, scale = _load_scale(scales, row, ACTIVATION)
     if PHASE == 2:
         mean = tl.load(dots + row)
@@ -321,15 +321,17 @@ def _pieces(n: int) -> tuple[int, int, int]:
 class TritonRows(Rows):
     """The row functions by the kernels of this module; scores in fp32, fp16 or bf16."""
 
-    def forward(self, scores: Tensor, tau2: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, scores: Tensor, tau2: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See Rows."""
-        weights, scale = torch.empty_like(scores), self._row_numbers(scores)
+        weights, scale = torch.empty_like(scores) if out is None else out, self._row_numbers(scores)
         self._forward(WHOLE, scores, weights, scale, tau2)
         return weights, scale
 
-    def backward(self, scores: Tensor, scale: Tensor, grad: Tensor, tau2: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, scores: Tensor, scale: Tensor, grad: Tensor, tau2: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See Rows; `grad` becomes the gradient of the scores."""
-        weights = torch.empty_like(scores)
+        weights = torch.empty_like(scores) if out is None else out
         self._backward(WHOLE, scores, grad, weights, scale, scale, tau2)
         return grad, weights
 
@@ -339,15 +341,15 @@ class TritonRows(Rows):
         self._forward(FIRST, scores, scores, statistics, statistics)
         return statistics
 
-    def weights(self, scores: Tensor, scale: Tensor) -> Tensor:
+    def weights(self, scores: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
         """See Rows."""
-        weights = torch.empty_like(scores)
+        weights = torch.empty_like(scores) if out is None else out
         self._forward(SECOND, scores, weights, scale, scale)
         return weights
 
-    def dots(self, scores: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def dots(self, scores: Tensor, scale: Tensor, grad: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See Rows."""
-        weights, dots = torch.empty_like(scores), torch.empty_like(scale[..., :1])
+        weights, dots = torch.empty_like(scores) if out is None else out, torch.empty_like(scale[..., :1])
         self._backward(FIRST, scores, grad, weights, scale, dots, scale)
         return dots, weights
 
@@ -368,8 +370,9 @@ class TritonRows(Rows):
         rows, n, layers = scores.shape[:-1].numel(), scores.shape[-1], scores.shape[-2]
         if rows == 0:
             return
+        stride = scores.stride(0) // layers  # of all the matrices
         kernel[(rows,)](
-            scores, *others, n, layers, ACTIVATION=_CODES[self.activation], PHASE=phase,
+            scores, *others, n, stride, layers, ACTIVATION=_CODES[self.activation], PHASE=phase,
             EXACT=scores.dtype == torch.float32, **launch.sizes, num_warps=launch.num_warps,
         )  # fmt: skip
 

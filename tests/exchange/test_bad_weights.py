@@ -233,7 +233,10 @@ BAD_EXPORTS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "no tensor": (lambda t: t.pop(f"model.{CANONICAL}"), rf"no tensor {CANONICAL}"),
     "no tau": (lambda t: t.pop(TAU), r"no tensor layers\.0\.mlp\.tau_tokens"),
     "a tau of 0": (lambda t: t[TAU].zero_(), "is 0, but has to be positive"),
-    "two taus": (lambda t: t.update({TAU: torch.tensor([3, 3])}), r"is int64 of shape \[2\] instead of one int64"),
+    "two taus": (
+        lambda t: t.update({TAU: torch.tensor([3, 3])}),
+        r"tau_tokens of shape \[2\] in a layer with one row norm",
+    ),
     "a fraction as tau": (lambda t: t.update({TAU: torch.tensor(3.5)}), "is float32 of shape"),
     "nothing": (lambda t: t.clear(), "no tensor"),
 }

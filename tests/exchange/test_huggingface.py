@@ -22,15 +22,16 @@ from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
 from megatron.exchange import open_checkpoint
 from megatron.exchange.checkpoint import of_model
-from megatron.exchange.convert import export_huggingface
+from megatron.exchange.convert import export_huggingface, from_huggingface
 from megatron.exchange.huggingface_source import configuration_source, modeling_source
 from megatron.exchange.joined import JoinedTensors
 from megatron.exchange.official import official_tensors
 from megatron.inference import generate, load_model
 from megatron.model import LanguageModel, Pattention
+from megatron.model.pattention import named_pattentions
 from megatron.tokenizer import CharLevelTokenizer, build_tokenizer
 from tests.exchange.loaded_exports import PROMPTS, loaded, padded, private_modules
-from tests.random_models import make_model
+from tests.random_models import OWN_NORMS, make_model
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 GOLDEN_MODELS = ("model_A", "model_C_untied_gelu_l2")
@@ -77,8 +78,9 @@ def test_golden_logits_survive_every_form(name: str, tmp_path: Path) -> None:
         {"norm": "rmsnorm", "final_norm": None, "norm_activation_type": "softmax"},
         {"no_weight_tying": True, "gpt_j_residual": True, "norm_activation_type": "gelu_l2_norm", "pos_emb": "none"},
         {**MIXED, "norm": "layernorm", "intermediate_size": 48, "activation": "silu", "use_bias_in_attn_linear": False},
+        {**OWN_NORMS, "norm_activation_type": "softmax"},
     ],
-    ids=["softmax-rmsnorm", "gelu_l2_norm-untied-parallel", "mixed-blocks"],
+    ids=["softmax-rmsnorm", "gelu_l2_norm-untied-parallel", "mixed-blocks", "row-norms"],
 )
 def test_every_kind_of_model_computes_the_same(keys: dict[str, Any], tmp_path: Path) -> None:
     model = make_model(**keys)
@@ -157,6 +159,31 @@ def test_a_grown_model_is_joined_and_keeps_its_tau(tmp_path: Path) -> None:
     assert back.config.ffn_slot_num == 46
     with pytest.raises(UserError, match=r"layers\.0\.attention\.query: has 30 tokens and tau\^2 = 24"):
         official_tensors(of_model(model))
+
+
+def test_a_model_with_several_row_norms_keeps_them(tmp_path: Path) -> None:
+    model = make_model(**OWN_NORMS)
+    for _, layer in named_pattentions(model):
+        layer.tau_tokens -= 1
+    theirs = exported(model, tmp_path / "export")
+    theirs.save_pretrained(tmp_path / "again")
+    from_huggingface(tmp_path / "again", tmp_path / "run")
+    ids = torch.randint(0, 500, (2, 20))
+    for path in ("export", "again", "run"):
+        back = load_model(tmp_path / path, dtype=torch.float64)
+        assert back.config.segment_norms == OWN_NORMS["segment_norms"]
+        assert (back(ids) - model(ids)).abs().max() < (1e-9 if path != "run" else 1e-3)  # a run is in fp32
+        assert back.layers[1].mlp.tau_tokens.tolist() == [18, 20]
+    fresh = transformers.AutoModelForCausalLM.from_config(theirs.config, trust_remote_code=True)
+    assert fresh.model.layers[0].mlp.tau_tokens.tolist() == [19, 21]
+    assert fresh.model.layers[0].mlp.key_tokens_2.std() > 0.1
+    with pytest.raises(UserError, match=r"row_norm: .* the official flat file cannot say so, .*; use to-hf"):
+        official_tensors(of_model(model))
+    (tmp_path / "export" / "config.json").write_text(
+        (tmp_path / "export" / "config.json").read_text().replace('"segment",', '"joint",')
+    )
+    with pytest.raises(UserError, match=r"query\.tau_tokens of shape \[2\] in a layer with one row norm"):
+        load_model(tmp_path / "export")
 
 
 def test_large_weights_are_spread_over_files(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from megatron.model.pattention import Pattention, named_pattentions
 from megatron.ops.inference import can_pack, product_with, row_weights
 from megatron.ops.pattention import theta
 from megatron.tokenizer import CharLevelTokenizer
-from tests.random_models import make_model
+from tests.random_models import OWN_NORMS, make_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "tokenformer": {},
@@ -28,6 +28,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "softmax": {"norm_activation_type": "softmax", "norm": "rmsnorm", "init_method_std": 0.1},
     "untied": {"no_weight_tying": True, "gpt_j_residual": True},
     "all rotary": {"rotary_pct": 1.0},
+    "row norms": OWN_NORMS,
+    "row norms, softmax": {"norm_activation_type": "softmax", "init_method_std": 0.1, **OWN_NORMS},
 }
 DTYPES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 0.05}
 

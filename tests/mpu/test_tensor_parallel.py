@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import ModelConfig, RowNorm
 from megatron.model import LanguageModel, Pattention
 from megatron.model.blocks import Block, BuildOptions
 from megatron.model.embedding import HeadInput
@@ -68,18 +68,30 @@ def one_layer(tensor_size: int) -> dict[str, float]:
     distances: dict[str, float] = {}
     for activation in ACTIVATIONS:
         for backend in BACKENDS:
-            # 21, 8 + 13: no multiple of the number of ranks. Interpreted kernels take long: they get two cases.
-            cases = [([21], False), ([8, 13], True)] if backend in ("compiled", "triton") else _CASES
+            # 21, 8 + 13: no multiple of the number of ranks. Interpreted kernels take long: they get this case.
+            cases = [([8, 13], True)] if backend in ("compiled", "triton") else _CASES
             for tokens, zero_keys in cases:
                 case = f"{activation} {backend} {tokens} zero_keys={zero_keys}"
                 distances[case] = compare_layer(layout, activation, backend, tokens, zero_keys)
+            norms: list[RowNorm] = ["joint", "segment", "joint"]
+            distances[f"{activation} {backend} norms"] = compare_layer(
+                layout, activation, backend, [9, 7, 5], True, norms
+            )
     return distances
 
 
-def compare_layer(layout: Layout, activation: str, backend: str, tokens: list[int], zero_keys: bool) -> float:
+def compare_layer(
+    layout: Layout,
+    activation: str,
+    backend: str,
+    tokens: list[int],
+    zero_keys: bool,
+    row_norms: list[RowNorm] | None = None,
+) -> float:
     torch.manual_seed(1)
     dtype = torch.float32 if backend == "triton" else torch.float64  # in fp64 its kernels are not asked
-    build = {"activation": activation, "backend": backend, "tau_tokens": 17, "dtype": dtype}
+    tau = 17 if row_norms is None else [7, 10]
+    build = {"activation": activation, "backend": backend, "tau_tokens": tau, "dtype": dtype, "row_norms": row_norms}
     whole = Pattention(WIDTH, WIDTH, tokens, **build)  # type: ignore[arg-type]
     # The interpreter runs a program a row.
     shape = (2, 3) if backend == "triton" else (BATCH, LENGTH)
@@ -100,7 +112,7 @@ def compare_layer(layout: Layout, activation: str, backend: str, tokens: list[in
         results.append((out.detach(), leaf.grad))
     distances = [worst(a, b) for a, b in zip(*results, strict=True)]
     distances += [distance for _, distance in gradient_distances(sharded, whole, layout)]
-    assert sharded.num_tokens == sum(tokens) and sharded.tau_tokens == 17
+    assert sharded.num_tokens == sum(tokens) and sharded.tau_tokens.tolist() == tau
     largest = max(
         max(t.abs().max().item() for t in results[0]), *(p.grad.abs().max().item() for p in whole.parameters())
     )
@@ -110,7 +122,7 @@ def compare_layer(layout: Layout, activation: str, backend: str, tokens: list[in
 @pytest.mark.parametrize("tensor_size", [2, 4])
 def test_one_layer_equals_the_unsharded_one(tensor_size: int) -> None:
     for distances in run_ranks(tensor_size, one_layer, tensor_size):
-        assert len(distances) == 48
+        assert len(distances) == 54
         for case, distance in distances.items():
             assert distance < (1e-6 if " triton " in case else 1e-12), (case, distance)
 
@@ -122,8 +134,13 @@ BASE: dict[str, Any] = {
     "norm": "layernorm", "padded_vocab_size": 50,
 }  # fmt: skip
 TOKENS = {"qkv_slot_num": 13, "proj_slot_num": 10, "ffn_slot_num": 31}
+OWN_NORMS = {
+    "token_segments": {"qkv": [[7, 6]] * 2, "proj": [[5, 5]] * 2, "ffn": [[16, 15]] * 2},
+    "segment_norms": ["joint", "segment"],
+}
 MODELS: dict[str, dict[str, Any]] = {
     **{activation: {**TOKENS, "norm_activation_type": activation} for activation in ACTIVATIONS},
+    "row norms": {**TOKENS, **OWN_NORMS},
     "rmsnorm, untied head": {**TOKENS, "norm": "rmsnorm", "no_weight_tying": True},
     "vocabulary of 51": {**TOKENS, "padded_vocab_size": 51},  # 50 / 2 = 25 is odd, and 51 no multiple of 2
     "parallel residual": {**TOKENS, "gpt_j_residual": True, "norm": "layernorm_nonparam", "final_norm": "layernorm"},
@@ -188,15 +205,15 @@ def test_the_whole_model_equals_the_unsharded_one() -> None:
 
 
 @contextmanager
-def counted(volumes: dict[str, float], tensor_size: int) -> Iterator[None]:
-    """Adds up what a rank sends in a ring, in elements, call by call of torch.distributed."""
+def counted(volumes: dict[str, list[float]], tensor_size: int) -> Iterator[None]:
+    """Collects what a rank sends in a ring, in elements, call by call of torch.distributed."""
     part = (tensor_size - 1) / tensor_size
 
     def wrap(name: str, elements: Callable[..., int], rounds: int) -> Callable[..., Any]:
         original = getattr(dist, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            volumes[name] = volumes.get(name, 0.0) + rounds * elements(*args) * part
+            volumes.setdefault(name, []).append(rounds * elements(*args) * part)
             return original(*args, **kwargs)
 
         return call
@@ -217,36 +234,42 @@ def counted(volumes: dict[str, float], tensor_size: int) -> Iterator[None]:
         yield
 
 
-def block_volumes(tensor_size: int) -> dict[str, float]:
-    """Elements that a block sends, forward and backward, in units of s b d (t-1)/t."""
+def block_volumes(tensor_size: int) -> dict[str, tuple[float, int]]:
+    """Elements that a block sends, forward and backward, in units of s b d (t-1)/t, and in how many messages."""
     keys = {**BASE, "norm": "layernorm_nonparam", "hidden_size": 64}
-    result: dict[str, float] = {}
+    result: dict[str, tuple[float, int]] = {}
     for sequence_parallel in (False, True):
         layout = connected(tensor_size, sequence_parallel)
-        for kind, more in (("tokenformer", TOKENS), ("global", {"intermediate_size": 128})):
+        norms = {**TOKENS, **OWN_NORMS}
+        kinds: dict[str, dict[str, Any]] = {"tokenformer": TOKENS, "norms": norms, "global": {"intermediate_size": 128}}
+        for kind, more in kinds.items():
             for backend in ("reference", "fused"):  # the others send what fused does
                 config = ModelConfig(**{**keys, **more})
                 block = Block(config, 0, BuildOptions(pattention_backend=backend, layout=layout))
                 tokens = LENGTH // tensor_size if sequence_parallel else LENGTH
                 x = torch.randn(BATCH, tokens, 64, requires_grad=True)
-                volumes: dict[str, float] = {}
+                volumes: dict[str, list[float]] = {}
                 with counted(volumes, tensor_size):
                     block(x).sum().backward()
                 # Besides activations: row statistics, and the gradients of two biases added to shares of the tokens.
                 biases = 2 * 2 * 64 if kind == "global" and sequence_parallel else 0
-                small = (20 * BATCH * LENGTH if kind == "tokenformer" else biases) * (tensor_size - 1) / tensor_size
+                statistics = {"tokenformer": 20, "norms": 40, "global": 0}[kind] * BATCH * LENGTH
+                small = (statistics or biases) * (tensor_size - 1) / tensor_size
                 unit = BATCH * LENGTH * 64 * (tensor_size - 1) / tensor_size
                 case = f"{kind} {backend} sequence_parallel={sequence_parallel}"
-                result[case] = (sum(volumes.values()) - small) / unit
+                calls = [volume for found in volumes.values() for volume in found]
+                result[case] = (sum(calls) - small) / unit, len(calls)
     return result
 
 
 @pytest.mark.parametrize("tensor_size", [2, 4])
 def test_a_block_communicates_what_the_arithmetic_says(tensor_size: int) -> None:
     for volumes in run_ranks(tensor_size, block_volumes, tensor_size):
-        assert len(volumes) == 8
-        for case, found in volumes.items():
-            assert found == pytest.approx(16 if case.startswith("tokenformer") else 8, abs=1e-9), case
+        assert len(volumes) == 12
+        for case, (found, messages) in volumes.items():
+            assert found == pytest.approx(8 if case.startswith("global") else 16, abs=1e-9), case
+            if case.startswith("norms"):  # the statistics of all groups go together
+                assert messages == volumes[case.replace("norms", "tokenformer")][1], case
 
 
 # ---- random numbers, shares ----

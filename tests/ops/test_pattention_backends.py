@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron.model.pattention import Pattention
 from megatron.ops import pattention_fused, pattention_rows, pattention_triton
-from megatron.ops.pattention import ParameterTokens, joint_reference
+from megatron.ops.pattention import ParameterTokens, joint_reference, pattention_reference
 from megatron.ops.pattention_backends import BACKENDS, select_backend
 from tests.interpreter import rounds_to_nearest
 from tools.bench.measure import kept_bytes
@@ -34,16 +34,37 @@ def problem(tokens: int, n: int, count: int, dtype: torch.dtype, width: int = 8)
 
 
 def results(
-    backend: str, activation: str, inputs: Sequence[Tensor], grads: Sequence[Tensor], recompute: bool = False
+    backend: str,
+    activation: str,
+    inputs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    recompute: bool = False,
+    columns: tuple[int, ...] = (),
 ) -> list[Tensor]:
-    """Outputs and all gradients."""
+    """Outputs and all gradients; `columns` of each layer are in a norm group."""
     x, *tokens = (tensor.detach().clone().requires_grad_() for tensor in inputs)
     pairs = zip(tokens[::2], tokens[1::2], strict=True)
-    layers = [ParameterTokens(key, value, torch.tensor(len(key) + i)) for i, (key, value) in enumerate(pairs)]
+    layers = [ParameterTokens(key, value, tau(len(key), i, columns), columns) for i, (key, value) in enumerate(pairs)]
     outputs = select_backend(backend, "cpu", recompute)[1](x, layers, activation)
     torch.autograd.backward(outputs, list(grads))
     found = [*outputs, x.grad, *(t.grad for t in tokens)]
     return [tensor for tensor in found if tensor is not None]
+
+
+def tau(n: int, layer: int, columns: tuple[int, ...] = ()) -> Tensor:
+    """tau^2 that is another number in every layer and norm group."""
+    return torch.tensor([count + 2 + i + layer for i, count in enumerate(columns)] if columns else n + layer)
+
+
+def sums(activation: str, inputs: Sequence[Tensor], grads: Sequence[Tensor], columns: tuple[int, ...]) -> list[Tensor]:
+    """`results` with norm groups by their meaning, in fp64: each a layer of its own, their outputs added."""
+    x, *tokens = (tensor.detach().double().requires_grad_() for tensor in inputs)
+    outputs = []
+    for i, (key, value) in enumerate(zip(tokens[::2], tokens[1::2], strict=True)):
+        parts = zip(key.split(columns), value.split(columns), tau(len(key), i, columns), strict=True)
+        outputs.append(sum(pattention_reference(x, k, v, count, activation) for k, v, count in parts))
+    torch.autograd.backward(outputs, [g.double() for g in grads])
+    return [tensor for tensor in (*outputs, x.grad, *(t.grad for t in tokens)) if tensor is not None]
 
 
 def exact(activation: str, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
@@ -108,6 +129,37 @@ def test_long_rows_and_many_tokens_are_taken_in_chunks(
     inputs, grads = problem(5, 37, 2, torch.float32)
     found = results(backend, activation, inputs, grads)
     assert error(found, exact(activation, inputs, grads)) ** 0.5 < 1e-5
+    found = results(backend, activation, inputs, grads, columns=(20, 17))
+    assert error(found, sums(activation, inputs, grads, (20, 17))) ** 0.5 < 1e-5
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norm_groups_are_a_sum_of_layers(backend: str, activation: str) -> None:
+    """Outputs and gradients; a row of scores that is zero in all groups, and one in the second alone."""
+    torch.manual_seed(4)
+    for tokens, count, columns in ((5, 1, (6, 4)), (4, 3, (16, 1, 20))):
+        inputs, grads = problem(tokens, sum(columns), count, torch.float64)
+        inputs[0][0] = inputs[0][1, :-1] = inputs[1][columns[0] : columns[0] + columns[1], -1] = 0.0
+        bar = 1e-5 if backend == "triton" else 1e-12
+        inputs = [t.float() for t in inputs] if backend == "triton" else inputs
+        grads = [g.to(inputs[0]) for g in grads]
+        expected = sums(activation, inputs, grads, columns)
+        for recompute in (False, True) if backend != "reference" else (False,):
+            found = results(backend, activation, inputs, grads, recompute, columns)
+            assert all(torch.isfinite(t).all() for t in found) and error(found, expected) ** 0.5 < bar
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", ["reference", "fused", "compiled"])
+def test_the_backward_pass_of_norm_groups_is_the_derivative(backend: str, activation: str) -> None:
+    inputs = [torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (3, 7, 7)]
+    function = select_backend(backend, "cpu")[1]
+
+    def layer(x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return function(x, [ParameterTokens(key, value, torch.tensor([9, 3]), (5, 2))], activation)[0]
+
+    assert torch.autograd.gradcheck(layer, inputs)
 
 
 def test_rows_are_held_in_pieces_and_not_padded() -> None:
@@ -129,6 +181,20 @@ def test_three_segments_of_growth_are_one_layer(backend: str, activation: str) -
     assert torch.allclose(grown(x), whole(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_norm_group_is_joint_bit_for_bit(backend: str, activation: str) -> None:
+    """Also where a segment with a norm of its own has no tokens in this layer."""
+    found = []
+    for row_norms in (None, ["segment", "segment", "joint"]):
+        torch.manual_seed(5)
+        layer = Pattention(8, 8, [6, 0, 7], activation, backend=backend, row_norms=row_norms)  # type: ignore[arg-type]
+        out = layer(torch.randn(2, 3, 8))
+        out.sum().backward()
+        found.append([layer.tau_tokens, out, *(p.grad for p in layer.parameters())])
+    assert all(a is not None and torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize(("recompute", "scores"), [(False, 1), (True, 0)])
 @pytest.mark.parametrize("backend", OURS)
 def test_what_is_kept_is_the_scores_or_nothing(backend: str, recompute: bool, scores: int) -> None:
@@ -136,6 +202,10 @@ def test_what_is_kept_is_the_scores_or_nothing(backend: str, recompute: bool, sc
     x = torch.randn(32, 16, requires_grad=True)
     found = kept_bytes(lambda: layer(x), (x, *layer.parameters()))
     assert found == pytest.approx(scores * 32 * 64 * 4 + 32 * 4, abs=16)
+    layer = Pattention(16, 16, [40, 24], backend=backend, recompute_scores=recompute, row_norms=["joint", "segment"])
+    found = kept_bytes(lambda: layer(x), (x, *layer.parameters()))
+    joined = 2 * 64 * 16 * 4  # keys and values
+    assert found == pytest.approx(scores * 32 * 64 * 4 + 2 * 32 * 4 + joined, abs=32)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

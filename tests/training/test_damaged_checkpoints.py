@@ -172,6 +172,8 @@ FORGERIES: dict[str, Change] = {
     "no tau": tensors("model", lambda t: t.pop(TAU)),
     "tau of 0": tensors("model", lambda t: t[TAU].fill_(0)),
     "tau of more tokens": tensors("model", lambda t: t[TAU].fill_(41)),
+    "tau of two row norms": tensors("model", lambda t: t.update({TAU: torch.tensor([20, 20])})),
+    "tau of no row norm": tensors("model", lambda t: t.update({TAU: torch.ones(0, dtype=torch.int64)})),
     "tau as a float": tensors("model", lambda t: t.update({TAU: t[TAU].float()})),
     "two tensors exchanged": in_manifest(lambda m: m["tensors"]["model"].update(
         {NORM: m["tensors"]["model"][KEYS], KEYS: m["tensors"]["model"][NORM]})),
@@ -222,6 +224,7 @@ FORGERIES: dict[str, Change] = {
     "a billion layers": record("config.yml", lambda c: c.update(num_layers=10**12)),
     "tokens beyond memory": record("config.yml", lambda c: c.update(ffn_slot_num=2**62)),
     "a width of text": record("config.yml", lambda c: c.update(hidden_size="wide")),
+    "norms of others": record("config.yml", lambda c: c.update(segment_norms=["joint", "segment"])),
     "segments of others": record("config.yml", lambda c: c.update(token_segments={"qkv": [[1]]})),
     "no optimizer settings": record("config.yml", lambda c: c.update(optimizer=5)),
     "another optimizer": record("config.yml", lambda c: c["optimizer"].update(type="Lion")),

@@ -37,10 +37,11 @@ def compiled(kernel: Any, n: int, activation: int, capability: int, phase: int =
 
     launch = Launch.of(n)
     types = {name: f"*{dtype if kind == 'entry' else kind}" for name, kind in _POINTERS.items()}
-    types |= {"n": "i32", "layers": "i32"}
+    types |= {"n": "i32", "stride": "i32", "layers": "i32"}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     constants = {"ACTIVATION": activation, "PHASE": phase, "EXACT": dtype == "fp32", **launch.sizes}
-    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name == "n"]
+    rows = ("n", "stride")
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name in rows]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if n % 16 == 0 or i < len(_POINTERS)}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": launch.num_warps}

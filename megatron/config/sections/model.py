@@ -17,6 +17,8 @@ TRANSFORMER_KINDS = ("global", "flash")
 PATTENTION_ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 
 PattentionActivation = Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"]
+RowNorm = Literal["joint", "segment"]
+"""Do the tokens of a growth share the row norm of those before them, or have they one of their own?"""
 Norm = Literal["layernorm", "layernorm_nonparam", "rmsnorm"]
 InitMethod = Literal[
     "normal", "scaled_normal", "single_residual_scaled_normal", "wang_init", "small_init", "xavier_uniform",
@@ -63,6 +65,8 @@ class ModelSection(Section):
     token_segments: dict[Literal["qkv", "proj", "ffn"], list[list[Annotated[int, Field(ge=0)]]]] | None = None
     """Written by growth, not by hand: for each block, the tokens it was made with and those that each growth added.
     The slot numbers are then the largest of these sums."""
+    segment_norms: list[RowNorm] | None = None
+    """Written by growth, not by hand: the row_norm of each of these segments, where one has a norm of its own."""
     norm_activation_type: PattentionActivation = "l2_norm_gelu"
     """How Pattention turns scores into weights (theta of the paper). l2_norm_gelu is the published form."""
 
@@ -73,7 +77,13 @@ class ModelSection(Section):
             raise ConfigError("num_attention_heads", reason, "choose a divisor of it", beside=["hidden_size"])
         for kind, blocks in (self.token_segments or {}).items():
             self._check_segments(kind, blocks)
+        if self.segment_norms is not None and {len(self.segment_norms)} != self._numbers_of_segments():
+            reason = f"{len(self.segment_norms)} norms do not belong to token_segments"
+            raise ConfigError("segment_norms", reason, "leave it to growth", beside=["token_segments"])
         return self
+
+    def _numbers_of_segments(self) -> set[int]:
+        return {len(block) for blocks in (self.token_segments or {}).values() for block in blocks}
 
     def _check_segments(self, kind: str, blocks: list[list[int]]) -> None:
         slots, sums = getattr(self, f"{kind}_slot_num") or 0, [sum(block) for block in blocks]
