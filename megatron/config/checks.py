@@ -110,7 +110,7 @@ def find_setting_mistakes(config: RunConfig) -> Iterator[ConfigError]:
     yield from _loss_package(config.training.cross_entropy, config.parallel.model_parallel_size, config.precision.dtype)
     if optimization.optimizer.type == "Muon":
         yield from _muon(zero, optimization, config.parallel.model_parallel_size)
-        yield from _scaled_by_age([config.scaling, *config.scaling.growth])
+        yield from _treated_by_age([config.scaling, *config.scaling.growth])
     if config.scaling.growth:
         yield from _through_checkpoints(config.checkpoint, "growth", "grows")
     yield from _spikes(config)
@@ -178,10 +178,17 @@ def _through_checkpoints(options: CheckpointConfig, key: str, does: str) -> Iter
         yield ConfigError("no_save_optim", reason, "set no_save_optim: false", beside=[key])
 
 
-def _scaled_by_age(growths: Sequence[ScalingConfig | ScheduledGrowth]) -> Iterator[ConfigError]:
-    if any(growth.old_tokens_lr_scale != 1 or growth.new_tokens_lr_scale != 1 for growth in growths):
-        reason, beside = "Muon has no learning rates by age of tokens", ["optimizer.type"]
-        yield ConfigError("new_tokens_lr_scale", reason, "use Adam", beside=beside)
+def _treated_by_age(growths: Sequence[ScalingConfig | ScheduledGrowth]) -> Iterator[ConfigError]:
+    """What Muon's groups, which are not by growth, cannot do."""
+    nothing: dict[str, tuple[Any, ...]] = {
+        "new_tokens_lr_scale": (None, 1), "old_tokens_lr_scale": (None, 1), "lr_scale": (None,),
+        "new_tokens_warmup": (0,), "new_keys_decay": ("always",),
+    }  # fmt: skip
+    for key, values in nothing.items():
+        if any(getattr(growth, key) not in values for growth in growths):
+            reason, beside = "Muon has no learning rates and decay by age of tokens", ["optimizer.type"]
+            yield ConfigError(key, reason, "use Adam", beside=beside)
+            return
 
 
 def _zero(stage: int, extra: dict[str, Any]) -> Iterator[ConfigError]:

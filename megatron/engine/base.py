@@ -21,6 +21,7 @@ from megatron.config.mistakes import mistakes
 from megatron.engine.compiled import compile_blocks, forget_compiled
 from megatron.engine.gate import Numbers, UpdateGate
 from megatron.engine.grid import DeepSpeedGrid
+from megatron.engine.new_keys import NewKeys
 from megatron.engine.optimizer import build_optimizer, freeze_old_parameters
 from megatron.engine.settings import EngineSettings
 from megatron.engine.state import EngineState
@@ -90,6 +91,7 @@ class Engine(ABC):
         self.state = EngineState(model, self._engine.optimizer, self.zero_stage, layout, frozen)
         if settings.dtype != "fp32":
             self.state.write_masters(tensors)
+        self.new_keys = NewKeys(self.state, self._engine.optimizer.param_groups, settings)
         if settings.compile_blocks:
             compile_blocks(self._blocks(), self.device, settings.model.tokens_per_sample())
 
@@ -125,10 +127,13 @@ class Engine(ABC):
         """Those of the layers that are blocks."""
 
     @abstractmethod
-    def train_step(self, batches: Sequence[Any], learning_rate: float) -> StepResult:
+    def train_step(self, batches: Sequence[Any], learning_rate: float, warmed: float = 1.0) -> StepResult:
         """One update from the task's micro-batches, `gradient_accumulation_steps` of them.
 
         Whether its loss and gradient norm are finite is for `watch` to find out: this does not wait for the device.
+
+        Args:
+            warmed: factor on the learning rate of the tokens of the latest growth, which have a warm-up of their own.
         """
 
     @abstractmethod
@@ -175,9 +180,10 @@ class Engine(ABC):
         withheld = self._gate is not None and self._gate.close_step(loss, norm)
         return StepResult(loss, norm, skipped and not withheld, withheld)
 
-    def _set_learning_rate(self, learning_rate: float) -> None:
+    def _set_learning_rate(self, learning_rate: float, warmed: float) -> None:
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+            scale = group.get("lr_scale", 1.0)
+            group["lr"] = learning_rate * (scale * warmed if group.get("is_new") else scale)
 
     def mean_over_ranks(self, value: Tensor) -> float:
         """Average of a scalar over the data ranks. Collective."""
@@ -206,7 +212,7 @@ class Engine(ABC):
             _forget_modules(self.model)
         if self.settings.compile_blocks:
             forget_compiled()
-        del self._engine, self.model, self.state
+        del self._engine, self.model, self.state, self.new_keys
         gc.collect()  # engine, optimizer and parameters refer to each other in circles
         if uses_gpu():
             torch.cuda.empty_cache()

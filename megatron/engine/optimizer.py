@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from megatron.config.sections.optimization import OptimizationConfig
 from megatron.engine.adamw import AdamW
 from megatron.engine.extensions import one_build_at_a_time
+from megatron.engine.new_keys import part_of
 from megatron.engine.settings import EngineSettings
 from megatron.errors import UserError
 from megatron.mpu.device import process_device, uses_gpu
-from megatron.mpu.roles import role_of
+from megatron.mpu.roles import Role, role_of
 
 
 def freeze_old_parameters(layers: Sequence[nn.Module], growths: int) -> None:
@@ -51,25 +52,46 @@ def _let_gradients_through(module: nn.Module, inputs: Any, output: Any) -> Any:
     return output.requires_grad_() if reads_data and torch.is_grad_enabled() else output
 
 
+class _GroupKey(NamedTuple):
+    """What decides a parameter's count of updates, rate and decay: parameters alike in all of it are one group.
+
+    Stages of a pipeline make the same groups of the same settings, but may lack parameters of some.
+    """
+
+    segment: int
+    is_vector: bool
+    lr_scale: float
+    waits: str
+    """Of new keys whose decay waits for their size: the projection; else nothing."""
+
+
+def _group_of(role: Role, settings: EngineSettings) -> _GroupKey:
+    part = part_of(role, settings.growths)
+    waits = part == "new_keys" and settings.scaling.new_keys_decay == "at_old_rms"
+    scale = settings.scaling.lr_factor(part)
+    return _GroupKey(role.segment, role.is_vector, scale, (role.projection or "") if waits else "")
+
+
 def parameter_groups(model: nn.Module, settings: EngineSettings) -> list[dict[str, Any]]:
-    """Groups by growth, matrices apart from vectors: matrices decay, vectors (norms, biases) do not.
+    """Groups by growth, learning rate and decay; matrices decay, vectors (norms, biases) do not.
 
     The tokens of each growth have groups of their own, so that they have their own count of updates (Adam's bias
-    correction) and `lr_scale`, the factor on the learning rate.
+    correction). Beside what the optimizer reads, a group has `lr_scale`, the factor on the learning rate; `is_new`, for
+    the tokens of the latest growth; and `waits`, the projection of new keys that are not to decay yet.
     """
-    newest, scaling = settings.growths, settings.scaling
-    members: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    members: dict[_GroupKey, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            role = role_of(parameter)
-            members.setdefault((role.segment, role.is_vector), []).append(parameter)
+            members.setdefault(_group_of(role_of(parameter), settings), []).append(parameter)
     return [
         {
             "params": parameters,
-            "weight_decay": 0.0 if is_vector else settings.optimization.weight_decay,
-            "lr_scale": scaling.new_tokens_lr_scale if newest and growth == newest else scaling.old_tokens_lr_scale,
+            "weight_decay": 0.0 if key.is_vector or key.waits else settings.optimization.weight_decay,
+            "lr_scale": key.lr_scale,
+            "is_new": settings.growths > 0 and key.segment == settings.growths,
+            "waits": key.waits,
         }
-        for (growth, is_vector), parameters in sorted(members.items(), key=lambda item: item[0])
+        for key, parameters in sorted(members.items(), key=lambda item: item[0])
     ]
 
 

@@ -57,9 +57,9 @@ class PipelineEngine(Engine):
         model: Any = self.model
         return list(model.blocks())
 
-    def train_step(self, batches: Sequence[Any], learning_rate: float) -> StepResult:
+    def train_step(self, batches: Sequence[Any], learning_rate: float, warmed: float = 1.0) -> StepResult:
         """One update; see Engine."""
-        self._set_learning_rate(learning_rate)
+        self._set_learning_rate(learning_rate, warmed)
         self._norm = None
         skipped_before = self._engine.skipped_steps
         self._engine.train_batch(self._items(batches))

@@ -36,10 +36,10 @@ class SingleStageEngine(Engine):
         model: Any = self.model
         return [layer for name, layer in model.parts() if block_of(name) is not None]
 
-    def train_step(self, batches: Sequence[Any], learning_rate: float) -> StepResult:
+    def train_step(self, batches: Sequence[Any], learning_rate: float, warmed: float = 1.0) -> StepResult:
         """One update; see Engine."""
         self._engine.train()
-        self._set_learning_rate(learning_rate)
+        self._set_learning_rate(learning_rate, warmed)
         losses = []
         for position, batch in enumerate(batches):
             loss = self._reduced(batch, self.task.loss)

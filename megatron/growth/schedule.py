@@ -39,7 +39,7 @@ class Grown(NamedTuple, Generic[Model]):
     model: Model
     """The model with the tokens of all growths made."""
     scaling: ScalingConfig
-    """New keys, frozen tokens and learning-rate factors are those of the latest growth."""
+    """What both it and a growth say is that of the latest growth."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,9 @@ class GrowthSchedule:
             model = _grown_once(model, growth, number)
         if not done:
             return Grown(model, self.scaling)
-        keys = ("new_keys", "freeze_old_tokens", "old_tokens_lr_scale", "new_tokens_lr_scale")
         latest = self.growths[done - 1]
-        return Grown(model, self.scaling.replaced(**{key: getattr(latest, key) for key in keys}))
+        keys = ScheduledGrowth.model_fields.keys() & ScalingConfig.model_fields.keys()
+        return Grown(model, self.scaling.replaced(**{key: getattr(latest, key) for key in sorted(keys)}))
 
     def as_saved(self, model: Model, saved: ModelSection, lineage: Lineage) -> Grown[Model]:
         """Model and scaling of a run that goes on from a checkpoint.

@@ -26,6 +26,7 @@ from megatron.training.data import RunData
 from megatron.training.folders import claim_folders
 from megatron.training.generators import seed_generators
 from megatron.training.hardware import memory_gib, peak_flops, report
+from megatron.training.new_tokens import NewTokens
 from megatron.training.profiling import Profiler
 from megatron.training.schedule import LRSchedule
 from megatron.training.spikes import Rewind, SpikeGuard, is_skipped
@@ -106,6 +107,7 @@ class Trainer:
         self._guard(config)
         options, since = self._growths.learning_rate(config.optimization, state)
         self.schedule = LRSchedule(config.replaced(optimization=options), since)
+        self._new_tokens = NewTokens(config.scaling, state, self.engine.new_keys)
         self._metrics = MetricsLog(config, layout.rank, state.iteration, task.console)
         self._profiler = Profiler(config.logging, config.checkpoint.save, self.engine.device, layout.rank)
         self._loss, self._throughput = RunningMean(), Throughput()
@@ -178,7 +180,8 @@ class Trainer:
         if is_skipped(state.iteration + 1, self._skips):
             state.advance(self._update.samples, length, left_out=True)
             return None
-        step = self.engine.train_step(next(batches), self.schedule(state.updates))
+        micro_batches, warmed = next(batches), self._new_tokens.before_update()
+        step = self.engine.train_step(micro_batches, self.schedule(state.updates), warmed)
         self._loss.add(step.loss)
         state.advance(self._update.samples, length, step.skipped, step.withheld)
         return step

@@ -22,9 +22,12 @@ from tests.ranks import start_process
 
 pytestmark = pytest.mark.usefixtures("single_process")
 GROWTH, LAST = 6, 24
+AGES = {
+    "lr_scale": {"new_keys": 30.0, "old": 0.5}, "new_tokens_warmup": 5, "new_keys_decay": "at_old_rms",
+}  # fmt: skip
 KEYS = {
     "train_iters": LAST, "hidden_dropout": 0.1, "checkpoint_factor": 4, "eval_interval": GROWTH, "eval_iters": 1,
-    "growth": [stage(GROWTH, **CONTINUE)],
+    "lr_decay_style": "WSD", "lr_wsd_decay_iters": 8, "growth": [stage(GROWTH, **AGES, **CONTINUE)],
 }  # fmt: skip
 KILLS = 10
 KINDS = ("model", "optimizer", "rng")
@@ -93,7 +96,8 @@ def test_a_run_killed_around_a_growth_ends_as_if_nothing_had_happened(
                 break
     process.join()
     expected = tensors(folder, kinds=KINDS)
-    assert process.exitcode == 0 and len(state(folder)["lineage"]) == 1
+    (entry,) = state(folder)["lineage"]
+    assert process.exitcode == 0 and entry["decays_since"] == {"qkv": 16, "proj": 16, "ffn": 16}
     # Half of the delays from the iteration before the save on, half from the save on until after the growth.
     generator, saved_at_kill = random.Random(7), []
     for kill in range(KILLS):

@@ -39,15 +39,19 @@ TOLERANCE = 1e-5
 CHAIN = [
     stage(3, qkv_slot_num=45, ffn_slot_num=71, old_tokens_lr_scale=0.5, lr=5e-4),
     stage(5, qkv_slot_num=48, proj_slot_num=None, ffn_slot_num=None, layers=[1], **CONTINUE),
-    stage(7, qkv_slot_num=64, proj_slot_num=64, ffn_slot_num=101, **CONTINUE),
+    stage(7, qkv_slot_num=64, proj_slot_num=64, ffn_slot_num=101, new_tokens_warmup=3, **CONTINUE),
 ]
-FROZEN = [stage(3, freeze_old_tokens=True, warmup=0.1, lr=2e-3)]
+FROZEN = [stage(3, freeze_old_tokens=True, warmup=0.1, lr=2e-3, new_keys_decay="at_old_rms")]
+AGES = {
+    "lr_scale": {"new_keys": 2.0, "new_values": 0.5, "old_keys": 0.3, "other": 0.7}, "new_tokens_warmup": 4,
+    "new_keys_decay": "at_old_rms",
+}  # fmt: skip
 # The second growth rotates keys that have rotated once, and more of them (72) than they have dimensions (32).
 ROTATED = [
-    stage(3, qkv_slot_num=48, proj_slot_num=48, ffn_slot_num=72, new_keys="rotated", **CONTINUE),
+    stage(3, qkv_slot_num=48, proj_slot_num=48, ffn_slot_num=72, new_keys="rotated", **AGES, **CONTINUE),
     stage(6, qkv_slot_num=None, proj_slot_num=None, ffn_slot_num=104, layers=[1], new_keys="rotated", **CONTINUE),
 ]
-SOFTMAX = [stage(3, proj_slot_num=72, ffn_slot_num=80, **CONTINUE)]
+SOFTMAX = [stage(3, proj_slot_num=72, ffn_slot_num=80, **AGES, **CONTINUE)]
 RUN = {
     **STEADY, "train_batch_size": 4, "train_iters": 9, "lr_decay_iters": 40, "eval_interval": 9, "weight_decay": 0.1,
     "gradient_clipping": 0.5, "norm": "layernorm",
@@ -74,7 +78,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 CASES = [
     *((layout, "chain") for layout in ("tp2-sp-zero1", "pp2", "dp2-zero3")),
     *((layout, "frozen") for layout in ("tp2-zero3", "pp2-zero1-recomputed", "dp2-zero1")),
-    *((layout, "rotated") for layout in ("tp2-zero3", "pp2", "dp2-zero1")),
+    *((layout, "rotated") for layout in ("tp2-zero3", "pp2-zero1-recomputed", "dp2-zero1")),
     *((layout, "softmax") for layout in ("tp2", "dp2-zero2")),
 ]
 
@@ -156,6 +160,14 @@ def test_frozen_tokens_are_bit_identical_on_every_layout(runs: Path) -> None:
             before, after = (tensors(runs / f"{layout}-{model}", at, ("model",)) for at in (3, 9))
             assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), layout
             assert all(is_new(name) for name in checkpoint(runs / f"{layout}-{model}").names("optimizer")), layout
+
+
+@pytest.mark.processes
+def test_keys_as_large_as_the_old_ones_decay_at_once_on_every_layout(runs: Path) -> None:
+    for layout, model in CASES:
+        if model in ("rotated", "frozen"):
+            since = state(runs / f"{layout}-{model}")["lineage"][0].get("decays_since")
+            assert since == (dict.fromkeys(("qkv", "proj", "ffn"), 3) if model == "rotated" else None), layout
 
 
 @pytest.mark.processes

@@ -13,6 +13,57 @@ NewKeys = Literal["zero", "rotated"]
 """What new keys start as; megatron.growth.grow says how."""
 
 
+NewKeysDecay = Literal["always", "at_old_rms"]
+"""When new keys are subject to weight decay."""
+
+Part = Literal["new_keys", "new_values", "old_keys", "old_values", "other"]
+"""Parameters by role and age: keys and values of the latest growth, those of before, and all that is no token."""
+
+Factor = Annotated[float, Field(ge=0, le=MAX_FACTOR)]
+
+
+class LrScale(Section):
+    """Factors on the learning rate by role and age."""
+
+    new_keys: Factor | None = None
+    """Of the new tokens' keys."""
+    new_values: Factor | None = None
+    """Of the new tokens' values."""
+    old_keys: Factor | None = None
+    """Of all other tokens' keys. Default: old."""
+    old_values: Factor | None = None
+    """Of all other tokens' values. Default: old."""
+    other: Factor | None = None
+    """Of everything that is no token of a Pattention. Default: old."""
+    old: Factor | None = None
+    """Of everything but the new tokens."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell(cls, values: Any) -> Any:
+        return _with_underscores(values)
+
+
+def _with_underscores(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _check_scales(scales: LrScale | None, old: float | None, new: float | None) -> None:
+    """Raise a ConfigError where a table says something else than one of the two short forms."""
+    for key, value, covered in (
+        ("old_tokens_lr_scale", old, ("old", "old_keys", "old_values", "other")),
+        ("new_tokens_lr_scale", new, ("new_keys", "new_values")),
+    ):
+        for name in covered:
+            other = getattr(scales, name, None)
+            if value is not None and other is not None and other != value:
+                raise ConfigError(
+                    key, f"{value:g} contradicts {name} {other:g} of lr_scale", "keep one of them", beside=["lr_scale"]
+                )
+
+
 class ScheduledGrowth(Section):
     """One growth inside a run: when, to how many tokens, and how training goes on."""
 
@@ -46,17 +97,23 @@ class ScheduledGrowth(Section):
     and learns faster; with l2_norm_gelu, by at least min(tokens, hidden_size) tokens."""
     freeze_old_tokens: bool = False
     """Train only the new tokens, until the next growth."""
-    old_tokens_lr_scale: float = Field(default=1.0, ge=0, le=MAX_FACTOR)
-    """Factor on the learning rate of everything but the new tokens."""
-    new_tokens_lr_scale: float = Field(default=1.0, ge=0, le=MAX_FACTOR)
-    """Factor on the learning rate of the new tokens."""
+    lr_scale: LrScale | None = None
+    """Factors on the learning rate by role and age, for example {new_keys: 2, new_values: 0.3, old: 0.1}; also
+    old_keys, old_values and other, what is no token, which are old unless given."""
+    old_tokens_lr_scale: Factor | None = None
+    """Short for lr_scale: {old: ..}, the factor of everything but the new tokens."""
+    new_tokens_lr_scale: Factor | None = None
+    """Short for lr_scale: {new_keys: .., new_values: ..}, the factor of the new tokens."""
+    new_tokens_warmup: int = Field(default=0, ge=0)
+    """Updates since the growth in which the new tokens' learning rate rises linearly from 0, whatever else it does."""
+    new_keys_decay: NewKeysDecay = "always"
+    """at_old_rms: no weight decay on the new keys until their root mean square is that of the old keys, apart for qkv,
+    proj and ffn."""
 
     @model_validator(mode="before")
     @classmethod
     def _spell_with_underscores(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {str(key).replace("-", "_"): value for key, value in values.items()}
+        return _with_underscores(values)
 
     @model_validator(mode="after")
     def _check(self) -> ScheduledGrowth:
@@ -68,6 +125,7 @@ class ScheduledGrowth(Section):
         for key in ("lr", "min_lr", "warmup", "lr_warmup_iters", "lr_decay_iters"):
             if self.lr_policy == "continue" and getattr(self, key) is not None:
                 raise ConfigError(key, "belongs to a schedule of its own", "set lr_policy: restart")
+        _check_scales(self.lr_scale, self.old_tokens_lr_scale, self.new_tokens_lr_scale)
         return self
 
 
@@ -84,10 +142,18 @@ class ScalingConfig(Section):
     the old keys (l2_norm_gelu), which is just as exact and learns faster."""
     freeze_old_tokens: bool = False
     """Train only the tokens of the latest growth."""
-    old_tokens_lr_scale: float = Field(default=1.0, ge=0, le=MAX_FACTOR)
-    """Factor on the learning rate of everything but the tokens of the latest growth."""
-    new_tokens_lr_scale: float = Field(default=1.0, ge=0, le=MAX_FACTOR)
-    """Factor on the learning rate of the tokens of the latest growth."""
+    lr_scale: LrScale | None = None
+    """Factors on the learning rate by role and age, for example {new_keys: 2, new_values: 0.3, old: 0.1}; also
+    old_keys, old_values and other, what is no token, which are old unless given. New are the latest growth's."""
+    old_tokens_lr_scale: Factor | None = None
+    """Short for lr_scale: {old: ..}, the factor of everything but the tokens of the latest growth."""
+    new_tokens_lr_scale: Factor | None = None
+    """Short for lr_scale: {new_keys: .., new_values: ..}, the factor of the tokens of the latest growth."""
+    new_tokens_warmup: int = Field(default=0, ge=0)
+    """Updates since the latest growth in which its tokens' learning rate rises linearly from 0."""
+    new_keys_decay: NewKeysDecay = "always"
+    """at_old_rms: no weight decay on the latest growth's keys until their root mean square is that of the older keys,
+    apart for qkv, proj and ffn."""
 
     @model_validator(mode="after")
     def _check(self) -> ScalingConfig:
@@ -97,4 +163,14 @@ class ScalingConfig(Section):
                 if later <= earlier:
                     reason = f"entries are out of order, {key} {later} follows {earlier}"
                     raise ConfigError("growth", reason, "sort them by time")
+        _check_scales(self.lr_scale, self.old_tokens_lr_scale, self.new_tokens_lr_scale)
         return self
+
+    def lr_factor(self, part: Part) -> float:
+        """The factor on the learning rate of a part of the parameters."""
+        scales = self.lr_scale or LrScale()
+        own = getattr(scales, part)
+        given = (
+            [own, self.new_tokens_lr_scale] if part.startswith("new_") else [own, scales.old, self.old_tokens_lr_scale]
+        )
+        return next((factor for factor in given if factor is not None), 1.0)
