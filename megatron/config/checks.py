@@ -9,7 +9,7 @@ from typing import Any
 from megatron.config.schema import RunConfig
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.model import ModelSection
-from megatron.config.sections.optimization import OptimizationConfig
+from megatron.config.sections.optimization import ADAM_FAMILY, OptimizationConfig
 from megatron.config.sections.parallel import ParallelConfig, ZeroConfig
 from megatron.config.sections.scaling import ScalingConfig, ScheduledGrowth
 from megatron.config.sections.training import TrainingConfig
@@ -111,6 +111,7 @@ def find_setting_mistakes(config: RunConfig) -> Iterator[ConfigError]:
     if optimization.optimizer.type == "Muon":
         yield from _muon(zero, optimization, config.parallel.model_parallel_size)
         yield from _treated_by_age([config.scaling, *config.scaling.growth])
+    yield from _moments(optimization.optimizer.type, [config.scaling, *config.scaling.growth])
     if config.scaling.growth:
         yield from _through_checkpoints(config.checkpoint, "growth", "grows")
     yield from _spikes(config)
@@ -189,6 +190,12 @@ def _treated_by_age(growths: Sequence[ScalingConfig | ScheduledGrowth]) -> Itera
             reason, beside = "Muon has no learning rates and decay by age of tokens", ["optimizer.type"]
             yield ConfigError(key, reason, "use Adam", beside=beside)
             return
+
+
+def _moments(optimizer: str, growths: Sequence[ScalingConfig | ScheduledGrowth]) -> Iterator[ConfigError]:
+    if optimizer not in ADAM_FAMILY and any(growth.new_moments == "mean" for growth in growths):
+        reason = f"mean is of Adam's second moments, and {optimizer} has none of tokens"
+        yield ConfigError("new_moments", reason, "use Adam, or set zero", beside=["optimizer.type"])
 
 
 def _zero(stage: int, extra: dict[str, Any]) -> Iterator[ConfigError]:

@@ -10,10 +10,11 @@ from typing import Any
 from megatron.checkpoint.new_folder import require_new
 from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelSection
-from megatron.config.sections.scaling import ScalingConfig
+from megatron.config.sections.scaling import NewMoments, ScalingConfig
 from megatron.errors import UserError
 from megatron.exchange import canonical, open_checkpoint
 from megatron.growth.grow import grown_checkpoint, lineage_entry
+from megatron.growth.moments import with_moments
 from megatron.growth.plan import TokenCounts, describe, grown_config
 from megatron.growth.proof import Difference, compare_logits
 from megatron.growth.schedule import past_growths
@@ -37,6 +38,7 @@ def grow_checkpoint(
     counts: TokenCounts,
     *,
     seed: int | None = None,
+    new_moments: NewMoments = "zero",
     config: RunConfig | None = None,
     environment: Mapping[str, Any] | None = None,
 ) -> GrownCheckpoint:
@@ -49,6 +51,7 @@ def grow_checkpoint(
         source: a run's folder or one of its checkpoints, an official pytorch_model.bin or training folder.
         target: folder of the new run; must not exist or be empty.
         seed: of the new values or rotations; default that of the run.
+        new_moments: what Adam's second moments of the new tokens start as.
         config: of an official model; a training checkpoint has its own.
         environment: to be recorded beside the checkpoint.
 
@@ -62,7 +65,7 @@ def grow_checkpoint(
     settings, before = base.resolved(), base.model_config
     after = grown_config(before, counts)
     seed = int(settings["seed"]) if seed is None else seed
-    grown = grown_checkpoint(base, after, seed, counts.new_keys)
+    grown = with_moments(grown_checkpoint(base, after, seed, counts.new_keys), base, new_moments)
     difference = compare_logits(base, grown, task_of(before).example_inputs(before, settings, _PROOF_SAMPLES))
     difference.check(describe(before, after))
     entry = lineage_entry(base, grown, base.train_state, counts.new_keys, scheduled=False)

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from megatron.checkpoint.store import CheckpointReader, RunFolder
 from megatron.config.schema import RunConfig
+from megatron.config.sections.optimization import ADAM_FAMILY
 from megatron.engine.base import Engine
 from megatron.errors import UserError
 from megatron.exchange import Checkpoint, open_checkpoint
 from megatron.failures import failed_attempts, read_failures
 from megatron.growth.grow import grown_checkpoint, lineage_entry
+from megatron.growth.moments import with_moments
 from megatron.growth.plan import KINDS, TokenCounts, grown_config
 from megatron.growth.proof import Difference, compare_logits
 from megatron.growth.schedule import GrowthSchedule, growths_done, past_growths
@@ -42,8 +44,6 @@ _DATA_KEYS = (
     "seed", "data_path", "train_data_paths", "train_data_weights", "split", "weight_by_num_documents",
     "weighted_sampler_alpha",
 )  # fmt: skip
-
-_ADAM_FAMILY = ("Adam", "AdamW", "FusedAdam", "ApexAdam", "CPU_Adam")
 
 
 class Start:
@@ -155,6 +155,7 @@ class Start:
         assert self.checkpoint is not None, "only a model that exists grows"
         before, state, new_keys = self.checkpoint, self.state, after.scaling.new_keys
         grown = grown_checkpoint(before, after.model, after.training.seed, new_keys)
+        grown = with_moments(grown, before, after.scaling.new_moments)
         entry = lineage_entry(before, grown, state.state_dict(), new_keys, scheduled=scheduled)
         get_logger().info(
             "growth at iteration %d: %s; %s to %s parameters",
@@ -228,7 +229,7 @@ def _restore_optimizer(now: str, engine: Engine, checkpoint: Checkpoint) -> None
     """
     settings = checkpoint.resolved()
     saved = settings["optimizer"]["type"]
-    if saved != now and not (saved in _ADAM_FAMILY and now in _ADAM_FAMILY):
+    if saved != now and not (saved in ADAM_FAMILY and now in ADAM_FAMILY):
         raise UserError(
             f"optimizer.type: {now} cannot take over the state of {saved} in {checkpoint.folder}; "
             "keep the optimizer, or set no_load_optim: true to start with a fresh state"

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("single_process")
 GROWTH, LAST = 6, 24
 AGES = {
     "lr_scale": {"new_keys": 30.0, "old": 0.5}, "new_tokens_warmup": 5, "new_keys_decay": "at_old_rms",
+    "new_moments": "mean",
 }  # fmt: skip
 KEYS = {
     "train_iters": LAST, "hidden_dropout": 0.1, "checkpoint_factor": 4, "eval_interval": GROWTH, "eval_iters": 1,

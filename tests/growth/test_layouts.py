@@ -39,12 +39,12 @@ TOLERANCE = 1e-5
 CHAIN = [
     stage(3, qkv_slot_num=45, ffn_slot_num=71, old_tokens_lr_scale=0.5, lr=5e-4),
     stage(5, qkv_slot_num=48, proj_slot_num=None, ffn_slot_num=None, layers=[1], **CONTINUE),
-    stage(7, qkv_slot_num=64, proj_slot_num=64, ffn_slot_num=101, new_tokens_warmup=3, **CONTINUE),
+    stage(7, qkv_slot_num=64, proj_slot_num=64, ffn_slot_num=101, new_tokens_warmup=3, new_moments="mean", **CONTINUE),
 ]
-FROZEN = [stage(3, freeze_old_tokens=True, warmup=0.1, lr=2e-3, new_keys_decay="at_old_rms")]
+FROZEN = [stage(3, freeze_old_tokens=True, warmup=0.1, lr=2e-3, new_keys_decay="at_old_rms", new_moments="mean")]
 AGES = {
     "lr_scale": {"new_keys": 2.0, "new_values": 0.5, "old_keys": 0.3, "other": 0.7}, "new_tokens_warmup": 4,
-    "new_keys_decay": "at_old_rms",
+    "new_keys_decay": "at_old_rms", "new_moments": "mean",
 }  # fmt: skip
 # The second growth rotates keys that have rotated once, and more of them (72) than they have dimensions (32).
 ROTATED = [

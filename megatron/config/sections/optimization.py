@@ -33,6 +33,8 @@ class OptimizerParams(Section):
 
 
 OptimizerType = Literal["Adam", "AdamW", "CPU_Adam", "FusedAdam", "ApexAdam", "Lion", "Muon", "SGD"]
+ADAM_FAMILY: tuple[OptimizerType, ...] = ("Adam", "AdamW", "FusedAdam", "ApexAdam", "CPU_Adam")
+"""Those that keep the same two moments, and can go on from each other's."""
 OPTIMIZER_SPELLINGS: dict[str, OptimizerType] = {
     "adam": "Adam", "adamw": "AdamW", "cpu_adam": "CPU_Adam", "cpuadam": "CPU_Adam",
     "deepspeedcpuadam": "CPU_Adam", "fusedadam": "FusedAdam", "apexadam": "ApexAdam", "apex_adam": "ApexAdam",

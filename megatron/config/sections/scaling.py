@@ -16,6 +16,9 @@ NewKeys = Literal["zero", "rotated"]
 NewKeysDecay = Literal["always", "at_old_rms"]
 """When new keys are subject to weight decay."""
 
+NewMoments = Literal["zero", "mean"]
+"""What Adam's second moments of new tokens start as; megatron.growth.moments says how."""
+
 Part = Literal["new_keys", "new_values", "old_keys", "old_values", "other"]
 """Parameters by role and age: keys and values of the latest growth, those of before, and all that is no token."""
 
@@ -109,6 +112,9 @@ class ScheduledGrowth(Section):
     new_keys_decay: NewKeysDecay = "always"
     """at_old_rms: no weight decay on the new keys until their root mean square is that of the old keys, apart for qkv,
     proj and ffn."""
+    new_moments: NewMoments = "zero"
+    """What Adam's second moments of new tokens start as: zero with an own count of updates, or mean, the mean of the
+    old tokens' in the same layer, with their count."""
 
     @model_validator(mode="before")
     @classmethod
@@ -154,6 +160,9 @@ class ScalingConfig(Section):
     new_keys_decay: NewKeysDecay = "always"
     """at_old_rms: no weight decay on the latest growth's keys until their root mean square is that of the older keys,
     apart for qkv, proj and ffn."""
+    new_moments: NewMoments = "zero"
+    """What Adam's second moments of the new tokens of pretrain_partial_init start as: zero with an own count of
+    updates, or mean, the mean of the old tokens' in the same layer, with their count."""
 
     @model_validator(mode="after")
     def _check(self) -> ScalingConfig:
