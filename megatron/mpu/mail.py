@@ -11,7 +11,7 @@ from torch.distributed import distributed_c10d
 from megatron.errors import RankError
 from megatron.mpu.layout import Layout
 
-_PAUSE_SECONDS = 0.05
+_PAUSE_SECONDS, _PATIENCE_SECONDS = 0.05, 30.0
 
 
 class Mail:
@@ -38,12 +38,18 @@ class Mail:
             self._store.delete_key(key)
 
     def answer(self, message: str) -> None:
-        """Tell all ranks, from the first one."""
-        self._store.set(f"{self._subject}/answer", message)
+        """Tell all ranks, from the first one. Returns once they know: the store ends with this process."""
+        key, end = f"{self._subject}/answer", time.monotonic() + _PATIENCE_SECONDS
+        self._store.set(key, message)
+        while self._store.add(f"{key}/read", 0) < self._layout.world_size - 1 and time.monotonic() < end:
+            time.sleep(_PAUSE_SECONDS)
 
     def wait_for_answer(self) -> str:
-        """What the first rank says. Raises RankError when it is gone."""
-        return self._wait_for(f"{self._subject}/answer")
+        """What the first rank says, on the others. Raises RankError when it is gone."""
+        key = f"{self._subject}/answer"
+        message = self._wait_for(key)
+        self._store.add(f"{key}/read", 1)
+        return message
 
     def _wait_for(self, key: str) -> str:
         # Asked again and again: whoever waits in the store keeps this process's other threads from it.

@@ -40,17 +40,18 @@ def save_together(
     parts: list[Part] = []
     result = _as_result(lambda: parts.append(folder.write_part(state, layout.rank)))
     mail.send(json.dumps({"result": asdict(result), "part": asdict(parts[0]) if parts else None}))
-    if layout.rank == 0:
-        letters = [json.loads(letter) for letter in mail.collect()]
-        results = [SaveResult(**letter["result"]) for letter in letters]
-        failed = next((found for found in results if found.failure), None)
-        if failed is None:
-            parts = [Part(**letter["part"]) for letter in letters]
-            failed = _as_result(lambda: _publish(folder, state, parts, transient, options))
-        if failed.failure:
-            folder.discard(state.iteration)
-        mail.answer(json.dumps(asdict(failed)))
-    return SaveResult(**json.loads(mail.wait_for_answer()))
+    if layout.rank:
+        return SaveResult(**json.loads(mail.wait_for_answer()))
+    letters = [json.loads(letter) for letter in mail.collect()]
+    results = [SaveResult(**letter["result"]) for letter in letters]
+    if failed := next((found for found in results if found.failure), None):
+        folder.discard(state.iteration)
+        result = failed
+    else:
+        parts = [Part(**letter["part"]) for letter in letters]
+        result = _as_result(lambda: _publish(folder, state, parts, transient, options))
+    mail.answer(json.dumps(asdict(result)))
+    return result
 
 
 def _as_result(work: Callable[[], object]) -> SaveResult:

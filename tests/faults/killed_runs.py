@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.errors import run_command
 from megatron.mpu.environment import free_port
+from tests.faults.injected import Fault
 from tests.launched import training_lines, wait_until
 from tests.ranks import start_rank
 
 LAST, SAVED_EVERY = 40, 2
 
 
-def train_in_group(config: Path, leader: int) -> None:
+def train_in_group(config: Path, leader: int, fault: Fault | None = None) -> None:
     """What `python train.py CONFIG` does, in the process group of `leader` (0: one of its own)."""
     import sys
 
@@ -29,10 +31,12 @@ def train_in_group(config: Path, leader: int) -> None:
             os.setpgid(0, leader)
             break
         time.sleep(0.01)
+    if fault is not None:
+        fault.install(int(os.environ["RANK"]))
     sys.argv = ["train.py", str(config)]
     from train import main
 
-    os._exit(main())
+    os._exit(run_command(main))
 
 
 @dataclass
@@ -63,12 +67,12 @@ def members(group: int) -> list[int]:
     return found
 
 
-def start_group(config: Path, world: int) -> Group:
-    """All ranks of a run."""
+def start_group(config: Path, world: int, fault: Fault | None = None) -> Group:
+    """All ranks of a run, and what happens to one of them."""
     port, processes = free_port(), list[Any]()
     for rank in range(world):
         leader = processes[0].pid if processes else 0
-        processes.append(start_rank(rank, world, port, train_in_group, config, leader))
+        processes.append(start_rank(rank, world, port, train_in_group, config, leader, fault))
     return Group(processes)
 
 
