@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -50,6 +51,7 @@ class StopRequest:
     def __init__(self, ends_at_once: bool = False) -> None:
         self.requested = False
         self.name = ""
+        self._began, self._timer = time.monotonic(), threading.Timer(0, self._request)
         self._ends_at_once = ends_at_once
         # Where all processes get a signal, a worker hears it again from DeepSpeed's launcher and from deepy.py.
         self._limit = 4 if has_launcher() else 2
@@ -64,6 +66,7 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._timer.cancel()
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -76,6 +79,22 @@ class StopRequest:
         threading.Thread(target=self._read, args=(read,), daemon=True, name="stop-signals").start()
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._previous = {number: signal.signal(number, _to_the_thread) for number in STOP_SIGNALS if _is_heard(number)}
+
+    def end_after(self, minutes: float | None, key: str) -> None:
+        """Make the request, in the name of `key`, so many minutes after this object was made; None: do not.
+
+        train.py makes it first of all. An earlier such limit is forgotten.
+        """
+        self._timer.cancel()
+        if minutes is None:
+            return
+        left = self._began + 60 * minutes - time.monotonic()
+        if left <= 0:
+            self._request(key)
+            return
+        self._timer = threading.Timer(left, self._request, (key,))
+        self._timer.daemon = True
+        self._timer.start()
 
     def hold(self) -> None:
         """From now on there is something to save: the first signal no longer ends the process."""
@@ -97,7 +116,7 @@ class StopRequest:
             first = (str(error).splitlines() or [""])[0].partition(". ")[0]
             if os.environ.get("WORLD_SIZE", "1") == "1":
                 raise
-            if self.requested:
+            if self.requested and self.name in signal.Signals.__members__:
                 _leave(self.name, f"another process was gone before this one could save ({first})")
             if not any(words in str(error) for words in _LOST_CONNECTION):
                 raise
@@ -118,6 +137,9 @@ class StopRequest:
             _leave(name, "stopped during the start, nothing to save")
         if number in INSISTENT and self._insisted >= self._limit:
             _leave(name, "again: stopped at once, without what was not saved yet")
+        self._request(name)
+
+    def _request(self, name: str) -> None:
         if not self.requested:
             self.requested, self.name = True, name
             get_logger().info("%s: saving and stopping as soon as possible", name)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import EXIT_LOST_RANK
-from megatron.signals import STOP_SIGNALS, has_launcher
+from megatron.signals import STOP_SIGNALS, StopRequest, has_launcher
 from tests.launched import environment, wait_until
 
 pytestmark = pytest.mark.launches
@@ -108,10 +108,26 @@ def test_nohup_is_heeded() -> None:
     process.wait()
 
 
+def test_a_limit_of_time_is_a_request_that_counts_from_the_beginning() -> None:
+    stop = StopRequest()
+    stop.end_after(None, "limit")
+    stop.end_after(60, "another limit")
+    time.sleep(0.05)
+    assert not stop.requested
+    stop.end_after(0.04 / 60, "limit")
+    assert stop.requested and stop.name == "limit", "it is over already"
+    with StopRequest() as waiting:
+        waiting.end_after(0.3 / 60, "limit")
+        assert not waiting.requested
+        assert wait_until(lambda: waiting.requested, 20)
+
+
 LOSING = """
 import sys
 from megatron.signals import StopRequest
-with StopRequest().other_ranks_may_be_gone():
+stop = StopRequest()
+stop.end_after(1e-9, "limit")
+with stop.other_ranks_may_be_gone():
     raise RuntimeError(sys.argv[1])
 """
 

@@ -40,9 +40,9 @@ _PROOF_SAMPLES = 4
 def train(config: RunConfig, stop: StopRequest | None = None) -> TrainState:
     """Train as configured, from the checkpoint in `load` if there is one; returns the state at the end.
 
-    Stops early, after saving, when `stop` has heard a signal on any rank, and at exit_interval. Without `stop`, signals
-    are heard from the first iteration on. Raises UserError for what a user can mend: data, checkpoint, configuration, a
-    loss that is not finite.
+    Stops early, after saving, when `stop` has heard a signal on any rank, at exit_interval and exit_duration_in_mins.
+    Without `stop`, signals are heard from the first iteration on. Raises UserError for what a user can mend: data,
+    checkpoint, configuration, a loss that is not finite.
     """
     trainer = Trainer(config)
     with StopRequest() if stop is None else nullcontext(stop) as stop:
@@ -152,6 +152,8 @@ class Trainer:
         if self.engine.any_rank(stop.requested):  # nothing has been trained that is not saved
             self._log_stop(stop)
             return False
+        if self.layout.rank == 0:  # one clock for all
+            stop.end_after(self.config.training.exit_duration_in_mins, "exit_duration_in_mins")
         while state.iteration < self.last_iteration:
             self._profiler.before(state.iteration + 1)
             step = self._iterate(batches)

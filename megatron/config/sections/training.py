@@ -54,6 +54,9 @@ class TrainingConfig(Section):
     """Batches of a validation, the same ones every time; 0 turns validation off."""
     exit_interval: int | None = Field(default=None, gt=0)
     """Save and stop after this many iterations of the run; resuming continues."""
+    exit_duration_in_mins: float | None = Field(default=None, gt=0, le=5_256_000)
+    """Save and stop once the first process has run this long, in minutes that need not be whole, but not before an
+    iteration; resuming continues."""
     checkpoint_activations: bool = False
     """Recompute blocks in the backward pass instead of keeping their activations."""
     checkpoint_num_layers: int = Field(default=1, gt=0, le=10_000)
