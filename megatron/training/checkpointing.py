@@ -57,6 +57,8 @@ class Saver:
         self._buffers, self._saved = HostBuffers(), -1
         self._in_flight: Future[SaveResult] | None = None
         self._failure: UserError | None = None
+        self.has_published = False
+        """Has it written a checkpoint, as far as was waited for?"""
         self._record: dict[str, Any] | None = None
 
     @property
@@ -137,6 +139,7 @@ class Saver:
             return
         result, self._in_flight = self._in_flight.result(), None
         if result.failure is None:
+            self.has_published = True
             return
         self._saved = -1
         if forced or result.is_fatal or self._config.checkpoint.on_save_failure == "stop":

@@ -48,7 +48,7 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> TrainState:
     with StopRequest() if stop is None else nullcontext(stop) as stop:
         stop.hold()
         while trainer.train(stop):
-            config = _from_own_checkpoint(config) if trainer.has_saved else config
+            config = _from_own_checkpoint(config) if trainer.has_checkpoint else config
             trainer = Trainer(config, trainer.state.skips)
     return trainer.state
 
@@ -68,9 +68,6 @@ class Trainer:
 
     Collective. Raises: UserError for what keeps the run from starting; then it leaves no trace.
     """
-
-    has_saved = False
-    """Has it written a checkpoint, which another start goes on from?"""
 
     def __init__(self, config: RunConfig, skips: list[list[int]] | None = None) -> None:
         self.layout = initialize_distributed(config)
@@ -127,9 +124,15 @@ class Trainer:
         try:
             return self._train(stop)
         except Rewind:
+            self._saver.finish()
             return True
         finally:
             self.close()
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Has it written one, which the next start goes on from?"""
+        return self._saver.has_published
 
     def close(self) -> None:
         """Flush the metrics, let go of the model and give the save folder free."""
@@ -223,7 +226,6 @@ class Trainer:
     def _save_if_due(self, force: bool = False) -> None:
         self._replicas.check_if_due(self.state.iteration, force or self._saver.is_due())
         if self._saver.save_if_due(force):
-            self.has_saved = True
             self._throughput.skip()
 
     def _training_metrics(self, step: StepResult) -> Metrics:

@@ -238,8 +238,8 @@ def held() -> Iterator[list[dict[str, Any]]]:
 
     def noting(run: Trainer, *arguments: Any) -> Any:
         step = iterate(run, *arguments)
-        state = run.engine.state
-        found.append({name: tensor.clone() for name, tensor in (*state.masters(), *state.optimizer_state())})
+        pieces = run.engine.state.pieces(with_optimizer=True)
+        found.append({f"{piece.kind}/{piece.name}": piece.tensor.clone() for piece in pieces})
         return step
 
     with patch.object(Trainer, "_iterate", noting):
