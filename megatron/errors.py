@@ -92,15 +92,25 @@ class LostRank(RankError):
 class MachineError(Exception):
     """A machine that has gone wrong: no mistake of a user, and the run may go on from its last checkpoint.
 
-    The message is one line, which names the rank and the node.
+    The message is one line, which names the rank and the node; the same on all ranks.
     """
+
+    is_here: bool
+    """It is the machine of this process; the others end as those do that have lost another one."""
+
+    def __init__(self, message: str, is_here: bool) -> None:
+        super().__init__(message, is_here)
+        self.is_here = is_here
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def run_command(function: Callable[[], int | None]) -> int:
     """Call `function`; report a UserError as one line a mistake on stderr instead of a traceback.
 
     Returns the exit code: what `function` returned (None counts as 0), 2 after a UserError, 75 after a LostRank, 1
-    after a MachineError, 130 after a Ctrl-C, 141 when nobody reads what it prints any more.
+    or 75 after a MachineError here or elsewhere, 130 after a Ctrl-C, 141 when nobody reads what it prints any more.
     """
     try:
         code = function() or 0
@@ -115,7 +125,7 @@ def run_command(function: Callable[[], int | None]) -> int:
     except MachineError as error:
         sys.stderr.write(f"error: {_one_line(str(error))}\n" if _speaks_for_its_node() else "")
         sys.stderr.flush()
-        return EXIT_FAILURE
+        return EXIT_FAILURE if error.is_here else EXIT_LOST_RANK
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

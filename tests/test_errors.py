@@ -51,10 +51,10 @@ def test_a_machine_that_goes_wrong_is_one_line_and_no_mistake(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: str
 ) -> None:
     def fail() -> None:
-        raise MachineError("rank 3 (node1):\nwrong")
+        raise MachineError("rank 3 (node1):\nwrong", is_here=rank == "1")
 
     monkeypatch.setenv("LOCAL_RANK", rank)
-    assert run_command(fail) == 1
+    assert run_command(fail) == (1 if rank == "1" else EXIT_LOST_RANK)
     assert capsys.readouterr().err == ("error: rank 3 (node1): wrong\n" if rank == "0" else "")
 
 

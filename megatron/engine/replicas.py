@@ -74,7 +74,8 @@ class ReplicaCheck:
         differing = (everyone != everyone[0]).any(dim=0).tolist()
         if self._engine.any_rank(any(differing)):
             found = {name: everyone[:, place].tolist() for place, name in enumerate(held) if differing[place]}
-            raise MachineError(_told_to_all(found, iteration, self._engine.layout))
+            layout, odd = self._engine.layout, _odd_ranks(found)
+            raise MachineError(_told_to_all(found, odd, iteration, layout), is_here=layout.data.rank in odd)
 
     def _held(self) -> Iterator[tuple[str, Tensor]]:
         """What every data rank has, by name, in the same order."""
@@ -89,32 +90,37 @@ class ReplicaCheck:
                         yield f"{moment}/{name}", value
 
 
-def _told_to_all(found: Mapping[str, Sequence[int]], iteration: int, layout: Layout) -> str:
+def _odd_ranks(found: Mapping[str, Sequence[int]]) -> list[int]:
+    """The data ranks whose number of a tensor is not that of the majority; all of them where there is none.
+
+    Args:
+        found: of each tensor that differs, the number of each rank.
+    """
+    odd = set[int]()
+    for numbers in found.values():
+        value, count = Counter(numbers).most_common(1)[0]
+        has_majority = 2 * count > len(numbers)
+        odd |= {rank for rank, number in enumerate(numbers) if number != value or not has_majority}
+    return sorted(odd)
+
+
+def _told_to_all(found: Mapping[str, Sequence[int]], odd: Sequence[int], iteration: int, layout: Layout) -> str:
     """What differs where, the same words on every rank. Collective over the world."""
     places = gather_objects(f"rank {layout.rank} ({socket.gethostname()})", layout.data)
     world = Axis(layout.world_size, layout.rank, dist.group.WORLD)
-    told = [line for line in gather_objects(_difference(found, places) if found else "", world) if line]
+    told = [line for line in gather_objects(_difference(list(found), odd, places) if found else "", world) if line]
     return (
         f"check_replicas_interval: iteration {iteration}: {'; '.join(dict.fromkeys(told))}; memory or a processor went "
         "wrong in silence, and nothing was saved since: resume from the last checkpoint without that node"
     )
 
 
-def _difference(found: Mapping[str, Sequence[int]], places: Sequence[str]) -> str:
-    """Which of the data ranks at `places` differ: the few from the many, or all where no value has a majority.
-
-    Args:
-        found: of each tensor that differs, the number of each rank.
-    """
-    odd, has_majority = set[int](), True
-    for numbers in found.values():
-        value, count = Counter(numbers).most_common(1)[0]
-        has_majority &= 2 * count > len(numbers)
-        odd |= {rank for rank, number in enumerate(numbers) if number != value}
-    tensors = _listed(list(found))
-    if has_majority:
-        return f"{_listed([places[rank] for rank in sorted(odd)])} differs from the other data ranks in {tensors}"
-    return f"{_listed(places)} differ in {tensors}, and which of them is right cannot be told"
+def _difference(tensors: Sequence[str], odd: Sequence[int], places: Sequence[str]) -> str:
+    """Which of the data ranks at `places` differ in which tensors."""
+    named = _listed([places[rank] for rank in odd])
+    if len(odd) < len(places):
+        return f"{named} differs from the other data ranks in {_listed(tensors)}"
+    return f"{named} differ in {_listed(tensors)}, and which of them is right cannot be told"
 
 
 def _listed(names: Sequence[str]) -> str:

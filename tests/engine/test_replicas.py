@@ -53,8 +53,8 @@ def flipped(engine: Engine, kind: str) -> str:
     return name if kind == "weight" else f"exp_avg/{name}"
 
 
-def trained(config: RunConfig, rank: int, at: int, kind: str) -> tuple[str, str, int]:
-    """(how the run ends, the tensor that a rank holds otherwise from iteration `at` on, iterations done)."""
+def trained(config: RunConfig, rank: int, at: int, kind: str) -> tuple[str, str, int, bool]:
+    """(how the run ends, the tensor that a rank holds otherwise from iteration `at` on, iterations done, here?)."""
     real, count, name = Engine._finish_step, [0], [""]
 
     def step(engine: Engine, *arguments: Any) -> Any:
@@ -65,9 +65,9 @@ def trained(config: RunConfig, rank: int, at: int, kind: str) -> tuple[str, str,
 
     with patch.object(Engine, "_finish_step", step):
         try:
-            return f"iteration {train(config).iteration}", name[0], count[0]
+            return f"iteration {train(config).iteration}", name[0], count[0], False
         except MachineError as error:
-            return str(error), name[0], count[0]
+            return str(error), name[0], count[0], error.is_here
 
 
 # Data ranks, keys, the rank that goes wrong, in which iteration, in what, and the iteration that tells.
@@ -88,7 +88,7 @@ def test_the_odd_one_out_is_named(tiny_config: MakeConfig, tmp_path: Path, name:
     world, keys, rank, at, kind, told = CASES[name]
     config = tiny_config(**{**RUN, "save": str(tmp_path), **keys})
     found = run_ranks(world, trained, config, rank, at, kind)
-    ends = {end for end, _, _ in found}
+    ends = {end for end, *_ in found}
     if not told:
         assert ends == {"iteration 6"}
         return
@@ -97,10 +97,12 @@ def test_the_odd_one_out_is_named(tiny_config: MakeConfig, tmp_path: Path, name:
     assert f"check_replicas_interval: iteration {told}: " in end and tensor and tensor in end
     if world == 4 and "pp" not in name:
         assert f": rank {rank} {place} differs from the other data ranks in " in end
+        assert [is_here for *_, is_here in found] == [number == rank for number in range(4)]
     else:  # of two nobody can tell which one it is
         assert f"rank {rank - rank % 2} {place}, rank {rank - rank % 2 + 1} {place} differ in " in end
         assert "cannot be told" in end
-    assert {count for *_, count in found} == {told} and not list(tmp_path.glob("global_step*"))
+        assert [is_here for *_, is_here in found] == [number // 2 == rank // 2 for number in range(world)]
+    assert {count for _, _, count, _ in found} == {told} and not list(tmp_path.glob("global_step*"))
 
 
 @pytest.mark.usefixtures("single_process")
