@@ -79,8 +79,8 @@ def branch_run(
     config = _config_of_branch(trunk, _options(base, trunk, state, decay), Path(target), base.iteration + decay.iters)
     for mistake in find_training_mistakes(config):
         raise mistake
-    progress = {**base.train_state, "lineage": past_growths(state.lineage), "rollbacks": []}
-    _write(Path(target), replace(base, settings=config.flat(), train_state=progress), config, environment)
+    state.lineage, state.rollbacks, state.restarts = past_growths(state.lineage), [], 0
+    _write(Path(target), replace(base, settings=config.flat(), train_state=state.state_dict()), config, environment)
     return config
 
 
