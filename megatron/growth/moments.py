@@ -67,16 +67,15 @@ class MeanMoments(TensorView):
         if name.startswith("step/"):
             assert self._largest is not None, "there are old tokens, or there is no state of new ones"
             return self._largest.clone()  # an optimizer counts in what it gets
-        shape = self.shape(kind, name)
-        return (
-            zeros(shape) if name.startswith("exp_avg/") else self._mean(self._old[self._new[name]]).repeat(shape[0], 1)
-        )
+        return self.part(kind, name).contiguous()
 
     def part(self, kind: str, name: str, *ranges: slice) -> Tensor:
         """A range of the first dimensions of a tensor; of one that was there, it is read alone."""
-        if kind == "optimizer" and name in self._new:
-            return self.tensor(kind, name)[ranges]
-        return self.source.part(kind, name, *ranges)
+        if kind != "optimizer" or name not in self._new:
+            return self.source.part(kind, name, *ranges)
+        shape = self.shape(kind, name)
+        row = zeros(shape[1:]) if name.startswith("exp_avg/") else self._mean(self._old[self._new[name]])
+        return row.expand(shape)[ranges]
 
     def _mean(self, olds: list[str]) -> Tensor:
         """Second moment of an average token of these, [width]."""
