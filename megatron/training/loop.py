@@ -47,10 +47,17 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> TrainState:
     trainer = Trainer(config)
     with StopRequest() if stop is None else nullcontext(stop) as stop:
         stop.hold()
-        while trainer.train(stop):
-            config = _from_own_checkpoint(config) if trainer.has_checkpoint else config
-            trainer = Trainer(config, trainer.state.skips)
+        while _goes_on(trainer, stop):
+            trainer = trainer.next_start(config)
     return trainer.state
+
+
+def _goes_on(trainer: Trainer, stop: StopRequest) -> bool:
+    """Train; true when a growth or a rewind needs a start of its own."""
+    try:
+        return trainer.train(stop)
+    except Rewind:
+        return True
 
 
 def _from_own_checkpoint(config: RunConfig) -> RunConfig:
@@ -120,19 +127,16 @@ class Trainer:
             guard.attach(self.engine)
 
     def train(self, stop: StopRequest) -> bool:
-        """Train to the end, a request to stop or the next growth or rewind, and close; true for these two."""
+        """Train to the end, a request to stop or the next growth, and close; true for that. Raises Rewind too."""
         try:
             return self._train(stop)
-        except Rewind:
-            self._saver.finish()
-            return True
         finally:
             self.close()
 
-    @property
-    def has_checkpoint(self) -> bool:
-        """Has it written one, which the next start goes on from?"""
-        return self._saver.has_published
+    def next_start(self, config: RunConfig) -> Trainer:
+        """What goes on where this one, which is closed, has come to: from its checkpoint, if it has written one."""
+        self._saver.finish()
+        return Trainer(_from_own_checkpoint(config) if self._saver.has_published else config, self.state.skips)
 
     def close(self) -> None:
         """Flush the metrics, let go of the model and give the save folder free."""
