@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -121,3 +122,17 @@ def log_to_file(path: Path) -> None:
     logger.addHandler(handler)
     with contextlib.suppress(OSError):  # emit says what is wrong
         path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def last_words(line: str) -> None:
+    """Write an error to stderr and to the file of the log before the process ends, without a lock: a thread that hangs
+    may hold it.
+    """
+    with contextlib.suppress(OSError):
+        os.write(2, f"error: {line}\n".encode(errors="backslashreplace"))
+    for handler in get_logger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            with contextlib.suppress(OSError):
+                descriptor = open_log(handler.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+                os.write(descriptor, f"{time.strftime('%H:%M:%S')} error: {line}\n".encode(errors="backslashreplace"))
+                os.close(descriptor)

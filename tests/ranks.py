@@ -31,6 +31,8 @@ def _worker(
     os.environ.update({name: str(value) for name, value in values.items()})
     import torch
 
+    from megatron.mpu.processes import stop_watching
+
     torch.set_num_threads(1)
     gc.freeze()  # what the server has imported need not be looked through whenever an engine is closed
     found: tuple[int, Any, str | None]
@@ -40,6 +42,7 @@ def _worker(
         found, code = (rank, None, traceback.format_exc()), 1
     if results is not None:
         results.put(found)
+    stop_watching()
     _end_together(rank, world)
     # A gloo thread may outlive the interpreter and abort it: leave without its teardown.
     os._exit(code)

@@ -23,19 +23,22 @@ from torch.distributed import distributed_c10d
 from megatron.errors import LostRank, UserError
 from megatron.mpu.device import claim_device, process_device, refuse_shared_gpu, uses_gpu
 from megatron.mpu.layout import SINGLE, Layout
-from megatron.mpu.peers import PeerWatch
+from megatron.mpu.peers import Peers
+from megatron.mpu.progress import Limits
 from megatron.mpu.through_host import take_collectives_through_host
+from megatron.mpu.watchdog import Watchdog
+from megatron.signals import is_lost_connection
 
 Result = TypeVar("Result")
 
-# Between two collectives of data ranks lies all their work: an evaluation may take hours. PeerWatch ends it when a
-# process is lost.
+# Between two collectives of data ranks lies all their work: an evaluation may take hours. The watchdog ends it when
+# a process is lost.
 _TIMEOUT = timedelta(days=2)
 
 # Seconds: how often the first rank says that it is still at work for all, and how long the others believe it without.
 _BEAT_SECONDS, _SILENCE_SECONDS = 5.0, 120.0
 _works = itertools.count()
-_watch: PeerWatch | None = None
+_watchdog: Watchdog | None = None
 
 
 def connect_world(
@@ -129,14 +132,29 @@ def join_one_copy(tensor_size: int, backend: str | None, ranks_per_gpu: int = 1)
 
 
 def _connect(layout: Layout, backend: str | None, ranks_per_gpu: int) -> Layout:
-    global _watch
     if layout.world_size == 1:
         if uses_gpu():
             claim_device(ranks_per_gpu)
         return SINGLE
     connect_world(backend, _TIMEOUT, ranks_per_gpu, layout.world_size)
-    _watch = _watch or PeerWatch(layout.rank, layout.world_size)
+    watchdog_of(layout).begin("evaluation", Limits())
     return layout.connect(_TIMEOUT)
+
+
+def watchdog_of(layout: Layout) -> Watchdog:
+    """The watchdog of this process, which stays until `stop_watching`. Every rank that has joined is to have one."""
+    global _watchdog
+    if _watchdog is None:
+        _watchdog = Watchdog(Peers(layout.rank, layout.world_size) if layout.world_size > 1 else None)
+    return _watchdog
+
+
+def stop_watching() -> None:
+    """The watchdog of this process no longer watches, and the others' do not miss this process."""
+    global _watchdog
+    if _watchdog is not None:
+        _watchdog.stop()
+        _watchdog = None
 
 
 def first_rank_does(action: Callable[[], Result], layout: Layout) -> Result | None:
@@ -198,6 +216,8 @@ def _wait_for(store: dist.Store, key: str) -> bytes:
             store.wait([key], timedelta(seconds=_BEAT_SECONDS))
             return store.get(key)
         except dist.DistNetworkError as error:
+            if _watchdog is not None:
+                _watchdog.explain(error)
             raise LostRank("the first rank is gone; its own lines, or its node's, say why") from error
         except dist.DistStoreError:  # not yet
             now = store.add(f"{key}/beat", 0)
@@ -216,13 +236,10 @@ def _wait_for_readers(store: dist.Store, key: str, count: int, seconds: float = 
 
 def leave_world() -> None:
     """Leave the process group once all its processes have come here, so that no communication thread outlives them."""
-    global _watch
     if not dist.is_initialized():
         return
     dist.barrier()
-    if _watch is not None:
-        _watch.stop()
-        _watch = None
+    stop_watching()
     time.sleep(0.3)
     dist.destroy_process_group()
 
@@ -231,16 +248,23 @@ def leave_world() -> None:
 def abandoned_on_error() -> Iterator[None]:
     """End this process's groups when an error leaves the block, without waiting for ranks that cannot come any more.
 
-    NCCL would otherwise keep the others in their collectives until these run out of time.
+    NCCL would otherwise keep the others in their collectives until these run out of time. Where it is another process
+    that is gone, the watchdog names that one, and ends this one.
     """
-    global _watch
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if dist.is_initialized() and dist.get_world_size() > 1:
-            if _watch is not None:
-                _watch.give_up()
-                _watch = None
+            _give_up(error)
             abort = getattr(distributed_c10d, "_abort_process_group", dist.destroy_process_group)
             (abort if dist.get_backend() == "nccl" else dist.destroy_process_group)()
         raise
+
+
+def _give_up(error: BaseException) -> None:
+    global _watchdog
+    if _watchdog is not None:
+        if is_lost_connection(error):
+            _watchdog.explain(error)
+        _watchdog.give_up()
+        _watchdog = None

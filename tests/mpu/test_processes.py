@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,9 @@ import torch.distributed as dist
 from megatron.errors import EXIT_LOST_RANK, UserError
 from megatron.mpu import SINGLE, Layout, processes
 from megatron.mpu.environment import free_port
-from megatron.mpu.peers import PeerWatch
 from megatron.mpu.processes import abandoned_on_error, connect_world, first_rank_does
-from tests.ranks import run_ranks, start_process
+from megatron.mpu.progress import Limits
+from tests.ranks import run_ranks, start_rank
 
 SHORT = timedelta(seconds=2)
 
@@ -80,50 +81,31 @@ def test_a_first_rank_that_falls_silent_is_given_up() -> None:
     assert "silent for 1 s" in run_ranks(2, silence)[1]
 
 
-def watched(how: str) -> str:
-    """What the first rank's watch says when the second is stopped, or ends with an error, for ever in a collective."""
-    layout = layout_of(2)
-    lines: list[str] = []
-    watch = PeerWatch(layout.rank, 2, interval=0.1, limit=1.0, end=lines.append)
-    if layout.rank == 1:
-        time.sleep(0.5)  # counted once at least
-        if how == "error":
-            watch.give_up()
-        else:
-            watch.stop()  # its thread stands still, as that of a stopped process
-        time.sleep(2.5)
-        return ""
-    for _ in range(100):
-        if lines:
-            break
-        time.sleep(0.05)
-    return lines[0] if lines else "nothing was noticed"
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize(("how", "words"), [("error", "ended with an error"), ("stop", "no sign of life for 1 s")])
-def test_a_lost_rank_is_named_to_the_others(how: str, words: str) -> None:
-    line = run_ranks(2, watched, how)[0]
-    assert line.startswith("rank 1 on ") and words in line
-
-
-def wait_for_a_stopped_peer(rank: int, port: int) -> None:
-    """The second rank stops itself; the first waits for it in a collective until its watch ends it."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_PORT=str(port))
+def ended_by_its_watchdog(how: str, file: Path) -> None:
+    """The second rank ends with an error, or is stopped; the first waits for it until its watchdog ends it."""
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 2)
     connect_world("gloo", timedelta(minutes=5))
-    PeerWatch(rank, 2, interval=0.1, limit=1.0)
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    dist.barrier()
+    layout = Layout.for_world(dist.get_rank(), 2)
+    processes.watchdog_of(layout).begin("evaluation", Limits(heartbeat=1.0))
+    with abandoned_on_error():
+        if layout.rank == 1 and how == "error":
+            raise ZeroDivisionError
+        if layout.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        dist.barrier()
 
 
 @pytest.mark.processes
-def test_a_process_that_waits_for_a_stopped_one_ends() -> None:
-    port = free_port()
-    ranks = [start_process(wait_for_a_stopped_peer, rank, port) for rank in range(2)]
+@pytest.mark.parametrize(("how", "words"), [("error", "ended with an error"), ("stop", "is stopped, by a SIGSTOP")])
+def test_a_lost_rank_is_named_and_ends_the_others(tmp_path: Path, how: str, words: str) -> None:
+    port, files = free_port(), [tmp_path / "0", tmp_path / "1"]
+    ranks = [start_rank(rank, 2, port, ended_by_its_watchdog, how, file) for rank, file in enumerate(files)]
     try:
-        ranks[0].join(20)
-        assert ranks[0].exitcode == EXIT_LOST_RANK
+        for rank in ranks:
+            rank.join(30)
+        assert [rank.exitcode for rank in ranks] == [EXIT_LOST_RANK, 1 if how == "error" else -signal.SIGKILL]
+        line = next(line for line in files[0].read_text().splitlines() if line.startswith("error: watchdog: "))
+        assert "rank 1 on " in line and words in line
     finally:
         for rank in ranks:
             rank.kill()
