@@ -137,6 +137,22 @@ def test_a_model_of_two_lists_of_layers_is_not_cut_into_stages(tmp_path: Path) -
         assert message.startswith("pipe_parallel_size: a model of the lists left, right cannot be cut into stages")
 
 
+def test_a_spike_names_samples_where_a_data_set_has_no_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single_process: None
+) -> None:
+    loss, calls = VectorsTask.loss, []
+
+    def broken(*arguments: Any) -> Any:
+        calls.append(1)
+        return loss(*arguments) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(VectorsTask, "loss", lambda *arguments, **named: broken(*arguments, *named.values()))
+    train(config_of(tmp_path, eval_iters=0, checkpoint_factor=2, spikes={"action": "rewind"}))
+    [record] = [json.loads(line) for line in (tmp_path / "spikes.jsonl").read_text().splitlines()]
+    assert record["loss"] == "nan" and record["skip_iterations"] == [3, 3]
+    assert record["documents"] == [{"set": "train", "index": number} for number in range(16, 24)]
+
+
 def test_what_is_for_language_models_says_so(grown: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="task: this is for language models, and not for what learns 'vectors'"):
         load_model(grown)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron.checkpoint import store
 from megatron.config import RunConfig
 from megatron.data import IndexedDataset
 from megatron.errors import UserError
@@ -28,7 +29,7 @@ MakeConfig = Callable[..., RunConfig]
 
 LAST, BAD = 12, 10
 RUN = {
-    "train_iters": LAST, "checkpoint_factor": 4, "eval_iters": 0, "log_interval": 1, "gradient_clipping": 0.5,
+    "train_iters": LAST, "checkpoint_factor": 3, "eval_iters": 0, "log_interval": 1, "gradient_clipping": 0.5,
     "train_batch_size": 8, "lr_decay_iters": 40, "warmup": 0.2,
 }  # fmt: skip
 SPIKES = {"window": 8, "threshold": 25.0, "limit": 2}
@@ -184,10 +185,10 @@ def test_where_nobody_waits_the_next_iteration_is_skipped_too_on_resuming_as_wel
 ) -> None:
     keys = {"log_interval": 100, "spikes": {**SPIKES, "action": "rewind"}, "hidden_dropout": 0.1}
     for name, end in (("whole", LAST), ("parts", 7)):
-        state = run_here(tiny_config, tmp_path / name, NAN, (6,), **keys, exit_interval=end)
-        assert state.skips == [[6, 7]] and state.left_out_iterations == 2 and state.iteration == end
+        state = run_here(tiny_config, tmp_path / name, NAN, (4,), **keys, exit_interval=end)
+        assert state.skips == [[4, 5]] and state.left_out_iterations == 2 and state.iteration == end
     run_here(tiny_config, tmp_path / "parts", 1.0, (), **keys)
-    run_here(tiny_config, tmp_path / "by hand", 1.0, (), **keys, skip_iterations=[[6, 7]])
+    run_here(tiny_config, tmp_path / "by hand", 1.0, (), **keys, skip_iterations=[[4, 5]])
     assert content(tmp_path / "whole") == content(tmp_path / "parts") == content(tmp_path / "by hand")
 
 
@@ -205,13 +206,36 @@ def test_a_run_without_a_checkpoint_goes_back_to_its_start(tiny_config: MakeConf
 
 
 @pytest.mark.usefixtures("single_process")
+def test_a_checkpoint_that_could_not_be_written_is_not_gone_back_to(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    run_here(tiny_config, tmp_path / "other", 1.0, (), train_iters=6)
+    keys = {"load": str(tmp_path / "other"), "on_save_failure": "continue", "spikes": {**SPIKES, "action": "rewind"}}
+    with patch.object(store, "write_pieces", side_effect=OSError(28, "No space left on device")):
+        said = run_here(tiny_config, tmp_path / "on", NAN, (10,), **keys)
+    assert "global_step12" in said and "No space left" in said, "the last one has to be written"
+    state = run_here(tiny_config, tmp_path / "on", NAN, (10,), **keys)
+    assert state.skips == [[10, 10]] and state.iteration == LAST and state.left_out_iterations == 1
+    [first, second] = records(tmp_path / "on")
+    assert first["lm_loss"] == second["lm_loss"] == "nan" and first["documents"] == second["documents"]
+
+
+@pytest.mark.usefixtures("single_process")
+def test_a_growth_on_the_way_is_made_again(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    growth = [{"at_iteration": 4, "ffn_slot_num": 48, "lr_policy": "continue"}]
+    keys = {"growth": growth, "checkpoint_factor": 100, "spikes": {**SPIKES, "action": "rewind"}}
+    state = run_here(tiny_config, tmp_path / "rewound", NAN, (3, 6), **keys)
+    assert state.skips == [[3, 3], [6, 6]] and len(state.lineage) == 1
+    run_here(tiny_config, tmp_path / "by hand", 1.0, (), **keys, skip_iterations=[[3, 3], [6, 6]])
+    assert content(tmp_path / "rewound") == content(tmp_path / "by hand")
+
+
+@pytest.mark.usefixtures("single_process")
 @pytest.mark.parametrize("action", ["rewind", "skip_update"])
 def test_after_so_many_the_run_stops(tiny_config: MakeConfig, tmp_path: Path, action: str) -> None:
     said = run_here(tiny_config, tmp_path, NAN, tuple(range(3, 9)), spikes={**SPIKES, "action": action})
     reason = {"rewind": "the run has gone back 2 times", "skip_update": "2 updates in a row were skipped"}[action]
     assert f"spikes.limit: spike at iteration 5: lm_loss nan, grad_norm nan, and {reason} (2 allowed)" in said
     assert [record["action"] for record in records(tmp_path)] == [action, action, "stop"]
-    assert [path.name for path in tmp_path.glob("global_step*")] == ["global_step4"], "of the weights of iteration 2"
+    assert [path.name for path in tmp_path.glob("global_step*")] == ["global_step3"], "of the weights of iteration 2"
 
 
 ENGINES: dict[str, tuple[float, dict[str, Any]]] = {
