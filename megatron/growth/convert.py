@@ -50,7 +50,7 @@ def grow_checkpoint(
     Args:
         source: a run's folder or one of its checkpoints, an official pytorch_model.bin or training folder.
         target: folder of the new run; must not exist or be empty.
-        seed: of the new values or rotations; default that of the run.
+        seed: of what is drawn; default that of the run.
         new_moments: what Adam's second moments of the new tokens start as.
         config: of an official model; a training checkpoint has its own.
         environment: to be recorded beside the checkpoint.
@@ -65,10 +65,10 @@ def grow_checkpoint(
     settings, before = base.resolved(), base.model_config
     after = grown_config(before, counts)
     seed = int(settings["seed"]) if seed is None else seed
-    grown = with_moments(grown_checkpoint(base, after, seed, counts.new_keys), base, new_moments)
+    grown = with_moments(grown_checkpoint(base, after, seed, counts.keys), base, new_moments)
     difference = compare_logits(base, grown, task_of(before).example_inputs(before, settings, _PROOF_SAMPLES))
     difference.check(describe(before, after))
-    entry = lineage_entry(base, grown, base.train_state, counts.new_keys, scheduled=False)
+    entry = lineage_entry(base, grown, base.train_state, counts.keys, scheduled=False)
     entry["logit_difference"] = difference.largest
     lineage = [*past_growths(base.train_state.get("lineage", [])), entry]
     grown = replace(

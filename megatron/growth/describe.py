@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.tensors import Tensors
-from megatron.config.sections.model import TOKENFORMER, ModelSection
+from megatron.config.sections.model import TOKENFORMER, ModelSection, RowNorm
 from megatron.errors import UserError
 from megatron.exchange import Checkpoint, canonical, open_checkpoint
 from megatron.exchange.names import TAU, in_model_order, is_parameter
 from megatron.growth.plan import KINDS, segments_of
 from megatron.model.build import build_model
 from megatron.model.layered import block_of
-from megatron.model.pattention import named_pattentions
+from megatron.model.pattention import named_pattentions, norm_groups
 from megatron.mpu.roles import role_of
 
 _MODEL_KEYS = (
@@ -54,6 +54,7 @@ def describe_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any
         "model": {key: getattr(config, key) for key in _MODEL_KEYS if key in type(config).model_fields},
         "blocks": dict(Counter(config.layer_kinds)),
         "segments": {kind: segments_of(config, kind) for kind in KINDS if TOKENFORMER in config.layer_kinds},
+        "segment_norms": config.segment_norms,
         "tau_tokens": _tau_tokens(checkpoint),
         "lineage": state.get("lineage", []),
         "optimizer": {"type": (settings.get("optimizer") or {}).get("type"), **_moments(checkpoint.tensors)},
@@ -72,13 +73,13 @@ def _parts(tensors: Tensors, config: ModelSection) -> dict[str, int]:
     return dict(parts)
 
 
-def _tau_tokens(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """For each kind of layer, tau^2 block by block; q, k and v of a block are alike."""
-    taus: dict[str, list[int]] = {}
+def _tau_tokens(checkpoint: Checkpoint) -> dict[str, list[int | list[int]]]:
+    """For each kind of layer, tau^2 block by block, of several row norms each; q, k and v of a block are alike."""
+    taus: dict[str, list[int | list[int]]] = {}
     for layer, module in named_pattentions(build_model(checkpoint.model_config, device="meta")):
         if not layer.endswith((".key", ".value")):
             kind = role_of(module.get_parameter("key_tokens_0")).projection or ""
-            taus.setdefault(kind, []).append(int(checkpoint.tensors.tensor("model", f"{layer}.{TAU}")))
+            taus.setdefault(kind, []).append(checkpoint.tensors.tensor("model", f"{layer}.{TAU}").tolist())
     return taus
 
 
@@ -124,10 +125,19 @@ def _token_lines(facts: dict[str, Any]) -> list[str]:
     for kind, blocks in facts["segments"].items():
         taus = iter(facts["tau_tokens"].get(kind, ()))
         described = [
-            f"{' + '.join(map(str, block))} (tau^2 {next(taus)})" if sum(block) else "none" for block in blocks
+            _segments_text(block, facts["segment_norms"], next(taus)) if sum(block) else "none" for block in blocks
         ]
         lines += [f"  {kind:<5}tokens  {text}, {where}" for text, where in _runs(described)]
     return lines
+
+
+def _segments_text(sizes: list[int], norms: Sequence[RowNorm] | None, tau: int | list[int]) -> str:
+    """`40 + 32 (tau^2 40)`, and with several row norms `40 + 32 | 24 (tau^2 40 | 24)`."""
+    groups = norm_groups(sizes, norms)
+    if len(groups) < 2:
+        return f"{' + '.join(map(str, sizes))} (tau^2 {tau})"
+    parts = [" + ".join(str(sizes[i]) for i in group) for group in groups]
+    return f"{' | '.join(parts)} (tau^2 {' | '.join(map(str, tau if isinstance(tau, list) else [tau]))})"
 
 
 def _runs(values: Iterable[str]) -> list[tuple[str, str]]:
@@ -148,7 +158,8 @@ def _lineage_lines(lineage: list[dict[str, Any]]) -> list[str]:
     for number, entry in enumerate(lineage, 1):
         difference = entry.get("logit_difference")
         proof = "not proven" if difference is None else f"logits differed by {difference:.1e}"
-        keys = " by rotated keys" if entry.get("new_keys") == "rotated" else ""
+        keys = f" by {entry['new_keys']} keys" if entry.get("new_keys", "zero") != "zero" else ""
+        keys += " with a row norm of their own" if entry.get("row_norm") == "segment" else ""
         how = "scheduled" if entry.get("scheduled") else "not of this run's schedule"
         lines.append(
             f"  growth {number}     at iteration {entry['iteration']:,} ({entry['consumed_tokens']:,} tokens): "

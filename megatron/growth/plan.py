@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from megatron.config.sections.model import TOKENFORMER, ModelSection
-from megatron.config.sections.scaling import NewKeys
+from megatron.config.sections.model import TOKENFORMER, ModelSection, RowNorm
+from megatron.config.sections.scaling import NewKeys, initial_keys
 from megatron.errors import UserError
+from megatron.model.pattention import norm_groups
 
 Kind = Literal["qkv", "proj", "ffn"]
 Model = TypeVar("Model", bound=ModelSection)
@@ -27,8 +28,15 @@ class TokenCounts:
     """The same of the feed-forward."""
     layers: tuple[int, ...] | None = None
     """Blocks that grow, from 0; None means all TokenFormer blocks."""
-    new_keys: NewKeys = "zero"
-    """What the new keys start as."""
+    new_keys: NewKeys | None = None
+    """What the new keys start as; None: random with row_norm segment, else zero."""
+    row_norm: RowNorm = "joint"
+    """Whether the new tokens share the row norm of those before them, or have their own (segment)."""
+
+    @property
+    def keys(self) -> NewKeys:
+        """`new_keys`, known. Raises ConfigError for keys that cannot learn with this row norm."""
+        return initial_keys(self.new_keys, self.row_norm)
 
     def of(self, kind: Kind) -> int | None:
         """The count called `kind`."""
@@ -50,10 +58,10 @@ def grown_config(config: Model, counts: TokenCounts) -> Model:
     Raises: UserError when a count is smaller than what a layer has, a layer is not there or not a TokenFormer block,
         or the activation cannot grow to the count exactly with such keys.
     """
-    if counts.new_keys == "rotated" and config.norm_activation_type != "l2_norm_gelu":
+    if counts.keys == "rotated" and config.norm_activation_type != "l2_norm_gelu":
         raise UserError(
             f"new_keys: rotated needs norm_activation_type l2_norm_gelu, this model has {config.norm_activation_type}; "
-            "leave new_keys at zero"
+            "leave new_keys out"
         )
     blocks = _growing_blocks(config, counts.layers)
     segments = {kind: segments_of(config, kind) for kind in KINDS}
@@ -62,12 +70,17 @@ def grown_config(config: Model, counts: TokenCounts) -> Model:
         for index, block in enumerate(segments[kind]):
             have = sum(block)
             wanted = target if target is not None and index in blocks else have
-            _check_count(config, kind, index, have, wanted)
-            if counts.new_keys == "rotated":
-                _check_rotation(kind, index, have, wanted, config.hidden_size)
+            if wanted < have:
+                raise UserError(
+                    f"{kind}_slot_num: {wanted} is fewer than the {have} tokens of layer {index}; tokens can only be "
+                    "added"
+                )
+            _check_new(config, counts, f"{kind}_slot_num: {wanted}", index, block, wanted - have)
             block.append(wanted - have)
     totals = {f"{kind}_slot_num": max(map(sum, segments[kind])) or None for kind in KINDS}
-    return type(config)(**{**config.model_dump(), **totals, "token_segments": segments})
+    norms = [*(config.segment_norms or ["joint"] * (len(segments["qkv"][0]) - 1)), counts.row_norm]
+    new = {**totals, "token_segments": segments, "segment_norms": norms if "segment" in norms else None}
+    return type(config)(**{**config.model_dump(), **new})
 
 
 def _growing_blocks(config: ModelSection, layers: Iterable[int] | None) -> set[int]:
@@ -89,25 +102,28 @@ def _ranges(indices: set[int]) -> str:
     return ", ".join(map(str, ordered))
 
 
-def _check_count(config: ModelSection, kind: Kind, index: int, have: int, wanted: int) -> None:
-    if wanted < have:
+def _check_new(config: ModelSection, counts: TokenCounts, asked: str, index: int, block: list[int], new: int) -> None:
+    """Can `new` tokens more leave what a layer with the segments `block` computes as it is?"""
+    have = sum(block)
+    sharing = sum(block[i] for i in sharing_segments(block, config.segment_norms, counts.row_norm))
+    if config.norm_activation_type == "softmax" and sharing and new % sharing:
         raise UserError(
-            f"{kind}_slot_num: {wanted} is fewer than the {have} tokens of layer {index}; tokens can only be added"
+            f"{asked}: with norm_activation_type softmax every key of layer {index} has to be duplicated a whole "
+            f"number of times: {new} more are no multiple of {sharing}; choose "
+            f"{have + sharing * (new // sharing + 1)}, row_norm: segment, or a GELU activation"
         )
-    if config.norm_activation_type == "softmax" and have and wanted % have:
+    fewest = min(sharing or have, config.hidden_size)  # as many as the old keys have dimensions
+    if counts.keys == "rotated" and 0 < new < fewest:
         raise UserError(
-            f"{kind}_slot_num: with norm_activation_type softmax every key has to be duplicated a whole number of "
-            f"times: {wanted} is no multiple of {have}; choose {have * (wanted // have + 1)}, or a GELU activation"
+            f"{asked} are {new} more than the {have} tokens of layer {index}; new_keys rotated needs {fewest} more: "
+            f"grow to {have + fewest}, or leave new_keys out"
         )
 
 
-def _check_rotation(kind: Kind, index: int, have: int, wanted: int, width: int) -> None:
-    fewest = min(have, width)  # as many as the old keys have dimensions
-    if have < wanted < have + fewest:
-        raise UserError(
-            f"{kind}_slot_num: {wanted} are {wanted - have} more than the {have} tokens of layer {index}; new_keys "
-            f"rotated needs {fewest} more: grow to {have + fewest}, or leave new_keys at zero"
-        )
+def sharing_segments(sizes: Sequence[int], norms: Sequence[RowNorm] | None, row_norm: RowNorm) -> list[int]:
+    """With the tokens of which segments of a layer new ones share their row norm; none if they have their own."""
+    groups = norm_groups(sizes, norms)
+    return groups[-1] if groups and row_norm == "joint" else []
 
 
 def describe(before: ModelSection, after: ModelSection) -> str:

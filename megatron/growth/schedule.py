@@ -157,7 +157,7 @@ class GrowthSchedule:
         if model.token_segments == saved.token_segments:  # its own config.yml: the model since the last growth
             return self.after(model, done, already=done)
         now = self.after(_before_growths(model, saved, done), done)
-        if now.model.token_segments != saved.token_segments:
+        if (now.model.token_segments, now.model.segment_norms) != (saved.token_segments, saved.segment_norms):
             raise UserError(
                 f"growth: the first {done} growths of the schedule do not lead to the model of the checkpoint; give "
                 "the schedule the run was started with"
@@ -223,7 +223,8 @@ def _restarted(options: OptimizationConfig, growth: ScheduledGrowth) -> Optimiza
 
 def _grown_once(model: Model, growth: ScheduledGrowth, number: int) -> Model:
     layers = None if growth.layers is None else tuple(growth.layers)
-    counts = TokenCounts(growth.qkv_slot_num, growth.proj_slot_num, growth.ffn_slot_num, layers, growth.new_keys)
+    sizes = (growth.qkv_slot_num, growth.proj_slot_num, growth.ffn_slot_num)
+    counts = TokenCounts(*sizes, layers, growth.new_keys, growth.row_norm)
     try:
         return grown_config(model, counts)
     except UserError as error:
@@ -246,8 +247,11 @@ def _before_growths(model: Model, saved: ModelSection, done: int) -> Model:
                 + (f" before its {done} scheduled growths" if done else "")
                 + "; use the configuration the model was trained with"
             )
-    segments = None if len(first["qkv"][0]) == 1 else first
-    return type(model)(**{**model.model_dump(), "token_segments": segments})
+    stages = len(first["qkv"][0])
+    norms = (saved.segment_norms or [])[:stages]
+    segments = None if stages == 1 else first
+    own = {"token_segments": segments, "segment_norms": norms if "segment" in norms else None}
+    return type(model)(**{**model.model_dump(), **own})
 
 
 def past_growths(lineage: Lineage) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron.checkpoint.store import CheckpointReader, RunFolder
 from megatron.config.schema import RunConfig
 from megatron.config.sections.optimization import ADAM_FAMILY
+from megatron.config.sections.scaling import initial_keys
 from megatron.engine.base import Engine
 from megatron.errors import UserError
 from megatron.exchange import Checkpoint, open_checkpoint
@@ -117,12 +118,13 @@ class Start:
             first_rank_does(partial(require_consistent, base.tensors), self._layout)
             verify_together(base.tensors, self._layout)
         slots = {f"{kind}_slot_num": getattr(config.model, f"{kind}_slot_num") for kind in KINDS}
-        check_same_model(config.model, base.model_config.replaced(**slots, token_segments=None), base.folder)
+        segments = ("token_segments", "segment_norms")
+        check_same_model(config.model, base.model_config.replaced(**slots, **dict.fromkeys(segments)), base.folder)
         # Everything but the tokens is as configured.
-        tokens = {name: getattr(base.model_config, name) for name in (*slots, "token_segments")}
+        tokens = {name: getattr(base.model_config, name) for name in (*slots, *segments)}
         base = base.as_model(type(config.model)(**{**config.model.model_dump(), **tokens}), key)
         qkv, proj, ffn = (slots[f"{kind}_slot_num"] for kind in KINDS)
-        counts = TokenCounts(qkv, proj, ffn, new_keys=config.scaling.new_keys)
+        counts = TokenCounts(qkv, proj, ffn, new_keys=config.scaling.new_keys, row_norm=config.scaling.row_norm)
         after = config.replaced(model=grown_config(base.model_config, counts))
         if base.iteration is not None:
             self._carry_over(base)
@@ -153,7 +155,8 @@ class Start:
     def _grow(self, after: RunConfig, scheduled: bool) -> None:
         """Add the tokens that make this model that of `after`, and note it in the lineage."""
         assert self.checkpoint is not None, "only a model that exists grows"
-        before, state, new_keys = self.checkpoint, self.state, after.scaling.new_keys
+        before, state = self.checkpoint, self.state
+        new_keys = initial_keys(after.scaling.new_keys, after.scaling.row_norm)
         grown = grown_checkpoint(before, after.model, after.training.seed, new_keys)
         grown = with_moments(grown, before, after.scaling.new_moments)
         entry = lineage_entry(before, grown, state.state_dict(), new_keys, scheduled=scheduled)

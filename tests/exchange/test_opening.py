@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron.checkpoint.tensors import TensorView
+from megatron.config.sections.model import RowNorm
+from megatron.config.sections.scaling import NewKeys
 from megatron.errors import UserError
 from megatron.exchange import Checkpoint, huggingface, open_checkpoint
 from megatron.exchange.checkpoint import of_model
@@ -143,15 +145,17 @@ def test_a_model_of_gpt_neox_itself_is_refused_in_words(tmp_path: Path) -> None:
             open_checkpoint(path, config)
 
 
-@pytest.mark.parametrize("new_keys", ["zero", "rotated"])
-def test_growth_is_a_view(new_keys: str, forms: dict[str, tuple[Path, Checkpoint]]) -> None:
+@pytest.mark.parametrize("new_keys", ["zero", "rotated", "random"])
+def test_growth_is_a_view(new_keys: NewKeys, forms: dict[str, tuple[Path, Checkpoint]]) -> None:
     """Nothing is written; every form grows, and to the model that grows in memory."""
-    after = grown_config(make_config().model, TokenCounts(56, 52, 80, new_keys=new_keys))  # type: ignore[arg-type]
+    row_norm: RowNorm = "segment" if new_keys == "random" else "joint"
+    after = grown_config(make_config().model, TokenCounts(56, 52, 80, new_keys=new_keys, row_norm=row_norm))
     model = LanguageModel(make_config().model, seed=5)
-    grow(model, 56, 52, 80, new_keys=new_keys)  # type: ignore[arg-type]
-    expected = {name: tensor for name, tensor in model.state_dict().items() if new_keys == "zero" or "key" not in name}
+    grow(model, 56, 52, 80, new_keys=new_keys, row_norm=row_norm)
+    state = model.state_dict()
+    expected = {name: tensor for name, tensor in state.items() if new_keys != "rotated" or "key" not in name}
     for _, opened in forms.values():
-        grown = grown_checkpoint(opened, after, 1234, new_keys)  # type: ignore[arg-type]
+        grown = grown_checkpoint(opened, after, 1234, new_keys)
         found = model_of(grown).state_dict()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
         for name in (
@@ -162,6 +166,7 @@ def test_growth_is_a_view(new_keys: str, forms: dict[str, tuple[Path, Checkpoint
             part = grown.tensors.part("model", name, slice(5, 11))
             assert torch.equal(part, grown.tensors.tensor("model", name)[5:11])
         assert grown.num_parameters == model.num_parameters()
+        assert grown.tensors.shape("model", "layers.0.mlp.tau_tokens") == tuple(state["layers.0.mlp.tau_tokens"].shape)
 
 
 @pytest.mark.parametrize("in_safetensors", [True, False])

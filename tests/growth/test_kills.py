@@ -28,9 +28,12 @@ AGES = {
 }  # fmt: skip
 KEYS = {
     "train_iters": LAST, "hidden_dropout": 0.1, "checkpoint_factor": 4, "eval_interval": GROWTH, "eval_iters": 1,
-    "lr_decay_style": "WSD", "lr_wsd_decay_iters": 8, "growth": [stage(GROWTH, **AGES, **CONTINUE)],
+    "lr_decay_style": "WSD", "lr_wsd_decay_iters": 8,
 }  # fmt: skip
-KILLS = 10
+GROWTHS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "zero keys": (AGES, 10, 16), "own row norm": ({**AGES, "row_norm": "segment"}, 4, 6),
+}  # fmt: skip
+"""What a growth says, how often it is killed, and in which update its keys are as large as the old ones and decay."""
 KINDS = ("model", "optimizer", "rng")
 
 
@@ -72,20 +75,20 @@ def start_and_wait(config: RunConfig, folder: Path, after_save: bool) -> Any:
             return process
 
 
-@pytest.fixture(scope="module")
-def configs(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, RunConfig]]:
-    """Folder and configuration of one run after the other, all alike."""
-    root = tmp_path_factory.mktemp("kills")
-    return (
-        (root / str(number), tiny_config(**KEYS, save=str(root / str(number)), load=str(root / str(number))))
-        for number in itertools.count()
-    )
+def runs_alike(tiny_config: MakeConfig, root: Path, **growth: Any) -> Iterator[tuple[Path, RunConfig]]:
+    """Folder and configuration of one run after the other."""
+    keys = {**KEYS, "growth": [stage(GROWTH, **CONTINUE, **growth)]}
+    for folder in (root / str(number) for number in itertools.count()):
+        yield folder, tiny_config(**keys, save=str(folder), load=str(folder))
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize("kind", GROWTHS)
 def test_a_run_killed_around_a_growth_ends_as_if_nothing_had_happened(
-    configs: Iterator[tuple[Path, RunConfig]],
+    kind: str, tiny_config: MakeConfig, tmp_path: Path
 ) -> None:
+    growth, kills, decays = GROWTHS[kind]
+    configs = runs_alike(tiny_config, tmp_path, **growth)
     folder, config = next(configs)
     process = start_and_wait(config, folder, after_save=False)
     begin = time.monotonic()
@@ -98,13 +101,13 @@ def test_a_run_killed_around_a_growth_ends_as_if_nothing_had_happened(
     process.join()
     expected = tensors(folder, kinds=KINDS)
     (entry,) = state(folder)["lineage"]
-    assert process.exitcode == 0 and entry["decays_since"] == {"qkv": 16, "proj": 16, "ffn": 16}
+    assert process.exitcode == 0 and entry["decays_since"] == dict.fromkeys(("qkv", "proj", "ffn"), decays)
     # Half of the delays from the iteration before the save on, half from the save on until after the growth.
     generator, saved_at_kill = random.Random(7), []
-    for kill in range(KILLS):
-        after_save = kill >= KILLS // 2
+    for kill in range(kills):
+        after_save = kill >= kills // 2
         longest = moments["grown"] - moments["saved"] if after_save else moments["saved"]
-        delay = (kill % (KILLS // 2) + generator.random()) / (KILLS // 2) * longest
+        delay = (kill % (kills // 2) + generator.random()) / (kills // 2) * longest
         killed, config = next(configs)
         process = start_and_wait(config, killed, after_save)
         end = time.monotonic() + delay

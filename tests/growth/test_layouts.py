@@ -51,6 +51,12 @@ ROTATED = [
     stage(3, qkv_slot_num=48, proj_slot_num=48, ffn_slot_num=72, new_keys="rotated", **AGES, **CONTINUE),
     stage(6, qkv_slot_num=None, proj_slot_num=None, ffn_slot_num=104, layers=[1], new_keys="rotated", **CONTINUE),
 ]
+# Kinds mixed: zero keys, random ones with a row norm of their own, and rotations of these, which share it.
+OWN_NORMS = [
+    stage(3, qkv_slot_num=45, ffn_slot_num=71, **CONTINUE),
+    stage(5, qkv_slot_num=60, proj_slot_num=50, ffn_slot_num=90, row_norm="segment", **AGES, **CONTINUE),
+    stage(7, qkv_slot_num=75, proj_slot_num=64, ffn_slot_num=109, new_keys="rotated", **CONTINUE),
+]
 SOFTMAX = [stage(3, proj_slot_num=72, ffn_slot_num=80, **AGES, **CONTINUE)]
 RUN = {
     **STEADY, "train_batch_size": 4, "train_iters": 9, "lr_decay_iters": 40, "eval_interval": 9, "weight_decay": 0.1,
@@ -60,6 +66,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "chain": {"growth": CHAIN},
     "frozen": {"growth": FROZEN},
     "rotated": {"growth": ROTATED},
+    "norms": {"growth": OWN_NORMS},
     "softmax": {"growth": SOFTMAX, "norm_activation_type": "softmax"},
     "ungrown": {},
 }
@@ -79,6 +86,7 @@ CASES = [
     *((layout, "chain") for layout in ("tp2-sp-zero1", "pp2", "dp2-zero3")),
     *((layout, "frozen") for layout in ("tp2-zero3", "pp2-zero1-recomputed", "dp2-zero1")),
     *((layout, "rotated") for layout in ("tp2-zero3", "pp2-zero1-recomputed", "dp2-zero1")),
+    *((layout, "norms") for layout in ("tp2", "tp2-zero3", "pp2", "dp2-zero1", "dp2-zero2")),
     *((layout, "softmax") for layout in ("tp2", "dp2-zero2")),
 ]
 
@@ -190,12 +198,12 @@ def test_legs_of_a_growing_run_may_have_other_layouts(tiny_config: MakeConfig, r
     legs = [("tp2-sp-zero1", 3), ("pp2", 6), ("dp2-zero3", 9)]
     folder = {"save": str(tmp_path / "run"), "load": str(tmp_path / "run")}
     configs = [
-        tiny_config(**{**RUN, **MODELS["chain"], **LAYOUTS[layout]}, **folder, exit_interval=until)
+        tiny_config(**{**RUN, **MODELS["norms"], **LAYOUTS[layout]}, **folder, exit_interval=until)
         for layout, until in legs
     ]
     assert run_ranks(2, train_all, configs) == [[until for _, until in legs]] * 2
-    assert metric(tmp_path / "run") == pytest.approx(metric(runs / "chain"), abs=TOLERANCE)
-    left, right = tensors(tmp_path / "run"), tensors(runs / "chain")
+    assert metric(tmp_path / "run") == pytest.approx(metric(runs / "norms"), abs=TOLERANCE)
+    left, right = tensors(tmp_path / "run"), tensors(runs / "norms")
     for name in right:
         assert worst(left[name].double(), right[name].double()) < 2 * TOLERANCE, name
 

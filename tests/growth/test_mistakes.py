@@ -56,12 +56,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         ({"growth": [stage(5, qkv_slot_num=20)]}, "growth[0]: qkv_slot_num: 20 is fewer than the 24 tokens"),
         ({"growth": [stage(5), stage(4)]}, "entries are out of order, at_iteration 4 follows 5"),
-        ({"growth": [stage(5)], "norm_activation_type": "softmax"}, "36 is no multiple of 24; choose 48"),
+        ({"growth": [stage(5)], "norm_activation_type": "softmax"}, "12 more are no multiple of 24; choose 48"),
         ({"growth": [stage(5, new_keys="rotated")]}, "growth[0]: proj_slot_num: 36 are 12 more than the 24 tokens"),
         (
             {"growth": [stage(5, new_keys="rotated")], "norm_activation_type": "gelu_l2_norm"},
             "growth[0]: new_keys: rotated needs norm_activation_type l2_norm_gelu, this model has gelu_l2_norm",
         ),
+        ({"growth": [stage(5, new_keys="random")]}, "growth: entry 1: new_keys: random keys would change the row norm"),
+        (
+            {"growth": [stage(5, new_keys="zero", row_norm="segment")]},
+            "entry 1: new_keys: zero keys cannot learn under",
+        ),
+        ({"new_keys": "random"}, "new_keys: random keys would change the row norm that they share with the old ones"),
         ({"growth": [stage(5, layers=[2])]}, "growth[0]: layers: 2 is not a tokenformer block of this model"),
         ({"growth": [stage(5)], "save": None}, "growth: a run that grows goes through a checkpoint; give `save`"),
         ({"growth": [stage(5)], "no_save_optim": True}, "no_save_optim"),
@@ -102,11 +108,19 @@ def test_another_model_cannot_be_grown_into_this_one(
     [
         ({}, "qkv_slot_num: 24 in the configuration, 48 in the checkpoint; use the configuration the model was"),
         ({"growth": [stage(2, ffn_slot_num=80)]}, "the first 1 growths of the schedule do not lead to the model"),
+        ({"growth": [stage(2, row_norm="segment")]}, "the first 1 growths of the schedule do not lead to the model"),
         ({"growth": [stage(2, layers=[1])]}, "the first 1 growths of the schedule do not lead to the model"),
         ({"growth": [stage(2), stage(5, qkv_slot_num=40)]}, "growth[1]: qkv_slot_num: 40 is fewer than the 48"),
         ({"growth": [stage(2)], "hidden_size": 64}, "hidden_size: 64 in the configuration, 32 in checkpoint"),
     ],
-    ids=["old configuration", "other counts", "other layers", "a new stage that shrinks", "other width"],
+    ids=[
+        "old configuration",
+        "other counts",
+        "another norm",
+        "other layers",
+        "a new stage that shrinks",
+        "other width",
+    ],
 )
 def test_a_grown_run_needs_the_schedule_that_it_had(
     tiny_config: MakeConfig, refusal: Command, tmp_path: Path, keys: dict[str, Any], message: str

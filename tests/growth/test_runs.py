@@ -259,14 +259,17 @@ def test_a_smaller_models_run_goes_on_in_a_larger_one(tiny_config: MakeConfig, t
     assert all(worst(grown[name].float(), plain[name].float()) < 1e-6 for name in plain)
 
 
-def test_a_smaller_model_may_grow_by_rotated_keys(tiny_config: MakeConfig, tmp_path: Path, ungrown: Path) -> None:
-    """Exact, and unlike zero keys it gives the new tokens weights that differ from the first."""
+@pytest.mark.parametrize("growth", [{"new_keys": "rotated"}, {"row_norm": "segment"}], ids=str)
+def test_a_smaller_model_may_grow_by_other_keys(
+    tiny_config: MakeConfig, tmp_path: Path, ungrown: Path, growth: dict[str, Any]
+) -> None:
+    """Exact, and unlike zero keys they give the new tokens weights that differ from the first."""
     counts = {"qkv_slot_num": 48, "proj_slot_num": 48, "ffn_slot_num": 72}
     keys = {**STEADY, **counts, "gradient_clipping": 0.0, "pretrain_partial_init": str(ungrown / "global_step6")}
-    run(tiny_config, tmp_path, **keys, new_keys="rotated", train_iters=2, checkpoint_factor=1)
+    run(tiny_config, tmp_path, **keys, **growth, train_iters=2, checkpoint_factor=1)
     assert metric(tmp_path)[1] == pytest.approx(metric(ungrown)[7], abs=1e-5)
     [entry] = state(tmp_path)["lineage"]
-    assert entry["new_keys"] == "rotated" and entry["logit_difference"] < 1e-5
+    assert entry.items() >= {"new_keys": "random", **growth}.items() and entry["logit_difference"] < 1e-5
     grown = tensors(tmp_path, 1, ("model",))
     assert all(tensor.any() for name, tensor in grown.items() if is_new(name)), "values moved in the first step"
 

@@ -169,7 +169,7 @@ BAD_SCHEDULES = [
     pytest.param(
         [stage(5)],
         {"norm_activation_type": "softmax"},
-        r"growth\[0\]: proj_slot_num: .*36 is no multiple of 24; choose 48",
+        r"growth\[0\]: proj_slot_num: .*12 more are no multiple of 24; choose 48",
         id="softmax",
     ),
     pytest.param(

@@ -58,8 +58,8 @@ def _layers(prefix: str, config: ModelSection, options: BuildOptions) -> list[La
         sizes = config.token_segments["ffn"][index] if config.token_segments else [slots]
         return Pattention(
             config.hidden_size, config.hidden_size, sizes, config.norm_activation_type,
-            backend=options.pattention_backend, projection="ffn", axis=options.layout.tensor,
-            inputs=options.stream, outputs=options.stream, device=options.device,
+            backend=options.pattention_backend, row_norms=config.segment_norms, projection="ffn",
+            axis=options.layout.tensor, inputs=options.stream, outputs=options.stream, device=options.device,
         )  # fmt: skip
 
     return [LayerSpec(f"{prefix}layers.{i}", partial(layer, i)) for i in range(config.num_layers)]

@@ -19,10 +19,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for kind, what in (("qkv", "each query, key and value"), ("proj", "proj"), ("ffn", "the feed-forward")):
         parser.add_argument(f"--{kind}", type=int, help=f"tokens of {what} afterwards; default as many as before")
     parser.add_argument("--layers", help="blocks that grow, for example 0,3-5; default all TokenFormer blocks")
-    parser.add_argument("--new-keys", choices=("zero", "rotated"), default="zero", help="what new keys start as")
+    parser.add_argument("--new-keys", choices=("zero", "rotated", "random"), help="what new keys start as")
+    norms = "whether new tokens share the row norm of the old ones (default), or have their own: then random keys"
+    parser.add_argument("--row-norm", choices=("joint", "segment"), default="joint", help=norms)
     what = "what Adam's second moments of new tokens start as: zero, or the mean of the old ones'"
     parser.add_argument("--new-moments", choices=("zero", "mean"), default="zero", help=what)
-    parser.add_argument("--seed", type=int, help="of the new values or rotations; default that of the run")
+    parser.add_argument("--seed", type=int, help="of what is drawn; default that of the run")
     parser.add_argument("--config", nargs="+", metavar="YAML", help="YAML files of the model, for an official one")
     return parser.parse_args(arguments)
 
@@ -59,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     grown = grow_checkpoint(
         args.input,
         args.output,
-        TokenCounts(args.qkv, args.proj, args.ffn, layers, args.new_keys),
+        TokenCounts(args.qkv, args.proj, args.ffn, layers, args.new_keys, args.row_norm),
         seed=args.seed,
         new_moments=args.new_moments,
         config=load_config(args.config) if args.config else None,

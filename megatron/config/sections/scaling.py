@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megatron.config.sections.base import MAX_FACTOR, MAX_SIZE, Section
+from megatron.config.sections.model import RowNorm
 from megatron.errors import ConfigError
 
-NewKeys = Literal["zero", "rotated"]
+NewKeys = Literal["zero", "rotated", "random"]
 """What new keys start as; megatron.growth.grow says how."""
 
 
@@ -23,6 +24,17 @@ Part = Literal["new_keys", "new_values", "old_keys", "old_values", "other"]
 """Parameters by role and age: keys and values of the latest growth, those of before, and all that is no token."""
 
 Factor = Annotated[float, Field(ge=0, le=MAX_FACTOR)]
+
+
+def initial_keys(new_keys: NewKeys | None, row_norm: RowNorm) -> NewKeys:
+    """What new keys start as where `new_keys` may be left out. Raises ConfigError for keys that cannot learn so."""
+    if row_norm == "segment" and new_keys == "zero":
+        reason = "zero keys cannot learn under a row norm of their own, which is zero"
+        raise ConfigError("new_keys", reason, "leave new_keys out, or set row_norm: joint", beside=["row_norm"])
+    if row_norm == "joint" and new_keys == "random":
+        reason = "random keys would change the row norm that they share with the old ones"
+        raise ConfigError("new_keys", reason, "set row_norm: segment", beside=["row_norm"])
+    return new_keys or ("random" if row_norm == "segment" else "zero")
 
 
 class LrScale(Section):
@@ -95,9 +107,14 @@ class ScheduledGrowth(Section):
     lr_decay_iters: int | None = Field(default=None, gt=0)
     """Iterations of a restart's decay. Default: until the next restart or train_iters; WSD does not decay before the
     next restart then."""
-    new_keys: NewKeys = "zero"
+    new_keys: NewKeys | None = None
     """zero: as in the paper. rotated: random rotations of the old keys with values of zero, which is just as exact
-    and learns faster; with l2_norm_gelu, by at least min(tokens, hidden_size) tokens."""
+    and learns faster; with l2_norm_gelu, by at least min(tokens, hidden_size) tokens. random, with row_norm segment:
+    as large as the old keys, in all directions, with values of zero. Default: random with row_norm segment, else
+    zero."""
+    row_norm: RowNorm = "joint"
+    """joint: the new tokens share the row norm and the tau of those before them. segment: they have their own, so that
+    any keys with values of zero change nothing, and the old tokens' weights never feel the new ones."""
     freeze_old_tokens: bool = False
     """Train only the new tokens, until the next growth."""
     lr_scale: LrScale | None = None
@@ -132,6 +149,7 @@ class ScheduledGrowth(Section):
             if self.lr_policy == "continue" and getattr(self, key) is not None:
                 raise ConfigError(key, "belongs to a schedule of its own", "set lr_policy: restart")
         _check_scales(self.lr_scale, self.old_tokens_lr_scale, self.new_tokens_lr_scale)
+        initial_keys(self.new_keys, self.row_norm)
         return self
 
 
@@ -143,9 +161,12 @@ class ScalingConfig(Section):
     token counts of the model section are those before the first."""
     partial_init_policy: Literal["restart", "continue"] = "restart"
     """With pretrain_partial_init: whether iterations and learning-rate schedule start anew or go on."""
-    new_keys: NewKeys = "zero"
-    """What the new keys of pretrain_partial_init start as: zero as in the paper, or rotated, random rotations of
-    the old keys (l2_norm_gelu), which is just as exact and learns faster."""
+    new_keys: NewKeys | None = None
+    """What the new keys of pretrain_partial_init start as: zero as in the paper; rotated, random rotations of the old
+    keys (l2_norm_gelu), which is just as exact and learns faster; or random, with row_norm segment. Default: random
+    with row_norm segment, else zero."""
+    row_norm: RowNorm = "joint"
+    """The row norm of the new tokens of pretrain_partial_init: that of the old ones (joint), or their own (segment)."""
     freeze_old_tokens: bool = False
     """Train only the tokens of the latest growth."""
     lr_scale: LrScale | None = None
@@ -173,6 +194,7 @@ class ScalingConfig(Section):
                     reason = f"entries are out of order, {key} {later} follows {earlier}"
                     raise ConfigError("growth", reason, "sort them by time")
         _check_scales(self.lr_scale, self.old_tokens_lr_scale, self.new_tokens_lr_scale)
+        initial_keys(self.new_keys, self.row_norm)
         return self
 
     def lr_factor(self, part: Part) -> float:

@@ -176,7 +176,7 @@ def test_a_model_grown_by_rotated_keys_is_an_official_one(
     out, flat = tmp_path / "grown", tmp_path / "official"
     error = failure(grow_tool, [str(base), str(out), *FLAGS, "--new-keys", "rotated"], capsys)
     assert "proj_slot_num: 36 are 12 more than the 24 tokens of layer 0; new_keys rotated needs 24 more" in error
-    assert "grow to 48, or leave new_keys at zero" in error and not out.exists()
+    assert "grow to 48, or leave new_keys out" in error and not out.exists()
     flags = ["--qkv", "48", "--proj", "48", "--ffn", "80", "--new-keys", "rotated"]
     grow_tool.main([str(base), str(out), *flags])
     before, after = tensors(base), tensors(out)
@@ -193,6 +193,34 @@ def test_a_model_grown_by_rotated_keys_is_an_official_one(
     with torch.no_grad():
         official = load_model(flat / "pytorch_model.bin", model, dtype=torch.float64)(IDS)
     assert worst(official, logits(out, IDS)) < 1e-12
+
+
+def test_tokens_with_a_row_norm_of_their_own_leave_the_old_ones_alone(
+    tiny_config: MakeConfig, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Grown by the tool, described, trained on, exported and read back; the official file is refused."""
+    out, model = tmp_path / "grown", tmp_path / "hf"
+    error = failure(grow_tool, [str(base), str(out), *FLAGS, "--row-norm", "segment", "--new-keys", "zero"], capsys)
+    assert "new_keys: zero keys cannot learn under a row norm of their own, which is zero; leave new_keys out" in error
+    grow_tool.main([str(base), str(out), *FLAGS, "--row-norm", "segment"])
+    before, after = tensors(base), tensors(out)
+    assert_equal({n: t for n, t in after.items() if n in before and "tau" not in n}, {
+        n: t for n, t in before.items() if "tau" not in n
+    })  # fmt: skip
+    assert after["model/layers.1.mlp.tau_tokens"].tolist() == [40, 32]
+    assert worst(logits(out, IDS), logits(base, IDS)) < 1e-12
+    describe_tool.main([str(out)])
+    text = capsys.readouterr().out
+    assert "40 | 32 (tau^2 40 | 32), layers 0 to 1" in text
+    assert "in layers 0 to 1 by random keys with a row norm of their own; " in text
+    run(tiny_config, out, **STEADY, **COUNTS, train_iters=10)
+    convert_tool.main(["to-hf", str(out), str(model)])
+    convert_tool.main(["from-hf", str(model), str(tmp_path / "back")])
+    assert worst(logits(out, IDS), logits(base, IDS)) > 1e-3
+    for other in (model, tmp_path / "back"):
+        assert worst(logits(other, IDS), logits(out, IDS)) < 1e-12
+    error = failure(convert_tool, ["to-official", str(out), str(tmp_path / "official")], capsys)
+    assert "row_norm: tokens of this model have row norms of their own; the official flat file cannot say so" in error
 
 
 def contents(folder: Path) -> dict[str, bytes]:
