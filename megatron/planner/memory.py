@@ -24,7 +24,7 @@ _REFERENCE_SCORE_BYTES = {
     ("softmax", 2): 6, ("softmax", 4): 8,
 }  # fmt: skip
 _REFERENCE_ROW_BYTES, _ROW_BYTES = 13, 4
-"""Row statistics of a Pattention, for one token."""
+"""Row statistics of a norm group of a Pattention, for one token."""
 _SCORE_WORKSPACE = 16
 """Bytes for one score that a Pattention's backward pass has in flight at most: four fp32 matrices. With one kernel for
 the row functions it is the gradient and the weights, and the scores where they are recomputed."""
@@ -169,9 +169,10 @@ def block_bytes(work: Workload, choice: Choice, kind: str) -> float:
 
 def _pattention_bytes(work: Workload) -> tuple[int, int]:
     """What autograd keeps of a Pattention for each score and for each row."""
+    norms = work.model.norm_groups
     if work.backend == "reference":
-        return _REFERENCE_SCORE_BYTES[work.model.norm_activation_type, work.element_bytes], _REFERENCE_ROW_BYTES
-    return 0 if work.training.recompute_scores else work.element_bytes, _ROW_BYTES
+        return _REFERENCE_SCORE_BYTES[work.model.norm_activation_type, work.element_bytes], norms * _REFERENCE_ROW_BYTES
+    return 0 if work.training.recompute_scores else work.element_bytes, norms * _ROW_BYTES
 
 
 def _norm_bytes(model: ModelConfig, e: int, stream: float) -> float:

@@ -151,15 +151,15 @@ def _loss_traffic(work: Workload, choice: Choice) -> float:
 def tensor_elements(work: Workload, choice: Choice, kind: str) -> tuple[float, float]:
     """What a rank sends for one block and micro-batch: (entries of activations, fp32 statistics).
 
-    Ring volumes. TokenFormer: 16 T d (t-1)/t forward and backward and 20 statistics a token (softmax: 30);
-    Transformer: 8 T d (t-1)/t. Half of it, the forward pass, once more where blocks are recomputed.
+    Ring volumes. TokenFormer: 16 T d (t-1)/t forward and backward and 20 statistics a token and norm group
+    (softmax: 30); Transformer: 8 T d (t-1)/t. Half of it, the forward pass, once more where blocks are recomputed.
     """
     count, part = work.tokens(choice), (choice.tensor - 1) / choice.tensor
     if kind != TOKENFORMER:
         return (8 + 4 * choice.recompute) * count * work.model.hidden_size * part, 0.0
     softmax = work.model.norm_activation_type == "softmax"
     forward, backward = (20, 10) if softmax else (10, 10)  # softmax: the row maximum, forward only, and the row sum
-    statistics = forward * (1 + choice.recompute) + backward
+    statistics = (forward * (1 + choice.recompute) + backward) * work.model.norm_groups
     return (16 + 8 * choice.recompute) * count * work.model.hidden_size * part, statistics * count * part
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from megatron.growth import TokenCounts, grown_config
 from megatron.planner import Choice
 from megatron.planner.step_time import data_volumes, step_time, tensor_elements
 from tests.planner.workloads import H200, small
@@ -18,6 +20,10 @@ def test_tensor_volumes_of_a_layer(kind: str, units: int, statistics: int) -> No
     entries, rows = tensor_elements(work, Choice(4, 1, 1, False, 0, 2, 1, False), kind)
     assert entries == units * count * 64 * 3 / 4
     assert rows == statistics * count * 3 / 4
+    if kind == "tokenformer":
+        growth = {"qkv": 96, "ffn": 300}
+        grown = grown_config(grown_config(work.model, TokenCounts(**growth, row_norm="segment")), TokenCounts())
+        assert tensor_elements(replace(work, model=grown), Choice(4, 1, 1, False, 0, 2, 1, False), kind)[1] == 2 * rows
 
 
 def test_data_volumes_of_each_zero_stage() -> None:

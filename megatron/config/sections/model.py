@@ -111,6 +111,11 @@ class ModelSection(Section):
         return tuple(kinds)
 
     @property
+    def norm_groups(self) -> int:
+        """How many row norms the tokens of a layer have at most."""
+        return 1 + (self.segment_norms or [])[1:].count("segment")
+
+    @property
     def head_dim(self) -> int:
         """Dimensions of one attention head."""
         return self.hidden_size // self.num_attention_heads
