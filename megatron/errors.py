@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO
 
@@ -16,6 +17,7 @@ EXIT_LOST_RANK = os.EX_TEMPFAIL  # 75: another process of the run is gone, start
 EXIT_INTERRUPTED = 130  # what shells give a process that SIGINT has ended
 EXIT_NO_READER = 141  # the same for SIGPIPE: `--help | head` has read enough
 
+_LATER_SECONDS = 3.0
 _LESS_MEMORY = "`deepy.py ... --dry-run --gpus N` names layouts that fit; a smaller micro-batch takes less"
 _OUT_OF_MEMORY = (
     "out of memory",
@@ -125,7 +127,10 @@ def run_command(function: Callable[[], int | None]) -> int:
     except MachineError as error:
         sys.stderr.write(f"error: {_one_line(str(error))}\n" if _speaks_for_its_node() else "")
         sys.stderr.flush()
-        return EXIT_FAILURE if error.is_here else EXIT_LOST_RANK
+        if error.is_here:
+            return EXIT_FAILURE
+        time.sleep(_LATER_SECONDS)  # a launcher blames the first that ends, and kills the others then
+        return EXIT_LOST_RANK
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

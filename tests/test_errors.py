@@ -53,9 +53,12 @@ def test_a_machine_that_goes_wrong_is_one_line_and_no_mistake(
     def fail() -> None:
         raise MachineError("rank 3 (node1):\nwrong", is_here=rank == "1")
 
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
     monkeypatch.setenv("LOCAL_RANK", rank)
     assert run_command(fail) == (1 if rank == "1" else EXIT_LOST_RANK)
     assert capsys.readouterr().err == ("error: rank 3 (node1): wrong\n" if rank == "0" else "")
+    assert bool(waited) == (rank == "0"), "the one whose machine it is ends first"
 
 
 def test_other_errors_keep_their_traceback() -> None:

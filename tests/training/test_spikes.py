@@ -219,6 +219,16 @@ def test_a_checkpoint_that_could_not_be_written_is_not_gone_back_to(tiny_config:
 
 
 @pytest.mark.usefixtures("single_process")
+def test_a_run_that_was_rolled_back_goes_back_to_where_it_was_rolled_back_to(
+    tiny_config: MakeConfig, tmp_path: Path
+) -> None:
+    run_here(tiny_config, tmp_path, 1.0, ())
+    keys = {"iteration": 3, "spikes": {**SPIKES, "action": "rewind"}}
+    state = run_here(tiny_config, tmp_path, NAN, (5, 8), **keys)
+    assert state.rollbacks == [3] and state.skips == [[5, 5], [8, 8]] and state.iteration == LAST
+
+
+@pytest.mark.usefixtures("single_process")
 def test_a_growth_on_the_way_is_made_again(tiny_config: MakeConfig, tmp_path: Path) -> None:
     growth = [{"at_iteration": 4, "ffn_slot_num": 48, "lr_policy": "continue"}]
     keys = {"growth": growth, "checkpoint_factor": 100, "spikes": {**SPIKES, "action": "rewind"}}

@@ -19,7 +19,7 @@ class SpikesConfig(Section):
     what is not finite stops the run. skip_update: the weights stay as they are; every update waits until its numbers
     are known. rewind: the run goes back to its last checkpoint, and skips the iterations from the spike to where it was
     noticed."""
-    window: int = Field(default=128, ge=8, le=4096)
+    window: int = Field(default=128, ge=8, le=1024)
     """Good updates before it that an update is measured by: the medians of their losses and norms, and how far these
     are from them. Nothing but what is not finite stands out before there are so many."""
     threshold: float = Field(default=6.0, gt=0, le=MAX_FACTOR)
