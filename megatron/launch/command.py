@@ -66,8 +66,10 @@ def _multi_node_call(
     written = None if given else file
     command = [*_RUNNER, "--hostfile", file, "--launcher", launcher, *_multi_node_options(config, launcher, hosts, env)]
     if launcher == "pdsh":
-        stop = _pdsh_stop(config, hosts, work)
-        return LauncherCall([*command, *_remote_words(work)], env, stop_command=stop, written=written, hosts=hosts)
+        targets = list(hosts)[:1] if is_training(work[0]) else list(hosts)
+        stop, kill = _pdsh_signal(config, targets, work, "TERM"), _pdsh_signal(config, list(hosts), work, "KILL")
+        remote = [*command, *_remote_words(work)]
+        return LauncherCall(remote, env, stop_command=stop, kill_command=kill, written=written, hosts=hosts)
     return LauncherCall([*command, *work], env, 1, stop_signal=signal.SIGUSR1, written=written, hosts=hosts)
 
 
@@ -174,16 +176,15 @@ def _launcher_arguments(config: LaunchConfig, launcher: str, hosts: Mapping[str,
     return " ".join(part for part in (shlex.join(words), config.launcher_args) if part)
 
 
-def _pdsh_stop(config: LaunchConfig, hosts: Mapping[str, int], work: Sequence[str]) -> list[str]:
-    """The command that sends SIGTERM to the workers of `work`: sshd, not the launcher, is their ancestor.
+def _pdsh_signal(config: LaunchConfig, targets: Sequence[str], work: Sequence[str], name: str) -> list[str]:
+    """The command that sends a signal to the workers of `work`: sshd, not the launcher, is their ancestor.
 
     DeepSpeed's own way of stopping gives them no time to save. The pattern goes from the interpreter to the last
     argument, so that it meets neither DeepSpeed's launcher nor the remote shell. Training stops everywhere when one
     rank is asked to.
     """
-    targets = list(hosts)[:1] if is_training(work[0]) else list(hosts)
     pattern = "^" + re.escape(" ".join([sys.executable, "-u", *work])) + "$"
-    remote = shlex.join(["pkill", "-TERM", "-f", "--", pattern])
+    remote = shlex.join(["pkill", f"-{name}", "-f", "--", pattern])
     return ["pdsh", "-R", "ssh", "-w", ",".join(targets), *shlex.split(config.launcher_args), remote]
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO
@@ -49,10 +49,11 @@ class Listener:
     Args:
         pipe: what the launcher writes to.
         hosts: {node: processes}, in the order of the ranks.
+        failed: called when the first process has failed.
     """
 
-    def __init__(self, pipe: IO[bytes], hosts: Mapping[str, int]) -> None:
-        self._pipe, self._hosts = pipe, hosts
+    def __init__(self, pipe: IO[bytes], hosts: Mapping[str, int], failed: Callable[[], None] = lambda: None) -> None:
+        self._pipe, self._hosts, self._failed = pipe, hosts, failed
         self._ended: list[Culprit] = []
         self._rank: int | None = None
         self._thread = threading.Thread(target=self._read, daemon=True, name="launcher-stderr")
@@ -73,8 +74,11 @@ class Listener:
             with suppress(OSError):  # nobody reads ours any more; the launcher must not wait for that
                 os.write(2, chunk)
             *lines, rest = (rest + chunk).split(b"\n")
+            known = len(self._ended)
             for line in lines:
                 self._take(line.decode(errors="replace"))
+            if self._ended and not known:
+                self._failed()
             rest = rest[-4096:]
 
     def _take(self, line: str) -> None:

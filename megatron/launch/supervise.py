@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -36,6 +37,8 @@ class LauncherCall:
     """What is sent there to have the workers save and stop. srun and mpirun pass SIGUSR1 on, and kill on SIGTERM."""
     stop_command: list[str] | None = None
     """Run instead of sending a signal, where the workers are no descendants of the launcher."""
+    kill_command: list[str] | None = None
+    """Kills all workers, where the launcher leaves those of other nodes alone when some have failed."""
     written: str | None = None
     """The hostfile written for this launch, removed after it."""
     hosts: Mapping[str, int] = field(default_factory=dict)
@@ -47,6 +50,7 @@ class LauncherCall:
         return self.signal_depth == 2
 
 
+_GRACE_SECONDS = 60.0
 _NO_FAILURE = {0, EXIT_USER_ERROR, EXIT_NO_READER, *(128 + number for number in STOP_SIGNALS)}
 
 
@@ -71,7 +75,7 @@ class Outcome:
 
     def blame(self) -> tuple[str | None, int | None, str]:
         """(node, rank, what happened), None where that is not known."""
-        if self.culprit is not None:
+        if self.culprit is not None and self.culprit.exit_code != EXIT_LOST_RANK:  # else it only names a victim
             return self.culprit.node, self.culprit.rank, _in_words(self.culprit.exit_code)
         return node_name() if self.is_local else None, None, _in_words(self.code)
 
@@ -116,15 +120,31 @@ def _run(call: LauncherCall, environment: dict[str, str], stopper: _Stopper) -> 
     with blocked() if call.is_local else nullcontext():
         process = subprocess.Popen(call.command, env=environment, start_new_session=True, stderr=stderr)
         stopper.session = process.pid
-    listener = Listener(process.stderr, call.hosts) if process.stderr else None
+    rest = threading.Timer(_GRACE_SECONDS, _end_the_rest, (call, process, stopper))
+    rest.daemon = True
+    listener = Listener(process.stderr, call.hosts, rest.start) if process.stderr else None
     if stopper.received:  # before there was anything to stop
         stopper.act(process.pid)
     code = shell_code(process.wait())
+    rest.cancel()
     stopper.wait_for_workers(process.pid)
     if code > 128 and not stopper.received and not stopper.code:
         get_logger().error("a worker was killed by signal %d (9: often out of memory)", code - 128)
     culprit = listener.culprit() if listener else None
     return Outcome(stopper.code or code, bool(stopper.received), culprit, call.is_local)
+
+
+def _end_the_rest(call: LauncherCall, process: subprocess.Popen[bytes], stopper: _Stopper) -> None:
+    """Kill workers that go on, or stand still, although others have failed; then a launcher that waits for them."""
+    if call.kill_command is None or stopper.received:
+        return
+    get_logger().error("processes of other nodes are left after a failure: killing them")
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(call.kill_command, env=call.environment, timeout=_GRACE_SECONDS, check=False)
+        process.wait(_GRACE_SECONDS)
+    with suppress(ProcessLookupError):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 class _Stopper:

@@ -122,6 +122,7 @@ def test_a_signal_during_the_wait_ends_it_at_once(
 
 
 def test_what_a_process_has_told_of_a_failure_wins_over_the_launchers_words(tmp_path: Path) -> None:
+    assert Outcome(75, culprit=Culprit("node1", 0, 75)).blame() == (None, None, "a process was lost")
     record_failure(tmp_path, Failure("node9", 9, "an earlier attempt's", 1))
     attempts = Attempts(tmp_path, (4, Outcome(75, culprit=Culprit("node1", 0, 75))), (8, Outcome(0)))
 

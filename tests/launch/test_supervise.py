@@ -13,7 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron.launch.culprit import shell_code
+from megatron.launch import supervise
+from megatron.launch.culprit import Culprit, shell_code
+from megatron.launch.supervise import LauncherCall, Outcome
 from megatron.mpu.environment import free_port
 from tests.launch.calls import DEMO, ROOT
 from tests.launched import deepy, environment, training_lines, wait_until, write_config
@@ -104,6 +106,22 @@ def test_torchrun_trains_on_two_processes(tmp_path: Path, tokenizer_file: Path, 
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     assert [line["consumed_samples"] for line in training_lines(tmp_path)] == [8, 16], "4 samples a process"
+
+
+def test_a_node_that_goes_on_after_another_has_failed_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package_log: pytest.LogCaptureFixture
+) -> None:
+    """As pdsh waits for ever for a worker that is stopped, or for a node that is lost."""
+    monkeypatch.setattr(supervise, "_GRACE_SECONDS", 0.3)
+    said = "import sys, time; print('pdsh@a: b: ssh exited with exit code 75', file=sys.stderr, flush=True); "
+    for seconds, code in (("60", 137), ("0", 0)):
+        marker = tmp_path / seconds
+        call = LauncherCall(
+            [sys.executable, "-c", f"{said} time.sleep({seconds})"], environment(), kill_command=["touch", str(marker)]
+        )
+        assert supervise.run_call(call) == Outcome(code, culprit=Culprit("b", None, 75))
+        assert marker.exists() is ("killing them" in package_log.text) is (code == 137)
+        package_log.clear()
 
 
 @pytest.mark.parametrize(("code", "shell"), [(0, 0), (2, 2), (247, 137), (-15, 143)])
