@@ -261,7 +261,7 @@ def trained(config: RunConfig) -> None:
 def test_a_killed_worker_costs_a_restart_and_nothing_else(
     tmp_path: Path, tiny_config: Callable[..., RunConfig], tokenizer_file: Path, corpus_prefix: str
 ) -> None:
-    keys = {"train_iters": 12, "checkpoint_factor": 5, "hidden_dropout": 0.1}
+    keys = {"train_iters": 12, "checkpoint_factor": 5, "async_save": False, "hidden_dropout": 0.1}
     run_ranks(1, trained, tiny_config(**keys, save=str(tmp_path / "undisturbed")))
     script, save = write_struck_script(tmp_path / "train.py", [7]), tmp_path / "struck"
     folders = {"save": str(save), "load": str(save)}

@@ -219,7 +219,7 @@ def test_a_run_whose_node_fails_twice_ends_on_others_as_without(
     (site / "deepy.py").symlink_to(ROOT / "deepy.py")
     write_struck_script(site / "train.py", [7], "node2")
     record_failure(saved, Failure("node2", 1, "an earlier job's", 0, exit_code=137, progress=True, job="1"))
-    keys = {"train_iters": 12, "checkpoint_factor": 5, "master_addr": "127.0.0.1", "eval_iters": 0}
+    keys = {"train_iters": 12, "checkpoint_factor": 5, "async_save": False, "master_addr": "127.0.0.1", "eval_iters": 0}
     config = write_config(tmp_path / "run.yml", tokenizer_file, corpus_prefix, **keys)
     cluster.environment |= {
         "PYTHON": sys.executable,
