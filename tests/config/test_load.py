@@ -169,6 +169,12 @@ def test_loading_imports_no_torch() -> None:
         ("norm: scalenorm", [], "a.yml:1: norm: 'scalenorm' is not supported; choose one of layernorm, "),
         ("pos_emb: learned", [], "a.yml:1: pos_emb: 'learned' is not supported; choose one of rotary, none"),
         ("num_attention_heads: 5", [], "a.yml:1: num_attention_heads: 5 heads do not divide hidden_size 64"),
+        (
+            "segment_norms: [joint, segment]",
+            [],
+            "a.yml:1: segment_norms: 2 norms do not belong to token_segments; leave",
+        ),
+        ("row_norm: own", [], "a.yml:1: row_norm: 'own' is not supported; choose one of joint, segment"),
         ("ffn_slot_num: 8", [], "base a: qkv_slot_num: a tokenformer block needs it"),
         ("fp16: {enabled: true}\nbf16: {enabled: true}", [], "a.yml:1: fp16.enabled: fp16 and bf16 are both enabled"),
         ("train_data_weights: [1]", [], "a.yml:1: train_data_weights: 1 weights for 0 train_data_paths"),

@@ -34,7 +34,7 @@ from megatron.ops.cross_entropy import cross_entropy
 from megatron.ops.linear_cross_entropy import linear_cross_entropy
 from megatron.tokenizer import CharLevelTokenizer
 from tests.other_device import NAME, install
-from tests.random_models import make_config
+from tests.random_models import OWN_NORMS, make_config
 from tests.ranks import run_ranks
 from tests.whole_state import Whole
 
@@ -54,6 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "transformer": {**TRANSFORMER, "use_bias_in_attn_linear": True, "activation": "silu"},
     "mixed": {"attention_config": [[["tokenformer", "global"], 1]]},
     "grown": {"token_segments": SEGMENTS, "qkv_slot_num": 30, "proj_slot_num": 24, "ffn_slot_num": 56},
+    "norms": OWN_NORMS,
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GROWTHS: dict[str, dict[str, Any]] = {
@@ -62,6 +63,7 @@ GROWTHS: dict[str, dict[str, Any]] = {
     "softmax": {"qkv": 48, "ffn": 80},
     "rotated": {"qkv": 48, "ffn": 80, "new_keys": "rotated"},
     "mixed": {"proj": 41},
+    "norms": {"qkv": 30, "ffn": 51, "row_norm": "segment"},
 }
 TEXTS: dict[str, dict[str, Any]] = {
     "greedy": {},

@@ -96,16 +96,19 @@ def _train_and_kill(settings: Settings, keys: dict[str, Any], folder: Path) -> b
 
 
 def growth(settings: Settings) -> Iterator[Check]:
-    """Growing inside a run leaves the loss what it was."""
+    """Growing inside a run leaves the loss what it was; tokens with a row norm of their own come last."""
     config = small_config(settings, "grown")
     at, model = (config.training.train_iters or 0) // 2, config.model
     sizes = {f"{kind}_slot_num": 2 * (getattr(model, f"{kind}_slot_num") or 0) for kind in ("qkv", "proj", "ffn")}
     scheduled = {"at_iteration": at, **sizes, "lr_policy": "continue"}
-    plain, found = train_small(settings, "ungrown"), train_small(settings, "grown", growth=[scheduled])
+    own = {**scheduled, "at_iteration": at + 2, "ffn_slot_num": 3 * (model.ffn_slot_num or 0), "row_norm": "segment"}
+    plain, found = train_small(settings, "ungrown"), train_small(settings, "grown", growth=[scheduled, own])
     distance = abs(found[at] - plain[at])
     yield "loss after growing", distance <= SAME, f"{distance:.1e} from the run that did not grow (bound {SAME:g})"
-    (entry,) = CheckpointReader(Path(settings.folder) / "grown" / f"global_step{len(plain) - 1}").train_state["lineage"]
-    yield "proof of unchanged logits", entry["logit_difference"] < 1e-3, f"{entry['logit_difference']:.1e}"
+    lineage = CheckpointReader(Path(settings.folder) / "grown" / f"global_step{len(plain) - 1}").train_state["lineage"]
+    for name, entry in zip(("", ", own row norm"), lineage, strict=True):
+        difference = entry["logit_difference"]
+        yield f"proof of unchanged logits{name}", difference < 1e-3, f"{difference:.1e}"
 
 
 def recomputation(settings: Settings) -> Iterator[Check]:
