@@ -39,6 +39,8 @@ def report(config: RunConfig, machine: Machine, gpus: int, rows: int = 10) -> st
         grown = GrowthSchedule(config.scaling).after(model, growths).model
         line = f"growth: planned for the model after the last growth ({growths} in all); at first it has "
         notes += [f"{line}{num_parameters(model):,} parameters"]
+    if grown.norm_groups > 1:
+        notes += [f"row norms: up to {grown.norm_groups} in a layer (row_norm: segment)"]
     work = replace(Workload.of(config), model=grown)
     return "\n".join(_lines(work, machine, gpus, rows, notes))
 

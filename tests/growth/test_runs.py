@@ -304,13 +304,16 @@ def test_a_larger_model_may_have_other_lengths_and_dropout(
 
 
 def test_a_grown_run_is_evaluated_with_its_own_configuration(tiny_config: MakeConfig, tmp_path: Path) -> None:
-    config = tiny_config(save=str(tmp_path), load=str(tmp_path), train_iters=4, growth=[stage(2)])
-    run(tiny_config, tmp_path, train_iters=4, growth=[stage(2)])
-    assert load_model(tmp_path, config.with_vocabulary(290)).config.ffn_slot_num == 72
+    growth = [stage(1), stage(2, ffn_slot_num=80, row_norm="segment")]
+    config = tiny_config(save=str(tmp_path), load=str(tmp_path), train_iters=4, growth=growth)
+    run(tiny_config, tmp_path, train_iters=4, growth=growth)
+    assert load_model(tmp_path, config.with_vocabulary(290)).config.ffn_slot_num == 80
     written = load_config([tmp_path / "global_step4" / "config.yml"])
-    assert load_model(tmp_path, written).config.ffn_slot_num == 72
+    assert load_model(tmp_path, written).config.segment_norms == ["joint", "joint", "segment"]
     train(load_config([tmp_path / "global_step4" / "config.yml"], {"train_iters": 5}))
-    assert state(tmp_path)["iteration"] == 5 and len(state(tmp_path)["lineage"]) == 1
+    assert state(tmp_path)["iteration"] == 5 and len(state(tmp_path)["lineage"]) == 2
+    run(tiny_config, tmp_path, train_iters=7, growth=[*growth, stage(6, ffn_slot_num=96, row_norm="segment")])
+    assert checkpoint(tmp_path).config["segment_norms"] == ["joint", "joint", "segment", "segment"]
 
 
 def test_a_run_that_is_done_does_not_grow(

@@ -27,10 +27,13 @@ def test_report_says_by_how_much_nothing_fits(tmp_path: Path) -> None:
 
 def test_a_run_that_grows_is_planned_at_its_largest() -> None:
     counts = {"qkv_slot_num": 2140, "proj_slot_num": 2140, "ffn_slot_num": 8560}
-    text = report(published("tokenformer/150M", growth=[{"at_iteration": 10, **counts}]), H200, 8)
+    text = report(
+        published("tokenformer/150M", growth=[{"at_iteration": 10, "row_norm": "segment", **counts}]), H200, 8
+    )
     grown, before = published("tokenformer/150M", **counts).model, published("tokenformer/150M").model
     assert f"model: {num_parameters(grown):,} parameters" in text
     assert f"after the last growth (1 in all); at first it has {num_parameters(before):,} parameters" in text
+    assert "row norms: up to 2 in a layer (row_norm: segment)" in text
     assert text.splitlines()[-1] == report(published("tokenformer/150M", **counts), H200, 8).splitlines()[-1]
 
 
