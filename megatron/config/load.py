@@ -24,6 +24,7 @@ from megatron.config.sections.model import MODEL_SECTIONS, ModelConfig, ModelSec
 from megatron.config.sections.optimization import OptimizerParams, OptimizerSpec
 from megatron.config.sections.precision import Bf16, Fp16
 from megatron.config.sections.training import SpikesConfig
+from megatron.config.sections.watchdog import WatchdogConfig, WatchdogLimits
 from megatron.config.yaml_file import (
     TABLES,
     Setting,
@@ -50,6 +51,8 @@ _TABLE_MODELS: dict[str, type[Section]] = {
     "fp16": Fp16,
     "bf16": Bf16,
     "spikes": SpikesConfig,
+    "watchdog": WatchdogConfig,
+    "watchdog.limits": WatchdogLimits,
 }
 
 

@@ -22,9 +22,12 @@ from megatron.errors import ConfigError, UserError
 from megatron.files import read_text
 from megatron.text import nearest, shortened
 
-TABLES = ("optimizer", "optimizer.params", "fp16", "bf16", "zero_optimization", "spikes")
+TABLES = (
+    "optimizer", "optimizer.params", "fp16", "bf16", "zero_optimization", "spikes", "watchdog", "watchdog.limits"
+)  # fmt: skip
 """Keys whose value is a table; tables of several files are merged key by key, everything else is replaced."""
 
+_SWITCHES = ("watchdog",)  # tables that true and false may stand for
 _SUFFIXES = ("", ".yml", ".yaml")
 _CONFIG_SUFFIXES = (".yml", ".yaml")
 _NODES = re.compile(r"[\w.-]+(:[\d,]+)?(@[\w.-]+(:[\d,]+)?)*")
@@ -71,7 +74,9 @@ def normalise(key: str) -> str:
 def flatten(key: str, value: Any, source: str) -> Iterator[Setting]:
     """The settings of `key: value`, a plain value or a table; null stays as one setting."""
     name = normalise(key)
-    if _is_table(name) and isinstance(value, dict):
+    if name in _SWITCHES and isinstance(value, bool):
+        yield Setting(f"{name}.enabled", value, source, key)
+    elif _is_table(name) and isinstance(value, dict):
         for inner, item in value.items():
             yield from flatten(f"{name}.{inner}", item, source)
     else:

@@ -61,6 +61,9 @@ class Engine(ABC):
         grid: `DeepSpeedGrid.of(layout)`.
     """
 
+    on_update: Callable[[], None]
+    """Called when the gradients of an update are there, before they are clipped or the optimizer steps."""
+
     def __init__(
         self,
         settings: EngineSettings,
@@ -74,6 +77,7 @@ class Engine(ABC):
         self.model, self.device = model, process_device()
         self.clip, self.zero_stage = settings.optimization.gradient_clipping, settings.zero_stage
         self._gate: UpdateGate | None = None
+        self.on_update = _nothing
         self.watch = StepWatch(layout, self.device, task.loss_name, settings.allow_nonfinite_loss)
         # With ZeRO, DeepSpeed's Muon replaces gradients by updates before it takes their norm.
         self._norm_is_of_updates = settings.optimization.optimizer.type == "Muon" and self.zero_stage > 0
@@ -230,6 +234,10 @@ class Engine(ABC):
         scaler = getattr(self._engine.optimizer, "loss_scaler", None)
         for name in self.loss_scaler.keys() & values.keys():
             setattr(scaler, name, values[name])
+
+
+def _nothing() -> None:
+    pass
 
 
 def _empty_optimizer(engine: Any, inner: torch.optim.Optimizer) -> None:

@@ -16,6 +16,7 @@ from megatron.errors import UserError
 from megatron.mpu import Layout
 from megatron.mpu.device import require_gpu, set_cuda_environment, set_numerics, uses_gpu
 from megatron.mpu.processes import connect_world
+from megatron.mpu.stacks import record_collectives
 
 
 def initialize_distributed(config: RunConfig) -> Layout:
@@ -39,6 +40,8 @@ def initialize_distributed(config: RunConfig) -> Layout:
         # Without this DeepSpeed compiles a shared-memory collective for a minute before the first step. Set, not
         # changed: it makes its own table of all extensions when that is asked for, by trying the compiler on each.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    if uses_gpu() and config.training.watchdog.enabled:
+        record_collectives()
     timeout = timedelta(minutes=launch.distributed_timeout_minutes)
     connect_world(launch.distributed_backend, timeout, launch.ranks_per_gpu)
     if not deepspeed.comm.is_initialized():

@@ -34,6 +34,7 @@ class PipelineEngine(Engine):
             engine.optimizer.register_step_pre_hook(self._clip)
         else:
             combine_norm_of_stages(engine.optimizer, self.layout)
+        getattr(engine.optimizer, "optimizer", engine.optimizer).register_step_pre_hook(lambda *_: self.on_update())
         return engine
 
     def _clip(self, *_: Any) -> None:

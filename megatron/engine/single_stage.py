@@ -48,6 +48,7 @@ class SingleStageEngine(Engine):
             if position + 1 < len(batches):
                 self._engine.step()
         mean = torch.stack(losses).mean()
+        self.on_update()
         norm = clip_gradients(self.model.parameters(), self.clip, self.layout) if self.zero_stage == 0 else None
         self._numbers = mean, norm
         skipped_before = self._engine.skipped_steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 from megatron.config.schema import RunConfig
@@ -32,6 +33,7 @@ from megatron.training.schedule import LRSchedule
 from megatron.training.spikes import Rewind, SpikeGuard, is_skipped
 from megatron.training.start import Start
 from megatron.training.state import TrainState
+from megatron.training.watching import in_phases, watched
 
 _PROOF_SAMPLES = 4
 """Held-out samples on which a growth is proven to change nothing."""
@@ -79,6 +81,7 @@ class Trainer:
     def __init__(self, config: RunConfig, skips: list[list[int]] | None = None) -> None:
         self.layout = initialize_distributed(config)
         with ExitStack() as claims:
+            self._progress = claims.enter_context(watched(config, self.layout))
             lock = first_rank_does(lambda: claim_folders(config), self.layout)
             if lock is not None:
                 claims.callback(lock.close)
@@ -102,6 +105,7 @@ class Trainer:
         tensors = checkpoint.tensors if checkpoint else InitialTensors(described, config.model, seed)
         settings = EngineSettings(config, update)
         self.engine = build_engine(settings, task, layout, tensors)
+        self.engine.on_update = partial(self._progress.enter, "update")
         start.restore(self.engine)
         self._flops = described.flops_per_token()
         self._peak, origin = peak_flops(process_device(), DTYPES[config.precision.dtype], config.logging.peak_tflops)
@@ -147,7 +151,8 @@ class Trainer:
         self._claims.close()
 
     def _train(self, stop: StopRequest) -> bool:
-        state, batches = self.state, self.data.training()
+        state = self.state
+        batches = in_phases(self.data.training(), self._progress, state)
         if not self._make_up_evaluations(stop):
             self._log_stop(stop)
             return False
@@ -229,6 +234,8 @@ class Trainer:
 
     def _save_if_due(self, force: bool = False) -> None:
         self._replicas.check_if_due(self.state.iteration, force or self._saver.is_due())
+        if force or self._saver.is_due():
+            self._progress.enter("save")
         if self._saver.save_if_due(force):
             self._throughput.skip()
 
@@ -278,7 +285,12 @@ class Trainer:
         if batches is None:
             return True
         watch = self.engine.watch
-        until_stopped = _UntilStopped(batches, lambda: watch.ask(stop.requested))
+
+        def is_requested() -> bool:
+            self._progress.enter("evaluation")  # each batch anew: a long evaluation is none that hangs
+            return watch.ask(stop.requested)
+
+        until_stopped = _UntilStopped(batches, is_requested)
         sums = self.engine.evaluate(until_stopped)
         watch.look()
         if until_stopped.stopped:

@@ -78,6 +78,13 @@ def test_old_names_of_other_keys(folder: Path) -> None:
     assert config.model.activation == "silu"
 
 
+def test_true_and_false_switch_the_watchdog_and_leave_its_table(folder: Path) -> None:
+    (folder / "a.yml").write_text("watchdog: {factor: 30, limits: {save: 900}}\n")
+    off = load_config(["base", "a"], ["watchdog=false", "watchdog.limits.batch=60"]).training.watchdog
+    assert not off.enabled and off.factor == 30 and off.given == {"save": 900, "batch": 60}
+    assert load_config(["base", "a"], ["watchdog=true"]).training.watchdog.enabled
+
+
 def test_mapping_overrides_take_tables(folder: Path) -> None:
     config = load_config("base", {"optimizer": {"params": {"lr": 0.5}}, "vocab-file": "v.json"})
     assert config.optimization.optimizer.params.lr == 0.5

@@ -220,6 +220,11 @@ def test_a_mistake_that_is_found_later_names_the_file_too(refusals: Refusals) ->
         ("attention_config: [[[global], -2]]", "attention_config: [['global'], -2] has no sensible number"),
         ("attention_config: [[[global], true]]", "has no sensible number"),
         ("distributed_timeout_minutes: 999999999999", "distributed_timeout_minutes: must be at most"),
+        ("watchdog: {factor: 0.5}", "watchdog.factor: must be at least 1, got 0.5"),
+        ("watchdog: {heartbeat_seconds: 1}", "watchdog.heartbeat_seconds: must be at least 10, got 1"),
+        ("watchdog: {limits: {update: 0}}", "watchdog.limits.update: must be greater than 0, got 0"),
+        ("watchdog: {limits: {step: 3}}", "watchdog.limits.step: unknown key"),
+        ("watchdog: 5", "watchdog: expected a table"),
         ("growth: [{1: 2, at_iteration: 3, ffn_slot_num: 3}]", "growth: entry 1: 1: unknown key"),
         (
             "zero_optimization: {overlap_comm: maybe}",

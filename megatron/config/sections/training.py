@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from megatron.config.sections.base import MAX_FACTOR, MAX_SIZE, Section
+from megatron.config.sections.watchdog import WatchdogConfig
 from megatron.config.update_size import UpdateSize
 from megatron.errors import ConfigError
 
@@ -80,6 +81,8 @@ class TrainingConfig(Section):
     deterministic: bool = False
     """true: only kernels that give the same bits every time, so that a resumed run on the same GPUs equals an
     uninterrupted one bit for bit. Attention and its backward pass become slower."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """Ends a run in which a process hangs, is stopped or killed, with a line that names it. false: does not."""
     allow_nonfinite_loss: bool = False
     """false: a loss or a gradient norm that is not finite stops the run, and nothing of that update is saved."""
 
