@@ -30,6 +30,11 @@ class Limits:
     heartbeat: float = 120.0
     """Seconds without a sign of life after which a process counts as lost."""
 
+    @property
+    def shortest(self) -> float:
+        """No limit is shorter."""
+        return min([self.minimum, *self.given.values()])
+
     def of(self, phase: str, durations: deque[float]) -> float | None:
         """The limit of a phase that took `durations`; None where there is none (yet).
 

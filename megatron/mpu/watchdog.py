@@ -45,7 +45,7 @@ class Watchdog:
 
     def __init__(self, peers: Peers | None) -> None:
         self.progress = Progress()
-        self._peers, self._limits = peers, Limits()
+        self._peers, self._limits, self._shortest = peers, Limits(), 0.0
         self._folder: Path | None = None
         self._on_missing: OnMissing | None = None
         self._stopped, self._settled, self._ending = threading.Event(), threading.Event(), threading.Lock()
@@ -65,6 +65,7 @@ class Watchdog:
             folder: for stacks; without it they go to stderr.
         """
         self._limits, self._folder, self._on_missing = limits, folder, on_missing
+        self._shortest = limits.shortest
         self.progress.forget()
         self.progress.enter(phase, 0)
         for thread in self._threads:
@@ -124,10 +125,11 @@ class Watchdog:
                 self._look()
 
     def _look(self) -> None:
-        phase = self.progress.phase
-        limit, seconds = self._limits.of(phase, self.progress.durations(phase)), self._ticks * _TICK
-        if limit is not None and seconds > limit and not self._late:
-            self._late = f"the limit of {phase} is {limit:.0f} s"
+        phase, seconds = self.progress.phase, self._ticks * _TICK
+        if seconds > self._shortest and not self._late:
+            limit = self._limits.of(phase, self.progress.durations(phase))
+            if limit is not None and seconds > limit:
+                self._late = f"the limit of {phase} is {limit:.0f} s"
         if self._peers is None:
             if self._late:
                 self._write_stacks(self._late)
