@@ -37,7 +37,7 @@ class WatchdogConfig(Section):
     them, where that is more. The limit is at most 0.8 of distributed_timeout_minutes with several processes."""
     minimum_seconds: float = Field(default=300.0, gt=0, le=_LONGEST)
     """No limit that follows is shorter."""
-    heartbeat_seconds: float = Field(default=120.0, ge=10, le=_LONGEST)
+    heartbeat_seconds: float = Field(default=300.0, ge=10, le=_LONGEST)
     """A process that has shown no sign of life for so long counts as lost."""
     limits: WatchdogLimits = WatchdogLimits()
     """Limits of single phases in seconds, for example {forward_backward: 120}; they count from the first time on."""
