@@ -92,8 +92,7 @@ class Restarts:
         number = len(self._failures)
         told = f"restart {number} of {self._limit} from {newest.name or 'the beginning'}"
         if self._requeues:
-            get_logger().error("%s; %s, by requeueing the job", what, told)
-            self._requeue()
+            self._requeue(what, told)
             return outcome.code
         delay = min(self._delay * 2.0 ** min(number - 1, 60), max(self._delay, _LONGEST_DELAY))
         get_logger().error("%s; %s in %g s", what, told, delay)
@@ -119,11 +118,16 @@ class Restarts:
         known = read_failures(self._folder) if self._requeues else []
         return unreliable_nodes(known) != unreliable_nodes(known[:-1])
 
-    def _requeue(self) -> None:
+    def _requeue(self, what: str, told: str) -> None:
         """Requeue the job; until it starts again it can be told which nodes not to use."""
         assert self._job is not None
         nodes = unreliable_nodes(read_failures(self._folder))
-        known = _EXCLUDED.search(_scontrol("show", "job", self._job) or "")
+        state = _scontrol("show", "job", self._job) or ""
+        if "JobState=RUNNING" not in state:  # one that is being cancelled could be requeued all the same
+            get_logger().error("%s; not started again: the job is being ended", what)
+            return
+        get_logger().error("%s; %s, by requeueing the job", what, told)
+        known = _EXCLUDED.search(state)
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # Slurm sends one to all processes of a job that it requeues
         if _scontrol("requeue", self._job) is not None and nodes:
@@ -146,6 +150,9 @@ def _wait(seconds: float, interval: float = 0.2) -> int | None:
 
 
 def _place(failure: Failure) -> str:
+    """Where it was, unless the reason says so."""
+    if failure.node and failure.node in failure.reason:
+        return ""
     rank = "" if failure.rank is None else f" (rank {failure.rank})"
     return f" on {failure.node}{rank}" if failure.node else rank
 

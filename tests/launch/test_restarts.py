@@ -121,7 +121,10 @@ def test_a_signal_during_the_wait_ends_it_at_once(
     assert f"{number.name}: stopped before the restart" in package_log.text
 
 
-def test_what_a_process_has_told_of_a_failure_wins_over_the_launchers_words(tmp_path: Path) -> None:
+def test_what_a_process_has_told_of_a_failure_wins_over_the_launchers_words(
+    tmp_path: Path, package_log: pytest.LogCaptureFixture
+) -> None:
+    told = "rank 3 on node2 is stopped"
     assert Outcome(75, culprit=Culprit("node1", 0, 75)).blame() == (None, None, "a process was lost")
     record_failure(tmp_path, Failure("node9", 9, "an earlier attempt's", 1))
     attempts = Attempts(tmp_path, (4, Outcome(75, culprit=Culprit("node1", 0, 75))), (8, Outcome(0)))
@@ -129,13 +132,14 @@ def test_what_a_process_has_told_of_a_failure_wins_over_the_launchers_words(tmp_
     def attempt() -> Outcome:
         outcome = attempts()
         if outcome.code:
-            record_failure(tmp_path, Failure("node2", 3, "no sign of life for 60 s in update", 7))
+            record_failure(tmp_path, Failure("node2", 3, told, 7))
         return outcome
 
     assert Restarts(LaunchConfig(max_restarts=1, restart_delay_seconds=0), str(tmp_path), {}).run(attempt) == 0
     line = read_failures(tmp_path)[-1]
-    assert (line.node, line.rank, line.reason) == ("node2", 3, "no sign of life for 60 s in update")
+    assert (line.node, line.rank, line.reason) == ("node2", 3, told)
     assert (line.iteration, line.exit_code) == (4, 75)
+    assert f"{told}; restart 1 of 1" in package_log.text
 
 
 # ---- what launchers say ----
@@ -178,9 +182,10 @@ def test_launchers_say_who_ended_first(
 
 SCONTROL = """\
 #!/bin/bash
-echo "$*" >> "$(dirname "$0")/calls"
-[ "$1" = show ] && echo "JobId=7 ReqNodeList=(null) ExcNodeList=$(cat "$(dirname "$0")/excluded")"
-[ "$1" != "$(cat "$(dirname "$0")/refused" 2> /dev/null)" ] || { echo "Requested operation is disabled" >&2; exit 1; }
+cd "$(dirname "$0")"
+echo "$*" >> calls
+[ "$1" = show ] && echo "JobId=7 JobState=$(cat state) ReqNodeList=(null) ExcNodeList=$(cat excluded)"
+[ "$1" != "$(cat refused 2> /dev/null)" ] || { echo "Requested operation is disabled" >&2; exit 1; }
 """
 JOB = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "node1"}
 
@@ -193,6 +198,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[
     (folder / "scontrol").write_text(SCONTROL)
     (folder / "scontrol").chmod(0o755)
     (folder / "excluded").write_text("(null)")
+    (folder / "state").write_text("RUNNING")
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     return lambda: (folder / "calls").read_text().splitlines()[1:] if (folder / "calls").exists() else []
 
@@ -239,6 +245,14 @@ def test_a_node_that_never_works_is_left_out_before_the_job_is_given_up(
     assert [call for call in calls() if "show" not in call] == [
         "requeue 7", "requeue 7", "update JobId=7 ExcNodeList=node1",
     ]  # fmt: skip
+
+
+def test_a_job_that_is_being_cancelled_stays_cancelled(
+    tmp_path: Path, calls: Callable[[], list[str]], package_log: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "bin/state").write_text("COMPLETING")
+    assert requeued(tmp_path / "out", (4, KILLED)) == [137]
+    assert calls() == [] and "the job is being ended" in package_log.text
 
 
 def test_a_job_that_cannot_be_requeued_is_told(
