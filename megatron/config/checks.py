@@ -11,7 +11,7 @@ from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.optimization import ADAM_FAMILY, OptimizationConfig
 from megatron.config.sections.parallel import ParallelConfig, ZeroConfig
-from megatron.config.sections.scaling import ScalingConfig, ScheduledGrowth
+from megatron.config.sections.scaling import NewTokensWarmup, ScalingConfig, ScheduledGrowth
 from megatron.config.sections.training import TrainingConfig
 from megatron.errors import ConfigError
 
@@ -183,7 +183,7 @@ def _treated_by_age(growths: Sequence[ScalingConfig | ScheduledGrowth]) -> Itera
     """What Muon's groups, which are not by growth, cannot do."""
     nothing: dict[str, tuple[Any, ...]] = {
         "new_tokens_lr_scale": (None, 1), "old_tokens_lr_scale": (None, 1), "lr_scale": (None,),
-        "new_tokens_warmup": (0,), "new_keys_decay": ("always",),
+        "new_tokens_warmup": (NewTokensWarmup(),), "new_keys_decay": ("always",),
     }  # fmt: skip
     for key, values in nothing.items():
         if any(getattr(growth, key) not in values for growth in growths):

@@ -6,6 +6,7 @@ The only file that calls `deepspeed.initialize`.
 from __future__ import annotations
 
 import gc
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -131,13 +132,13 @@ class Engine(ABC):
         """Those of the layers that are blocks."""
 
     @abstractmethod
-    def train_step(self, batches: Sequence[Any], learning_rate: float, warmed: float = 1.0) -> StepResult:
+    def train_step(self, batches: Sequence[Any], learning_rate: float, age: float = math.inf) -> StepResult:
         """One update from the task's micro-batches, `gradient_accumulation_steps` of them.
 
         Whether its loss and gradient norm are finite is for `watch` to find out: this does not wait for the device.
 
         Args:
-            warmed: factor on the learning rate of the tokens of the latest growth, which have a warm-up of their own.
+            age: updates since the latest growth, whose tokens may have a warm-up of their own.
         """
 
     @abstractmethod
@@ -184,10 +185,10 @@ class Engine(ABC):
         withheld = self._gate is not None and self._gate.close_step(loss, norm)
         return StepResult(loss, norm, skipped and not withheld, withheld)
 
-    def _set_learning_rate(self, learning_rate: float, warmed: float) -> None:
+    def _set_learning_rate(self, learning_rate: float, age: float) -> None:
         for group in self._engine.optimizer.param_groups:
-            scale = group.get("lr_scale", 1.0)
-            group["lr"] = learning_rate * (scale * warmed if group.get("is_new") else scale)
+            warmup = group.get("warmup", 0)
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0) * (age / warmup if age < warmup else 1.0)
 
     def mean_over_ranks(self, value: Tensor) -> float:
         """Average of a scalar over the data ranks. Collective."""

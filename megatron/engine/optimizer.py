@@ -61,6 +61,8 @@ class _GroupKey(NamedTuple):
     segment: int
     is_vector: bool
     lr_scale: float
+    warmup: int
+    """Updates since the latest growth in which the rate rises from 0."""
     waits: str
     """Of new keys whose decay waits for their size: the projection; else nothing."""
 
@@ -68,16 +70,17 @@ class _GroupKey(NamedTuple):
 def _group_of(role: Role, settings: EngineSettings) -> _GroupKey:
     part = part_of(role, settings.growths)
     waits = part == "new_keys" and settings.scaling.new_keys_decay == "at_old_rms"
-    scale = settings.scaling.lr_factor(part)
-    return _GroupKey(role.segment, role.is_vector, scale, (role.projection or "") if waits else "")
+    scale, warmup = settings.scaling.lr_factor(part), settings.scaling.warmup_of(part)
+    return _GroupKey(role.segment, role.is_vector, scale, warmup, (role.projection or "") if waits else "")
 
 
 def parameter_groups(model: nn.Module, settings: EngineSettings) -> list[dict[str, Any]]:
     """Groups by growth, learning rate and decay; matrices decay, vectors (norms, biases) do not.
 
     The tokens of each growth have groups of their own, so that they have their own count of updates (Adam's bias
-    correction). Beside what the optimizer reads, a group has `lr_scale`, the factor on the learning rate; `is_new`, for
-    the tokens of the latest growth; and `waits`, the projection of new keys that are not to decay yet.
+    correction). Beside what the optimizer reads, a group has `lr_scale`, the factor on the learning rate; `warmup`, the
+    updates since the latest growth in which its rate rises; and `waits`, the projection of new keys that do not decay
+    yet.
     """
     members: dict[_GroupKey, list[nn.Parameter]] = {}
     for parameter in model.parameters():
@@ -88,7 +91,7 @@ def parameter_groups(model: nn.Module, settings: EngineSettings) -> list[dict[st
             "params": parameters,
             "weight_decay": 0.0 if key.is_vector or key.waits else settings.optimization.weight_decay,
             "lr_scale": key.lr_scale,
-            "is_new": settings.growths > 0 and key.segment == settings.growths,
+            "warmup": key.warmup,
             "waits": key.waits,
         }
         for key, parameters in sorted(members.items(), key=lambda item: item[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -58,9 +59,9 @@ class PipelineEngine(Engine):
         model: Any = self.model
         return list(model.blocks())
 
-    def train_step(self, batches: Sequence[Any], learning_rate: float, warmed: float = 1.0) -> StepResult:
+    def train_step(self, batches: Sequence[Any], learning_rate: float, age: float = math.inf) -> StepResult:
         """One update; see Engine."""
-        self._set_learning_rate(learning_rate, warmed)
+        self._set_learning_rate(learning_rate, age)
         self._norm = None
         skipped_before = self._engine.skipped_steps
         self._engine.train_batch(self._items(batches))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -36,10 +37,10 @@ class SingleStageEngine(Engine):
         model: Any = self.model
         return [layer for name, layer in model.parts() if block_of(name) is not None]
 
-    def train_step(self, batches: Sequence[Any], learning_rate: float, warmed: float = 1.0) -> StepResult:
+    def train_step(self, batches: Sequence[Any], learning_rate: float, age: float = math.inf) -> StepResult:
         """One update; see Engine."""
         self._engine.train()
-        self._set_learning_rate(learning_rate, warmed)
+        self._set_learning_rate(learning_rate, age)
         losses = []
         for position, batch in enumerate(batches):
             loss = self._reduced(batch, self.task.loss)

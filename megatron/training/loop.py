@@ -115,7 +115,7 @@ class Trainer:
         self._guard(config)
         options, since = self._growths.learning_rate(config.optimization, state)
         self.schedule = LRSchedule(config.replaced(optimization=options), since)
-        self._new_tokens = NewTokens(config.scaling, state, self.engine.new_keys)
+        self._new_tokens = NewTokens(state, self.engine.new_keys)
         self._metrics = MetricsLog(config, layout.rank, state.iteration, task.console)
         self._profiler = Profiler(config.logging, config.checkpoint.save, self.engine.device, layout.rank)
         self._loss, self._throughput = RunningMean(), Throughput()
@@ -194,8 +194,8 @@ class Trainer:
         if is_skipped(state.iteration + 1, self._skips):
             state.advance(self._update.samples, length, left_out=True)
             return None
-        micro_batches, warmed = next(batches), self._new_tokens.before_update()
-        step = self.engine.train_step(micro_batches, self.schedule(state.updates), warmed)
+        micro_batches, age = next(batches), self._new_tokens.before_update()
+        step = self.engine.train_step(micro_batches, self.schedule(state.updates), age)
         self._loss.add(step.loss)
         state.advance(self._update.samples, length, step.skipped, step.withheld)
         return step

@@ -1,10 +1,10 @@
-"""The first time of new tokens: their own warm-up, and when their keys begin to decay."""
+"""The first time of new tokens: how old they are, and when their keys begin to decay."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from megatron.config.sections.scaling import ScalingConfig
 from megatron.engine.new_keys import NewKeys
 from megatron.growth.plan import KINDS
 from megatron.log import get_logger
@@ -17,32 +17,31 @@ _AS_LARGE = 0.999
 
 
 class NewTokens:
-    """How the tokens of a run's latest growth are treated before each update.
+    """What is to be known of the tokens of a run's latest growth before each update.
 
     What is found out about them goes to the growth's entry in the lineage, which every checkpoint has: a run that
     resumes does as one that was not stopped.
 
     Args:
-        scaling: with the settings of the latest growth.
         state: of the run; `decays_since` of the last entry of its lineage is written.
         keys: access to the new keys.
     """
 
-    def __init__(self, scaling: ScalingConfig, state: TrainState, keys: NewKeys) -> None:
-        self._warmup, self._state, self._keys = scaling.new_tokens_warmup, state, keys
+    def __init__(self, state: TrainState, keys: NewKeys) -> None:
+        self._state, self._keys = state, keys
         self._entry: dict[str, Any] | None = state.lineage[-1] if state.lineage else None
         self._looks = keys.wait and self._entry is not None
         keys.decay(KINDS if self._entry is None else self._decaying())
 
     def before_update(self) -> float:
-        """Let keys decay that are large enough by now; the factor of the warm-up. Collective."""
+        """Let keys decay that are large enough by now; updates since the growth, for the warm-up. Collective."""
         if self._entry is None:
-            return 1.0
+            return math.inf
         age = self._state.updates - self._entry["updates"]
         if self._looks and age % LOOK_EVERY == 0:
             self._look(self._entry)
         # A model taken over with `finetune` may have grown in updates that this run has not.
-        return min(1.0, age / self._warmup) if self._warmup and age >= 0 else 1.0
+        return age if age >= 0 else math.inf
 
     def _decaying(self) -> dict[str, int]:
         return {} if self._entry is None else self._entry.get("decays_since", {})

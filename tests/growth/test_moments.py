@@ -64,7 +64,7 @@ def test_the_first_update_is_adams_from_that_state(tiny_config: MakeConfig, tmp_
     assert steps(tmp_path, 1) == {5}
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [1, 3])
 def test_a_run_stopped_around_the_growth_does_the_same(tiny_config: MakeConfig, tmp_path: Path, zero: int) -> None:
     keys = {
         "train_iters": 7, "growth": [stage(3, **MEAN), stage(5, ffn_slot_num=90, **MEAN)], "hidden_dropout": 0.1,

@@ -13,7 +13,6 @@ from megatron.errors import ConfigError
 NewKeys = Literal["zero", "rotated", "random"]
 """What new keys start as; megatron.growth.grow says how."""
 
-
 NewKeysDecay = Literal["always", "at_old_rms"]
 """When new keys are subject to weight decay."""
 
@@ -57,6 +56,24 @@ class LrScale(Section):
     @classmethod
     def _spell(cls, values: Any) -> Any:
         return _with_underscores(values)
+
+
+class NewTokensWarmup(Section):
+    """Updates since the growth in which the new tokens' learning rate rises linearly from 0."""
+
+    new_keys: int = Field(default=0, ge=0)
+    """Those of the keys."""
+    new_values: int = Field(default=0, ge=0)
+    """Those of the values."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _for_both(cls, values: Any) -> Any:
+        if isinstance(values, (dict, cls)):
+            return _with_underscores(values)
+        if isinstance(values, bool) or not isinstance(values, (int, float)) or values < 0 or values != values // 1:
+            raise ValueError(f"expected a number of updates, or {{new_keys: .., new_values: ..}}, got {values}")
+        return {"new_keys": values, "new_values": values}
 
 
 def _with_underscores(values: Any) -> Any:
@@ -124,8 +141,9 @@ class ScheduledGrowth(Section):
     """Short for lr_scale: {old: ..}, the factor of everything but the new tokens."""
     new_tokens_lr_scale: Factor | None = None
     """Short for lr_scale: {new_keys: .., new_values: ..}, the factor of the new tokens."""
-    new_tokens_warmup: int = Field(default=0, ge=0)
-    """Updates since the growth in which the new tokens' learning rate rises linearly from 0, whatever else it does."""
+    new_tokens_warmup: NewTokensWarmup = NewTokensWarmup()
+    """Updates since the growth in which the new tokens' learning rate rises linearly from 0, whatever else it does: a
+    number, or one for the keys and one for the values."""
     new_keys_decay: NewKeysDecay = "always"
     """at_old_rms: no weight decay on the new keys until their root mean square is that of the old keys, apart for qkv,
     proj and ffn."""
@@ -176,8 +194,9 @@ class ScalingConfig(Section):
     """Short for lr_scale: {old: ..}, the factor of everything but the tokens of the latest growth."""
     new_tokens_lr_scale: Factor | None = None
     """Short for lr_scale: {new_keys: .., new_values: ..}, the factor of the tokens of the latest growth."""
-    new_tokens_warmup: int = Field(default=0, ge=0)
-    """Updates since the latest growth in which its tokens' learning rate rises linearly from 0."""
+    new_tokens_warmup: NewTokensWarmup = NewTokensWarmup()
+    """Updates since the latest growth in which its tokens' learning rate rises linearly from 0: a number, or one for
+    the keys and one for the values."""
     new_keys_decay: NewKeysDecay = "always"
     """at_old_rms: no weight decay on the latest growth's keys until their root mean square is that of the older keys,
     apart for qkv, proj and ffn."""
@@ -196,6 +215,10 @@ class ScalingConfig(Section):
         _check_scales(self.lr_scale, self.old_tokens_lr_scale, self.new_tokens_lr_scale)
         initial_keys(self.new_keys, self.row_norm)
         return self
+
+    def warmup_of(self, part: Part) -> int:
+        """Updates since the latest growth in which the learning rate of a part of the parameters rises from 0."""
+        return int(getattr(self.new_tokens_warmup, part, 0))
 
     def lr_factor(self, part: Part) -> float:
         """The factor on the learning rate of a part of the parameters."""
