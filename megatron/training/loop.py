@@ -33,7 +33,7 @@ from megatron.training.schedule import LRSchedule
 from megatron.training.spikes import Rewind, SpikeGuard, is_skipped
 from megatron.training.start import Start
 from megatron.training.state import TrainState
-from megatron.training.watching import in_phases, watched
+from megatron.training.watching import Watched, in_phases
 
 _PROOF_SAMPLES = 4
 """Held-out samples on which a growth is proven to change nothing."""
@@ -81,7 +81,7 @@ class Trainer:
     def __init__(self, config: RunConfig, skips: list[list[int]] | None = None) -> None:
         self.layout = initialize_distributed(config)
         with ExitStack() as claims:
-            self._progress = claims.enter_context(watched(config, self.layout))
+            self._progress = claims.enter_context(Watched(config, self.layout))
             lock = first_rank_does(lambda: claim_folders(config), self.layout)
             if lock is not None:
                 claims.callback(lock.close)

@@ -48,15 +48,8 @@ def open_for_resume(options: CheckpointConfig, layout: Layout) -> Resumption | N
     chosen, missing = None, "load is not given"
     if options.load is not None:
         search = _Search(options, RunFolder(options.load))
-        while chosen := object_from_first_rank(first_rank_does(search.choose, layout), layout.world):
-            try:
-                verify_together(CheckpointReader(chosen.folder, verify=False), layout)
-                break
-            except DamagedCheckpoint as error:
-                search.damage[chosen.folder] = error
-        missing = f"load: {options.load} has none"
+        chosen, missing = search.agree(layout), f"load: {options.load} has none"
     if chosen is not None:
-        first_rank_does(partial(search.settle, chosen), layout)
         return Resumption(open_checkpoint(chosen.folder), chosen.rollbacks)
     for mistake in broken_promises(options, missing):
         raise mistake
@@ -87,6 +80,18 @@ class _Search:
     found: RunFolder
     damage: dict[Path, DamagedCheckpoint] = field(default_factory=dict)
     """Folders whose files turned out not to be what was saved."""
+
+    def agree(self, layout: Layout) -> _Choice | None:
+        """What to go on from, looked through; None where there is no checkpoint at all. Collective."""
+        while chosen := object_from_first_rank(first_rank_does(self.choose, layout), layout.world):
+            try:
+                verify_together(CheckpointReader(chosen.folder, verify=False), layout)
+                break
+            except DamagedCheckpoint as error:
+                self.damage[chosen.folder] = error
+        if chosen is not None:
+            first_rank_does(partial(self.settle, chosen), layout)
+        return chosen
 
     def choose(self) -> _Choice | None:
         """What to go on from, if its files are whole; None where there is no checkpoint at all."""

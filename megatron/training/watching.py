@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +14,7 @@ from megatron.mpu.blame import Verdict
 from megatron.mpu.layout import Layout
 from megatron.mpu.processes import watchdog_of
 from megatron.mpu.progress import Limits, Progress
+from megatron.mpu.watchdog import Watchdog
 from megatron.training.state import TrainState
 
 Batch = TypeVar("Batch")
@@ -25,19 +26,26 @@ _FOLLOWING = frozenset({"batch", "forward_backward", "update", "save", "evaluati
 _OF_TIMEOUT = 0.8
 
 
-@contextmanager
-def watched(config: RunConfig, layout: Layout) -> Iterator[Progress]:
+class Watched(AbstractContextManager[Progress]):
     """Inside, this process is missed when it hangs; what it gives is to be told where the process is."""
-    if not config.training.watchdog.enabled:
-        yield Progress()
-        return
-    folder = config.logging.log_dir or config.checkpoint.save
-    watchdog = watchdog_of(layout)
-    stacks, record = Path(folder) / STACKS if folder else None, partial(_record, config.checkpoint.save)
-    try:
-        yield watchdog.begin("startup", limits_of(config, layout.world_size), stacks, record)
-    finally:
-        watchdog.rest()
+
+    def __init__(self, config: RunConfig, layout: Layout) -> None:
+        self._config, self._layout = config, layout
+        self._watchdog: Watchdog | None = None
+
+    def __enter__(self) -> Progress:
+        config = self._config
+        if not config.training.watchdog.enabled:
+            return Progress()
+        folder = config.logging.log_dir or config.checkpoint.save
+        stacks, record = Path(folder) / STACKS if folder else None, partial(_record, config.checkpoint.save)
+        limits = limits_of(config, self._layout.world_size)
+        self._watchdog = watchdog_of(self._layout)
+        return self._watchdog.begin("startup", limits, stacks, record)
+
+    def __exit__(self, *error: object) -> None:
+        if self._watchdog is not None:
+            self._watchdog.rest()
 
 
 def limits_of(config: RunConfig, world_size: int) -> Limits:

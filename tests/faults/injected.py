@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -23,7 +24,7 @@ class Fault:
     rank: int
     """The rank that it happens to."""
     at: int
-    """The iteration, or so many KiB of a checkpoint, after which it happens."""
+    """It happens after so many updates, or so many KiB of checkpoints, of a start."""
 
     def install(self, rank: int) -> None:
         """In the process of `rank`: have it happen there if it is the one."""
@@ -31,13 +32,13 @@ class Fault:
             _INSTALL[self.kind](self.at)
 
 
-def _before_iteration(number: int, action: Callable[[], object]) -> None:
+def _before_update(number: int, action: Callable[[], object]) -> None:
     from megatron.training.loop import Trainer
 
-    iterate = Trainer._iterate
+    iterate, updates = Trainer._iterate, itertools.count()
 
     def struck(trainer: Any, batches: Any) -> Any:
-        if trainer.state.iteration == number:
+        if next(updates) == number:
             action()
         return iterate(trainer, batches)
 
@@ -45,18 +46,18 @@ def _before_iteration(number: int, action: Callable[[], object]) -> None:
 
 
 def _kill(at: int) -> None:
-    _before_iteration(at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    _before_update(at, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def _stop(at: int) -> None:
-    _before_iteration(at, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    _before_update(at, lambda: os.kill(os.getpid(), signal.SIGSTOP))
 
 
 def _raise(at: int) -> None:
     def fault() -> None:
         raise RuntimeError("a fault of the test")
 
-    _before_iteration(at, fault)
+    _before_update(at, fault)
 
 
 def _not_a_number(at: int) -> None:
@@ -113,13 +114,18 @@ _INSTALL: dict[str, Callable[[int], None]] = {
     "kill": _kill, "stop": _stop, "error": _raise, "nan": _not_a_number, "torn write": _torn_write,
     "full disk": _full_disk, "slow disk": _slow_disk, "none": lambda at: None,
 }  # fmt: skip
-KINDS = tuple(kind for kind in _INSTALL if kind not in ("none", "stop"))
+KINDS = tuple(kind for kind in _INSTALL if kind != "none")
 
 
-def draw_fault(kind: str, world: int, last: int, kib: int, draw: random.Random) -> Fault:
-    """A fault of this kind at a random rank and time of a run: `last` iterations, `kib` KiB a checkpoint and rank."""
-    is_write = kind.endswith(("write", "disk"))
-    return Fault(kind, draw.randrange(world), draw.randrange(3 * kib) if is_write else draw.randrange(last))
+def draw_fault(kind: str, world: int, saved: int, last: int, kib: int, draw: random.Random) -> Fault:
+    """A fault of this kind that a start of a run meets, at a random rank and time.
+
+    Args:
+        saved, last: the iteration that the start goes on from, and the run's last one.
+        kib: KiB that a rank writes in a checkpoint.
+    """
+    at = draw.randrange(2 * kib) if kind.endswith(("write", "disk")) else draw.randrange(last - saved)
+    return Fault(kind, draw.randrange(world), at)
 
 
 def damage_newest(folder: Path, draw: random.Random) -> str:
