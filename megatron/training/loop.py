@@ -115,7 +115,7 @@ class Trainer:
         self._guard(config)
         options, since = self._growths.learning_rate(config.optimization, state)
         self.schedule = LRSchedule(config.replaced(optimization=options), since)
-        self._new_tokens = NewTokens(state, self.engine.new_keys)
+        self._new_tokens = NewTokens(state, self.engine)
         self._metrics = MetricsLog(config, layout.rank, state.iteration, task.console)
         self._profiler = Profiler(config.logging, config.checkpoint.save, self.engine.device, layout.rank)
         self._loss, self._throughput = RunningMean(), Throughput()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron.engine.new_keys import NewKeys
+from megatron.engine.base import Engine
 from megatron.growth.plan import KINDS
 from megatron.log import get_logger
 from megatron.training.state import TrainState
@@ -24,14 +24,14 @@ class NewTokens:
 
     Args:
         state: of the run; `decays_since` of the last entry of its lineage is written.
-        keys: access to the new keys.
+        engine: trains them. Nothing of it is held beside it: a closed engine is to leave nothing.
     """
 
-    def __init__(self, state: TrainState, keys: NewKeys) -> None:
-        self._state, self._keys = state, keys
+    def __init__(self, state: TrainState, engine: Engine) -> None:
+        self._state, self._engine = state, engine
         self._entry: dict[str, Any] | None = state.lineage[-1] if state.lineage else None
-        self._looks = keys.wait and self._entry is not None
-        keys.decay(KINDS if self._entry is None else self._decaying())
+        self._looks = engine.new_keys.wait and self._entry is not None
+        engine.new_keys.decay(KINDS if self._entry is None else self._decaying())
 
     def before_update(self) -> float:
         """Let keys decay that are large enough by now; updates since the growth, for the warm-up. Collective."""
@@ -47,14 +47,14 @@ class NewTokens:
         return {} if self._entry is None else self._entry.get("decays_since", {})
 
     def _look(self, entry: dict[str, Any]) -> None:
-        sizes = self._keys.root_mean_squares()
+        sizes = self._engine.new_keys.root_mean_squares()
         grown = {
             kind: self._state.updates
             for kind, (new, old) in sizes.items()
             if kind not in self._decaying() and new >= _AS_LARGE * old
         }
         if grown:
-            self._keys.decay(grown)
+            self._engine.new_keys.decay(grown)
             entry["decays_since"] = {**self._decaying(), **grown}
             get_logger().info("new keys of %s are as large as the old ones: they decay from now on", ", ".join(grown))
         self._looks = sizes.keys() > self._decaying().keys()

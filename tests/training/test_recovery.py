@@ -129,8 +129,8 @@ def test_values_that_are_of_no_use_never_become_latest(
     run(tiny_config, tmp_path, train_iters=1)
     real = SingleStageEngine.train_step
 
-    def step(engine: SingleStageEngine, batches: Any, learning_rate: float) -> Any:
-        result = real(engine, batches, 1e39 if cause == "rate" else learning_rate)
+    def step(engine: SingleStageEngine, batches: Any, learning_rate: float, *others: Any) -> Any:
+        result = real(engine, batches, 1e39 if cause == "rate" else learning_rate, *others)
         if cause == "moment":
             negative_moment(engine)
         return result
