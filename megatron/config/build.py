@@ -32,8 +32,10 @@ def keys_of(model: type[ModelSection]) -> dict[str, str]:
 
 
 def section_class(name: str, model: type[ModelSection] = ModelConfig) -> type[Section]:
-    """The class of a section; of the model it is the one that belongs to what the run learns."""
-    return model if name == "model" else RunConfig.model_fields[name].annotation  # type: ignore[return-value]
+    """The class of a section; of the model and its samples it is the one that belongs to what the run learns."""
+    if name in ("model", "images"):
+        return model if name == "model" else model.samples
+    return RunConfig.model_fields[name].annotation  # type: ignore[return-value]
 
 
 SECTION_OF = keys_of(ModelConfig)

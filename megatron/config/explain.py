@@ -19,8 +19,9 @@ def explain(resolved: Resolved) -> str:
     followed = followed_values(resolved.config)
     hostfile = missing_hostfile(resolved.config.launch, os.environ)
     for name in SECTIONS:
-        lines.append(f"{name}:")
-        for key, value in _leaves(getattr(resolved.config, name).model_dump(mode="json")):
+        leaves = list(_leaves(getattr(resolved.config, name).model_dump(mode="json")))
+        lines += [f"{name}:"] if leaves else []
+        for key, value in leaves:
             shown, source = value, "default"
             if key in resolved.derived:
                 source = f"derived: {resolved.derived[key]}"

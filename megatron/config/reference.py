@@ -24,6 +24,7 @@ from pydantic_core import PydanticUndefined
 from megatron.config.build import section_class
 from megatron.config.neox_keys import ALIASES, IGNORED, REFUSED, Rule
 from megatron.config.schema import SECTIONS
+from megatron.config.sections.images import ImagesConfig
 from megatron.files import write_output
 
 DEFAULT_PATH = Path("docs/configuration.md")
@@ -69,12 +70,16 @@ class Key:
 def all_keys() -> Iterator[Key]:
     """Every key of the sections in order, those of tables with dotted names."""
     for section in SECTIONS:
-        yield from _keys_of(section, section_class(section), "")
+        yield from _keys_of(section, _shown_class(section), "")
 
 
 def section_title(section: str) -> str:
     """The docstring of a section's model."""
-    return " ".join((section_class(section).__doc__ or "").split())
+    return " ".join((_shown_class(section).__doc__ or "").split())
+
+
+def _shown_class(section: str) -> type[BaseModel]:
+    return ImagesConfig if section == "images" else section_class(section)
 
 
 def render() -> str:

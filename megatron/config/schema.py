@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import SerializeAsAny, field_validator
+from pydantic import SerializeAsAny, ValidationInfo, field_validator
 
 from megatron.config.sections.base import Section
 from megatron.config.sections.checkpoint import CheckpointConfig
@@ -29,8 +29,8 @@ from megatron.config.update_size import UpdateSize
 from megatron.errors import UserError
 
 SECTIONS = (
-    "model", "optimization", "precision", "parallel", "scaling", "training", "data", "tokenizer", "checkpoint",
-    "logging", "launch", "evaluation", "generation",
+    "model", "optimization", "precision", "parallel", "scaling", "training", "data", "images", "tokenizer",
+    "checkpoint", "logging", "launch", "evaluation", "generation",
 )  # fmt: skip
 
 
@@ -44,6 +44,8 @@ class RunConfig(Section):
     scaling: ScalingConfig = ScalingConfig()
     training: TrainingConfig = TrainingConfig()
     data: DataConfig = DataConfig()
+    images: SerializeAsAny[Section] = Section()
+    """ImagesConfig where the model learns from images, else empty."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -57,6 +59,13 @@ class RunConfig(Section):
         if not isinstance(value, dict):
             return value
         return model_section(value.get("task", ModelConfig.task))(**{k: v for k, v in value.items() if k != "task"})
+
+    @field_validator("images", mode="before")
+    @classmethod
+    def _of_its_samples(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, dict) or "model" not in info.data:
+            return value
+        return info.data["model"].samples(**value)
 
     @property
     def last_iteration(self) -> int:

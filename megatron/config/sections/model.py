@@ -45,6 +45,8 @@ class ModelSection(Section):
     """The name under which megatron.tasks knows what such a model learns."""
     needs_data: ClassVar[bool] = True
     """Is a run of no use without data_path or train_data_paths?"""
+    samples: ClassVar[type[Section]] = Section
+    """Section of the keys that are about its kind of samples; empty where the section `data` says all."""
 
     num_layers: int = Field(gt=0, le=10_000)
     """Number of blocks L."""
