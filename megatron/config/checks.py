@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron.config.schema import RunConfig
 from megatron.config.sections.checkpoint import CheckpointConfig
-from megatron.config.sections.model import ModelSection
+from megatron.config.sections.model import ModelConfig, ModelSection
+from megatron.config.sections.mup import MupKeys
 from megatron.config.sections.optimization import ADAM_FAMILY, OptimizationConfig
 from megatron.config.sections.parallel import ParallelConfig, ZeroConfig
 from megatron.config.sections.scaling import NewTokensWarmup, ScalingConfig, ScheduledGrowth
@@ -118,6 +119,8 @@ def find_setting_mistakes(config: RunConfig) -> Iterator[ConfigError]:
     if config.training.check_replicas_interval and zero.stage == 3:
         reason = "with ZeRO 3 no two ranks hold the same weights, there is nothing to compare"
         yield ConfigError("check_replicas_interval", reason, "remove it", beside=["zero_optimization.stage"])
+    if isinstance(config.model, ModelConfig) and config.model.use_mup:
+        yield from _mup(config.model, optimization.optimizer.type)
 
 
 def _spikes(config: RunConfig) -> Iterator[ConfigError]:
@@ -147,6 +150,25 @@ def _wsd(options: OptimizationConfig, total: int | None) -> Iterator[ConfigError
         reason = f"{options.lr_wsd_decay_iters} of {total} iterations, of which {warmup:g} are warm-up"
         beside = ["lr_decay_iters", "train_iters", "warmup", "lr_warmup_iters"]
         yield ConfigError("lr_wsd_decay_iters", reason, "shorten the decay or the warm-up", beside=beside)
+
+
+def _mup(model: ModelConfig, optimizer: str) -> Iterator[ConfigError]:
+    bases = [key for key in MupKeys.model_fields if key.startswith("mup_base_")]
+    if all(getattr(model, key) is None for key in bases):
+        reason = f"true scales from a base model, and none of its sizes is given ({', '.join(bases)})"
+        yield ConfigError("use_mup", reason, "give those that differ from the model's", beside=bases)
+    if optimizer in ("SGD", "Muon"):
+        reason = f"true, and its rates are those of Adam and Lion, not of {optimizer}"
+        yield ConfigError("use_mup", reason, "use Adam", beside=["optimizer.type"])
+    if not model.no_weight_tying and model.final_norm_kind == "layernorm_nonparam":
+        reason = "layernorm_nonparam has no weight, which with use_mup takes the factor of the logits"
+        advice = "set layernorm or rmsnorm, or no_weight_tying: true"
+        yield ConfigError("final_norm", reason, advice, beside=["norm", "use_mup"])
+    width = model.mup_base_hidden_size or model.hidden_size
+    heads = model.mup_base_num_attention_heads or model.num_attention_heads
+    if width % heads:
+        reason, beside = f"{heads} heads do not divide the base model's {width}", ["mup_base_hidden_size"]
+        yield ConfigError("mup_base_num_attention_heads", reason, "choose a divisor of hidden_size", beside=beside)
 
 
 def _compiling(training: TrainingConfig, zero_stage: int) -> Iterator[ConfigError]:

@@ -184,18 +184,8 @@ IGNORED: dict[str, Rule] = {
         "enable_expert_tensor_parallelism",
         "use_tutel",
     ),
-    **_group(
-        "only matters with use_mup",
-        ("mup_attn_temp", 1.0),
-        ("mup_embedding_mult", 1.0),
-        ("mup_init_scale", 1.0),
-        ("mup_output_temp", 1.0),
-        ("mup_rp_embedding_mult", 1.0),
-        ("mup_width_scale", 2),
-        "base_shapes_file",
-        "save_base_shapes",
-        "coord_check",
-    ),
+    **_group("only matters with pos_emb rpe", ("mup_rp_embedding_mult", 1.0)),
+    **_group("the sizes of the base model are the keys mup_base_*", "base_shapes_file", "save_base_shapes"),
     **_group(
         "only matters with layers of Transformer Engine",
         ("te_fp8_format", "hybrid"),
@@ -240,7 +230,6 @@ REFUSED: dict[str, Rule] = {
         "DeepSpeed's configuration is made here from the keys of this program; remove it", "deepspeed_extra_args"
     ),
     **_refused("mixtures of experts are not supported; set 1", ("num_experts", 1), ("moe_num_experts", 1)),
-    **_refused("muP is not supported; remove it", "use_mup"),
     **_refused("attention is always dense and causal; remove it", "sparse_attention", "sparsity_config"),
     **_refused("attention always sees the whole context; remove it", "sliding_window_width"),
     **_refused("queries and keys are not normalised; set false", "use_qk_layernorm"),

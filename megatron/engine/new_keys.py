@@ -37,7 +37,7 @@ class NewKeys:
     """
 
     def __init__(self, state: EngineState, groups: Sequence[dict[str, Any]], settings: EngineSettings) -> None:
-        self._state, self._groups, self._decay = state, groups, settings.optimization.weight_decay
+        self._state, self._groups = state, groups
         self.wait = settings.scaling.new_keys_decay == "at_old_rms"
         roles = {name: role_of(parameter) for name, parameter in state.model.named_parameters()}
         self._parts = {name: (role.projection, part_of(role, settings.growths)) for name, role in roles.items()}
@@ -46,7 +46,7 @@ class NewKeys:
         """Let the new keys of these kinds of layers decay from now on."""
         for group in self._groups:
             if group.get("waits") in kinds:
-                group["weight_decay"] = self._decay
+                group["weight_decay"] = group["decay"]
 
     @torch.no_grad()
     def root_mean_squares(self) -> Mapping[Projection, tuple[float, float]]:

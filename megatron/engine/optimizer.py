@@ -15,6 +15,7 @@ from megatron.engine.extensions import one_build_at_a_time
 from megatron.engine.new_keys import part_of
 from megatron.engine.settings import EngineSettings
 from megatron.errors import UserError
+from megatron.model.mup import mup_scale
 from megatron.mpu.device import process_device, uses_gpu
 from megatron.mpu.roles import Role, role_of
 
@@ -63,15 +64,18 @@ class _GroupKey(NamedTuple):
     lr_scale: float
     warmup: int
     """Updates since the latest growth in which the rate rises from 0."""
+    decay: float
     waits: str
     """Of new keys whose decay waits for their size: the projection; else nothing."""
 
 
 def _group_of(role: Role, settings: EngineSettings) -> _GroupKey:
-    part = part_of(role, settings.growths)
+    part, rate = part_of(role, settings.growths), mup_scale(role, settings.model).rate
+    # An update takes learning rate * decay of a weight: as much of it whatever muP makes of the rate.
+    decay = 0.0 if role.is_vector else settings.optimization.weight_decay / rate
     waits = part == "new_keys" and settings.scaling.new_keys_decay == "at_old_rms"
-    scale, warmup = settings.scaling.lr_factor(part), settings.scaling.warmup_of(part)
-    return _GroupKey(role.segment, role.is_vector, scale, warmup, (role.projection or "") if waits else "")
+    scale, warmup = settings.scaling.lr_factor(part) * rate, settings.scaling.warmup_of(part)
+    return _GroupKey(role.segment, role.is_vector, scale, warmup, decay, (role.projection or "") if waits else "")
 
 
 def parameter_groups(model: nn.Module, settings: EngineSettings) -> list[dict[str, Any]]:
@@ -80,7 +84,7 @@ def parameter_groups(model: nn.Module, settings: EngineSettings) -> list[dict[st
     The tokens of each growth have groups of their own, so that they have their own count of updates (Adam's bias
     correction). Beside what the optimizer reads, a group has `lr_scale`, the factor on the learning rate; `warmup`, the
     updates since the latest growth in which its rate rises; and `waits`, the projection of new keys that do not decay
-    yet.
+    yet, and `decay`, by what they will.
     """
     members: dict[_GroupKey, list[nn.Parameter]] = {}
     for parameter in model.parameters():
@@ -89,10 +93,11 @@ def parameter_groups(model: nn.Module, settings: EngineSettings) -> list[dict[st
     return [
         {
             "params": parameters,
-            "weight_decay": 0.0 if key.is_vector or key.waits else settings.optimization.weight_decay,
+            "weight_decay": 0.0 if key.waits else key.decay,
             "lr_scale": key.lr_scale,
             "warmup": key.warmup,
             "waits": key.waits,
+            "decay": key.decay,
         }
         for key, parameters in sorted(members.items(), key=lambda item: item[0])
     ]

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from megatron.config.sections.model import ModelConfig, ModelSection
+from megatron.config.sections.mup import MupKeys
 
 _PACKAGE = "megatron"
 _MODEL, _CONFIG = "megatron.exchange.huggingface_model", ModelConfig.__module__
@@ -25,6 +26,7 @@ CONFIGURATION, MODELING = "configuration_tokenformer", "modeling_tokenformer"
 # Names that transformers has a word of its own for; None: not in the export's configuration.
 EXPORT_NAMES = {
     "vocab_size": "tokenizer_vocab_size", "no_weight_tying": None, "token_segments": None, "segment_norms": None,
+    **dict.fromkeys(MupKeys.model_fields),
 }  # fmt: skip
 
 _HEADER = '''"""{title}

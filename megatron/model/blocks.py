@@ -20,9 +20,10 @@ from megatron.model.pattention import Pattention
 from megatron.mpu.collectives import Form
 from megatron.mpu.layout import SINGLE, Layout
 from megatron.mpu.random import dropout
-from megatron.mpu.roles import Projection
+from megatron.mpu.roles import Feeds, Projection
 
 _PROJECTIONS: dict[str, Projection] = {"query": "qkv", "key": "qkv", "value": "qkv", "proj": "proj", "mlp": "ffn"}
+_FEEDS: dict[str, Feeds] = {"query": "scores", "proj": "residual", "mlp": "residual"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Block(nn.Module):
                 recompute_scores=options.recompute_scores,
                 row_norms=config.segment_norms,
                 projection=_PROJECTIONS[name],
+                feeds=_FEEDS.get(name),
                 axis=axis,
                 inputs="channels" if name == "proj" else stream,
                 outputs=stream if name in ("proj", "mlp") else "channels",
@@ -109,7 +111,7 @@ class Block(nn.Module):
             bias = config.use_bias_in_attn_linear
             if name == "proj":
                 return RowParallelLinear(width, width, bias, axis, stream, "proj", device)
-            return ColumnParallelLinear(width, width, bias, axis, stream, "qkv", device)
+            return ColumnParallelLinear(width, width, bias, axis, stream, "qkv", device, _FEEDS.get(name))
 
         is_tokenformer = config.layer_kinds[index] == TOKENFORMER
         projection = pattention if is_tokenformer else linear

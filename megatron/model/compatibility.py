@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.tensors import Tensors
 from megatron.config.sections.model import ModelSection
+from megatron.config.sections.mup import MupKeys
 from megatron.errors import UserError
 from megatron.model.build import build_model
 from megatron.model.layered import LayeredModel, block_of
@@ -66,7 +67,7 @@ def check_fit(model: nn.Module, tensors: Tensors, source: str) -> None:
 _FREE_KEYS = {
     "seq_length", "max_position_embeddings", "hidden_dropout", "attention_dropout", "init_method", "init_method_std",
     "output_layer_init_method", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
-    "attention_config", "final_norm", "token_segments",
+    "attention_config", "final_norm", "token_segments", *MupKeys.model_fields,
 }  # fmt: skip
 
 

@@ -7,6 +7,8 @@
 | norm weights and scales                                | 1                                  |
 | biases                                                 | 0                                  |
 
+With `use_mup` these are the values of the base model, and megatron.model.mup has the factors from it to this one.
+
 Each parameter draws from a generator of its own, seeded by the run's seed and the parameter's name: what a parameter
 starts as does not depend on which process builds it, in what order, or on which other parameters exist.
 """
@@ -21,8 +23,9 @@ from torch import Tensor, nn
 
 from megatron.checkpoint.tensors import Tensors
 from megatron.config.sections.model import InitMethod, ModelSection
+from megatron.model.mup import fan_in_ratio, fan_out_ratio, mup_scale, ratio
 from megatron.model.pattention import named_pattentions
-from megatron.mpu.roles import role_of
+from megatron.mpu.roles import Role, role_of
 from megatron.mpu.shard import whole_shape
 
 _OUTPUTS = ("value_tokens", "output_matrix")
@@ -34,11 +37,17 @@ def parameter_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def init_std(method: InitMethod, shape: torch.Size, config: ModelSection) -> float:
-    """Standard deviation of an initialisation for a matrix of `shape` [out or tokens, in]."""
-    depth, width, std = config.num_layers, config.hidden_size, config.initialisation().std
-    fan_out, fan_in = shape
-    return {
+def init_std(method: InitMethod, role: Role, shape: torch.Size, config: ModelSection) -> float:
+    """Standard deviation of an initialisation for a matrix of `shape` [out or tokens, in].
+
+    With muP it is that of the base model, times what megatron.model.mup says of the role.
+    """
+    std, width = config.initialisation().std, config.hidden_size / ratio(config, "hidden_size")
+    depth = config.num_layers / ratio(config, "num_layers")
+    first, second = fan_out_ratio(role, config), fan_in_ratio(role, config)
+    rows, columns = (second, first) if role.what == "value_tokens" else (first, second)
+    fan_out, fan_in = shape[0] / rows, shape[1] / columns
+    base = {
         "normal": std,
         "scaled_normal": std / math.sqrt(2.0 * depth),
         "single_residual_scaled_normal": std / math.sqrt(depth),
@@ -48,16 +57,17 @@ def init_std(method: InitMethod, shape: torch.Size, config: ModelSection) -> flo
         "xavier_uniform": math.sqrt(2.0 / (fan_in + fan_out)),
         "zero": 0.0,
     }[method]
+    return base * mup_scale(role, config).initial
 
 
 def initial_value(name: str, parameter: Tensor, config: ModelSection, seed: int) -> Tensor:
     """The whole fp32 value that `parameter`, whose canonical name is `name`, starts with, on the CPU."""
     shape, role = whole_shape(parameter), role_of(parameter)
     if role.is_vector:
-        return torch.zeros(shape) if role.what == "bias" else torch.ones(shape)
+        return torch.full(shape, 0.0 if role.what == "bias" else mup_scale(role, config).initial)
     settings = config.initialisation()
     method = settings.output if role.what in _OUTPUTS else settings.method
-    std, generator = init_std(method, shape, config), parameter_generator(seed, name)
+    std, generator = init_std(method, role, shape, config), parameter_generator(seed, name)
     if method == "xavier_uniform":
         bound = std * math.sqrt(3.0)
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -9,6 +9,7 @@ parameter names are those of LanguageModel: `embedding.`, `layers.{i}.`, `final_
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,12 +24,13 @@ from megatron.model.flops import flops_per_token
 from megatron.model.layered import LayeredModel, LayerSpec, run_layers
 from megatron.model.norms import build_norm
 from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.roles import mark_role, role_of
 
 
 def layer_specs(config: ModelConfig, options: BuildOptions) -> list[LayerSpec]:
     """The model's layers in order: embedding, blocks, final norm, head."""
     embed = partial(Embedding, config, options)
-    norm = partial(build_norm, config.final_norm_kind, config, options.device, options.layout)
+    norm = partial(_final_norm, config, options)
     blocks = [LayerSpec(f"layers.{i}", partial(Block, config, i, options)) for i in range(config.num_layers)]
     if config.no_weight_tying:
         first, last = LayerSpec("embedding", embed), LayerSpec("head", partial(Head, config, options))
@@ -36,6 +38,13 @@ def layer_specs(config: ModelConfig, options: BuildOptions) -> list[LayerSpec]:
         tied = partial(LayerSpec, "embedding", embed, tied_weight="word_embeddings.weight")
         first, last = tied(), tied(forward=tied_logits)
     return [first, *blocks, LayerSpec("final_norm", norm), last]
+
+
+def _final_norm(config: ModelConfig, options: BuildOptions) -> nn.Module:
+    norm = build_norm(config.final_norm_kind, config, options.device, options.layout)
+    for parameter in norm.parameters():
+        mark_role(parameter, replace(role_of(parameter), feeds="logits"))
+    return norm
 
 
 class LanguageModel(LayeredModel):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megatron.model.joint import JointLayer
 from megatron.mpu.collectives import Form, copy_to_ranks, enter, leave
 from megatron.mpu.layout import Axis
-from megatron.mpu.roles import Projection, Role, mark_role
+from megatron.mpu.roles import Feeds, Projection, Role, mark_role
 from megatron.mpu.shard import mark_sharded
 
 
@@ -28,6 +28,7 @@ class ColumnParallelLinear(JointLayer, nn.Linear):
         inputs: form of the input, `whole` or `tokens`.
         projection: which of a block's projections this is.
         device: as in nn.Linear.
+        feeds: where the outputs go, for the roles of its parameters.
     """
 
     def __init__(
@@ -39,13 +40,14 @@ class ColumnParallelLinear(JointLayer, nn.Linear):
         inputs: Form,
         projection: Projection,
         device: torch.device | str | None = None,
+        feeds: Feeds | None = None,
     ) -> None:
         start, stop = axis.share(out_features)
         super().__init__(in_features, stop - start, bias=bias, device=device)
         self.axis, self.inputs = axis, inputs
         mark_sharded(self.weight, 0, (out_features, in_features), axis)
-        mark_role(self.weight, Role("matrix", projection))
-        mark_role(self.bias, Role("bias", projection))
+        mark_role(self.weight, Role("matrix", projection, feeds=feeds))
+        mark_role(self.bias, Role("bias", projection, feeds=feeds))
         if bias:
             mark_sharded(self.bias, 0, (out_features,), axis)
 
@@ -88,8 +90,8 @@ class RowParallelLinear(nn.Linear):
         super().__init__(stop - start, out_features, bias=bias, device=device)
         self.axis, self.outputs = axis, outputs
         mark_sharded(self.weight, 1, (out_features, in_features), axis)
-        mark_role(self.weight, Role("output_matrix", projection))
-        mark_role(self.bias, Role("bias", projection))
+        mark_role(self.weight, Role("output_matrix", projection, feeds="residual"))
+        mark_role(self.bias, Role("bias", projection, feeds="residual"))
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, s, in share] -> [b, s, out] in the form `outputs`."""

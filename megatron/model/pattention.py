@@ -14,7 +14,7 @@ from megatron.config.sections.model import RowNorm
 from megatron.model.joint import JointLayer
 from megatron.mpu.collectives import Form, enter, leave, sum_scatter
 from megatron.mpu.layout import ALONE, Axis
-from megatron.mpu.roles import Projection, Role, mark_role
+from megatron.mpu.roles import Feeds, Projection, Role, mark_role
 from megatron.mpu.shard import mark_sharded, take_share, whole_shape
 from megatron.ops.pattention import ParameterTokens
 from megatron.ops.pattention_backends import select_backend
@@ -60,7 +60,7 @@ class Pattention(JointLayer):
         activation: l2_norm_gelu, gelu_l2_norm or softmax (see `megatron.ops.pattention.theta`).
         backend: auto, reference, fused, compiled or triton (see `megatron.ops.pattention_backends`).
         recompute_scores: keep less for the backward pass, and multiply by the keys again there.
-        projection: which of a block's projections this is, for the roles of its parameters.
+        projection, feeds: which of a block's projections this is, for the roles of its parameters.
         tau_tokens: tau^2 of the first norm group, or of each; the number of its tokens when not given. It stays what
             it was when tokens are appended.
         row_norms: for each segment `joint`, in one norm group with the tokens before it, or `segment`, the first of
@@ -83,6 +83,7 @@ class Pattention(JointLayer):
         backend: str = "auto",
         recompute_scores: bool = False,
         projection: Projection | None = None,
+        feeds: Feeds | None = None,
         tau_tokens: int | Sequence[int] | None = None,
         row_norms: Sequence[RowNorm] | None = None,
         axis: Axis = ALONE,
@@ -104,7 +105,7 @@ class Pattention(JointLayer):
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
         self.segment_sizes, self.backend, self.recompute_scores = segments, backend, recompute_scores
         """Number of tokens of each segment, those of all tensor ranks, oldest first."""
-        self.axis, self.inputs, self.outputs, self.projection = axis, inputs, outputs, projection
+        self.axis, self.inputs, self.outputs, self.projection, self.feeds = axis, inputs, outputs, projection, feeds
         for i in self.segments:
             self._register_segment(i, device, dtype)
         initial_tau = [tau_tokens] if isinstance(tau_tokens, int) else list(tau_tokens or self.norm_sizes)
@@ -146,7 +147,8 @@ class Pattention(JointLayer):
         for kind, width in (("key", self.in_features), ("value", self.out_features)):
             tokens = nn.Parameter(torch.empty(stop - start, width, device=device, dtype=dtype))
             mark_sharded(tokens, 0, (size, width), self.axis)
-            mark_role(tokens, Role("key_tokens" if kind == "key" else "value_tokens", self.projection, i))
+            role = Role("key_tokens", self.projection, i)
+            mark_role(tokens, role if kind == "key" else Role("value_tokens", self.projection, i, self.feeds))
             self.register_parameter(f"{kind}_tokens_{i}", tokens)
 
     @torch.no_grad()

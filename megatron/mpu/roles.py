@@ -16,6 +16,9 @@ Projection = Literal["qkv", "proj", "ffn"]
 
 What = Literal["key_tokens", "value_tokens", "matrix", "output_matrix", "embedding", "head", "norm", "bias"]
 
+Feeds = Literal["scores", "residual", "logits"]
+"""What a parameter's outputs go into: attention's scores, as queries; the residual stream; the model's logits."""
+
 _VECTORS = ("norm", "bias")
 _OF_BLOCKS = ("key_tokens", "value_tokens", "matrix", "output_matrix")
 
@@ -29,11 +32,13 @@ class Role:
             stream; token embedding; head; scale of a norm; bias.
         projection: the projection it belongs to, of a block's matrices and tokens.
         segment: the growth it came with; 0 for what a model starts with.
+        feeds: where its outputs go, where that matters for its size (megatron.model.mup).
     """
 
     what: What
     projection: Projection | None = None
     segment: int = 0
+    feeds: Feeds | None = None
 
     @property
     def is_vector(self) -> bool:

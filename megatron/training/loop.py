@@ -23,6 +23,7 @@ from megatron.mpu.processes import first_rank_does, leave_world
 from megatron.signals import StopRequest
 from megatron.tasks import build_task
 from megatron.training.checkpointing import Saver
+from megatron.training.coord_check import check_coordinates
 from megatron.training.data import RunData
 from megatron.training.folders import claim_folders
 from megatron.training.generators import seed_generators
@@ -45,7 +46,12 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> TrainState:
     Stops early, after saving, when `stop` has heard a signal on any rank, at exit_interval and exit_duration_in_mins.
     Without `stop`, signals are heard from the first iteration on. Raises UserError for what a user can mend: data,
     checkpoint, configuration, a loss that is not finite.
+
+    With `coord_check` it checks coordinates instead.
     """
+    if config.training.coord_check:
+        first_rank_does(lambda: check_coordinates(config), initialize_distributed(config))
+        return TrainState()
     trainer = Trainer(config)
     with StopRequest() if stop is None else nullcontext(stop) as stop:
         stop.hold()

@@ -20,6 +20,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "untied": {"no_weight_tying": True, "norm": "layernorm", "eod_mask_loss": True},
     "uneven": {"ffn_slot_num": 41, "qkv_slot_num": 23, "norm_activation_type": "gelu_l2_norm"},
     "softmax": {"norm_activation_type": "softmax"},
+    "mup": {"norm": "layernorm", "use_mup": True, "mup_base_hidden_size": 8, "mup_base_ffn_slot_num": 10},
     "transformer": {"attention_config": [[["global"], 2]], "norm": "layernorm"},
 }
 

@@ -40,6 +40,8 @@ CASES = [
         for model in ("tokenformer", "uneven", "softmax", "transformer")
     ),
     Case(pipeline=2, zero=1),
+    Case(pipeline=2, zero=1, model="mup"),
+    Case(tensor=2, zero=3, model="mup"),
     Case(pipeline=2, model="untied"),
     Case(pipeline=2, zero=1, model="untied"),
     Case(pipeline=2, model="deep", keys={"checkpoint_activations": True, "checkpoint_num_layers": 2}),

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from megatron.config.sections.base import MAX_SIZE, Section
+from megatron.config.sections.mup import MupKeys
 from megatron.errors import ConfigError
 from megatron.text import shortened
 
@@ -131,7 +132,7 @@ class ModelSection(Section):
         raise NotImplementedError
 
 
-class ModelConfig(ModelSection):
+class ModelConfig(MupKeys, ModelSection):
     """The network: what a checkpoint's tensors mean."""
 
     task: ClassVar[str] = "language"

@@ -85,6 +85,12 @@ class TrainingConfig(Section):
     """Ends a run in which a process hangs, is stopped or killed, with a line that names it. false: does not."""
     allow_nonfinite_loss: bool = False
     """false: a loss or a gradient norm that is not finite stops the run, and nothing of that update is saved."""
+    coord_check: bool = False
+    """true: instead of training the model, train models of three widths, numbers of tokens and depths for a few
+    updates, print how large their activations are, write that to log_dir (else save), and end. With use_mup the
+    smallest is the base model (docs/mup.md)."""
+    mup_width_scale: int = Field(default=2, ge=2, le=64)
+    """Factor from one size of the coordinate check to the next."""
 
     spikes: SpikesConfig = SpikesConfig()
     """What is done about losses and gradient norms that stand out or are not finite, for example {window: 128,
