@@ -6,6 +6,7 @@ Tensors are mapped from their files: what is asked for is read, and no more, whi
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -207,11 +208,11 @@ class CheckpointReader:
         written = {name: int(match[1]) for name in self._files if (match := _WRITTEN_BY.fullmatch(name))}
         if written and max(written.values()) + 1 == processes:
             return {name for name in self._files if written.get(name, 0) == number}
-        loads = [0] * processes
+        loads = [(0, process) for process in range(processes)]
         mine = set()
         for name, entry in sorted(self._files.items(), key=lambda item: -item[1]["bytes"]):
-            least = loads.index(min(loads))
-            loads[least] += entry["bytes"]
+            load, least = loads[0]
+            heapq.heapreplace(loads, (load + entry["bytes"], least))
             if least == number:
                 mine.add(name)
         return mine

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -41,6 +42,7 @@ _TEMPORARY, _REPLACED, _DAMAGED = ".saving-", ".replaced-", "damaged-"
 _TRANSIENT = "transient"
 """Name of the empty file that marks a checkpoint which is not kept."""
 _LONGEST_NAME = 255
+_PATIENCE_SECONDS = 30.0
 
 
 class RunFolder:
@@ -121,11 +123,14 @@ class RunFolder:
             ) from error
 
     def _check_files(self, folder: Path, part: Part) -> None:
-        """Does this process see what the others have written?"""
+        """Does this process see what the others have written? A network's file system may show it a little later."""
+        end = time.monotonic() + _PATIENCE_SECONDS
         for name, entry in part.files.items():
             path = folder / name
-            if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                raise OSError(f"{name} of another process is not there, so the nodes do not share this folder")
+            while not path.is_file() or path.stat().st_size != entry["bytes"]:
+                if time.monotonic() > end:
+                    raise OSError(f"{name} of another process is not there, so the nodes do not share this folder")
+                time.sleep(0.2)
 
     def discard(self, iteration: int) -> None:
         """Remove what was written for a checkpoint that is not published."""

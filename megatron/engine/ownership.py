@@ -1,7 +1,8 @@
 """Which process writes what into a checkpoint: every value once, and about as much on each.
 
-Data ranks without ZeRO hold the same, and so do the two pipeline stages that share a tied weight: they divide it. What
-tensor ranks hold alike are vectors, which the first of them writes.
+Data ranks without ZeRO hold the same, and so do the two pipeline stages that share a tied weight: they divide it. Data
+ranks divide all tensors laid end to end, so that there are not many more parts than tensors, however many ranks there
+are. What tensor ranks hold alike are vectors, which the first of them writes.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ from collections.abc import Mapping
 
 from megatron.mpu import Layout
 from megatron.mpu.collectives import gather_objects
-
-_SMALL = 1 << 14
-"""A tensor of fewer values is not divided."""
+from megatron.mpu.layout import Axis
 
 
 class Ownership:
@@ -26,9 +25,15 @@ class Ownership:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> None:
         self._layout = layout
-        self._numbers = {name: number for number, name in enumerate(shapes)}
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         self._tied_shares = _tied_shares(gather_objects(sizes, layout.pipeline), layout.pipeline.rank)
+        self._data_shares = _shares_of_a_line(
+            {name: size * self._tied_share(name) for name, size in sizes.items()}, layout.data
+        )
+
+    def _tied_share(self, name: str) -> float:
+        below, above = self._tied_shares.get(name, (0.0, 1.0))
+        return above - below
 
     def rows(self, name: str, rows: int, row_size: int, sharded: bool, replicated: bool) -> tuple[int, int]:
         """[first, last) of the rows of this process's share of a tensor that it may write.
@@ -43,17 +48,29 @@ class Ownership:
             return 0, 0
         below, above = self._tied_shares.get(name, (0.0, 1.0))
         first, last = round(below * rows), round(above * rows)
-        data = self._layout.data
-        if not replicated or data.size == 1:
+        if not replicated:
             return first, last
-        if rows * row_size < _SMALL:
-            return (first, last) if self._numbers[name] % data.size == data.rank else (0, 0)
-        start, stop = data.share(last - first)
-        return first + start, first + stop
+        start, stop = (first + round(share * (last - first)) for share in self._data_shares[name])
+        return start, stop
 
     def writes_buffer(self, name: str) -> bool:
         """Does this process write a buffer, which all ranks of its stage have?"""
         return self._layout.data.rank == self._layout.tensor.rank == 0 and self._tied_shares.get(name, (0.0,))[0] == 0.0
+
+
+def _shares_of_a_line(sizes: Mapping[str, float], axis: Axis) -> dict[str, tuple[float, float]]:
+    """Which fraction of each tensor is in this rank's part of them all, laid end to end and cut into equal parts."""
+    length = sum(sizes.values())
+    start, stop = length * axis.rank / axis.size, length * (axis.rank + 1) / axis.size
+    shares, place = {}, 0.0
+    for name, size in sizes.items():
+        # The ends of neighbours' parts are the same number on both, and so are the rows that they are rounded to.
+        low, high = (min(1.0, max(0.0, (end - place) / size)) if size else 0.0 for end in (start, stop))
+        shares[name] = (low, high)
+        place += size
+    if axis.is_last:
+        shares = {name: (low, 1.0) for name, (low, _) in shares.items()}
+    return shares
 
 
 def _tied_shares(sizes: list[dict[str, int]], stage: int) -> dict[str, tuple[float, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -11,12 +12,12 @@ from torch import Tensor
 from megatron.checkpoint.tensors import Tensors, TensorView
 from megatron.mpu.layout import Axis
 
-_SMALL = 1 << 14
-"""A tensor of fewer values is read by every rank."""
+_VALUES_A_PART, _MOST_PARTS = 1 << 16, 64
+"""Values that are worth being read by another rank, and the parts that a tensor is read in at most."""
 
 
 class ReadTogether(TensorView):
-    """The weights of `source`. Asking for one is collective over `axis`, whose ranks all ask for the same.
+    """The weights of `source`, fp32. Asking for one is collective over `axis`, whose ranks all ask for the same.
 
     Args:
         source: where they are read from.
@@ -26,7 +27,7 @@ class ReadTogether(TensorView):
 
     def __init__(self, source: Tensors, axis: Axis, device: torch.device) -> None:
         super().__init__(source)
-        self._axis, self._device = axis, device
+        self._axis, self._device, self._turns = axis, device, count()
 
     def tensor(self, kind: str, name: str) -> Tensor:
         """A whole tensor, on the device or on the CPU."""
@@ -36,15 +37,16 @@ class ReadTogether(TensorView):
         """A range of the first dimensions of a tensor, on the device or on the CPU."""
         shape = [len(range(size)[part]) for size, part in zip(self.shape(kind, name), ranges, strict=False)]
         shape += self.shape(kind, name)[len(ranges) :]
-        if self._axis.group is None or math.prod(shape) < _SMALL:
+        parts = min(self._axis.size, _MOST_PARTS, math.prod(shape) // _VALUES_A_PART)
+        if self._axis.group is None or parts == 0:
             return self.source.part(kind, name, *ranges)
         first = range(self.shape(kind, name)[0])[ranges[0] if ranges else slice(None)].start
-        start, stop = self._axis.share(shape[0])
-        mine = self.source.part(kind, name, slice(first + start, first + stop), *ranges[1:])
-        whole = torch.empty(shape, dtype=mine.dtype, device=self._device)
-        whole[start:stop] = mine
-        for rank in range(self._axis.size):
-            rows = slice(*Axis(self._axis.size, rank).share(shape[0]))
+        whole = torch.empty(shape, dtype=torch.float32, device=self._device)
+        for part in range(parts):
+            rows, reader = slice(*Axis(parts, part).share(shape[0])), next(self._turns) % self._axis.size
+            if reader == self._axis.rank:
+                there = slice(first + rows.start, first + rows.stop)
+                whole[rows] = self.source.part(kind, name, there, *ranges[1:])
             if rows.stop > rows.start:
-                dist.broadcast(whole[rows], group=self._axis.group, group_src=rank)
+                dist.broadcast(whole[rows], group=self._axis.group, group_src=reader)
         return whole

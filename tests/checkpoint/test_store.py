@@ -313,7 +313,10 @@ def test_processes_look_at_the_files_that_they_wrote_and_between_them_at_all(tmp
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_parts_that_are_not_all_of_a_tensor_are_not_published(tmp_path: Path, lost: int) -> None:
+def test_parts_that_are_not_all_of_a_tensor_are_not_published(
+    tmp_path: Path, lost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_PATIENCE_SECONDS", 0.0)
     root, states = RunFolder(tmp_path), in_two_parts(1.0)
     parts = [root.write_part(state, rank) for rank, state in enumerate(states)]
     with pytest.raises(BadValues, match=r"not written: layer.weight \(model\) has 6 of its 12 values only"):
