@@ -145,6 +145,7 @@ class Trainer:
 
     def next_start(self, config: RunConfig) -> Trainer:
         """What goes on where this one, which is closed, has come to: from its checkpoint, if it has written one."""
+        self._progress.enter("startup")  # missed again, while it waits for the others' parts of a save
         self._saver.finish()
         return Trainer(_from_own_checkpoint(config) if self._saver.has_published else config, self.state.skips)
 

@@ -22,7 +22,7 @@ Batch = TypeVar("Batch")
 STACKS = "stacks"
 """Folder in log_dir, else `save`."""
 
-_FOLLOWING = frozenset({"batch", "forward_backward", "update", "save", "evaluation"})
+_FOLLOWING = frozenset({"batch", "forward_backward", "update", "evaluation"})
 _OF_TIMEOUT = 0.8
 
 

@@ -82,6 +82,7 @@ def test_true_and_false_switch_the_watchdog_and_leave_its_table(folder: Path) ->
     (folder / "a.yml").write_text("watchdog: {factor: 30, limits: {save: 900}}\n")
     off = load_config(["base", "a"], ["watchdog=false", "watchdog.limits.batch=60"]).training.watchdog
     assert not off.enabled and off.factor == 30 and off.given == {"save": 900, "batch": 60}
+    assert load_config("base").training.watchdog.given == {"save": 3600}
     assert load_config(["base", "a"], ["watchdog=true"]).training.watchdog.enabled
 
 

@@ -20,8 +20,9 @@ class WatchdogLimits(Section):
     """Forward and backward passes of an update."""
     update: float | None = Field(default=None, gt=0, le=_LONGEST)
     """Clipping and the optimizer's step, and what follows it: telling the ranks, logging."""
-    save: float | None = Field(default=None, gt=0, le=_LONGEST)
-    """A checkpoint."""
+    save: float | None = Field(default=3600.0, gt=0, le=_LONGEST)
+    """A checkpoint, as far as training waits for it: its own snapshot and, where it has to, the writing of this one and
+    of the one before. It does not follow from earlier ones: a slow disk is none that hangs."""
     evaluation: float | None = Field(default=None, gt=0, le=_LONGEST)
     """One batch of an evaluation."""
 
