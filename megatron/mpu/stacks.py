@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_MAIL = "/megatron/mpu/mail.py"
 _WAITS = (".wait(", "synchronize(", ".item(", ".tolist(", ".cpu(")
 # Newer name first: where both are set, it is the one that torch reads.
 _BUFFER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
@@ -39,19 +40,23 @@ def record_collectives(env: MutableMapping[str, str] = os.environ) -> None:
 
 
 def waits_for_others() -> bool:
-    """Is the main thread in a collective, or waiting for one?"""
+    """Is the main thread in a collective, or waiting for one, or for a thread that waits for other ranks?"""
     frames = sys._current_frames()
     frame = frames.get(threading.main_thread().ident or 0)
-    if frame is not None and frame.f_code.co_filename.endswith("/torch/autograd/graph.py"):
+    if frame is None:
+        return False
+    if frame.f_code.co_filename.endswith("/torch/autograd/graph.py"):
         # On a GPU, the backward pass runs in threads of the device.
         return any(_is_wait(inner) for inner in frames.values())
-    return frame is not None and _is_wait(frame)
+    if frame.f_back is not None and "/concurrent/futures/" in frame.f_back.f_code.co_filename:
+        return any(inner.f_code.co_filename.endswith(_MAIL) for inner in frames.values())  # of a save in a thread
+    return _is_wait(frame)
 
 
 def _is_wait(frame: FrameType) -> bool:
     """Whether the innermost frame of a thread is a call of the libraries, or a line of ours, that waits for ranks."""
     file = frame.f_code.co_filename
-    if "/torch/distributed/" in file or "/torch/cuda/" in file or "/deepspeed/comm/" in file:
+    if "/torch/distributed/" in file or "/torch/cuda/" in file or "/deepspeed/comm/" in file or file.endswith(_MAIL):
         return True
     if "/deepspeed/" not in file and "/megatron/" not in file:
         return False

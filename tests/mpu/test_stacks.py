@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megatron.log import get_logger, last_words, log_to_file
+from megatron.mpu import SINGLE
+from megatron.mpu.mail import Mail
 from megatron.mpu.stacks import main_place, record_collectives, waits_for_others, write_stacks
+from megatron.training.saving import SaveResult, in_thread
 
 
 def test_the_flight_recorder_is_on_before_a_process_group_is_made_unless_it_is_set() -> None:
@@ -48,6 +54,28 @@ def test_a_main_thread_that_computes_waits_for_nobody_and_has_a_place() -> None:
     thread.join()
     assert found[0] is False and str(found[1]).startswith("tests/mpu/test_stacks.py:")
     assert str(found[1]).endswith(f" {sys._getframe().f_code.co_name}")
+
+
+@pytest.mark.parametrize("is_mail", [True, False], ids=["waits for the first rank", "hangs itself"])
+def test_a_main_thread_that_waits_for_a_save_waits_for_whom_the_save_waits(
+    monkeypatch: pytest.MonkeyPatch, is_mail: bool
+) -> None:
+    store, release, found = dist.HashStore(), threading.Event(), list[bool]()
+    monkeypatch.setattr(distributed_c10d, "_get_default_store", lambda: store)
+
+    def save() -> SaveResult:
+        return SaveResult(Mail("save", SINGLE).wait_for_answer()) if is_mail else SaveResult(str(release.wait()))
+
+    def look() -> None:
+        time.sleep(0.3)
+        found.append(waits_for_others())
+        store.set("save/answer", "")
+        release.set()
+
+    future = in_thread(save)
+    threading.Thread(target=look).start()
+    future.result()
+    assert found == [is_mail]
 
 
 def test_last_words_need_no_lock(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
