@@ -151,6 +151,7 @@ class Trainer:
 
     def close(self) -> None:
         """Flush the metrics, let go of the model and give the save folder free."""
+        self._progress.enter("end")  # what is sent to a server of metrics may take its time
         self._saver.close()
         self._profiler.close()
         self._metrics.close()
