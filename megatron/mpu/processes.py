@@ -35,7 +35,8 @@ Result = TypeVar("Result")
 # a process is lost.
 _TIMEOUT = timedelta(days=2)
 
-# Seconds: how often the first rank says that it is still at work for all, and how long the others believe it without.
+# Seconds: how often the first rank says that it is still at work for all, and how long the others
+# believe it without; a watchdog has a limit of its own.
 _BEAT_SECONDS, _SILENCE_SECONDS = 5.0, 120.0
 _works = itertools.count()
 _watchdog: Watchdog | None = None
@@ -223,7 +224,7 @@ def _wait_for(store: dist.Store, key: str) -> bytes:
             now = store.add(f"{key}/beat", 0)
             if now != beats:
                 beats, heard = now, time.monotonic()
-        if time.monotonic() - heard > _SILENCE_SECONDS:
+        if _watchdog is None and time.monotonic() - heard > _SILENCE_SECONDS:
             raise LostRank(f"the first rank has been silent for {_SILENCE_SECONDS:.0f} s; is its node alive?")
 
 
