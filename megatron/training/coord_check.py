@@ -16,9 +16,10 @@ from torch import Tensor
 
 from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelConfig
+from megatron.config.update_size import UpdateSize
 from megatron.engine.optimizer import build_optimizer
 from megatron.engine.settings import EngineSettings
-from megatron.files import write_output
+from megatron.files import write_errors
 from megatron.log import get_logger
 from megatron.model.build import build_model
 from megatron.model.layered import LayeredModel, block_of
@@ -66,7 +67,7 @@ def coordinates(config: RunConfig, task: Task[Any], batches: Sequence[Any]) -> d
         task: splits batches, and has the loss.
         batches: one an update; the activations are those on the first.
     """
-    device, settings = process_device(), EngineSettings(config, config.update_size(1))
+    device, settings = process_device(), EngineSettings(config, _update(config))
     model = build_model(config.model, seed=config.training.seed, device=device)
     optimizer = build_optimizer(model, settings)
     for group in optimizer.param_groups:
@@ -101,10 +102,17 @@ def _activations(model: LayeredModel, inputs: Sequence[Tensor]) -> dict[str, Ten
         found.setdefault(name, output)  # a tied embedding is called once more, as the head
 
     hooks = [m.register_forward_hook(lambda _, __, out, name=n: note(name, out)) for n, m in watched.items()]
-    output = model(*inputs)
+    output = model.eval()(*inputs)
+    model.train()
     for hook in hooks:
         hook.remove()
     return {**found, "logits": output}
+
+
+def _update(config: RunConfig) -> UpdateSize:
+    """One micro-batch on one process, whatever the run has."""
+    micro = config.training.train_micro_batch_size_per_gpu or 1
+    return UpdateSize.of(micro, None, None, 1, config.model.tokens_per_sample())
 
 
 def check_coordinates(config: RunConfig) -> dict[str, Any]:
@@ -115,23 +123,36 @@ def check_coordinates(config: RunConfig) -> dict[str, Any]:
     Returns: axis -> size -> activation -> `sizes` and `changes`.
     """
     task = build_task(config.replaced(**{"data.num_workers": 0}))
-    stream = RunData(task, TrainState(), task.config.update_size(1), ALONE).training()
+    stream = RunData(task, TrainState(), _update(task.config), ALONE).training()
     batches = [next(stream)[0] for _ in range(STEPS)]
-    model, scale = task.config.language, config.training.mup_width_scale
-    found: dict[str, Any] = {}
+    found = _measured(task, batches, config.training.mup_width_scale)
+    use_mup = task.config.language.use_mup
+    get_logger().info("coordinate check, use_mup: %s\n%s", str(use_mup).lower(), "\n".join(table(found)))
+    if folder := config.logging.log_dir or config.checkpoint.save:
+        _write(Path(folder), {"use_mup": use_mup, **found})
+    return found
+
+
+def _measured(task: Task[Any], batches: Sequence[Any], scale: int) -> dict[str, Any]:
+    model, found = task.config.language, dict[str, Any]()
+    smallest: dict[str, Coordinates] = {}
     for axis in AXES if model.qkv_slot_num else ("width", "depth"):
+        sizes = found.setdefault(axis, {})
         for factor in (1, scale, scale**2):
             sized = sized_model(model, axis, factor)
-            measured = coordinates(task.config.replaced(model=sized), task, batches)
-            size = getattr(sized, AXES[axis][0])
-            found.setdefault(axis, {})[f"{AXES[axis][0]} {size}"] = {n: vars(c) for n, c in measured.items()}
-    get_logger().info("coordinate check, use_mup: %s\n%s", str(model.use_mup).lower(), "\n".join(table(found)))
-    if folder := config.logging.log_dir or config.checkpoint.save:
-        output = Path(folder)
-        output.mkdir(parents=True, exist_ok=True)
-        write_output(output / "coord_check.json", json.dumps({"use_mup": model.use_mup, **found}, indent=1), "log_dir")
-        _draw(found, output / "coord_check.png")
+            known = smallest if factor == 1 else {}  # the same along every axis
+            measured = known or coordinates(task.config.replaced(model=sized), task, batches)
+            smallest = smallest or measured
+            size = f"{AXES[axis][0]} {getattr(sized, AXES[axis][0])}"
+            sizes[size] = {name: vars(activation) for name, activation in measured.items()}
     return found
+
+
+def _write(folder: Path, document: dict[str, Any]) -> None:
+    with write_errors(f"log_dir: {folder}", "name another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "coord_check.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+        _draw({axis: document[axis] for axis in AXES if axis in document}, folder / "coord_check.png")
 
 
 def table(found: dict[str, Any]) -> Iterator[str]:
