@@ -56,7 +56,7 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> TrainState:
     with StopRequest() if stop is None else nullcontext(stop) as stop:
         stop.hold()
         while _goes_on(trainer, stop):
-            trainer = trainer.next_start(config)
+            trainer = trainer.next_start()
     return trainer.state
 
 
@@ -85,7 +85,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, skips: list[list[int]] | None = None) -> None:
-        self.layout = initialize_distributed(config)
+        self._given, self.layout = config, initialize_distributed(config)
         with ExitStack() as claims:
             self._progress = claims.enter_context(Watched(config, self.layout))
             lock = first_rank_does(lambda: claim_folders(config), self.layout)
@@ -143,11 +143,12 @@ class Trainer:
         finally:
             self.close()
 
-    def next_start(self, config: RunConfig) -> Trainer:
-        """What goes on where this one, which is closed, has come to: from its checkpoint, if it has written one."""
+    def next_start(self) -> Trainer:
+        """What goes on from the checkpoint of this one, which is closed, or else from where this one has started."""
         self._progress.enter("startup")  # missed again, while it waits for the others' parts of a save
         self._saver.finish()
-        return Trainer(_from_own_checkpoint(config) if self._saver.has_published else config, self.state.skips)
+        config = _from_own_checkpoint(self._given) if self._saver.has_published else self._given
+        return Trainer(config, self.state.skips)
 
     def close(self) -> None:
         """Flush the metrics, let go of the model and give the save folder free."""

@@ -200,9 +200,10 @@ def test_a_run_without_a_checkpoint_goes_back_to_its_start(tiny_config: MakeConf
     run_here(tiny_config, tmp_path / "by hand", 1.0, (), **keys, skip_iterations=[[2, 2], [1, 1]])
     assert content(tmp_path / "rewound") == content(tmp_path / "by hand")
     # From another run's checkpoint: back to that one, until there is one of its own.
-    other = {"load": str(tmp_path / "by hand"), "train_iters": 17, "save": str(tmp_path / "on")}
-    state = run_here(tiny_config, tmp_path, NAN, (14, 16), **keys, **other)
-    assert state.skips == [[14, 14], [16, 16]] and state.iteration == 17
+    other = {"load": str(tmp_path / "by hand"), "train_iters": 18, "save": str(tmp_path / "on")}
+    spikes = (14, 16, 17)
+    state = run_here(tiny_config, tmp_path, NAN, spikes, **{**keys, **other, "spikes": {**keys["spikes"], "limit": 3}})
+    assert state.skips == [[spike, spike] for spike in spikes] and state.iteration == 18
 
 
 @pytest.mark.usefixtures("single_process")
