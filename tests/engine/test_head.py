@@ -60,6 +60,7 @@ def trained(config: RunConfig) -> dict[str, Tensor]:
             step = run.engine.train_step(next(batches), 1e-3)
             norm = torch.as_tensor(step.grad_norm, dtype=torch.float32).detach().clone()
             found |= {f"loss {update}": step.loss.detach().clone(), f"norm {update}": norm}
+            run.state.consumed_samples += run.data.update_samples
         held_out = run.engine.evaluate(islice(next(batches), 2))
         found |= {f"measured {name}": torch.tensor(value) for name, value in held_out.items()}
         whole = Whole(run.engine.state)

@@ -44,7 +44,7 @@ def diverging_loss(run: Trainer) -> str:
             if "word_embeddings" in name:
                 parameter.fill_(float("inf"))
     step = run.engine.train_step(next(run.data.training()), 1e-3)
-    run.engine.watch.post(step.loss, step.grad_norm, False)
+    run.engine.watch.post(step.loss, step.grad_norm, stop=False, iteration=1)
     with pytest.raises(UserError) as caught:
         run.engine.watch.look()
     return str(caught.value)
