@@ -80,6 +80,7 @@ class Listener:
             if self._ended and not known:
                 self._failed()
             rest = rest[-4096:]
+        self._pipe.close()
 
     def _take(self, line: str) -> None:
         if match := _SRUN.fullmatch(line):
