@@ -30,7 +30,7 @@ from tests.ranks import start_rank
 
 pytestmark = pytest.mark.processes
 
-LIMIT = 3.0
+LIMIT = 4.0
 STRUCK = 3
 """The call of the victim's loss, of what collates its samples or writes its part of a save, in which it happens."""
 
