@@ -32,12 +32,18 @@ _LAUNCHERS = ("DEEPY_LAUNCHER_PID", "CROSS_RANK", "TORCHELASTIC_RUN_ID", "OMPI_C
 _PR_SET_PDEATHSIG = 1
 # What gloo and NCCL say when the process at the other end has ended.
 _LOST_CONNECTION = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+# What they say when it has not come in time.
 _NO_ANSWER = ("Timed out waiting", "Timed out after")
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Has a collective failed because the process at the other end is gone, or does not answer?"""
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_CONNECTION + _NO_ANSWER)
+    """Has a collective failed because the process at the other end is gone?"""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_CONNECTION)
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Has a collective failed because the process at the other end did not come?"""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_ANSWER)
 
 
 def has_launcher(env: Mapping[str, str] = os.environ) -> bool:

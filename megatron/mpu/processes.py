@@ -27,7 +27,7 @@ from megatron.mpu.peers import Peers
 from megatron.mpu.progress import Limits
 from megatron.mpu.through_host import take_collectives_through_host
 from megatron.mpu.watchdog import Watchdog
-from megatron.signals import is_lost_connection
+from megatron.signals import is_lost_connection, is_timeout
 
 Result = TypeVar("Result")
 
@@ -265,7 +265,7 @@ def abandoned_on_error() -> Iterator[None]:
 def _give_up(error: BaseException) -> None:
     global _watchdog
     if _watchdog is not None:
-        if is_lost_connection(error):
+        if is_lost_connection(error) or is_timeout(error):
             _watchdog.explain(error)
         _watchdog.give_up()
         _watchdog = None

@@ -28,6 +28,7 @@ from megatron.mpu.neighbours import GONE, THERE
 from megatron.mpu.peers import Peers
 from megatron.mpu.progress import IDLE, Limits, Progress
 from megatron.mpu.stacks import collectives_entered, main_place, waits_for_others, write_stacks
+from megatron.signals import is_timeout
 
 _TICK = 0.5
 _ANSWER_SECONDS, _VERDICT_SECONDS, _OWN_END_SECONDS = 4.0, 12.0, 5.0
@@ -50,7 +51,7 @@ class Watchdog:
         self._on_missing: OnMissing | None = None
         self._stopped, self._settled, self._ending = threading.Event(), threading.Event(), threading.Lock()
         self._count, self._ticks, self._silence = -1, 0, 0
-        self._late, self._suspicion, self._lost_store = "", "", ""
+        self._late, self._timed_out, self._suspicion, self._lost_store = "", "", "", ""
         self._called, self._since_call, self._answered = False, 0.0, peers.world_size if peers else 1
         self._host_of_first: str | None = None
         threads = [self._count_time, *([self._talk] if peers else [])]
@@ -106,12 +107,13 @@ class Watchdog:
         """A collective failed: find out whether a rank is missing, and end this process then. Else it comes back."""
         if self._peers is not None and not self._stopped.is_set():
             self._settled.clear()
+            self._timed_out = "a collective has run out of time" if is_timeout(error) else ""
             self._suspicion = (str(error).splitlines() or [""])[0][:120]
             end = time.monotonic() + _ANSWER_SECONDS + _VERDICT_SECONDS
             while not self._settled.wait(0.1) and time.monotonic() < end:
                 if self._lost_store:
                     self._first_rank_is_missing(self._lost_store)
-            self._suspicion = ""
+            self._suspicion = self._timed_out = ""
 
     # The thread that counts.
 
@@ -179,8 +181,8 @@ class Watchdog:
             self._settled.set()
         if not self._is_at_work():
             return
-        if self._late:
-            peers.call(self._late)
+        if late := self._late or self._timed_out:
+            peers.call(late)
         elif self._suspicion or peers.unheard(self._limits.heartbeat) or peers.gone():
             peers.call("")
 
@@ -225,10 +227,11 @@ class Watchdog:
 
     def _report(self) -> Report:
         peers, progress = self._peers, self.progress
+        waits = bool(self._suspicion) or waits_for_others()  # or did, until its collective failed
         return Report(
-            peers.rank if peers else 0, peers.host if peers else node_name(), progress.phase,
-            progress.iteration, progress.count, self._ticks * _TICK, waits_for_others(), main_place(),
-            collectives_entered(), peers.states() if peers else {},
+            peers.rank if peers else 0, peers.host if peers else node_name(), progress.phase, progress.iteration,
+            progress.count, self._ticks * _TICK, waits, main_place(), collectives_entered(),
+            peers.states() if peers else {},
         )  # fmt: skip
 
     def _write_stacks(self, title: str) -> None:

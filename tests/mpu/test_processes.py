@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -82,28 +83,37 @@ def test_a_first_rank_that_falls_silent_is_given_up() -> None:
 
 
 def ended_by_its_watchdog(how: str, file: Path) -> None:
-    """The second rank ends with an error, or is stopped; the first waits for it until its watchdog ends it."""
+    """The second rank ends with an error, is stopped or hangs; the first waits for it until its watchdog ends it."""
     os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 2)
-    connect_world("gloo", timedelta(minutes=5))
+    connect_world("gloo", SHORT if how == "hang" else timedelta(minutes=5))
     layout = Layout.for_world(dist.get_rank(), 2)
     processes.watchdog_of(layout).begin("evaluation", Limits(heartbeat=1.0))
     with abandoned_on_error():
         if layout.rank == 1 and how == "error":
             raise ZeroDivisionError
+        if layout.rank == 1 and how == "hang":
+            threading.Event().wait()
         if layout.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         dist.barrier()
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("how", "words"), [("error", "ended with an error"), ("stop", "is stopped, by a SIGSTOP")])
-def test_a_lost_rank_is_named_and_ends_the_others(tmp_path: Path, how: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "words", "code"),
+    [
+        ("error", "ended with an error", 1),
+        ("stop", "is stopped, by a SIGSTOP", -signal.SIGKILL),
+        ("hang", "hangs in evaluation", EXIT_LOST_RANK),  # no limit but that of the collective
+    ],
+)
+def test_a_lost_rank_is_named_and_ends_the_others(tmp_path: Path, how: str, words: str, code: int) -> None:
     port, files = free_port(), [tmp_path / "0", tmp_path / "1"]
     ranks = [start_rank(rank, 2, port, ended_by_its_watchdog, how, file) for rank, file in enumerate(files)]
     try:
         for rank in ranks:
             rank.join(30)
-        assert [rank.exitcode for rank in ranks] == [EXIT_LOST_RANK, 1 if how == "error" else -signal.SIGKILL]
+        assert [rank.exitcode for rank in ranks] == [EXIT_LOST_RANK, code]
         line = next(line for line in files[0].read_text().splitlines() if line.startswith("error: watchdog: "))
         assert "rank 1 on " in line and words in line
     finally:
