@@ -49,7 +49,7 @@ class Peers:
         self._beats = dict.fromkeys(self._watched, b"")
         self._unheard = dict.fromkeys(self._watched, 0.0)
         self._store.compare_set("state", "", _QUIET)
-        for peer in self._watched:  # reading a key that is not there would wait for it
+        for peer in (rank, *self._watched):  # reading a key that is not there would wait for it
             self._store.compare_set(f"beat/{peer}", "", "0 startup 0")
         self._store.set(f"host/{rank}", self.host)
         self._store.append(machine, f"{Neighbour.this(rank)}\n")

@@ -13,6 +13,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -128,5 +129,6 @@ def _open(path: Path, flag: int) -> int:
 def _within(seconds: float, action: Callable[[], None]) -> None:
     """Do something that may hang, as a disk or a GPU may, and wait for it no longer than that."""
     thread = threading.Thread(target=action, daemon=True, name="watchdog-dump")
-    thread.start()
-    thread.join(seconds)
+    with suppress(RuntimeError):  # no more threads
+        thread.start()
+        thread.join(seconds)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron.errors import EXIT_LOST_RANK
 from megatron.failures import node_name
-from megatron.log import last_words
+from megatron.log import get_logger, last_words
 from megatron.mpu.blame import HOW, Report, Verdict, judge
 from megatron.mpu.neighbours import GONE, THERE
 from megatron.mpu.peers import Peers
@@ -166,10 +166,15 @@ class Watchdog:
                 else:
                     self._listen()
         except (dist.DistError, RuntimeError) as error:
-            self._lost_store = f"is gone ({str(error).splitlines()[0][:120]})"
+            self._lost_store = f"is gone ({(str(error).splitlines() or [''])[0][:120]})"
             # The first rank leaves when all have come to the end: this process is about to stop watching then.
             if not self._comes_to_its_end(2 * peers.interval):
                 self._first_rank_is_missing(self._lost_store)
+        except Exception as error:  # a fault of this thread is to end no run
+            self._stopped.set()
+            text = f"watchdog: {type(error).__name__}: {error}; rank {peers.rank} is not watched any more"
+            get_logger().warning(text, extra={"all_ranks": True})
+            peers.tell(Progress())
 
     def _listen(self) -> None:
         """Nobody has called: is there a reason to?"""

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 
 from megatron.errors import EXIT_LOST_RANK, UserError
+from megatron.log import get_logger
 from megatron.mpu import SINGLE, Layout, processes
 from megatron.mpu.environment import free_port
+from megatron.mpu.peers import Peers
 from megatron.mpu.processes import abandoned_on_error, connect_world, first_rank_does
 from megatron.mpu.progress import Limits
 from tests.ranks import run_ranks, start_rank
@@ -148,3 +150,20 @@ def test_groups_of_nccl_are_bound_to_the_device(monkeypatch: pytest.MonkeyPatch)
     ):  # fmt: skip
         monkeypatch.setattr(torch, "__version__", version)
         assert processes._bound_device(backend, world) == expected, (version, backend, world)
+
+
+def not_watched_any_more() -> str:
+    """The watchdog of the second rank meets a fault of its own; what the first one's does within the heartbeat."""
+    layout, lines = layout_of(2), list[str]()
+    if layout.rank == 1:
+        get_logger().addFilter(lambda record: lines.append(record.getMessage()) or True)
+        Peers.gone = lambda _: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+    processes.watchdog_of(layout).begin("evaluation", Limits(heartbeat=1.0))
+    time.sleep(3.0)
+    return "; ".join(lines)
+
+
+@pytest.mark.processes
+def test_a_fault_of_the_watchdog_ends_no_run() -> None:
+    first, second = run_ranks(2, not_watched_any_more)
+    assert first == "" and second == "watchdog: ZeroDivisionError: division by zero; rank 1 is not watched any more"
