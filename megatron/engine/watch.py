@@ -60,7 +60,7 @@ class StepWatch:
         self._iteration: int | None = None
         self._has_norm = False
 
-    def post(self, loss: Tensor | float, norm: Tensor | float | None, stop: bool, iteration: int | None = None) -> None:
+    def post(self, loss: Tensor | float, norm: Tensor | float | None, stop: bool, iteration: int | None) -> None:
         """Tell all ranks of the step that has just been asked for, having looked at the one before.
 
         Args:

@@ -53,7 +53,7 @@ class RunData:
         """For each update to come its micro-batches, from the first sample that was not consumed yet."""
         workers, place, stream = self._task.config.data.num_workers, -1, iter(())
         while True:
-            if place != self._state.consumed_samples:  # at first, and where iterations were skipped, unread
+            if place < self._state.consumed_samples:  # iterations were skipped, unread
                 place = self._state.consumed_samples
                 stream = self._stream(self.sets.train, self._update.steps, place, workers)
             yield [next(stream) for _ in range(self._update.steps)]
