@@ -157,6 +157,7 @@ class Trainer:
         self._profiler.close()
         self._metrics.close()
         self.engine.close()
+        del self._new_tokens  # they refer to the model
         self._claims.close()
 
     def _train(self, stop: StopRequest) -> bool:
