@@ -1,4 +1,4 @@
-"""Encode text files or a public corpus into {data_dir}/{name}/{name}_text_document.bin and .idx."""
+"""Encode text, a public corpus or images into {data_dir}/{name}/{name}_text_document (or _image_) .bin and .idx."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from megatron.data.corpora import CORPORA
+from megatron.data.image_flags import add_image_flags, prepare_from_flags
 from megatron.data.preprocess import prepare_dataset
 from megatron.errors import run_command
 from megatron.tokenizer import TOKENIZER_TYPES, tokenizer_of_flags
@@ -41,6 +42,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--processes", type=int, metavar="N", help="with --index-for: processes of the run. Default: its launch keys'")
     add("--num-workers", type=int, help="processes that encode. Default: one a core, or one for less than a MiB")
+    add_image_flags(parser)
     return parser.parse_args(arguments)
 
 
@@ -59,6 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.index_for:
         return build_index(args.index_for, args.set, args.processes)
     tokenizer = tokenizer_of_flags("--tokenizer", args.tokenizer, args.vocab_file, args.merge_file)
+    if prepare_from_flags(args, tokenizer):
+        return
     prepare_dataset(
         args.dataset,
         args.input,

@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,18 @@ _WORTH_A_POOL = 1 << 20
 """Bytes of input below which one process is done before others have started."""
 
 Encoded = list[npt.NDArray[np.integer]]
-EncodeChunk = Callable[[Sequence[RawDocument]], list[Encoded]]
+
+
+class Sized(Protocol):
+    """What is encoded. num_bytes: how long that will take, roughly."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+Item = TypeVar("Item", bound=Sized)
+Result = TypeVar("Result")
+EncodeChunk = Callable[[Sequence[Item]], list[Result]]
 
 
 @dataclass(frozen=True)
@@ -171,14 +183,14 @@ def _downloaded(
     return fetch_corpus(dataset, data_dir / dataset / "raw", force, corpora)
 
 
-def encode_all(encoder: EncodeChunk, documents: Iterable[RawDocument], num_workers: int) -> Iterator[Encoded]:
+def encode_all(encoder: EncodeChunk[Item, Result], documents: Iterable[Item], num_workers: int) -> Iterator[Result]:
     """Encode in order, in `num_workers` processes (0 and 1: in this one). Raises UserError when one of them dies."""
     chunks = _chunks(documents)
     if num_workers <= 1:
         for chunk in chunks:
             yield from encoder(chunk)
         return
-    waiting: deque[Future[list[Encoded]]] = deque()
+    waiting: deque[Future[list[Result]]] = deque()
     try:
         with ProcessPoolExecutor(num_workers, initializer=_set_encoder, initargs=(encoder,)) as pool:
             try:
@@ -194,11 +206,11 @@ def encode_all(encoder: EncodeChunk, documents: Iterable[RawDocument], num_worke
         raise UserError("--num-workers: a worker process died, perhaps for lack of memory; use fewer workers") from None
 
 
-def _chunks(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
-    chunk, size = list[RawDocument](), 0
+def _chunks(documents: Iterable[Item]) -> Iterator[list[Item]]:
+    chunk, size = list[Item](), 0
     for document in documents:
         chunk.append(document)
-        size += len(document.content)
+        size += document.num_bytes
         if len(chunk) >= _CHUNK_DOCUMENTS or size >= _CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
@@ -206,14 +218,14 @@ def _chunks(documents: Iterable[RawDocument]) -> Iterator[list[RawDocument]]:
         yield chunk
 
 
-_encoder: EncodeChunk | None = None
+_encoder: EncodeChunk[Any, Any] | None = None
 
 
-def _set_encoder(encoder: EncodeChunk) -> None:
+def _set_encoder(encoder: EncodeChunk[Any, Any]) -> None:
     global _encoder
     _encoder = encoder
 
 
-def _encode(documents: Sequence[RawDocument]) -> list[Encoded]:
+def _encode(documents: Sequence[Any]) -> list[Any]:
     assert _encoder is not None
     return _encoder(documents)

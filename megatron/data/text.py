@@ -32,6 +32,11 @@ class RawDocument:
     content: bytes
 
     @property
+    def num_bytes(self) -> int:
+        """Length of the content."""
+        return len(self.content)
+
+    @property
     def is_json(self) -> bool:
         """Whether the content is a JSON object with the text under its keys."""
         return not self.path.endswith(".txt")

@@ -1,0 +1,70 @@
+"""The flags of prepare_data.py that are about images, and what they ask for. Pillow is imported when they are used."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from megatron.config.sections.tokenizer import TokenizerConfig
+from megatron.errors import UserError
+from megatron.files import read_text
+
+_MOST_CLASSES_BYTES = 1 << 26
+
+
+def add_image_flags(parser: argparse.ArgumentParser) -> None:
+    """--images, --shards or --npz, and what goes with them."""
+    group = parser.add_argument_group("images", "instead of text; labels and captions go with them")
+    group.add_argument("--images", metavar="FOLDER", help="FOLDER/CLASS/image.jpg; a caption is the .txt beside it")
+    group.add_argument("--shards", nargs="+", metavar="TAR", help="webdataset tars: key.jpg, key.cls, key.txt")
+    group.add_argument("--npz", metavar="FILE", help="arrays images, labels, captions, classes")
+    group.add_argument("--classes", metavar="FILE", help="names of the classes in order, one a line")
+    group.add_argument("--broken", choices=["fail", "skip"], default="fail", help="what an unusable image does")
+    group.add_argument("--order-seed", type=int, default=1234, metavar="N", help="of the images' random order")
+
+
+def prepare_from_flags(args: argparse.Namespace, tokenizer: TokenizerConfig) -> bool:
+    """Prepare the images that the flags name; false where they name none. Raises UserError."""
+    sources = [flag for flag in ("images", "shards", "npz", "input") if getattr(args, flag)]
+    if not sources or sources == ["input"]:
+        return False
+    if len(sources) > 1:
+        raise UserError(f"--{sources[1]}: --{sources[0]} is given too; keep one of them")
+    name = args.name or args.dataset
+    if not name or Path(name).name != name:
+        raise UserError("the data set needs a name without slashes: prepare_data.py NAME --images FOLDER")
+    if not 0 <= args.order_seed < 2**32:
+        raise UserError(f"--order-seed: {args.order_seed} is not from 0 to 2^32 - 1")
+    _prepare(args, Path(args.data_dir) / name / name, tokenizer)
+    return True
+
+
+def _prepare(args: argparse.Namespace, prefix: Path, tokenizer: TokenizerConfig) -> None:
+    try:
+        from megatron.data.image_sources import list_arrays, list_folder, list_shards
+        from megatron.data.prepare_images import Faults, prepare_images
+    except ModuleNotFoundError as error:
+        if error.name != "PIL":
+            raise
+        line = "pip install -r requirements/requirements-vision.txt"
+        raise UserError(f"images need the Pillow package, which is not installed; {line}") from None
+    faults, classes = Faults(args.broken == "skip"), _classes(args.classes)
+    if args.images:
+        listing = list_folder(args.images, classes, faults)
+    elif args.shards:
+        listing = list_shards(args.shards, faults)
+    else:
+        listing = list_arrays(args.npz)
+    listing = listing if classes is None else type(listing)(listing.records, classes)
+    workers = len(os.sched_getaffinity(0)) if args.num_workers is None else args.num_workers
+    prepare_images(listing, prefix, tokenizer, faults, args.order_seed, workers)
+
+
+def _classes(path: str | None) -> list[str] | None:
+    if path is None:
+        return None
+    names = read_text(path, "--classes", "give one name a line", _MOST_CLASSES_BYTES).splitlines()
+    if not names or len(set(names)) < len(names) or not all(name.strip() for name in names):
+        raise UserError(f"--classes: {path} must name each class once, one a line, without empty lines")
+    return names

@@ -1,0 +1,250 @@
+"""Where images to prepare come from: folders of classes, webdataset tars, arrays. Nothing is unpacked or unpickled."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from megatron.errors import UserError
+from megatron.text import shortened
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+MOST_IMAGE_BYTES, MOST_CAPTION_BYTES, _MOST_LABEL_BYTES = 1 << 26, 1 << 20, 1 << 6
+
+Fault = Callable[[str, str], None]
+"""Takes the name and the fault of what cannot be used: it raises, or what is at fault is left out."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Bytes of a file."""
+
+    path: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Those bytes. Raises OSError."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image that is to be prepared, with its class and its caption, as far as it has them."""
+
+    name: str
+    image: Place | npt.NDArray[np.uint8]
+    """An encoded image, or pixels [H, W] or [H, W, c]."""
+    label: int | None = None
+    caption: Place | str | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the image."""
+        return self.image.size
+
+    def content(self) -> bytes:
+        """The encoded image: its file as it is, or pixels as PNG. Raises OSError."""
+        if isinstance(self.image, Place):
+            return self.image.read()
+        from PIL import Image  # of those who need it only
+
+        encoded = io.BytesIO()
+        Image.fromarray(self.image[..., 0] if self.image.shape[2:] == (1,) else self.image).save(encoded, "PNG")
+        return encoded.getvalue()
+
+    def text(self) -> str | None:
+        """The caption, without blanks around it. Raises OSError, and UnicodeDecodeError where it is not UTF-8."""
+        caption = self.caption
+        return (caption.read().decode("utf-8-sig") if isinstance(caption, Place) else caption or "").strip() or None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source holds. classes: names, where they are known."""
+
+    records: list[ImageRecord] = field(default_factory=list)
+    classes: list[str] | None = None
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2].lower() if "." in name else ""
+
+
+# ---- folders ----
+
+
+def list_folder(folder: str, classes: Sequence[str] | None, fault: Fault) -> Listing:
+    """Images of a folder: FOLDER/CLASS/.../image.jpg, classes in the order of their names or of `classes`.
+
+    A folder without folders has images without classes. An image's caption is the .txt of its name beside it.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"--images: no such folder: {folder}")
+    try:
+        entries = sorted(os.listdir(folder))
+        names = [name for name in entries if os.path.isdir(os.path.join(folder, name)) and not name.startswith(".")]
+        loose = list(_images_in(folder, entries, None, fault))
+        if not names:
+            return Listing(loose)
+        if loose:
+            raise UserError(f"--images: {loose[0].name} lies beside the folders of classes; move it into one of them")
+        known = list(classes) if classes is not None else names
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"--images: the folder {shortened(unknown[0])} is no class of --classes; add it there")
+        numbers = {name: number for number, name in enumerate(known)}
+        return Listing([record for name in names for record in _class_images(folder, name, numbers, fault)], known)
+    except OSError as error:
+        raise UserError(f"--images: {error.filename or folder} cannot be read: {error.strerror}") from None
+
+
+def _class_images(folder: str, name: str, numbers: dict[str, int], fault: Fault) -> Iterator[ImageRecord]:
+    for place, folders, files in os.walk(os.path.join(folder, name), onerror=_raise):
+        folders.sort()
+        yield from _images_in(place, sorted(files), numbers[name], fault)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _images_in(folder: str, names: Sequence[str], label: int | None, fault: Fault) -> Iterator[ImageRecord]:
+    known = set(names)
+    for name in names:
+        path = os.path.join(folder, name)
+        if name.startswith(".") or _suffix(name) not in IMAGE_SUFFIXES or not os.path.isfile(path):
+            continue
+        text = f"{name.rpartition('.')[0]}.txt"
+        caption = _file(os.path.join(folder, text), MOST_CAPTION_BYTES, fault) if text in known else None
+        if image := _file(path, MOST_IMAGE_BYTES, fault):
+            yield ImageRecord(path, image, label, caption)
+
+
+def _file(path: str, most: int, fault: Fault) -> Place | None:
+    size = os.path.getsize(path)
+    if size <= most:
+        return Place(path, 0, size)
+    fault(path, f"has more than {most:,} bytes")
+    return None
+
+
+# ---- webdataset ----
+
+
+def list_shards(paths: Sequence[str], fault: Fault) -> Listing:
+    """Images of tars in webdataset's form: `key.jpg`, with `key.cls` (a number) and `key.txt` (a caption).
+
+    Other members are left alone. The tars stay where they are: images are read from them in place.
+    """
+    records = list[ImageRecord]()
+    for path in paths:
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for name, members in _samples(path, archive):
+                    records += _record(name, members, fault)
+                if Place(path, archive.offset, tarfile.BLOCKSIZE).read().strip(b"\0"):
+                    raise tarfile.ReadError(f"damaged at byte {archive.offset:,}")  # where tarfile stops in silence
+        except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+            if isinstance(error, UserError):
+                raise
+            advice = "give complete, uncompressed .tar files"
+            raise UserError(f"--shards: {path} cannot be read ({shortened(error, 120)}); {advice}") from None
+    return Listing(records)
+
+
+def _samples(path: str, archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, Place]]]:
+    """(name, place of each suffix) of members that follow each other and have the same name up to a first dot."""
+    key, members = "", dict[str, Place]()
+    for member in archive:
+        folder, _, base = member.name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        if not member.isreg() or member.issparse() or not stem:
+            continue
+        if (name := f"{folder}/{stem}") != key or suffix.lower() in members:
+            yield f"{path}: {key.removeprefix('/')}", members
+            key, members = name, {}
+        members[suffix.lower()] = Place(path, member.offset_data, member.size)
+        archive.members = []  # type: ignore[attr-defined]  # a list of millions otherwise
+    yield f"{path}: {key.removeprefix('/')}", members
+
+
+def _record(name: str, members: dict[str, Place], fault: Fault) -> Iterator[ImageRecord]:
+    suffix = next((suffix for suffix in members if _suffix(suffix) in IMAGE_SUFFIXES or suffix in IMAGE_SUFFIXES), None)
+    if suffix is None:
+        return
+    image, caption, label = members[suffix], members.get("txt"), None
+    name = f"{name}.{suffix}"
+    if image.size > MOST_IMAGE_BYTES or (caption and caption.size > MOST_CAPTION_BYTES):
+        fault(name, f"has more than {MOST_IMAGE_BYTES:,} bytes, or its caption more than {MOST_CAPTION_BYTES:,}")
+        return
+    if "cls" in members:
+        content = members["cls"].read() if members["cls"].size <= _MOST_LABEL_BYTES else b""
+        if not content.strip().isdigit():
+            fault(name, f"its .cls is no class number: '{shortened(content.decode('utf-8', 'replace'))}'")
+            return
+        label = int(content)
+    yield ImageRecord(name, image, label, caption)
+
+
+# ---- arrays ----
+
+
+def list_arrays(path: str) -> Listing:
+    """Images of an .npz: `images` uint8 [n, H, W] or [n, H, W, c], and perhaps `labels` [n] of whole numbers,
+    `captions` [n] and `classes` [number of classes] of text."""
+    arrays = _arrays(path)
+    images = arrays.get("images")
+    if (
+        images is None
+        or images.dtype != np.uint8
+        or images.ndim not in (3, 4)
+        or images.shape[3:] not in ((), (1,), (3,))
+    ):
+        found = "none" if images is None else f"{images.dtype} {list(images.shape)}"
+        raise UserError(f"--npz: {path}: `images` must be uint8 [n, H, W] or [n, H, W, 1 or 3], not {found}")
+    kinds = {"labels": "iu", "captions": "U", "classes": "U"}
+    for name, kind in kinds.items():
+        array = arrays.get(name)
+        if array is not None and (array.dtype.kind not in kind or array.ndim != 1):
+            what = "whole numbers" if name == "labels" else "text"
+            raise UserError(f"--npz: {path}: `{name}` must be a list of {what}, not {array.dtype} {list(array.shape)}")
+        if array is not None and name != "classes" and len(array) != len(images):
+            raise UserError(f"--npz: {path}: {len(array)} {name} for {len(images)} images")
+    labels, captions, classes = (arrays.get(name) for name in kinds)
+    records = [
+        ImageRecord(
+            f"{path}: image {number}", image, None if labels is None else int(labels[number]),
+            None if captions is None else str(captions[number]),
+        )
+        for number, image in enumerate(images)
+    ]  # fmt: skip
+    return Listing(records, None if classes is None else [str(name) for name in classes])
+
+
+def _arrays(path: str) -> dict[str, npt.NDArray[Any]]:
+    wanted = ("images", "labels", "captions", "classes")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist() if Path(entry.filename).stem in wanted)
+        if size > psutil.virtual_memory().available:
+            raise UserError(f"--npz: {path} unpacks to {size:,} bytes, more than the free memory; use --images")
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in wanted if name in file}
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or shortened(error, 120)
+        raise UserError(f"--npz: {path} cannot be read ({reason}); write it with numpy.savez") from None

@@ -1,0 +1,307 @@
+"""Folders, webdataset tars and arrays of images become pairs; what is broken is told by name."""
+
+from __future__ import annotations
+
+import io
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron.data import IndexedDataset, image_sources
+from megatron.data.decode import BrokenImageError, decode
+from megatron.errors import run_command
+from prepare_data import main
+from tests.data.image_files import encoded, pixels, write_tar
+
+Prepare = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Prepare:
+    """Runs prepare_data.py for the data set `x` into tmp_path/out; gives its exit code and what it printed."""
+
+    def run(*flags: str | Path) -> tuple[int, str]:
+        words = ["x", "-d", str(tmp_path / "out"), "-t", "CharLevelTokenizer", "--num-workers", "1", *map(str, flags)]
+        capsys.readouterr()
+        code = run_command(lambda: main(words))
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+def pair(folder: Path, kind: str) -> IndexedDataset:
+    return IndexedDataset(folder / "out" / "x" / f"x_{kind}_document")
+
+
+def rows(folder: Path, *kinds: str) -> list[tuple[Any, ...]]:
+    """What belongs together, in the order it was written."""
+    pairs = [pair(folder, kind) for kind in kinds]
+    assert len({len(each) for each in pairs}) == 1
+    return [tuple(each[i].tobytes() for each in pairs) for i in range(len(pairs[0]))]
+
+
+def label(number: int) -> bytes:
+    return np.int32(number).tobytes()
+
+
+def ids(text: str) -> bytes:
+    return np.array([*text.encode(), 0], np.uint16).tobytes()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images of cats and two of dogs, in PNG and JPEG."""
+    root = tmp_path / "animals"
+    for number, name in enumerate(("dog/b.jpeg", "cat/1.png", "cat/deep/2.JPG", "dog/a.png", "cat/3.webp")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        kind = {"png": "PNG", "webp": "WEBP"}.get(name.rpartition(".")[2], "JPEG")
+        (root / name).write_bytes(encoded(pixels(number), kind))
+    (root / "cat" / "notes.md").write_text("not an image")
+    (root / "cat" / ".hidden.png").write_text("nor this")
+    return root
+
+
+def test_a_folder_becomes_images_labels_and_classes(folder: Path, tmp_path: Path, prepare: Prepare) -> None:
+    code, printed = prepare("--images", folder)
+    assert code == 0 and "5 images of 2 classes" in printed and "5/5" in printed
+    files = {
+        path.read_bytes(): path
+        for path in folder.rglob("*.*")
+        if path.suffix.lower() in (".png", ".jpeg", ".jpg", ".webp")
+    }
+    found = rows(tmp_path, "image", "label")
+    assert {content for content, _ in found} == {c for c, path in files.items() if not path.name.startswith(".")}
+    for content, number in found:
+        assert number == label(int("dog" in files[content].parts))
+    assert (tmp_path / "out/x/x_classes.txt").read_text() == "cat\ndog\n"
+    assert pair(tmp_path, "image").dtype == np.uint8 and pair(tmp_path, "label").dtype == np.int32
+
+
+def test_the_order_is_random_and_the_seeds(tmp_path: Path, prepare: Prepare) -> None:
+    np.savez(tmp_path / "a.npz", images=np.stack([pixels(i, 8, 8) for i in range(40)]), labels=np.arange(40) // 10)
+    written = []
+    for flags in ((), (), ("--order-seed", "9"), ("--num-workers", "2")):
+        assert prepare("--npz", tmp_path / "a.npz", *flags)[0] == 0
+        written.append(rows(tmp_path, "image", "label"))
+    assert written[0] == written[1] == written[3] != written[2] and sorted(written[0]) == sorted(written[2])
+    labels = pair(tmp_path, "label").tokens.tolist()
+    assert labels != sorted(labels)
+
+
+def test_arrays_are_kept_to_the_pixel(tmp_path: Path, prepare: Prepare) -> None:
+    grey = pixels(1, 8, 8, 1)[None].repeat(2, 0)
+    grey[1] += 1
+    for images in (grey, grey[..., 0]):
+        names = {"captions": np.array(["a dot", "a line"]), "classes": np.array(["dot", "line", "none"])}
+        np.savez(tmp_path / "a.npz", images=images, labels=np.array([0, 1]), **names)
+        code, printed = prepare("--npz", tmp_path / "a.npz")
+        assert code == 0 and "2 images of 3 classes" in printed
+        for content, number, text in rows(tmp_path, "image", "label", "text"):
+            index = number == label(1)
+            assert np.array_equal(np.asarray(decode(content, 1)), grey[int(index), ..., 0])
+            assert text == ids("a line" if index else "a dot")
+        assert (tmp_path / "out/x/x_classes.txt").read_text() == "dot\nline\nnone\n"
+
+
+def test_shards_are_read_in_place(tmp_path: Path, prepare: Prepare) -> None:
+    content = [encoded(pixels(number), "JPEG") for number in range(4)]
+    members = [
+        {"a/1.jpg": content[0], "a/1.cls": b"2\n", "a/1.txt": b"\xc3\xa9t\xc3\xa9", "a/1.json": b"{}",
+         "b/1.jpg": content[1], "b/1.cls": b"0", "b/1.txt": b"two "},
+        {"../../evil.jpg": content[2], "../../evil.cls": b"1", "../../evil.txt": b"x",
+         "2.b.jpg": content[3], "2.cls": b"1", "2.txt": b"four"},
+    ]  # fmt: skip
+    shards = [write_tar(tmp_path / f"{number}.tar", each) for number, each in enumerate(members)]
+    before = sorted(tmp_path.rglob("*"))
+    code, printed = prepare("--shards", *shards)
+    assert code == 0 and "4 images of 3 classes" in printed
+    expected = [(0, 2, "été"), (1, 0, "two"), (2, 1, "x"), (3, 1, "four")]
+    found = sorted(rows(tmp_path, "image", "label", "text"))
+    assert found == sorted((content[i], label(number), ids(text)) for i, number, text in expected)
+    assert not (tmp_path / "out/x/x_classes.txt").exists(), "a number is no name"
+    assert [path for path in sorted(tmp_path.rglob("*")) if "out" not in path.parts] == before
+
+
+def test_captions_lie_beside_images(tmp_path: Path, prepare: Prepare) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.png").write_bytes(encoded(pixels(len(name))))
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n")
+    assert prepare("--images", tmp_path)[0] == 0
+    assert {text for _, text in rows(tmp_path, "image", "text")} == {ids("one"), ids("two")}
+    assert not (tmp_path / "out/x/x_label_document.idx").exists()
+
+
+def test_what_an_earlier_preparation_left_goes(folder: Path, tmp_path: Path, prepare: Prepare) -> None:
+    assert prepare("--images", folder)[0] == 0
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain/a.png").write_bytes(encoded(pixels(1)))
+    (tmp_path / "plain/a.txt").write_text("a")
+    assert prepare("--images", tmp_path / "plain")[0] == 0
+    kinds = ("image", "text")
+    names = {f"x_{kind}_document{ending}" for kind in kinds for ending in (".bin", ".idx", ".sha256")}
+    assert {path.name for path in (tmp_path / "out/x").iterdir()} == names
+
+
+def test_classes_can_be_given(folder: Path, tmp_path: Path, prepare: Prepare) -> None:
+    (tmp_path / "names.txt").write_text("dog\nbird\ncat\n")
+    code, printed = prepare("--images", folder, "--classes", tmp_path / "names.txt")
+    assert code == 0 and "5 images of 3 classes" in printed
+    assert sorted(pair(tmp_path, "label").tokens.tolist()) == [0, 0, 2, 2, 2]
+    (tmp_path / "names.txt").write_text("dog\n")
+    code, printed = prepare("--images", folder, "--classes", tmp_path / "names.txt")
+    assert code == 2 and "--images: the folder cat is no class of --classes" in printed
+
+
+BROKEN = {
+    "cut off": (encoded(pixels(1), "JPEG")[:500], "cannot be decoded"),
+    "a PNG cut off": (encoded(pixels(1))[:-400], "cannot be decoded"),
+    "text": (b"no image", "is no JPEG, PNG, WEBP, GIF or BMP image"),
+    "empty": (b"", "is no JPEG"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no JPEG"),
+    "16 bits": (encoded(np.ones((4, 4), np.uint16)), "has more than 8 bits a channel"),
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_image_ends_it_or_is_left_out(
+    folder: Path, tmp_path: Path, prepare: Prepare, content: bytes, reason: str
+) -> None:
+    (folder / "cat" / "odd.png").write_bytes(content)
+    code, printed = prepare("--images", folder)
+    [line] = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert code == 2 and "cat/odd.png: " in line and reason in line and "--broken skip" in line
+    assert not list(tmp_path.glob("out/x/*"))
+    code, printed = prepare("--images", folder, "--broken", "skip")
+    assert code == 0 and "odd.png: " in printed and "5 images of 2 classes" in printed and "1 broken images" in printed
+
+
+def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = encoded(np.zeros((40, 40), np.uint8))
+    assert decode(image, 1).size == (40, 40)
+    for limit in (1000, 100):  # Pillow warns of more than the limit, and raises for twice as many
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(BrokenImageError, match=f"has more than {limit:,} pixels"):
+            decode(image)
+
+
+def test_every_mode_becomes_colour_or_grey() -> None:
+    array = pixels(1, 8, 8)
+    image = Image.fromarray(array)
+    for mode in ("1", "L", "P", "RGBA", "LA", "CMYK", "YCbCr"):
+        kind = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
+        file = io.BytesIO()
+        image.convert(mode).save(file, kind)
+        content = file.getvalue()
+        assert decode(content).mode == "RGB" and decode(content, 1).mode == "L"
+
+
+def test_a_turned_photograph_stands_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    assert decode(encoded(pixels(1, 20, 30), "JPEG", exif=exif)).size == (20, 30)
+
+
+def tar_of(folder: Path, **members: bytes) -> str:
+    return write_tar(folder / "a.tar", {name.replace("_", "."): content for name, content in members.items()})
+
+
+def test_faults_of_shards(tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = encoded(pixels(1))
+    cases: list[tuple[dict[str, bytes], str]] = [
+        ({"a_png": good, "a_cls": b"cat"}, "a.tar: a.png: its .cls is no class number: 'cat'"),
+        ({"a_png": good, "a_cls": b"-1"}, "a.png: its .cls is no class number: '-1'"),
+        ({"a_png": good, "a_cls": b"1" * 70}, "a.png: its .cls is no class number"),
+        ({"a_png": good, "a_cls": b"99999999999"}, "a.png: has label 99999999999, and the classes are 0 to 2147483647"),
+        ({"a_png": good, "a_cls": b"1", "b_png": good}, "b.png: has no label, as others have"),
+        ({"a_png": good, "a_txt": b"1", "b_png": good}, "b.png: has no caption, as others have"),
+        ({"a_png": good, "a_txt": b"\xff\xfe"}, "a.png: its caption is not UTF-8 text"),
+        ({"a_png": good, "a_txt": b" \n"}, "a.png: has an empty caption"),
+        ({"a_png": good}, "a.png and all other images have neither a label nor a caption"),
+        ({"a_cls": b"1"}, "no images were found"),
+    ]
+    for members, message in cases:
+        code, printed = prepare("--shards", tar_of(tmp_path, **members))
+        assert code == 2 and message in printed, printed
+    monkeypatch.setattr(image_sources, "MOST_IMAGE_BYTES", 10)
+    code, printed = prepare("--shards", tar_of(tmp_path, a_png=good, a_cls=b"1"))
+    assert code == 2 and "a.png: has more than 10 bytes" in printed
+
+
+def test_damaged_shards(tmp_path: Path, prepare: Prepare) -> None:
+    members = {"a_png": encoded(pixels(1)), "a_cls": b"1", "b_png": encoded(pixels(2)), "b_cls": b"0"}
+    whole = Path(tar_of(tmp_path, **members)).read_bytes()
+    second = whole.index(b"b.png")
+    scrawled = whole[:second] + b"\1" * 512 + whole[second + 512 :]
+    damaged = {"no tar": b"text" * 500, "cut off": whole[: second + 700], "scrawled over": scrawled}
+    for name, content in damaged.items():
+        (tmp_path / "bad.tar").write_bytes(content)
+        code, printed = prepare("--shards", tmp_path / "bad.tar")
+        assert code == 2 and "bad.tar cannot be read" in printed and printed.count("error:") == 1, name
+    assert prepare("--shards", tmp_path / "none.tar")[0] == 2
+
+
+def test_links_in_a_tar_are_not_followed(tmp_path: Path, prepare: Prepare) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("a.png", "a.cls"):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/hostname"
+            archive.addfile(entry)
+    code, printed = prepare("--shards", tmp_path / "a.tar")
+    assert code == 2 and "no images were found" in printed
+
+
+def test_faults_of_arrays(tmp_path: Path, prepare: Prepare) -> None:
+    images = np.stack([pixels(i, 4, 4) for i in range(3)])
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"labels": np.arange(3)}, "`images` must be uint8 [n, H, W]"),
+        ({"images": images.astype(float), "labels": np.arange(3)}, "not float64 [3, 4, 4, 3]"),
+        ({"images": images, "labels": np.arange(2)}, "2 labels for 3 images"),
+        ({"images": images, "labels": np.ones(3)}, "`labels` must be a list of whole numbers, not float64 [3]"),
+        ({"images": images, "labels": np.array([0, -1, 2])}, "image 1: has label -1, and the classes are 0 to"),
+        ({"images": images, "labels": np.arange(3), "classes": np.array(["a", "b"])},
+         "image 2: has label 2, and the classes are 0 to 1"),
+        ({"images": images, "labels": np.array([{}, {}, {}])}, "cannot be read (Object arrays cannot be loaded"),
+    ]  # fmt: skip
+    for arrays, message in cases:
+        np.savez(tmp_path / "a.npz", **arrays)
+        code, printed = prepare("--npz", tmp_path / "a.npz")
+        assert code == 2 and message in printed, printed
+    (tmp_path / "a.npz").write_bytes(b"PK no zip")
+    code, printed = prepare("--npz", tmp_path / "a.npz")
+    assert code == 2 and "a.npz cannot be read (" in printed
+
+
+def test_faults_of_flags(folder: Path, tmp_path: Path, prepare: Prepare) -> None:
+    cases: list[tuple[list[str], str]] = [
+        (["--images", str(folder), "--npz", "a.npz"], "--npz: --images is given too; keep one of them"),
+        (["--images", str(folder), "--name", "a/b"], "the data set needs a name without slashes"),
+        (["--images", str(tmp_path / "none")], "--images: no such folder"),
+        (["--images", str(folder), "--order-seed", "-1"], "--order-seed: -1 is not from 0"),
+        (["--images", str(folder), "--classes", str(folder / "cat/notes.md")], "the folder cat is no class"),
+    ]
+    for flags, message in cases:
+        code, printed = prepare(*flags)
+        assert code == 2 and message in printed, printed
+    (folder / "loose.png").write_bytes(encoded(pixels(1)))
+    code, printed = prepare("--images", folder)
+    assert code == 2 and "loose.png lies beside the folders of classes" in printed
+
+
+def test_without_pillow_the_line_that_installs_it_is_told(
+    folder: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [
+        name for name in sys.modules if name == "PIL" or name.startswith(("PIL.", "megatron.data.prepare_im"))
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "megatron.data.decode")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    code, printed = prepare("--images", folder)
+    assert code == 2 and "pip install -r requirements/requirements-vision.txt" in printed
