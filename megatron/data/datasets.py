@@ -61,7 +61,7 @@ def build_datasets(
     saved, blocks = epoch_blocks or {}, dict[str, list[int]]()
     built: dict[str, AnyDataset | None] = {}
     for name, count in zip(SPLIT_NAMES, samples, strict=True):
-        parts = _parts(data, name) if count else []
+        parts = parts_of(data, name) if count else []
         build = _Builder(data, seq_length, seed, name, saved)
         built[name] = build(parts, count) if parts else None
         # A set that is not built now, as the validation set of a run without evaluation, keeps its order for later.
@@ -71,19 +71,21 @@ def build_datasets(
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
+    """The documents [first, end) of a corpus."""
+
     indexed: IndexedDataset
     documents: tuple[int, int]
 
 
-def _parts(data: DataConfig, name: str) -> list[_Part]:
+def parts_of(data: DataConfig, name: str) -> list[Part]:
     """What the split `name` is made of; empty when an optional one has nothing."""
     if data.data_path:
-        return _parts_of_split(data.data_path, data.split, name)
+        return _of_split(data.data_path, data.split, name)
     paths: list[str] | None = getattr(data, f"{name}_data_paths")
     if paths:
         opened = [IndexedDataset(path) for path in paths]
-        return [_Part(indexed, (0, len(indexed))) for indexed in opened]
+        return [Part(indexed, (0, len(indexed))) for indexed in opened]
     if name == "test":
         return []
     if not data.train_data_paths:
@@ -91,11 +93,11 @@ def _parts(data: DataConfig, name: str) -> list[_Part]:
     raise UserError(f"{name}_data_paths: missing; give {name}_data_paths, or eval_iters: 0 for no validation")
 
 
-def _parts_of_split(prefix: str, split: str, name: str) -> list[_Part]:
+def _of_split(prefix: str, split: str, name: str) -> list[Part]:
     indexed = IndexedDataset(prefix)
     first, end = split_documents(split, len(indexed))[SPLIT_NAMES.index(name)]
     if end > first:
-        return [_Part(indexed, (first, end))]
+        return [Part(indexed, (first, end))]
     if name == "test":
         get_logger().info(f"split: '{split}' of {len(indexed)} documents leaves no test documents; no test set")
         return []
@@ -115,7 +117,7 @@ class _Builder:
     name: str
     saved: Mapping[str, Sequence[int]]
 
-    def __call__(self, parts: list[_Part], count: int) -> AnyDataset:
+    def __call__(self, parts: list[Part], count: int) -> AnyDataset:
         weights = self._weights(parts)
         period = self._period(count) if len(parts) > 1 else None
         # A period's choices are rounded; what that adds grows with the number of periods.
@@ -133,7 +135,7 @@ class _Builder:
             )  # fmt: skip
         return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, weights.tolist(), count, period)
 
-    def _weights(self, parts: list[_Part]) -> npt.NDArray[np.float64]:
+    def _weights(self, parts: list[Part]) -> npt.NDArray[np.float64]:
         if self.data.weight_by_num_documents:
             return weights_by_documents([len(part.indexed) for part in parts], self.data.weighted_sampler_alpha)
         given = getattr(self.data, f"{self.name}_data_weights") if not self.data.data_path else None

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils import signal_handling
 
+from megatron.errors import UserError
 from megatron.log import get_logger
 from megatron.mpu.device import uses_gpu
 from megatron.signals import blocked, follow_parent
@@ -88,14 +89,31 @@ def batches(
 
 
 def _collated(collate: Collate, size: int, samples: list[Any]) -> Any:
-    return collate(samples, size)
+    mistakes = [sample for sample in samples if isinstance(sample, UserError)]
+    return mistakes[0] if mistakes else collate(samples, size)
+
+
+class _Reporting(Dataset[Any]):
+    """A data set in a worker: a user's mistake takes the place of the sample, since torch would make a traceback of it.
+
+    `_until_lost` raises it in the process that trains.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._dataset[index]
+        except UserError as error:
+            return error
 
 
 def _loader(
     dataset: Any, sampler: MicroBatchSampler, num_workers: int, collate: Callable[[list[Any]], Any]
 ) -> DataLoader[Any]:
     return DataLoader(
-        dataset,
+        _Reporting(dataset) if num_workers else dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=collate,
@@ -152,6 +170,9 @@ def _until_lost(stream: Any) -> Iterator[Any]:
                 raise
             _abandon(stream)
             raise _WorkerLost(f"a loader worker has ended (exit code {ends[0]})") from None
+        if isinstance(batch, UserError):
+            _abandon(stream)  # torch would wait for them, ten seconds or so, whenever the exception is gone
+            raise batch
         yield batch
 
 
