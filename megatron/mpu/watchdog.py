@@ -50,7 +50,7 @@ class Watchdog:
         self._folder: Path | None = None
         self._on_missing: OnMissing | None = None
         self._stopped, self._settled, self._ending = threading.Event(), threading.Event(), threading.Lock()
-        self._count, self._ticks, self._silence = -1, 0, 0
+        self._count, self._ticks, self._silence, self._is_writing = -1, 0, 0, False
         self._late, self._timed_out, self._suspicion, self._lost_store = "", "", "", ""
         self._called, self._since_call, self._answered = False, 0.0, peers.world_size if peers else 1
         self._host_of_first: str | None = None
@@ -122,7 +122,7 @@ class Watchdog:
             progress = self.progress
             if progress.count != self._count:
                 self._count, self._ticks, self._late = progress.count, 0, ""
-            self._ticks, self._silence = self._ticks + 1, self._silence + 1
+            self._ticks, self._silence = self._ticks + 1, 0 if self._is_writing else self._silence + 1
             if self._is_at_work():
                 self._look()
 
@@ -240,7 +240,9 @@ class Watchdog:
         )  # fmt: skip
 
     def _write_stacks(self, title: str) -> None:
+        self._is_writing = True
         write_stacks(self._folder, self._peers.rank if self._peers else 0, title)
+        self._is_writing = False
 
     def _is_at_work(self) -> bool:
         """Would this process be missed? So is one that rests because a collective failed, and has to learn why."""

@@ -89,7 +89,7 @@ def ended_by_its_watchdog(how: str, file: Path) -> None:
     os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 2)
     connect_world("gloo", SHORT if how == "hang" else timedelta(minutes=5))
     layout = Layout.for_world(dist.get_rank(), 2)
-    processes.watchdog_of(layout).begin("evaluation", Limits(heartbeat=1.0))
+    processes.watchdog_of(layout).begin("evaluation", Limits(heartbeat=2.0))
     with abandoned_on_error():
         if layout.rank == 1 and how == "error":
             raise ZeroDivisionError
