@@ -6,10 +6,9 @@ the rest is there once. Each rank makes a number of every tensor's bits, and the
 
 from __future__ import annotations
 
-import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from megatron.engine.base import Engine
 from megatron.errors import MachineError
+from megatron.failures import Failure, node_name, record_failure
 from megatron.log import get_logger
 from megatron.mpu import Layout
 from megatron.mpu.collectives import gather, gather_objects
@@ -51,10 +51,11 @@ class ReplicaCheck:
     Args:
         engine: of the run.
         interval: iterations between checks; None: no checks.
+        folder: of the run's checkpoints, where failures are recorded; None: nowhere.
     """
 
-    def __init__(self, engine: Engine, interval: int | None) -> None:
-        self._engine, self._interval, self._checked = engine, interval, -1
+    def __init__(self, engine: Engine, interval: int | None, folder: str | None = None) -> None:
+        self._engine, self._interval, self._folder, self._checked = engine, interval, folder, -1
         if interval and engine.layout.data.size == 1:
             get_logger().info("check_replicas_interval: there is one data rank, and nothing to compare")
             self._interval = None
@@ -74,8 +75,14 @@ class ReplicaCheck:
         differing = (everyone != everyone[0]).any(dim=0).tolist()
         if self._engine.any_rank(any(differing)):
             found = {name: everyone[:, place].tolist() for place, name in enumerate(held) if differing[place]}
-            layout, odd = self._engine.layout, _odd_ranks(found)
-            raise MachineError(_told_to_all(found, odd, iteration, layout), is_here=layout.data.rank in odd)
+            self._fail(found, iteration)
+
+    def _fail(self, found: Mapping[str, Sequence[int]], iteration: int) -> NoReturn:
+        layout, odd = self._engine.layout, _odd_ranks(found)
+        message, is_here = _told_to_all(found, odd, iteration, layout), layout.data.rank in odd
+        if is_here and len(odd) < layout.data.size and self._folder is not None:
+            record_failure(self._folder, Failure(node_name(), layout.rank, message, iteration))
+        raise MachineError(message, is_here)
 
     def _held(self) -> Iterator[tuple[str, Tensor]]:
         """What every data rank has, by name, in the same order."""
@@ -106,7 +113,7 @@ def _odd_ranks(found: Mapping[str, Sequence[int]]) -> list[int]:
 
 def _told_to_all(found: Mapping[str, Sequence[int]], odd: Sequence[int], iteration: int, layout: Layout) -> str:
     """What differs where, the same words on every rank. Collective over the world."""
-    places = gather_objects(f"rank {layout.rank} ({socket.gethostname()})", layout.data)
+    places = gather_objects(f"rank {layout.rank} ({node_name()})", layout.data)
     world = Axis(layout.world_size, layout.rank, dist.group.WORLD)
     told = [line for line in gather_objects(_difference(list(found), odd, places) if found else "", world) if line]
     return (

@@ -130,7 +130,7 @@ class Trainer:
         """Watch for what goes wrong in silence."""
         training = config.training
         self._skips = [*(training.skip_iterations or ()), *self.state.skips]
-        self._replicas = ReplicaCheck(self.engine, training.check_replicas_interval)
+        self._replicas = ReplicaCheck(self.engine, training.check_replicas_interval, config.checkpoint.save)
         if training.spikes.action != "none":
             folder = config.checkpoint.save or config.logging.log_dir
             guard = SpikeGuard(training.spikes, training, self._task.loss_name, self.state, self.data, folder)

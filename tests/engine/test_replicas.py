@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from megatron.config import RunConfig
 from megatron.engine.base import Engine
 from megatron.engine.replicas import fingerprint
 from megatron.errors import MachineError
+from megatron.failures import node_name, read_failures
 from megatron.training.loop import train
 from tests.ranks import run_ranks
 
@@ -93,14 +93,16 @@ def test_the_odd_one_out_is_named(tiny_config: MakeConfig, tmp_path: Path, name:
         assert ends == {"iteration 6"}
         return
     [end] = ends
-    place, tensor = f"({socket.gethostname()})", found[rank][1]
+    place, tensor = f"({node_name()})", found[rank][1]
     assert f"check_replicas_interval: iteration {told}: " in end and tensor and tensor in end
     if world == 4 and "pp" not in name:
         assert f": rank {rank} {place} differs from the other data ranks in " in end
         assert [is_here for *_, is_here in found] == [number == rank for number in range(4)]
+        [failure] = read_failures(tmp_path)
+        assert (failure.node, failure.rank, failure.iteration) == (node_name(), rank, told) and failure.reason == end
     else:  # of two nobody can tell which one it is
         assert f"rank {rank - rank % 2} {place}, rank {rank - rank % 2 + 1} {place} differ in " in end
-        assert "cannot be told" in end
+        assert "cannot be told" in end and not read_failures(tmp_path)
         assert [is_here for *_, is_here in found] == [number // 2 == rank // 2 for number in range(world)]
     assert {count for _, _, count, _ in found} == {told} and not list(tmp_path.glob("global_step*"))
 
