@@ -51,13 +51,9 @@ def _tensor_axis(model: ModelSection, ranks: int, sequence_parallel: bool) -> It
         if tokens is not None and tokens < ranks:
             reason = f"{tokens} parameter tokens for model_parallel_size {ranks}"
             yield ConfigError(key, reason, "each rank needs one", beside=["model_parallel_size"])
-    if sequence_parallel and model.tokens_per_sample() % ranks:
-        yield ConfigError(
-            "sequence_parallel",
-            f"seq_length {model.tokens_per_sample()} is no multiple of model_parallel_size {ranks}",
-            "change one of them or set sequence_parallel: false",
-            beside=["seq_length", "model_parallel_size"],
-        )
+    fault = model.cannot_shard_tokens(ranks) if sequence_parallel else None
+    if fault is not None:
+        yield fault
 
 
 def find_training_mistakes(config: RunConfig) -> Iterator[ConfigError]:

@@ -15,8 +15,8 @@ from megatron.config.checks import find_setting_mistakes, find_training_mistakes
 from megatron.config.explain import explain
 from megatron.config.hostfile import find_host_mistakes
 from megatron.config.load import Resolved, resolve_config
-from megatron.config.reference import all_keys, section_title
-from megatron.config.schema import SECTIONS, RunConfig
+from megatron.config.reference import SHOWN_SECTIONS, all_keys, section_title
+from megatron.config.schema import RunConfig
 from megatron.config.yaml_file import Setting
 from megatron.errors import UserError
 from megatron.files import refuse_inputs
@@ -178,7 +178,7 @@ def describe_keys() -> str:
     """All config keys by section, with type, default and meaning, as `--help` prints them."""
     lines = ["config keys (in YAML files as `key: value`, or with --set key=value):"]
     keys = list(all_keys())
-    for section in SECTIONS:
+    for section in SHOWN_SECTIONS:
         lines += ["", f"{section}: {section_title(section)}"]
         for key in keys:
             if key.section == section:

@@ -218,9 +218,10 @@ def _find_unknown(settings: dict[str, Setting], findings: Findings, models: Coll
             continue
         del settings[key]
         near = nearest(key, known) if len(findings.errors) < _MOST_SUGGESTIONS else []
+        owners = [task for task, section in MODEL_SECTIONS.items() if key in keys_of(section)]
         advice = f"did you mean {near[0]}?" if near else "`python train.py --help` lists all keys"
-        findings.add(setting.mistake("unknown key", advice))
-        findings.bad.update(near)
+        findings.add(setting.mistake("unknown key", f"it is of task {owners[0]}" if owners else advice))
+        findings.bad.update(() if owners else near)
 
 
 def _derive(config: RunConfig) -> tuple[RunConfig, dict[str, str]]:

@@ -25,7 +25,11 @@ from megatron.config.build import section_class
 from megatron.config.neox_keys import ALIASES, IGNORED, REFUSED, Rule
 from megatron.config.schema import SECTIONS
 from megatron.config.sections.images import ImagesConfig
+from megatron.config.sections.vision import ImageConfig
 from megatron.files import write_output
+
+SHOWN_SECTIONS = (SECTIONS[0], "vision", *SECTIONS[1:])
+"""Those of a configuration, and what the model section of image runs has besides."""
 
 DEFAULT_PATH = Path("docs/configuration.md")
 
@@ -42,8 +46,8 @@ underscores are equal (`vocab-file`, `vocab_file`), `.yml` may be left off on th
   merged key by key; lists and plain values are replaced; `key: null` takes an earlier value back.
 - `include: base.yml` (or a list) merges other files first; paths are relative to the including file, and a file that
   was merged before is not merged again. An `include` that names no YAML file is the launcher's (nodes to use).
-- `task` says what a run learns: `language`, which needs not be said, or a task of your own (see CONTRIBUTING.md), whose
-  model section is in the place of the one here.
+- `task` says what a run learns: `language`, which needs not be said; `image_classification`, whose keys `vision` and
+  `images` below lists; or a task of your own (see CONTRIBUTING.md), whose model section is in the place of these.
 - `--set key=value` overrides everything; the value is YAML and the key may be dotted: `--set optimizer.params.lr=1e-3`.
 - `--explain` prints every value with the file and line it came from, what is ignored and why.
 - Paths of data, checkpoints and tokenizers are relative to the working directory. `~`, `$NAME` and `${NAME}` in them,
@@ -69,8 +73,10 @@ class Key:
 
 def all_keys() -> Iterator[Key]:
     """Every key of the sections in order, those of tables with dotted names."""
-    for section in SECTIONS:
-        yield from _keys_of(section, _shown_class(section), "")
+    of_language = set(section_class("model").model_fields)
+    for section in SHOWN_SECTIONS:
+        found = _keys_of(section, _shown_class(section), "")
+        yield from (key for key in found if section != "vision" or key.name == "pos_emb" or key.name not in of_language)
 
 
 def section_title(section: str) -> str:
@@ -79,16 +85,17 @@ def section_title(section: str) -> str:
 
 
 def _shown_class(section: str) -> type[BaseModel]:
-    return ImagesConfig if section == "images" else section_class(section)
+    of_images: dict[str, type[BaseModel]] = {"vision": ImageConfig, "images": ImagesConfig}
+    return of_images.get(section) or section_class(section)
 
 
 def render() -> str:
     """The text of docs/configuration.md."""
     parts = [_INTRODUCTION]
-    rows: dict[str, list[list[str]]] = {name: [] for name in SECTIONS}
+    rows: dict[str, list[list[str]]] = {name: [] for name in SHOWN_SECTIONS}
     for key in all_keys():
         rows[key.section].append([f"`{key.name}`", key.type, f"`{key.default}`", key.meaning])
-    for name in SECTIONS:
+    for name in SHOWN_SECTIONS:
         header = ["key", "type", "default", "meaning"]
         parts.append(f"## {name}\n\n{section_title(name)}\n\n{_table(header, rows[name])}")
     aliases = [[f"`{alias}`", f"`{key}`"] for alias, key in sorted(ALIASES.items())]

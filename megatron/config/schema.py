@@ -18,13 +18,20 @@ from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.config.sections.generation import GenerationConfig
 from megatron.config.sections.launch import LaunchConfig
 from megatron.config.sections.logging import LoggingConfig
-from megatron.config.sections.model import ModelConfig, ModelSection, language_section, model_section
+from megatron.config.sections.model import (
+    MODEL_SECTIONS,
+    ModelConfig,
+    ModelSection,
+    language_section,
+    model_section,
+)
 from megatron.config.sections.optimization import OptimizationConfig
 from megatron.config.sections.parallel import ParallelConfig
 from megatron.config.sections.precision import PrecisionConfig
 from megatron.config.sections.scaling import ScalingConfig
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.config.sections.training import TrainingConfig
+from megatron.config.sections.vision import ImageConfig
 from megatron.config.update_size import UpdateSize
 from megatron.errors import UserError
 
@@ -32,6 +39,9 @@ SECTIONS = (
     "model", "optimization", "precision", "parallel", "scaling", "training", "data", "images", "tokenizer",
     "checkpoint", "logging", "launch", "evaluation", "generation",
 )  # fmt: skip
+
+
+MODEL_SECTIONS[ImageConfig.task] = ImageConfig
 
 
 class RunConfig(Section):

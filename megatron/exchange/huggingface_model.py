@@ -131,7 +131,7 @@ def select_backend(name: str, device_type: str, recompute_scores: bool = False) 
     return "reference", joint_reference
 
 
-def select_attention(name: str) -> AttentionFunction:
+def select_attention(name: str, causal: bool = True) -> AttentionFunction:
     """torch's scaled_dot_product_attention, on every device."""
     return sdpa_attention
 

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from megatron.config.sections.model import ModelConfig, ModelSection
+from megatron.config.sections.model import BlocksSection, ModelConfig, ModelSection
 from megatron.config.sections.mup import MupKeys
 
 _PACKAGE = "megatron"
 _MODEL, _CONFIG = "megatron.exchange.huggingface_model", ModelConfig.__module__
 _CONFIG_CLASS = "TokenFormerConfig"
+_SECTIONS = (ModelConfig.__name__, BlocksSection.__name__)  # in whose place the export's class is put
 CONFIGURATION, MODELING = "configuration_tokenformer", "modeling_tokenformer"
 
 # Names that transformers has a word of its own for; None: not in the export's configuration.
@@ -133,7 +134,7 @@ class _Bundle:
         if name in _parse(self.root).definitions:
             module = self.root
         parsed = _parse(module)
-        if name == ModelConfig.__name__ or (name not in parsed.definitions and name not in parsed.imports):
+        if name in _SECTIONS or (name not in parsed.definitions and name not in parsed.imports):
             return  # the export's own class, a builtin or a local name
         if name not in parsed.definitions:
             self._add_import(name, *parsed.imports[name])
@@ -166,7 +167,7 @@ class _Bundle:
         """The file."""
         imports = sorted(self.imports, key=lambda line: (line.startswith("from"), line))
         body = "\n".join(imports) + "\n\n\n" + "\n\n\n".join(self.texts) + "\n"
-        return _HEADER.format(title=title) + re.sub(rf"\b{ModelConfig.__name__}\b", _CONFIG_CLASS, body)
+        return _HEADER.format(title=title) + re.sub(rf"\b({'|'.join(_SECTIONS)})\b", _CONFIG_CLASS, body)
 
 
 def modeling_source() -> str:
@@ -183,7 +184,8 @@ def configuration_source() -> str:
     bundle, section = _Bundle(_CONFIG), _parse(_CONFIG)
     bundle.imports |= {"from typing import Any", "from transformers import PreTrainedConfig"}
     parts = [_CONFIG_HEAD + "\n".join(_field_lines())]
-    for node in (node for cls in (ModelSection, ModelConfig) for node in ast.walk(section.definitions[cls.__name__])):
+    classes = (ModelSection, BlocksSection, ModelConfig)
+    for node in (node for cls in classes for node in ast.walk(section.definitions[cls.__name__])):
         if isinstance(node, ast.FunctionDef) and "property" in map(ast.unparse, node.decorator_list):
             bundle.add_used(_CONFIG, node)
             parts.append(section.text(node))

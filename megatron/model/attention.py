@@ -1,4 +1,4 @@
-"""Causal self-attention with rotary positions; its four projections are Pattention or linear layers.
+"""Self-attention, causal or of all tokens to all; its four projections are Pattention or linear layers.
 
 Legend: b batch, s sequence, d hidden size, h heads of this tensor rank (all of them without tensor parallelism).
 """
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import BlocksSection
 from megatron.model.joint import project
 from megatron.mpu.layout import ALONE, Axis
 from megatron.mpu.random import own_stream
@@ -67,6 +67,14 @@ class RotaryEmbedding:
         return self._last[1]
 
 
+def _rotary_of(config: Any) -> RotaryEmbedding | None:
+    """The tables of a model section that has rotary positions."""
+    if not getattr(config, "rotary_dim", 0):
+        return None
+    length = config.max_position_embeddings or config.seq_length
+    return RotaryEmbedding(config.rotary_dim, config.rotary_emb_base, length)
+
+
 class SelfAttention(nn.Module):
     """proj(attention(query(x), key(x), value(x))).
 
@@ -76,25 +84,24 @@ class SelfAttention(nn.Module):
             last takes this tensor rank's share of the channels: its heads.
         attention_backend: sdpa or flash_attn.
         axis: the tensor ranks, each of which computes a share of the heads.
+        causal: tokens do not look at those behind them.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: BlocksSection,
         projection: Callable[[str], Any],
         attention_backend: str = "sdpa",
         axis: Axis = ALONE,
+        causal: bool = True,
     ) -> None:
         super().__init__()
         self.axis, self.dropout = axis, config.attention_dropout
         first, last = axis.share(config.num_attention_heads)
         self.num_heads = last - first
         self.query, self.key, self.value, self.proj = (projection(name) for name in ("query", "key", "value", "proj"))
-        self.rotary = None
-        if config.rotary_dim:
-            length = config.max_position_embeddings or config.seq_length
-            self.rotary = RotaryEmbedding(config.rotary_dim, config.rotary_emb_base, length)
-        self._attend = select_attention(attention_backend)
+        self.rotary = _rotary_of(config)
+        self._attend = select_attention(attention_backend, causal)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """x [b, s, d] -> [b, s, d]; with sequence parallelism both are this rank's share of the s tokens."""

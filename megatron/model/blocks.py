@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.config.sections.model import TOKENFORMER, ModelConfig
+from megatron.config.sections.model import TOKENFORMER, BlocksSection
 from megatron.model.attention import LayerCache, SelfAttention
 from megatron.model.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.model.norms import build_norm
 from megatron.model.pattention import Pattention
 from megatron.mpu.collectives import Form
 from megatron.mpu.layout import SINGLE, Layout
-from megatron.mpu.random import dropout
+from megatron.mpu.random import drop_path, dropout
 from megatron.mpu.roles import Feeds, Projection
 
 _PROJECTIONS: dict[str, Projection] = {"query": "qkv", "key": "qkv", "value": "qkv", "proj": "proj", "mlp": "ffn"}
@@ -50,7 +50,7 @@ class BuildOptions:
 class MLP(nn.Module):
     """The Transformer's feed-forward: activation(x W_in + b) W_out + b."""
 
-    def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
+    def __init__(self, config: BlocksSection, options: BuildOptions) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
         axis, stream, device = options.layout.tensor, options.stream, options.device
@@ -64,7 +64,7 @@ class MLP(nn.Module):
         return self.fc_out(self.activation(self.fc_in(x)))
 
 
-def token_segments(config: ModelConfig, block: int, name: str) -> list[int]:
+def token_segments(config: BlocksSection, block: int, name: str) -> list[int]:
     """Tokens of each stage of growth in the Pattention `query`, `key`, `value`, `proj` or `mlp` of a block."""
     if config.token_segments:
         return list(config.token_segments[_PROJECTIONS[name]][block])
@@ -80,13 +80,23 @@ class Block(nn.Module):
         config: the model.
         index: which block of config.layer_kinds this is.
         options: backends and device.
+        causal: attention is.
+        drop_path: probability that a sample skips one of the branches in training.
     """
 
     attention_class: type[SelfAttention] = SelfAttention
 
-    def __init__(self, config: ModelConfig, index: int, options: BuildOptions) -> None:
+    def __init__(
+        self,
+        config: BlocksSection,
+        index: int,
+        options: BuildOptions,
+        causal: bool = True,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         self.parallel_residual, self.dropout, self.layout = config.gpt_j_residual, config.hidden_dropout, options.layout
+        self.drop_path = drop_path
         width, device, stream = config.hidden_size, options.device, options.stream
         axis = self.layout.tensor
 
@@ -116,7 +126,7 @@ class Block(nn.Module):
         is_tokenformer = config.layer_kinds[index] == TOKENFORMER
         projection = pattention if is_tokenformer else linear
         self.input_layernorm = build_norm(config.norm, config, device, self.layout)
-        self.attention = self.attention_class(config, projection, options.attention_backend, axis)
+        self.attention = self.attention_class(config, projection, options.attention_backend, axis, causal)
         self.post_attention_layernorm = build_norm(config.norm, config, device, self.layout)
         self.mlp = pattention("mlp") if is_tokenformer else MLP(config, options)
 
@@ -129,4 +139,4 @@ class Block(nn.Module):
         return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
-        return dropout(x, self.dropout, self.training, self.layout)
+        return drop_path(dropout(x, self.dropout, self.training, self.layout), self.drop_path, self.training)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from megatron.config.sections.model import ModelConfig, ModelSection
+from megatron.config.sections.vision import ImageConfig
 from megatron.model.blocks import BuildOptions
 from megatron.model.language_model import LanguageModel, layer_specs
 from megatron.model.layered import LayeredModel, LayerLists
+from megatron.model.vision_model import VisionModel, vision_layer_lists
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,15 @@ def _language_model(config: ModelConfig, options: BuildOptions, **keywords: Any)
     )  # fmt: skip
 
 
-LANGUAGE = Architecture(lambda config, options: {"": layer_specs(config, options)}, _language_model)
+def _vision_model(config: ImageConfig, options: BuildOptions, **keywords: Any) -> VisionModel:
+    lists = vision_layer_lists(config, replace(options, device="meta"))
+    return VisionModel(config, lists, layout=options.layout, **keywords)
 
-ARCHITECTURES: dict[type[ModelSection], Architecture] = {ModelConfig: LANGUAGE}
+
+LANGUAGE = Architecture(lambda config, options: {"": layer_specs(config, options)}, _language_model)
+IMAGES = Architecture(vision_layer_lists, _vision_model)
+
+ARCHITECTURES: dict[type[ModelSection], Architecture] = {ModelConfig: LANGUAGE, ImageConfig: IMAGES}
 """By model section. megatron.tasks.register adds to it."""
 
 

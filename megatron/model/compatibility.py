@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -18,11 +18,16 @@ from megatron.model.pattention import named_pattentions
 from megatron.mpu.roles import role_of
 
 
-def _responsible_keys(name: str, parameter: Tensor) -> tuple[str, str]:
-    """The configuration keys that set the first and the second dimension of a parameter."""
+def _responsible_keys(name: str, parameter: Tensor, sizes: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
+    """The configuration keys that set the first and the second dimension of a parameter.
+
+    sizes: those of a model section, by role.
+    """
     role = role_of(parameter)
-    if role.what in ("embedding", "head"):
-        return "padded_vocab_size", "hidden_size"
+    if role.what in sizes:
+        return sizes[role.what]
+    if name.startswith("head.") and "head" in sizes:
+        return sizes["head"]
     if role.what in ("key_tokens", "value_tokens"):
         return f"{role.projection}_slot_num", "hidden_size"
     if "fc_in" in name:
@@ -33,10 +38,12 @@ def _responsible_keys(name: str, parameter: Tensor) -> tuple[str, str]:
 def _key_of_missing(name: str) -> str:
     if name.startswith("layers."):
         return "norm" if "layernorm" in name else "num_layers, attention_config or use_bias_in_attn_linear"
+    if name == "embedding.class_token":
+        return "class_token"
     return "no_weight_tying" if name.startswith("head.") else "final_norm"
 
 
-def check_fit(model: nn.Module, tensors: Tensors, source: str) -> None:
+def check_fit(model: LayeredModel, tensors: Tensors, source: str) -> None:
     """Raise a UserError unless `tensors` has every parameter of `model`, in its shape, and nothing else.
 
     Args:
@@ -52,7 +59,7 @@ def check_fit(model: nn.Module, tensors: Tensors, source: str) -> None:
             raise UserError(f"{source} has no tensor {name}; does {_key_of_missing(name)} fit this checkpoint?")
         found, shape = shapes[name], tuple(parameter.shape)
         if found != shape:
-            keys = _responsible_keys(name, parameter)
+            keys = _responsible_keys(name, parameter, model.config.sizes)
             axis = next((i for i, (a, b) in enumerate(zip(found, shape, strict=False)) if a != b), 0)
             raise UserError(
                 f"{source}: {name} has shape {list(found)}, the configuration makes it {list(shape)}; "
@@ -65,9 +72,10 @@ def check_fit(model: nn.Module, tensors: Tensors, source: str) -> None:
 
 # Keys that may differ between training and use without changing what the tensors mean.
 _FREE_KEYS = {
-    "seq_length", "max_position_embeddings", "hidden_dropout", "attention_dropout", "init_method", "init_method_std",
-    "output_layer_init_method", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
-    "attention_config", "final_norm", "token_segments", *MupKeys.model_fields,
+    "seq_length", "max_position_embeddings", "hidden_dropout", "attention_dropout", "drop_path_rate",
+    "init_method", "init_method_std", "output_layer_init_method", "vocab_size", "padded_vocab_size",
+    "make_vocab_size_divisible_by", "attention_config", "final_norm", "token_segments",
+    *MupKeys.model_fields,
 }  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """Initialisation of every parameter, the same for every layout.
 
-| parameter                                              | initialisation                     |
-|--------------------------------------------------------|------------------------------------|
-| Pattention keys; embedding; head; linear q, k, v, fc_in | init_method                        |
-| Pattention values; linear proj, fc_out                 | output_layer_init_method           |
-| norm weights and scales                                | 1                                  |
-| biases                                                 | 0                                  |
+| parameter                                                      | initialisation           |
+|----------------------------------------------------------------|--------------------------|
+| Pattention keys; embedding; input; head; linear q, k, v, fc_in | init_method              |
+| Pattention values; linear proj, fc_out                         | output_layer_init_method |
+| norm weights and scales                                        | 1                        |
+| vectors of positions                                           | normal                   |
+| biases, vectors before those of the data                       | 0                        |
 
 With `use_mup` these are the values of the base model, and megatron.model.mup has the factors from it to this one.
 
@@ -64,7 +65,7 @@ def initial_value(name: str, parameter: Tensor, config: ModelSection, seed: int)
     """The whole fp32 value that `parameter`, whose canonical name is `name`, starts with, on the CPU."""
     shape, role = whole_shape(parameter), role_of(parameter)
     if role.is_vector:
-        return torch.full(shape, 0.0 if role.what == "bias" else mup_scale(role, config).initial)
+        return _initial_vectors(name, shape, role, config, seed)
     settings = config.initialisation()
     method = settings.output if role.what in _OUTPUTS else settings.method
     std, generator = init_std(method, role, shape, config), parameter_generator(seed, name)
@@ -72,6 +73,13 @@ def initial_value(name: str, parameter: Tensor, config: ModelSection, seed: int)
         bound = std * math.sqrt(3.0)
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     return torch.empty(shape).normal_(std=std, generator=generator) if std else torch.zeros(shape)
+
+
+def _initial_vectors(name: str, shape: torch.Size, role: Role, config: ModelSection, seed: int) -> Tensor:
+    if role.what == "position":
+        std = config.initialisation().std
+        return torch.empty(shape).normal_(std=std, generator=parameter_generator(seed, name))
+    return torch.full(shape, mup_scale(role, config).initial if role.what == "norm" else 0.0)
 
 
 class InitialTensors(Tensors):

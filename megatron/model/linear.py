@@ -38,7 +38,7 @@ class ColumnParallelLinear(JointLayer, nn.Linear):
         bias: bool,
         axis: Axis,
         inputs: Form,
-        projection: Projection,
+        projection: Projection | None,
         device: torch.device | str | None = None,
         feeds: Feeds | None = None,
     ) -> None:
@@ -83,7 +83,7 @@ class RowParallelLinear(nn.Linear):
         bias: bool,
         axis: Axis,
         outputs: Form,
-        projection: Projection,
+        projection: Projection | None,
         device: torch.device | str | None = None,
     ) -> None:
         start, stop = axis.share(in_features)

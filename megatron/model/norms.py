@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.config.sections.model import ModelConfig, Norm
+from megatron.config.sections.model import BlocksSection, Norm
 from megatron.mpu.collectives import copy_to_ranks
 from megatron.mpu.layout import SINGLE, Layout
 from megatron.mpu.roles import Role, mark_role
@@ -57,7 +57,7 @@ class RMSNorm(nn.Module):
 
 
 def build_norm(
-    kind: Norm, config: ModelConfig, device: torch.device | str | None = None, layout: Layout = SINGLE
+    kind: Norm, config: BlocksSection, device: torch.device | str | None = None, layout: Layout = SINGLE
 ) -> nn.Module:
     """The norm called `kind` over hidden_size; layernorm_nonparam has neither weight nor bias."""
     if kind == "rmsnorm":

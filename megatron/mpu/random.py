@@ -37,6 +37,17 @@ def own_stream(axis: Axis, device: torch.device) -> Iterator[None]:
         yield
 
 
+def drop_path(x: Tensor, probability: float, training: bool) -> Tensor:
+    """A residual branch [b, ..] without some of its samples; those that stay are scaled by 1 / (1 - probability).
+
+    The same samples on all tensor ranks, whatever part of the branch each of them holds.
+    """
+    if not probability or not training:
+        return x
+    stays = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= probability
+    return x * (stays / (1.0 - probability)).to(x.dtype)
+
+
 def dropout(x: Tensor, probability: float, training: bool, layout: Layout) -> Tensor:
     """F.dropout on activations of the residual stream: whole, or sharded by tokens with sequence parallelism."""
     if not probability or not training:

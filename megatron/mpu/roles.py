@@ -14,12 +14,15 @@ from torch import Tensor
 Projection = Literal["qkv", "proj", "ffn"]
 """Which of a block's projections: query, key or value; that of attention's output; the feed-forward."""
 
-What = Literal["key_tokens", "value_tokens", "matrix", "output_matrix", "embedding", "head", "norm", "bias"]
+What = Literal[
+    "key_tokens", "value_tokens", "matrix", "output_matrix", "embedding", "input", "head", "norm", "bias", "position",
+    "start",
+]  # fmt: skip
 
 Feeds = Literal["scores", "residual", "logits"]
 """What a parameter's outputs go into: attention's scores, as queries; the residual stream; the model's logits."""
 
-_VECTORS = ("norm", "bias")
+_VECTORS = ("norm", "bias", "position", "start")
 _OF_BLOCKS = ("key_tokens", "value_tokens", "matrix", "output_matrix")
 
 
@@ -29,7 +32,8 @@ class Role:
 
     Attributes:
         what: key or value tokens of Pattention; a linear layer's matrix, or that of one whose output joins the residual
-            stream; token embedding; head; scale of a norm; bias.
+            stream; token embedding; head; scale of a norm; bias; matrix that data which are no ids are multiplied with;
+            vectors of positions; vectors that stand before those of the data.
         projection: the projection it belongs to, of a block's matrices and tokens.
         segment: the growth it came with; 0 for what a model starts with.
         feeds: where its outputs go, where that matters for its size (megatron.model.mup).
@@ -42,7 +46,7 @@ class Role:
 
     @property
     def is_vector(self) -> bool:
-        """Has it one dimension? Vectors do not decay."""
+        """Is it added or scaled with, row by row? Vectors do not decay, and are no factor of a matrix product."""
         return self.what in _VECTORS
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -48,6 +49,8 @@ class ModelSection(Section):
     """Is a run of no use without data_path or train_data_paths?"""
     samples: ClassVar[type[Section]] = Section
     """Section of the keys that are about its kind of samples; empty where the section `data` says all."""
+    sizes: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """By role of a parameter outside the blocks, the keys that set its first and its second dimension."""
 
     num_layers: int = Field(gt=0, le=10_000)
     """Number of blocks L."""
@@ -127,27 +130,23 @@ class ModelSection(Section):
         """Vectors of the residual stream that one training sample has."""
         raise NotImplementedError
 
+    def cannot_shard_tokens(self, ranks: int) -> ConfigError | None:
+        """Why so many ranks cannot share the tokens of a sample between the projections; None where they can."""
+        tokens = self.tokens_per_sample()
+        if tokens % ranks == 0:
+            return None
+        reason = f"seq_length {tokens} is no multiple of model_parallel_size {ranks}"
+        advice = "change one of them or set sequence_parallel: false"
+        return ConfigError("sequence_parallel", reason, advice, beside=["seq_length", "model_parallel_size"])
+
     def initialisation(self) -> Initialisation:
         """How the matrices of this network start."""
         raise NotImplementedError
 
 
-class ModelConfig(MupKeys, ModelSection):
-    """The network: what a checkpoint's tensors mean."""
+class BlocksSection(ModelSection):
+    """A network whose body is the blocks of megatron.model.blocks, whatever its input and output are."""
 
-    task: ClassVar[str] = "language"
-
-    seq_length: int = Field(gt=0, le=MAX_SIZE)
-    """Tokens a training sample holds; also the context length at evaluation and generation."""
-    max_position_embeddings: int | None = Field(default=None, gt=0, le=MAX_SIZE)
-    """Positions that the rotary tables are first built for (65,536 at most); they grow on demand. Default:
-    seq_length."""
-    pos_emb: Literal["rotary", "none"] = "rotary"
-    """Position information: rotary embeddings or none."""
-    rotary_pct: float = Field(default=1.0, gt=0, le=1)
-    """Fraction of each head's dimensions that is rotated; the published TokenFormer and Pythia models use 0.25."""
-    rotary_emb_base: float = Field(default=10000, gt=0, le=1e12)
-    """Base of the rotary frequencies."""
     norm: Norm = "layernorm"
     """Norm of the blocks; layernorm_nonparam (published TokenFormer) has neither weight nor bias."""
     final_norm: Norm | None = None
@@ -156,8 +155,6 @@ class ModelConfig(MupKeys, ModelSection):
     """Epsilon of layernorm, inside the square root."""
     rms_norm_epsilon: float = Field(default=1e-8, ge=0, le=1)
     """Epsilon of rmsnorm, added to the root mean square outside the square root."""
-    no_weight_tying: bool = False
-    """true: the logits come from a matrix of their own; false: from the transposed embedding."""
     gpt_j_residual: bool = False
     """true: attention and feed-forward read the same input in parallel (Pythia, GPT-J); false: one after the other."""
     use_bias_in_attn_linear: bool = True
@@ -178,6 +175,52 @@ class ModelConfig(MupKeys, ModelSection):
     single_residual_scaled_normal by sqrt(num_layers)."""
     init_method_std: float = Field(default=0.02, gt=0, le=1000)
     """Standard deviation of normal and scaled_normal."""
+
+    @model_validator(mode="after")
+    def _check_kinds(self) -> Self:
+        try:
+            kinds = self.layer_kinds
+        except ValueError as error:  # an export holds the same code, and knows no ConfigError
+            reason = str(error).removeprefix("attention_config: ")
+            raise ConfigError("attention_config", reason, beside=["num_layers"]) from None
+        if TOKENFORMER in kinds:
+            for key in ("qkv_slot_num", "proj_slot_num", "ffn_slot_num"):
+                if getattr(self, key) is None:
+                    advice = "give the number of parameter tokens"
+                    raise ConfigError(key, "a tokenformer block needs it", advice, beside=[key])
+        return self
+
+    @property
+    def final_norm_kind(self) -> Norm:
+        """The norm before the logits."""
+        return self.final_norm or self.norm
+
+    def initialisation(self) -> Initialisation:
+        """How the matrices of this network start."""
+        return Initialisation(self.init_method, self.output_layer_init_method, self.init_method_std)
+
+
+class ModelConfig(MupKeys, BlocksSection):
+    """The network: what a checkpoint's tensors mean."""
+
+    task: ClassVar[str] = "language"
+    sizes: ClassVar[Mapping[str, tuple[str, str]]] = {
+        what: ("padded_vocab_size", "hidden_size") for what in ("embedding", "head")
+    }
+
+    seq_length: int = Field(gt=0, le=MAX_SIZE)
+    """Tokens a training sample holds; also the context length at evaluation and generation."""
+    max_position_embeddings: int | None = Field(default=None, gt=0, le=MAX_SIZE)
+    """Positions that the rotary tables are first built for (65,536 at most); they grow on demand. Default:
+    seq_length."""
+    pos_emb: Literal["rotary", "none"] = "rotary"
+    """Position information: rotary embeddings or none."""
+    rotary_pct: float = Field(default=1.0, gt=0, le=1)
+    """Fraction of each head's dimensions that is rotated; the published TokenFormer and Pythia models use 0.25."""
+    rotary_emb_base: float = Field(default=10000, gt=0, le=1e12)
+    """Base of the rotary frequencies."""
+    no_weight_tying: bool = False
+    """true: the logits come from a matrix of their own; false: from the transposed embedding."""
     make_vocab_size_divisible_by: int = Field(default=128, gt=0, le=MAX_SIZE)
     """The vocabulary is padded to a multiple of this, whatever the layout of the run."""
     vocab_size: int | None = Field(default=None, gt=0, le=MAX_SIZE)
@@ -194,16 +237,6 @@ class ModelConfig(MupKeys, ModelSection):
                 f"rotates {self.rotary_dim} of them, which must be an even number"
             )
             raise ConfigError("rotary_pct", reason, beside=["hidden_size", "num_attention_heads"])
-        try:
-            kinds = self.layer_kinds
-        except ValueError as error:  # an export holds the same code, and knows no ConfigError
-            reason = str(error).removeprefix("attention_config: ")
-            raise ConfigError("attention_config", reason, beside=["num_layers"]) from None
-        if TOKENFORMER in kinds:
-            for key in ("qkv_slot_num", "proj_slot_num", "ffn_slot_num"):
-                if getattr(self, key) is None:
-                    advice = "give the number of parameter tokens"
-                    raise ConfigError(key, "a tokenformer block needs it", advice, beside=[key])
         if self.padded_vocab_size and self.vocab_size and self.vocab_size > self.padded_vocab_size:
             raise _too_many_ids(self.padded_vocab_size, self.vocab_size)
         return self
@@ -213,18 +246,9 @@ class ModelConfig(MupKeys, ModelSection):
         """Rotated dimensions of one head; 0 without rotary embeddings."""
         return int(self.head_dim * self.rotary_pct) if self.pos_emb == "rotary" else 0
 
-    @property
-    def final_norm_kind(self) -> Norm:
-        """The norm before the logits."""
-        return self.final_norm or self.norm
-
     def tokens_per_sample(self) -> int:
         """Predictions that one training sample asks for: seq_length."""
         return self.seq_length
-
-    def initialisation(self) -> Initialisation:
-        """How the matrices of this network start."""
-        return Initialisation(self.init_method, self.output_layer_init_method, self.init_method_std)
 
     def with_vocabulary(self, size: int) -> ModelConfig:
         """A new config for a tokenizer of `size` ids, padded; raises UserError when they do not fit."""

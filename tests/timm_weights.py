@@ -1,0 +1,72 @@
+"""Vision Transformers of timm, to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.config.sections.vision import ImageConfig
+
+
+def timm_model(name: str, **options: Any) -> Any:
+    """One of timm's models with random weights, biases and norms included; the test is skipped without timm."""
+    _mend_torchvision()
+    timm = pytest.importorskip("timm", reason="timm is not installed (pip install timm==1.0.31)", exc_type=ImportError)
+    torch.manual_seed(1)
+    model = timm.create_model(name, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def _mend_torchvision() -> None:
+    """Declare two operators that torchvision's build for GPUs looks for, and that torch's for CPUs does not load."""
+    if not hasattr(torch.ops.torchvision, "nms"):
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _LIBRARIES.append(library)  # they go with it
+
+
+_LIBRARIES: list[torch.library.Library] = []
+
+
+def weights_of_timm(
+    model: Any, of: Callable[[Any], Tensor] = lambda parameter: parameter.detach()
+) -> tuple[ImageConfig, dict[str, Tensor]]:
+    """The configuration of a timm model, and its weights (or what `of` makes of them) under the names of ours."""
+    blocks, convolution = model.blocks, model.patch_embed.proj
+    config = ImageConfig(
+        num_layers=len(blocks), hidden_size=model.embed_dim, num_attention_heads=blocks[0].attn.num_heads,
+        image_size=model.patch_embed.img_size[0], patch_size=model.patch_embed.patch_size[0],
+        in_channels=convolution.in_channels, num_classes=model.num_classes, class_token=model.cls_token is not None,
+        global_pool=model.global_pool, layernorm_epsilon=1e-6,
+    )  # fmt: skip
+    norm = model.norm if config.global_pool == "token" else model.fc_norm
+    found = {"embedding.positions": of(model.pos_embed)[0], "embedding.patches.weight": of(convolution.weight)}
+    found["embedding.patches.weight"] = found["embedding.patches.weight"].flatten(1)
+    found["embedding.patches.bias"] = of(convolution.bias)
+    if config.class_token:
+        found["embedding.class_token"] = of(model.cls_token)[0]
+    modules = {"final_norm": norm, "head.linear": model.head}
+    for i, block in enumerate(blocks):
+        modules |= {
+            f"layers.{i}.input_layernorm": block.norm1, f"layers.{i}.post_attention_layernorm": block.norm2,
+            f"layers.{i}.attention.proj": block.attn.proj, f"layers.{i}.mlp.fc_in": block.mlp.fc1,
+            f"layers.{i}.mlp.fc_out": block.mlp.fc2,
+        }  # fmt: skip
+        for part in ("weight", "bias"):
+            shares = of(getattr(block.attn.qkv, part)).chunk(3)
+            found |= {
+                f"layers.{i}.attention.{name}.{part}": share
+                for name, share in zip(("query", "key", "value"), shares, strict=True)
+            }
+    found |= {
+        f"{name}.{part}": of(getattr(module, part)) for name, module in modules.items() for part in ("weight", "bias")
+    }
+    return config, found
