@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron.config.schema import RunConfig
+from megatron.config.sections.base import Section
 from megatron.config.sections.checkpoint import CheckpointConfig
+from megatron.config.sections.images import ImagesConfig
 from megatron.config.sections.model import ModelConfig, ModelSection
 from megatron.config.sections.mup import MupKeys
 from megatron.config.sections.optimization import ADAM_FAMILY, OptimizationConfig
@@ -112,11 +114,23 @@ def find_setting_mistakes(config: RunConfig) -> Iterator[ConfigError]:
     if config.scaling.growth:
         yield from _through_checkpoints(config.checkpoint, "growth", "grows")
     yield from _spikes(config)
+    yield from _mixing(config.images, config.training)
     if config.training.check_replicas_interval and zero.stage == 3:
         reason = "with ZeRO 3 no two ranks hold the same weights, there is nothing to compare"
         yield ConfigError("check_replicas_interval", reason, "remove it", beside=["zero_optimization.stage"])
     if isinstance(config.model, ModelConfig) and config.model.use_mup:
         yield from _mup(config.model, optimization.optimizer.type)
+
+
+def _mixing(images: Section, training: TrainingConfig) -> Iterator[ConfigError]:
+    if not isinstance(images, ImagesConfig) or not images.mixes:
+        return
+    for key in ("train_micro_batch_size_per_gpu", "train_batch_size"):
+        size = getattr(training, key) or 0
+        if size % 2:
+            of, reason = "mixup" if images.mixup else "cutmix", f"images are mixed two by two, and {key} {size} is odd"
+            yield ConfigError(of, reason, "make it even, or set 0", beside=[key])
+            return
 
 
 def _spikes(config: RunConfig) -> Iterator[ConfigError]:
