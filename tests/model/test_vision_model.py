@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron.config import load_config
 from megatron.config.sections.vision import ImageConfig
 from megatron.model.build import build_model
 from megatron.model.vision_model import patches
@@ -15,6 +17,7 @@ from megatron.mpu.random import drop_path
 from megatron.mpu.roles import role_of
 from tests.timm_weights import timm_model, weights_of_timm
 
+CONFIGS = Path(__file__).parents[2] / "configs/vision"
 TOKENFORMER: dict[str, Any] = {"norm": "layernorm_nonparam", "final_norm": "layernorm"}
 SMALL: dict[str, Any] = {
     "num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "image_size": 8, "patch_size": 4, "in_channels": 2,
@@ -27,21 +30,26 @@ def slots(attention: int, feed_forward: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("depth", "width", "heads", "tokens", "count"),
+    ("name", "count"),
     [
-        (12, 768, 12, slots(576, 2304), 86_447_848),
-        (12, 768, 12, slots(768, 3072), 114_759_400),
-        (24, 1024, 16, slots(768, 3072), 304_007_144),
-        (24, 1024, 16, slots(1024, 4096), 404_670_440),
-        (12, 768, 12, {}, 86_567_656),
-        (24, 1024, 16, {}, 304_326_632),
+        ("B16_matched", 86_447_848), ("B16", 114_759_400), ("L16_matched", 304_007_144), ("L16", 404_670_440),
+        ("ViT_B16", 86_567_656), ("ViT_L16", 304_326_632),
     ],
-)
-def test_it_has_as_many_parameters_as_the_table_says(
-    depth: int, width: int, heads: int, tokens: dict[str, Any], count: int
-) -> None:
-    config = ImageConfig(num_layers=depth, hidden_size=width, num_attention_heads=heads, **tokens)
-    assert build_model(config, device="meta").num_parameters() == count
+)  # fmt: skip
+def test_a_configuration_has_as_many_parameters_as_it_says(name: str, count: int) -> None:
+    path = CONFIGS / f"{name}_in1k.yml"
+    assert build_model(load_config(path).model, device="meta").num_parameters() == count
+    assert f"{count:,}" in path.read_text(encoding="utf-8").splitlines()[0]
+
+
+def test_the_growth_chain_ends_in_the_larger_model() -> None:
+    config, larger = (load_config(CONFIGS / f"{name}_in1k.yml") for name in ("B16_86M_to_115M", "B16"))
+    [growth], end = config.scaling.growth, larger.model
+    assert build_model(config.model, device="meta").num_parameters() == 86_447_848
+    for key in ("qkv_slot_num", "proj_slot_num", "ffn_slot_num"):
+        assert getattr(growth, key) == getattr(end, key)
+    assert config.optimization == larger.optimization and config.images == larger.images
+    assert growth.at_iteration < config.last_iteration == larger.last_iteration
 
 
 VITS = [
