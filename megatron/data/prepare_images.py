@@ -113,6 +113,7 @@ def prepare_images(
     Raises: UserError for an image that is broken, without a label or caption where others have one, or of a class
         that does not exist, unless `faults` leaves it out; and where no image is left.
     """
+    _check_names(listing.classes or ())
     kinds = _kinds(listing.records)
     records = [record for record in listing.records if _is_whole(record, kinds, listing.classes, faults)]
     encoder = build_tokenizer(tokenizer) if "text" in kinds else None
@@ -132,6 +133,13 @@ def prepare_images(
     result = PreparedImages({kind: prefixes[kind] for kind in kinds}, count, faults.count, classes)
     get_logger().info("wrote %s", result)
     return result
+
+
+def _check_names(classes: Sequence[str]) -> None:
+    for name in classes:
+        # Names of files may hold bytes that are no text; Python shows them as surrogates.
+        if len(name.splitlines()) != 1 or any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise UserError(f"the name of class {shortened(name)} cannot be a line of text; rename it")
 
 
 def _kinds(records: Sequence[ImageRecord]) -> list[str]:

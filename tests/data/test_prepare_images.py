@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import tarfile
 from collections.abc import Callable
@@ -292,6 +293,13 @@ def test_faults_of_flags(folder: Path, tmp_path: Path, prepare: Prepare) -> None
     (folder / "loose.png").write_bytes(encoded(pixels(1)))
     code, printed = prepare("--images", folder)
     assert code == 2 and "loose.png lies beside the folders of classes" in printed
+
+
+@pytest.mark.parametrize("name", [b"a\nb", b"\xff\xfe"])
+def test_a_class_that_cannot_be_named_in_a_line(folder: Path, prepare: Prepare, name: bytes) -> None:
+    (folder / "cat").rename(folder / os.fsdecode(name))
+    code, printed = prepare("--images", folder)
+    assert code == 2 and "cannot be a line of text; rename it" in printed and printed.count("error: ") == 1
 
 
 def test_without_pillow_the_line_that_installs_it_is_told(
