@@ -272,9 +272,9 @@ def build_image_datasets(
     """
     if shape.channels not in MODES:
         raise ConfigError("in_channels", "images are grey (1) or coloured (3)", value=shape.channels)
-    if data.weight_by_num_documents or data.train_data_weights:
-        key = "weight_by_num_documents" if data.weight_by_num_documents else "train_data_weights"
-        raise ConfigError(key, "every image of all sets is read once an epoch", "remove it")
+    for key in ("weight_by_num_documents", *(f"{name}_data_weights" for name in SPLIT_NAMES)):
+        if getattr(data, key):
+            raise ConfigError(key, "every image of all sets is read once an epoch", "remove it")
     splits = _Splits(data, shape)
     parts = {name: splits.parts(name, count) for name, count in zip(SPLIT_NAMES, samples, strict=True)}
     train = AugmentedImages(parts["train"], shape, images, seed, samples[0]) if parts["train"] else None
