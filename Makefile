@@ -12,10 +12,10 @@ SOAK := tests/faults tests/config/test_fuzz.py tests/data/test_damaged_files.py 
 .PHONY: demo test test-fast soak check format clean
 
 # torch first, by itself: no other package may choose its build.
-$(INSTALLED): $(REQ).txt $(REQ)-dev.txt $(REQ)-eval.txt $(REQ)-tensorboard.txt $(REQ)-tokenizers.txt $(REQ)-demo.txt
+$(INSTALLED): $(REQ).txt $(REQ)-dev.txt $(REQ)-eval.txt $(REQ)-tensorboard.txt $(REQ)-tokenizers.txt $(REQ)-demo.txt $(REQ)-vision.txt
 	test -x $(PY) || python3 -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' $(REQ).txt)"
-	$(PIP) -r $(REQ).txt -r $(REQ)-eval.txt -r $(REQ)-demo.txt -r $(REQ)-dev.txt -r $(REQ)-tensorboard.txt -r $(REQ)-tokenizers.txt
+	$(PIP) -r $(REQ).txt -r $(REQ)-eval.txt -r $(REQ)-demo.txt -r $(REQ)-dev.txt -r $(REQ)-tensorboard.txt -r $(REQ)-tokenizers.txt -r $(REQ)-vision.txt
 	touch $@
 
 demo: $(INSTALLED)

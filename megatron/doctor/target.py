@@ -143,6 +143,7 @@ def requirement_files(config: RunConfig) -> list[str]:
     wanted = {
         "requirements.txt": True,
         "requirements-tensorboard.txt": config.logging.tensorboard_dir is not None,
+        "requirements-vision.txt": bool(type(config.images).model_fields),
         "requirements-wandb.txt": config.logging.use_wandb,
         "requirements-flashattention.txt": config.training.attention_backend == "flash_attn",
         "requirements-liger.txt": config.training.cross_entropy == "liger",

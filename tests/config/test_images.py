@@ -12,6 +12,7 @@ from megatron.config.sections import model as sections
 from megatron.config.sections.base import Section
 from megatron.config.sections.images import IMAGENET_MEAN, IMAGENET_STD, ImagesConfig, RandAugmentPolicy
 from megatron.config.sections.model import ModelSection
+from megatron.doctor.target import requirement_files
 from megatron.errors import ConfigError, UserError
 
 SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
@@ -47,6 +48,10 @@ def test_a_language_run_does_not_know_them() -> None:
         load_config([], {**SIZES, "seq_length": 16, "mixup": 0.8})
     config = load_config([], {**SIZES, "seq_length": 16})
     assert not set(ImagesConfig.model_fields) & set(config.flat())
+
+
+def test_such_a_run_needs_pillow() -> None:
+    assert "requirements-vision.txt" in requirement_files(load_config([], {"task": "pictures", **SIZES}))
 
 
 def test_a_policy_is_read_as_timm_reads_it() -> None:
