@@ -20,10 +20,14 @@ def main() -> int:
     config, args = parse_run(sys.argv[1:], "train.py")
     from megatron.config.places import places_named
     from megatron.mpu.processes import abandoned_on_error
+    from megatron.training.coord_check import check_coordinates
     from megatron.training.loop import shut_down, train
 
     with places_named(args.settings), stop.other_ranks_may_be_gone(), abandoned_on_error():
-        train(config, stop)
+        if config.training.coord_check:
+            check_coordinates(config)
+        else:
+            train(config, stop)
         shut_down()
     stop.finish()
     return 0

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.update_size import UpdateSize
+from megatron.engine.distributed import initialize_distributed
 from megatron.engine.optimizer import build_optimizer
 from megatron.engine.settings import EngineSettings
 from megatron.files import write_errors
@@ -25,6 +26,7 @@ from megatron.model.build import build_model
 from megatron.model.layered import LayeredModel, block_of
 from megatron.mpu.device import process_device
 from megatron.mpu.layout import ALONE, SINGLE
+from megatron.mpu.processes import first_rank_does
 from megatron.tasks import Task, build_task
 from megatron.training.data import RunData
 from megatron.training.state import TrainState
@@ -115,7 +117,12 @@ def _update(config: RunConfig) -> UpdateSize:
     return UpdateSize.of(micro, None, None, 1, config.model.tokens_per_sample())
 
 
-def check_coordinates(config: RunConfig) -> dict[str, Any]:
+def check_coordinates(config: RunConfig) -> None:
+    """What a command does in place of training with `coord_check`: the first of its processes checks. Collective."""
+    first_rank_does(lambda: measure_coordinates(config), initialize_distributed(config))
+
+
+def measure_coordinates(config: RunConfig) -> dict[str, Any]:
     """Train models of three sizes along each axis for a few updates; log a table, and write what was measured.
 
     It goes to coord_check.json in log_dir, else save, and where matplotlib is installed to coord_check.png.

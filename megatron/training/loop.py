@@ -23,7 +23,6 @@ from megatron.mpu.processes import first_rank_does, leave_world
 from megatron.signals import StopRequest
 from megatron.tasks import build_task
 from megatron.training.checkpointing import Saver
-from megatron.training.coord_check import check_coordinates
 from megatron.training.data import RunData
 from megatron.training.folders import claim_folders
 from megatron.training.generators import seed_generators
@@ -46,17 +45,13 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> TrainState:
     Stops early, after saving, when `stop` has heard a signal on any rank, at exit_interval and exit_duration_in_mins.
     Without `stop`, signals are heard from the first iteration on. Raises UserError for what a user can mend: data,
     checkpoint, configuration, a loss that is not finite.
-
-    With `coord_check` it checks coordinates instead.
     """
-    if config.training.coord_check:
-        first_rank_does(lambda: check_coordinates(config), initialize_distributed(config))
-        return TrainState()
     trainer = Trainer(config)
     with StopRequest() if stop is None else nullcontext(stop) as stop:
         stop.hold()
         while _goes_on(trainer, stop):
-            trainer = trainer.next_start()
+            config = trainer.next_start(config)
+            trainer = Trainer(config, trainer.state.skips)
     return trainer.state
 
 
@@ -85,7 +80,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, skips: list[list[int]] | None = None) -> None:
-        self._given, self.layout = config, initialize_distributed(config)
+        self.layout = initialize_distributed(config)
         with ExitStack() as claims:
             self._progress = claims.enter_context(Watched(config, self.layout))
             lock = first_rank_does(lambda: claim_folders(config), self.layout)
@@ -143,12 +138,15 @@ class Trainer:
         finally:
             self.close()
 
-    def next_start(self) -> Trainer:
-        """What goes on from the checkpoint of this one, which is closed, or else from where this one has started."""
+    def next_start(self, config: RunConfig) -> RunConfig:
+        """What the run goes on with, once this one is closed: from its checkpoint, or from where it has started itself.
+
+        Args:
+            config: what this one was given.
+        """
         self._progress.enter("startup")  # missed again, while it waits for the others' parts of a save
         self._saver.finish()
-        config = _from_own_checkpoint(self._given) if self._saver.has_published else self._given
-        return Trainer(config, self.state.skips)
+        return _from_own_checkpoint(config) if self._saver.has_published else config
 
     def close(self) -> None:
         """Flush the metrics, let go of the model and give the save folder free."""
