@@ -11,6 +11,7 @@ from megatron.config import load_config
 from megatron.config.sections.model import ModelConfig
 from megatron.engine.optimizer import parameter_groups
 from megatron.engine.settings import EngineSettings
+from megatron.growth import grow
 from megatron.model import LanguageModel
 from megatron.model.mup import mup_scale
 from megatron.mpu.roles import role_of
@@ -91,6 +92,18 @@ def test_a_model_of_the_base_sizes_is_what_it_was() -> None:
     found, expected = (dict(LanguageModel(c, seed=1).named_parameters()) for c in (config, ModelConfig(**BASE)))
     assert all(torch.equal(found[name], parameter) for name, parameter in expected.items())
     assert {mup_scale(role_of(p), config) for p in found.values()} == {(1.0, 1.0)}
+
+
+def test_values_of_a_growth_are_those_of_the_larger_layer() -> None:
+    config = ModelConfig(**{**BASE, **MUP, "ffn_slot_num": 4 * BASE["ffn_slot_num"]})
+    model = LanguageModel(config, seed=1)
+    grow(model, ffn=16 * BASE["ffn_slot_num"])
+    old, new = (model.get_parameter(f"layers.0.mlp.value_tokens_{i}") for i in (0, 1))
+    assert old.std().item() == pytest.approx(2 / 2 / 16**0.5 / 2, rel=0.05)  # wang_init, and 4 times the tokens
+    assert new.std().item() == pytest.approx(2 / 2 / 16**0.5 / 4, rel=0.05)
+    assert (
+        mup_scale(role_of(old), model.config) == mup_scale(role_of(new), model.config) == pytest.approx((1 / 4, 1 / 16))
+    )
 
 
 def test_temperatures_are_factors_of_what_makes_the_logits() -> None:

@@ -25,6 +25,10 @@ def test_the_best_rate_moved_by_one_step_at_most(axis: str) -> None:
         assert abs(RATES.index(best_rate(LOSSES, f"mup {axis} {factor}")) - base) <= 1
 
 
+def test_without_mup_that_of_a_wide_model_moved_further() -> None:
+    assert RATES.index(best_rate(LOSSES, "base")) - RATES.index(best_rate(LOSSES, "plain width 4")) == 2
+
+
 def test_the_page_has_what_was_measured() -> None:
     page = (ROOT / "docs/mup.md").read_text()
     assert all(line in page for line in report(LOSSES))
