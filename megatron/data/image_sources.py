@@ -26,7 +26,7 @@ Fault = Callable[[str, str], None]
 """Takes the name and the fault of what cannot be used: it raises, or what is at fault is left out."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Bytes of a file."""
 
@@ -41,7 +41,7 @@ class Place:
             return file.read(self.size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageRecord:
     """One image that is to be prepared, with its class and its caption, as far as it has them."""
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from megatron.data import IndexedDataset, image_sources
-from megatron.data.decode import BrokenImageError, decode
+from megatron.data.decode import FORMATS, BrokenImageError, decode
 from megatron.errors import run_command
 from prepare_data import main
 from tests.data.image_files import encoded, pixels, write_tar
@@ -181,6 +181,21 @@ def test_a_broken_image_ends_it_or_is_left_out(
     assert not list(tmp_path.glob("out/x/*"))
     code, printed = prepare("--images", folder, "--broken", "skip")
     assert code == 0 and "odd.png: " in printed and "5 images of 2 classes" in printed and "1 broken images" in printed
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_whatever_bytes_are_changed_an_image_is_decoded_or_broken(kind: str) -> None:
+    whole, random, broken = encoded(pixels(1, 24, 24), kind), np.random.default_rng(1), 0
+    for number in range(100):
+        content = bytearray(whole)
+        for place in random.integers(min(len(content), 200) if number % 2 else len(content), size=5):
+            content[place] = random.integers(256)
+        try:
+            assert decode(bytes(content)).mode == "RGB"
+        except BrokenImageError as error:
+            assert "\n" not in str(error)
+            broken += 1
+    assert broken > 10
 
 
 def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
