@@ -81,7 +81,8 @@ class RunData:
         if dataset is None or self._eval_iters == 0:
             return None
         if self._task.evaluates_every_sample:
-            return self._stream(dataset, 0)
+            # All of a set, and its samples may take as long to make as those of training.
+            return self._stream(dataset, 0, workers=self._task.config.data.num_workers)
         stream = self._stream(dataset, self._update.steps)
         return itertools.islice(stream, self._eval_iters * self._update.steps)
 

@@ -1,0 +1,66 @@
+"""Image runs that are loaded by worker processes: the same bits, and mistakes in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron.checkpoint.store import CheckpointReader
+from megatron.data import IndexedDataset, IndexedDatasetBuilder, batches
+from megatron.errors import run_command
+from megatron.training import train
+from tests.tasks.image_runs import config_of, write_images
+from tests.tasks.test_images import EVERYTHING
+from tests.training.cases import metrics
+
+pytestmark = [pytest.mark.usefixtures("single_process"), pytest.mark.filterwarnings("ignore:This DataLoader will")]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_images(tmp_path_factory.mktemp("images") / "corners")
+
+
+@pytest.mark.launches
+def test_a_run_is_the_same_with_other_workers_after_a_kill(
+    images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[tuple[int, int]]()
+
+    def recorded(dataset: Any, *arguments: Any) -> Any:
+        asked.append((arguments[1], arguments[5]))
+        return batches(dataset, *arguments)
+
+    monkeypatch.setattr("megatron.training.data.batches", recorded)
+    keys = {**EVERYTHING, "eval_interval": 2}
+    train(config_of(images, tmp_path / "whole", **keys))
+    for stop, workers in ((2, 1), (None, 3)):
+        train(config_of(images, tmp_path / "parts", **keys, exit_interval=stop, num_workers=workers))
+    assert {workers for _, workers in asked} == {0, 1, 3} and (0, 3) in asked, "an evaluation has workers too"
+    for name in ("loss", "valid_loss", "valid_acc1", "test_loss"):
+        assert metrics(tmp_path / "whole", name) == metrics(tmp_path / "parts", name)
+    whole, parts = (CheckpointReader(tmp_path / name / "global_step5") for name in ("whole", "parts"))
+    for kind in ("model", "optimizer"):
+        assert all(whole.tensor(kind, name).equal(parts.tensor(kind, name)) for name in whole.names(kind))
+
+
+@pytest.mark.launches
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_image_ends_a_run_in_one_line(
+    images: str, tmp_path: Path, num_workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = IndexedDataset(images)
+    with IndexedDatasetBuilder(tmp_path / "x_image_document", np.uint8) as builder:
+        for number in range(len(whole)):
+            builder.add_document(whole[number][:50] if number == 3 else whole[number])
+        builder.finalize()
+    for ending in (".bin", ".idx"):
+        labels = Path(images.replace("_image_", "_label_") + ending)
+        (tmp_path / f"x_label_document{ending}").write_bytes(labels.read_bytes())
+    config = config_of(f"{tmp_path}/x_image_document", tmp_path / "out", num_workers=num_workers, train_iters=20)
+    assert run_command(lambda: train(config) and None) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "x_image_document.bin: image 3 cannot be decoded (" in line and line.endswith("without it")
