@@ -250,16 +250,6 @@ def images_of(samples: Sequence[dict[str, Tensor]], size: int, shape: ImageShape
     return {"images": torch.stack(images), "labels": torch.stack(labels)}
 
 
-@dataclass(frozen=True)
-class _Splits:
-    data: DataConfig
-    shape: ImageShape
-
-    def parts(self, name: str, count: int) -> list[LabelledImages]:
-        """What the split `name` is made of; nothing where no samples are asked for."""
-        return [LabelledImages(part, self.shape.num_classes) for part in parts_of(self.data, name)] if count else []
-
-
 def build_image_datasets(
     data: DataConfig, images: ImagesConfig, shape: ImageShape, seed: int, samples: Sequence[int]
 ) -> Datasets:
@@ -275,8 +265,9 @@ def build_image_datasets(
     for key in ("weight_by_num_documents", *(f"{name}_data_weights" for name in SPLIT_NAMES)):
         if getattr(data, key):
             raise ConfigError(key, "every image of all sets is read once an epoch", "remove it")
-    splits = _Splits(data, shape)
-    parts = {name: splits.parts(name, count) for name, count in zip(SPLIT_NAMES, samples, strict=True)}
+    wanted = [name for name, count in zip(SPLIT_NAMES, samples, strict=True) if count]
+    found = {name: parts_of(data, name) for name in wanted}
+    parts = {name: [LabelledImages(part, shape.num_classes) for part in found.get(name, [])] for name in SPLIT_NAMES}
     train = AugmentedImages(parts["train"], shape, images, seed, samples[0]) if parts["train"] else None
     valid, test = (ImageDataset(parts[name], shape, images) if parts[name] else None for name in ("valid", "test"))
     return Datasets(train, valid, test)
