@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron.config.sections.vision import ImageConfig
+from tests.with_timm import mend_torchvision
 
 
 def timm_model(name: str, **options: Any) -> Any:
     """One of timm's models with random weights, biases and norms included; the test is skipped without timm."""
-    _mend_torchvision()
+    mend_torchvision()
     timm = pytest.importorskip("timm", reason="timm is not installed (pip install timm==1.0.31)", exc_type=ImportError)
     torch.manual_seed(1)
     model = timm.create_model(name, **options)
@@ -22,18 +23,6 @@ def timm_model(name: str, **options: Any) -> Any:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
-
-
-def _mend_torchvision() -> None:
-    """Declare two operators that torchvision's build for GPUs looks for, and that torch's for CPUs does not load."""
-    if not hasattr(torch.ops.torchvision, "nms"):
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _LIBRARIES.append(library)  # they go with it
-
-
-_LIBRARIES: list[torch.library.Library] = []
 
 
 def weights_of_timm(
