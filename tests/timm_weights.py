@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron.config.sections.vision import ImageConfig
@@ -59,3 +61,29 @@ def weights_of_timm(
         f"{name}.{part}": of(getattr(module, part)) for name, module in modules.items() for part in ("weight", "bias")
     }
     return config, found
+
+
+GOLDEN = Path(__file__).parent / "fixtures/golden/timm_vit.safetensors"
+"""A small ViT of timm in fp64, under our names: weights, an input, and what timm 1.0.31 made of it."""
+
+
+def write_golden() -> None:
+    """Make that file anew: `python -m tests.timm_weights`."""
+    model = timm_model("vit_tiny_patch16_224", **SMALL).double()
+    images = torch.randn(3, SMALL["in_chans"], SMALL["img_size"], SMALL["img_size"], dtype=torch.float64)
+    logits = model(images)
+    logits.square().sum().backward()
+    _, weights = weights_of_timm(model)
+    _, gradients = weights_of_timm(model, lambda parameter: parameter.grad)
+    tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
+    tensors |= {f"gradients/{name}": tensor for name, tensor in gradients.items()}
+    tensors |= {"images": images, "logits": logits.detach()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, GOLDEN)
+
+
+SMALL: dict[str, Any] = {
+    "img_size": 8, "patch_size": 4, "in_chans": 2, "num_classes": 5, "embed_dim": 8, "depth": 2, "num_heads": 2,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    write_golden()

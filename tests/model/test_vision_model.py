@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron.config import load_config
@@ -15,7 +16,7 @@ from megatron.model.build import build_model
 from megatron.model.vision_model import patches
 from megatron.mpu.random import drop_path
 from megatron.mpu.roles import role_of
-from tests.timm_weights import timm_model, weights_of_timm
+from tests.timm_weights import GOLDEN, timm_model, weights_of_timm
 
 CONFIGS = Path(__file__).parents[2] / "configs/vision"
 TOKENFORMER: dict[str, Any] = {"norm": "layernorm_nonparam", "final_norm": "layernorm"}
@@ -50,6 +51,25 @@ def test_the_growth_chain_ends_in_the_larger_model() -> None:
         assert getattr(growth, key) == getattr(end, key)
     assert config.optimization == larger.optimization and config.images == larger.images
     assert growth.at_iteration < config.last_iteration == larger.last_iteration
+
+
+def test_timm_had_the_same_outputs_and_gradients() -> None:
+    """Of a small ViT they are in a file."""
+    golden = load_file(GOLDEN)
+    config = ImageConfig(
+        num_layers=2, hidden_size=8, num_attention_heads=2, image_size=8, patch_size=4, in_channels=2, num_classes=5,
+        layernorm_epsilon=1e-6,
+    )  # fmt: skip
+    model = build_model(config).double()
+    parts = [name.partition("/") for name in golden]
+    model.load_state_dict({name: golden[f"weights/{name}"] for part, _, name in parts if part == "weights"})
+    logits = model(golden["images"])
+    assert (logits - golden["logits"]).abs().max() <= 1e-12 * golden["logits"].abs().max()
+    logits.square().sum().backward()
+    largest = max(tensor.abs().max() for name, tensor in golden.items() if name.startswith("gradients/"))
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert (parameter.grad - golden[f"gradients/{name}"]).abs().max() <= 1e-12 * largest, name
 
 
 VITS = [
