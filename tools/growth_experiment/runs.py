@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,31 +59,42 @@ def prepare(output: Path, tokens: int) -> None:
         return
     folder = output / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    addresses = read_addresses()
+    facts = {"tokens": tokens, **write_token_files(folder, read_addresses(), HELD_OUT_SEQUENCES)}
+    needed = tokens * (1 + (len(SIZES) - 1) * max(FRACTIONS.values()))
+    description.write_text(json.dumps(facts, indent=1))
+    print(
+        f"{facts['training_tokens']:,} training tokens, {facts['held_out_tokens']:,} held out; "
+        f"the longest chain reads {needed:,.0f}"
+    )
+
+
+def write_token_files(folder: Path, addresses: list[str], sequences: int) -> dict[str, int]:
+    """Write tokenizer.json, and `text` and `tuning`: the documents that are trained on and one that is held out.
+
+    Args:
+        addresses: the texts; of every twelve the last is held out for `text`, and the sixth for `tuning`.
+        sequences: of SEQUENCE tokens that are held out.
+
+    Returns: how many documents and tokens there are. Raises: UserError for too little text.
+    """
     training = [text for i, text in enumerate(addresses) if (i + 1) % (HELD_OUT_EVERY // 2)]
     tokenizer = train_tokenizer(training, VOCABULARY, folder / "tokenizer.json")
     eod: int = tokenizer.token_to_id("<|endoftext|>")  # type: ignore[assignment]
     documents = [[*tokenizer.encode(text).ids, eod] for text in training]
     for name, first in (("text", HELD_OUT_EVERY - 1), ("tuning", HELD_OUT_EVERY // 2 - 1)):
-        held_out = _held_out(addresses[first::HELD_OUT_EVERY], lambda text: tokenizer.encode(text).ids, eod)
+        texts = addresses[first::HELD_OUT_EVERY]
+        held_out = _held_out(texts, lambda text: tokenizer.encode(text).ids, eod, sequences * SEQUENCE + 1)
         with IndexedDatasetBuilder(folder / name, np.uint16) as builder:
             for ids in (*documents, held_out):
                 builder.add_document(ids)
             builder.finalize()
     available = sum(len(ids) for ids in documents)
-    needed = tokens * (1 + (len(SIZES) - 1) * max(FRACTIONS.values()))
-    facts = {
-        "tokens": tokens,
-        "documents": len(training),
-        "training_tokens": available,
-        "held_out_tokens": len(held_out),
-    }
-    description.write_text(json.dumps(facts, indent=1))
-    print(f"{available:,} training tokens, {len(held_out):,} held out; the longest chain reads {needed:,.0f}")
+    return {"documents": len(training), "training_tokens": available, "held_out_tokens": len(held_out)}
 
 
-def _held_out(addresses: list[str], encode: Any, eod: int) -> list[int]:
-    wanted = HELD_OUT_SEQUENCES * SEQUENCE + 1
+def _held_out(addresses: list[str], encode: Any, eod: int, wanted: int) -> list[int]:
+    if not addresses:
+        raise UserError("too little text: of every twelve pieces two are held out")
     share = -(-wanted // len(addresses))
     ids = [token for text in addresses for token in [*encode(text[: 20 * share])[: share - 1], eod]]
     if len(ids) < wanted:
@@ -198,11 +210,19 @@ def _write_facts(output: Path, trial: Trial) -> None:
         facts["logit_difference"], facts["largest_logit"] = logit_difference(unchanged, grown, ids)
         get_logger().info("logits change by %.1e at the growth", facts["logit_difference"])
         if not trial.new_keys:
-            flat = {key: value for key, value in trial.config(output, 1).items()}
-            flat |= config.model_dump(mode="json")
-            tensors = list(grown.state_dict().items())
-            RunFolder(folder / "start").save(CanonicalState(0, {}, flat, whole_pieces({"model": tensors})))
+            save_start(folder / "start", grown, trial.config(output, 1))
     (folder / "trial.json").write_text(json.dumps(facts, indent=1))
+
+
+def save_start(folder: Path, model: LanguageModel, keys: Mapping[str, Any]) -> None:
+    """A checkpoint of weights alone, which a run takes with `load` and `finetune`.
+
+    Args:
+        keys: of the run's configuration.
+    """
+    flat = {**keys, **model.config.model_dump(mode="json")}
+    pieces = whole_pieces({"model": list(model.state_dict().items())})
+    RunFolder(folder).save(CanonicalState(0, {}, flat, pieces))
 
 
 def _grown(base: LanguageModel, trial: Trial, config: ModelConfig) -> LanguageModel:

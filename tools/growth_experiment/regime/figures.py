@@ -1,0 +1,80 @@
+"""Figures: loss against tokens and FLOPs in all, saving against the length of a stage, and the moment of growth."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.growth_experiment.regime.recipes import OFFICIAL, TOGETHER
+from tools.growth_experiment.regime.saving import Result, all_flops, all_tokens, is_scratch, own_tokens
+from tools.growth_experiment.regime.trials import NONE
+
+_SHOWN = {TOGETHER: "tab:orange", "random": "tab:purple", "rotated": "tab:green", "zero": "tab:blue",
+          OFFICIAL: "tab:red", NONE: "0.55"}  # fmt: skip
+
+
+def draw_figures(results: Sequence[Result], output: Path) -> None:
+    """Write regime_loss_tokens.png, regime_loss_flops.png, regime_stage.png and regime_moment.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    figures = {
+        "loss_tokens": _against(results, lambda r: all_tokens(r) / 1e6, "training tokens in all (millions)"),
+        "loss_flops": _against(results, all_flops, "training FLOPs in all"),
+        "stage": _against(results, lambda r: _since_base(r) / 1e6, "training tokens, the base not counted (millions)"),
+        "moment": _moment(results),
+    }
+    for name, figure in figures.items():
+        figure.savefig(output / f"regime_{name}.png", dpi=120)
+
+
+def _since_base(result: Result) -> float:
+    return all_tokens(result) if is_scratch(result) else own_tokens(result)
+
+
+def _against(results: Sequence[Result], x: Callable[[Result], float], label: str) -> Any:
+    """Final losses of the grown size: models from scratch as a line, recipes by the length of their stage."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
+    _line(axes, [r for r in results if is_scratch(r) and r["size"] == "grown"], x, "from scratch", "black")
+    for recipe, colour in _SHOWN.items():
+        chosen = [r for r in results if r["recipe"] == recipe and r["size"] in ("grown", "base")]
+        _line(axes, chosen, x, recipe, colour)
+    axes.set(xlabel=label, ylabel="held-out loss (nats a token)", xscale="log")
+    _legend(axes)
+    return figure
+
+
+def _line(axes: Any, results: Sequence[Result], x: Callable[[Result], float], label: str, colour: str) -> None:
+    groups: dict[float, list[float]] = {}
+    for result in results:
+        groups.setdefault(x(result), []).append(result["loss"]["text"])
+    if groups:
+        places = sorted(groups)
+        axes.plot(places, [statistics.mean(groups[p]) for p in places], "o-", markersize=4, linewidth=1.2,
+                  color=colour, label=label)  # fmt: skip
+
+
+def _moment(results: Sequence[Result]) -> Any:
+    """The loss since the growth, minus that before it; seed 1, a tenth."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for result in results:
+        colour = _SHOWN.get(result["recipe"])
+        if colour and result["seed"] == 1 and result["label"] == "tenth" and result["size"] == "grown":
+            points = [(0, result["loss_after"]), *result["curve"]]
+            axes.plot([u / result["updates"] for u, _ in points], [loss - result["loss_before"] for _, loss in points],
+                      "o-", markersize=3, linewidth=1, color=colour, label=result["recipe"])  # fmt: skip
+    axes.axhline(0, color="0.7", linewidth=0.8)
+    axes.set(xlabel="part of the stage", ylabel="held-out loss minus that before the growth")
+    _legend(axes)
+    return figure
+
+
+def _legend(axes: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)

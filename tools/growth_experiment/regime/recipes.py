@@ -1,0 +1,89 @@
+"""How a TokenFormer grows: each mechanism alone, and what is chosen from how these did.
+
+All choices are made on the tuning text, with the first seed; results come from the other held-out text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+OFFICIAL = "official"
+"""New tokens at their initialisation, tau from the new count, optimizer and data from the start."""
+TOGETHER, BEST_ALONE = "together", "best alone"
+"""The mechanisms that helped, all at once; and the one that helped most."""
+
+_RANDOM = {"row_norm": "segment"}
+KEYS: dict[str, dict[str, Any]] = {
+    "zero": {},
+    "rotated": {"new_keys": "rotated"},
+    "random": _RANDOM,
+    "rotated, own norm": {"row_norm": "segment", "new_keys": "rotated"},
+}
+"""What new keys start as. Each is exact."""
+_PLAIN = "random"
+"""The keys beside which the mechanisms below are tried."""
+MECHANISMS: dict[str, dict[str, Any]] = {
+    "old x 0.1": {"lr_scale": {"old": 0.1}},
+    "old x 0.3": {"lr_scale": {"old": 0.3}},
+    "new values x 0.3": {"lr_scale": {"new_values": 0.3}},
+    "new keys x 3": {"lr_scale": {"new_keys": 3.0}},
+    "new tokens' warm-up": {"new_tokens_warmup": 0.1},
+    "mean moments": {"new_moments": "mean"},
+    "warm-up": {"warmup": 0.05},
+    "late decay": {"decay": 0.3},
+    "rate x 0.5": {"lr": 0.5},
+    "from the annealed base": {"annealed": True},
+}
+"""Numbers of `new_tokens_warmup`, `warmup` and `decay` are parts of the stage; the rate decays throughout
+unless told. `lr` is a factor on the base's peak rate."""
+_WITH_ZERO = {"zero, decay at old rms": {"new_keys_decay": "at_old_rms"}}
+_EXCLUSIVE = ({"old x 0.1", "old x 0.3"},)
+_MARGIN = 0.001
+"""Nats by which a mechanism has to lower the loss on the tuning text to be taken."""
+
+SCREENED: dict[str, dict[str, Any]] = {
+    **KEYS,
+    **_WITH_ZERO,
+    **{f"{_PLAIN}, {name}": KEYS[_PLAIN] | options for name, options in MECHANISMS.items()},
+    "rotated, old x 0.1": KEYS["rotated"] | MECHANISMS["old x 0.1"],
+    OFFICIAL: {},
+}
+"""What is tried alone, once."""
+
+
+def options_of(recipe: str, losses: Mapping[str, float]) -> dict[str, Any]:
+    """A recipe's options: configuration keys, and `warmup`, `decay`, `lr`, `annealed`.
+
+    Args:
+        losses: of SCREENED, on the tuning text; needed by the two recipes that are chosen from them.
+    """
+    if recipe == BEST_ALONE:
+        return options_of(best_alone(losses), losses)
+    return _together(losses) if recipe == TOGETHER else SCREENED[recipe]
+
+
+def best_alone(losses: Mapping[str, float]) -> str:
+    """The recipe with the lowest loss, of those that change nothing at the growth."""
+    return min((name for name in SCREENED if name != OFFICIAL), key=lambda name: losses[name])
+
+
+def chosen(losses: Mapping[str, float]) -> list[str]:
+    """What TOGETHER is made of: keys first, then the mechanisms that helped beside `random`."""
+    keys = min(KEYS, key=lambda name: losses[name])
+    gains = {name: losses[_PLAIN] - losses[f"{_PLAIN}, {name}"] for name in MECHANISMS}
+    helped = {name for name, gain in gains.items() if gain > _MARGIN}
+    for group in _EXCLUSIVE:
+        helped -= group - {max(group, key=lambda name: gains[name])}
+    found = [keys, *(name for name in MECHANISMS if name in helped)]
+    waits = "zero, decay at old rms"
+    return [*found, waits] if keys == "zero" and losses["zero"] - losses[waits] > _MARGIN else found
+
+
+def _together(losses: Mapping[str, float]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for name in chosen(losses):
+        more: dict[str, Any] = KEYS.get(name) or MECHANISMS.get(name) or _WITH_ZERO.get(name) or {}
+        scales = {**options.get("lr_scale", {}), **more.get("lr_scale", {})}
+        options |= more | ({"lr_scale": scales} if scales else {})
+    return options

@@ -1,0 +1,182 @@
+"""Tables and figures from the results that are kept; nothing of the trials' folders is needed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.errors import UserError
+from tools.growth_experiment.regime.figures import draw_figures
+from tools.growth_experiment.regime.recipes import BEST_ALONE, MECHANISMS, SCREENED, TOGETHER, best_alone, chosen
+from tools.growth_experiment.regime.runs import Experiment
+from tools.growth_experiment.regime.saving import (
+    Curve,
+    Result,
+    Saving,
+    all_flops,
+    all_tokens,
+    is_scratch,
+    mean_and_error,
+    own_tokens,
+    saving_of,
+    scratch_curves,
+)
+from tools.growth_experiment.regime.sizes import SIZES
+from tools.growth_experiment.report import table
+
+
+def read_results(experiment: Experiment) -> list[Result]:
+    """All that are there, in the order of the trials. Raises UserError when there is none."""
+    found: list[Result] = [result for name in experiment.trials if (result := experiment.result(name)) is not None]
+    if not found:
+        raise UserError(f"--results: {experiment.results} has no result yet; give the command run first")
+    return found
+
+
+def write_report(experiment: Experiment) -> str:
+    """Write report.md and the figures into the output folder; returns the report."""
+    results = read_results(experiment)
+    groups = groups_of(experiment, results)
+    text = "\n\n".join([
+        "# Growth in the regime of the published models",
+        f"{len(results)} of {len(experiment.trials)} trials. Losses in nats a token; +- is the standard error over "
+        "seeds.",
+        "## Recipes", recipes_table(results, groups),
+        "## New tokens", tokens_table(groups),
+        "## From scratch", scratch_table(results),
+        "## Screening (tuning text, seed 1)", screening_table(experiment), _choice(experiment),
+        "## Learning rates (tuning text)", rates_table(results),
+    ])  # fmt: skip
+    experiment.output.mkdir(parents=True, exist_ok=True)
+    (experiment.output / "report.md").write_text(text + "\n", encoding="utf-8")
+    draw_figures(results, experiment.output)
+    return text
+
+
+Key = tuple[str, str, str]
+"""Size, recipe and length of stage."""
+
+
+def groups_of(experiment: Experiment, results: Sequence[Result]) -> dict[Key, list[Result]]:
+    """Grown models and those that were trained on without growth, seeds together."""
+    groups: dict[Key, list[Result]] = {}
+    for result in results:
+        if result["recipe"] and not _is_on_the_way(result):
+            groups.setdefault((result["size"], result["recipe"], result["label"]), []).append(result)
+    best = groups.get(("grown", BEST_ALONE, "tenth"))
+    if best:  # the first seed has it as the recipe that it is
+        best += [each for each in groups["grown", best_alone(experiment.screened()), "tenth"] if each["seed"] == 1]
+    return groups
+
+
+def _is_on_the_way(result: Result) -> bool:
+    """Is it a growth of a chain after which another one follows?"""
+    return result["size"] in ("chain 2", "chain 3")
+
+
+def _base_of(result: Result, results: Sequence[Result]) -> Result | None:
+    name = "base" if result["kind"] == "tokenformer" else "transformer"
+    found = [each for each in results if each["size"] == name and each["start"] == "scratch" and not each["label"]]
+    return next((each for each in found if each["seed"] == result["seed"]), None)
+
+
+def _curve_of(result: Result, curves: dict[tuple[str, int], Curve]) -> Curve | None:
+    """Of the same seed, else of the first; a model that did not grow is compared with what others grew to."""
+    size = {"base": "grown", "transformer": "wide"}.get(str(result["size"]), str(result["size"]))
+    return curves.get((size, result["seed"])) or curves.get((size, 1))
+
+
+def recipes_table(results: Sequence[Result], groups: dict[Key, list[Result]]) -> str:
+    """Final losses, the difference to scratch and savings of every recipe."""
+    curves, rows = scratch_curves(results), []
+    for (size, recipe, label), group in groups.items():
+        savings = [
+            saving_of(result, curve, base)
+            for result in group
+            if (curve := _curve_of(result, curves)) and (base := _base_of(result, results))
+        ]
+        first = group[0]
+        rows.append([
+            size, recipe, label, str(len(group)), mean_and_error([result["loss"]["text"] for result in group]),
+            *_savings(savings), f"{own_tokens(first) / 1e6:.2f}M", f"{all_tokens(first) / 1e6:.2f}M",
+            f"{all_flops(first) - first['flops_before']:.2e}", f"{all_flops(first):.2e}",
+        ])  # fmt: skip
+    header = ["size", "recipe", "stage", "seeds", "loss", "minus scratch", "saving after growth", "saving in all",
+              "saving of FLOPs after growth", "in all", "tokens of the stage", "in all", "FLOPs of the stage",
+              "in all"]  # fmt: skip
+    return table(header, rows)
+
+
+def _savings(savings: Sequence[Saving]) -> list[str]:
+    if not savings:
+        return [""] * 5
+    bounds = "".join(sorted({saving.bound for saving in savings} - {""}))
+    names = ("after", "in_all", "flops_after", "flops_in_all")
+    cells = [f"{bounds} {mean_and_error([getattr(s, name) for s in savings], 2)}".strip() for name in names]
+    return [mean_and_error([saving.difference for saving in savings], 3, "+"), *cells]
+
+
+def tokens_table(groups: dict[Key, list[Result]]) -> str:
+    """What became of new tokens, and what the growth changed at once."""
+    rows = []
+    for (size, recipe, label), group in groups.items():
+        if "loss_before" in group[0]:
+            jump = statistics.mean(result["loss_after"] - result["loss_before"] for result in group)
+            change = max(result["logit_difference"] / result["largest_logit"] for result in group)
+            rows.append([size, recipe, label, *_by_kind(group, "new_keys_rms"), *_by_kind(group, "new_tokens_in_use"),
+                         f"{jump:+.3f}", f"{change:.0e}"])  # fmt: skip
+    kinds = ("qkv", "proj", "ffn")
+    header = ["size", "recipe", "stage", *(f"keys' RMS new/old, {kind}" for kind in kinds),
+              *(f"new tokens in use, {kind}" for kind in kinds), "loss at the growth",
+              "largest change of a logit"]  # fmt: skip
+    return table(header, rows)
+
+
+def _by_kind(group: Sequence[Result], name: str) -> list[str]:
+    found: list[dict[str, Any]] = [result[name] for result in group if name in result]
+    kinds = ("qkv", "proj", "ffn")
+    return [f"{statistics.mean(each[kind] for each in found):.2f}" if found else "" for kind in kinds]
+
+
+def scratch_table(results: Sequence[Result]) -> str:
+    """Annealed models of each size, by the part of the base's tokens."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        if is_scratch(result):
+            groups.setdefault((result["size"], result["label"]), []).append(result)
+    rows = [
+        [size, label, f"{group[0]['parameters']:,}", f"{all_tokens(group[0]) / 1e6:.2f}M", str(len(group)),
+         mean_and_error([result["loss"]["text"] for result in group])]
+        for (size, label), group in groups.items()
+    ]  # fmt: skip
+    return table(["size", "length", "parameters", "tokens", "seeds", "loss"], rows)
+
+
+def screening_table(experiment: Experiment) -> str:
+    """Every mechanism alone."""
+    losses = experiment.screened()
+    plain = losses["random"]
+    rows = [
+        [recipe, f"{loss:.4f}", f"{loss - plain:+.4f}"] for recipe, loss in losses.items() if loss < float("inf")
+    ]  # fmt: skip
+    return table(["recipe", "loss", "against random keys"], rows)
+
+
+def _choice(experiment: Experiment) -> str:
+    losses = experiment.screened()
+    missing = [recipe for recipe in SCREENED if losses[recipe] == float("inf")]
+    if missing:
+        return f"Nothing is chosen yet: no result of {', '.join(missing)}."
+    helped = ", ".join(chosen(losses))
+    return f"{TOGETHER}: {helped}, of {len(MECHANISMS)} mechanisms; {BEST_ALONE}: {best_alone(losses)}."
+
+
+def rates_table(results: Sequence[Result]) -> str:
+    """The runs that chose the peak rates."""
+    rows = [
+        [result["kind"], f"{result['peak_lr']:g}", f"{result['loss']['tuning']:.4f}"]
+        for result in results
+        if result["name"].startswith("rates/") and result["size"] in SIZES
+    ]
+    return table(["base", "rate", "loss"], rows)

@@ -1,0 +1,111 @@
+"""What a growth saves: the tokens that training from scratch takes to the same loss, over what the growth took."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Result = Mapping[str, Any]
+"""One file of results."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses of models from scratch, each annealed, by the tokens they took; shortest first."""
+
+    tokens: Sequence[float]
+    losses: Sequence[float]
+    flops_per_token: float
+
+    def tokens_to(self, loss: float) -> tuple[float, str]:
+        """Tokens to a loss, on a line over the logarithm of tokens; `<` or `>` where it is beyond the ends."""
+        if loss > self.losses[0]:
+            return self.tokens[0], "<"
+        for i in range(1, len(self.losses)):
+            before, after = self.losses[i - 1], self.losses[i]
+            if after <= loss <= before:
+                part = (before - loss) / (before - after) if before > after else 1.0
+                return math.exp(math.log(self.tokens[i - 1]) * (1 - part) + math.log(self.tokens[i]) * part), ""
+        return self.tokens[-1], ">"
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Of one grown model."""
+
+    difference: float
+    """Its loss minus that from scratch with all tokens, nats a token."""
+    after: float
+    """Tokens from scratch to the same loss, over those after the base."""
+    in_all: float
+    """The same with the base's tokens counted."""
+    flops_after: float
+    flops_in_all: float
+    bound: str
+    """`>` or `<` where the loss from scratch at no measured length is the same."""
+
+
+def own_tokens(result: Result) -> float:
+    """Tokens of this trial."""
+    return float(result["updates"] * result["tokens_per_update"])
+
+
+def all_tokens(result: Result) -> float:
+    """Those of what it started from too."""
+    return float(result["tokens_before"] + own_tokens(result))
+
+
+def all_flops(result: Result) -> float:
+    """FLOPs of it and of what it started from."""
+    return float(result["flops_before"] + own_tokens(result) * result["flops_per_token"])
+
+
+def scratch_curves(results: Iterable[Result]) -> dict[tuple[str, int], Curve]:
+    """By size and seed."""
+    points: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+    for result in results:
+        if is_scratch(result):
+            found = points.setdefault((result["size"], result["seed"]), [])
+            found.append((all_tokens(result), result["loss"]["text"], result["flops_per_token"]))
+    curves = {}
+    for key, found in points.items():
+        tokens, losses, flops = zip(*sorted(found), strict=True)
+        curves[key] = Curve(tokens, losses, flops[0])
+    return curves
+
+
+def is_scratch(result: Result) -> bool:
+    """Is it an annealed model of a trunk from scratch?"""
+    return result["start"] == "branch" and not result["recipe"] and bool(result["label"])
+
+
+def saving_of(result: Result, curve: Curve, base: Result) -> Saving:
+    """What a grown model saves against models of its size from scratch.
+
+    Args:
+        curve: of its size.
+        base: the trunk that it grew from, or that its chain began with.
+    """
+    loss = result["loss"]["text"]
+    tokens, bound = curve.tokens_to(loss)
+    base_tokens, base_flops = all_tokens(base), all_flops(base)
+    flops = tokens * curve.flops_per_token
+    return Saving(
+        loss - curve.losses[-1],
+        tokens / (all_tokens(result) - base_tokens),
+        tokens / all_tokens(result),
+        flops / (all_flops(result) - base_flops),
+        flops / all_flops(result),
+        bound,
+    )
+
+
+def mean_and_error(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+    """`mean +- standard error`; one value has no error."""
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} +- {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"

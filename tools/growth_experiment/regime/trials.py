@@ -1,0 +1,220 @@
+"""The trials, in order of value: what each trains, from what, for how long."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from tools.growth_experiment.regime.recipes import BEST_ALONE, OFFICIAL, SCREENED, TOGETHER
+from tools.growth_experiment.regime.sizes import SIZES, STAGES, TOKENS_PER_UPDATE, Kind, Size
+
+Start = Literal["scratch", "branch", "grow", "official", "net2net", "clone", "stack"]
+RATES: dict[Kind, tuple[float, ...]] = {
+    "tokenformer": (1e-3, 2e-3, 4e-3, 8e-3),
+    "transformer": (1e-3, 2e-3, 4e-3, 8e-3),
+}
+"""Peak rates that are tried for the base of each kind, in runs of a fifth; muP carries them to the other sizes."""
+NONE = "no growth"
+ON_TRANSFORMERS: dict[str, tuple[Start, str]] = {
+    "Net2Net": ("net2net", "wide"), "HyperCloning": ("clone", "double"), "G_stack": ("stack", "deep"),
+}  # fmt: skip
+"""Ways to grow a Transformer, and the size each leads to."""
+ANNEAL = 0.2
+"""Part of a run from scratch in which its rate decays."""
+_LOOP_MILLISECONDS, _SECONDS = 3.5, 20.0
+"""Of one core: for an update beside the model's own work, and for a trial beside its updates."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run."""
+
+    name: str
+    """Unique; also its folder, and with _ for / its result's file."""
+    seed: int
+    size: Size
+    """Of the model that is trained."""
+    updates: int
+    """Its own, those of what it starts from not counted."""
+    start: Start = "scratch"
+    parent: str | None = None
+    """Name of the trial that it starts from."""
+    at: int = 0
+    """Iteration of the parent's checkpoint."""
+    recipe: str = ""
+    """How it grew: of recipes.py or ON_TRANSFORMERS, or NONE."""
+    label: str = ""
+    """Of STAGES."""
+    decay: float = 0.0
+    """Part of its updates in which the rate decays; 0 for a trunk. A recipe may have its own."""
+    saves: tuple[int, ...] = ()
+    """Iterations whose checkpoints are kept beside the last."""
+    rate: float | None = None
+    """Peak rate; default the best of RATES."""
+    needs: tuple[str, ...] = ()
+    """Trials whose losses decide how this one is trained."""
+
+    @property
+    def file(self) -> str:
+        """Name of its result's file."""
+        return self.name.replace("/", "_") + ".json"
+
+    @property
+    def core_hours(self) -> float:
+        """Estimated time on one core."""
+        return (self.updates * (self.size.milliseconds + _LOOP_MILLISECONDS) / 1e3 + _SECONDS) / 3600
+
+    @property
+    def is_trunk(self) -> bool:
+        """It ends at its full rate: others go on from it, and its own final loss is no result."""
+        return not self.decay
+
+
+def slug(text: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def rate_trials(kind: Kind, updates: int) -> list[Trial]:
+    """The runs that choose a kind's peak rate."""
+    size = SIZES["base" if kind == "tokenformer" else "transformer"]
+    length = round(STAGES["fifth"] * updates)
+    return [
+        Trial(f"rates/{kind}-{rate:g}", 1, size, length, label="fifth", decay=ANNEAL, rate=rate) for rate in RATES[kind]
+    ]
+
+
+def all_trials(updates: int) -> list[Trial]:
+    """Every trial in the order in which they run, parents first.
+
+    Args:
+        updates: of the base.
+    """
+    makers = {seed: _Seed(seed, updates) for seed in (1, 2, 3)}
+    first, *others = makers.values()
+    found = [*rate_trials("tokenformer", updates), *first.base(), *first.screening(), *first.scratch("grown")]
+    for maker in others:
+        found += [*maker.base(), *maker.results(), *maker.scratch("grown")]
+    for maker in makers.values():
+        found += maker.fifths()
+    found += [*first.chain(TOGETHER), *first.chain("zero"), *first.scratch("chain 4")]
+    found += [*rate_trials("transformer", updates), *first.transformers()]
+    for maker in others:
+        found += [*maker.chain(TOGETHER), *maker.chain("zero"), *maker.scratch("chain 4")]
+    return found
+
+
+class _Seed:
+    """The trials of one seed.
+
+    Args:
+        seed: of initialisation and order of data.
+        updates: of the base.
+    """
+
+    def __init__(self, seed: int, updates: int) -> None:
+        self._seed, self._updates, self._root = seed, updates, f"seed{seed}"
+        self._rates = tuple(trial.name for trial in rate_trials("tokenformer", updates))
+        self._screened = tuple(f"seed1/grown/{slug(recipe)}-tenth" for recipe in SCREENED)
+
+    def base(self) -> Iterator[Trial]:
+        """The trunk that everything grows from, its annealed model, and the same training without growth."""
+        before = self._length(1 - STAGES["tenth"])
+        yield self._trunk("base", self._updates, (before,))
+        yield self._branch("base", "annealed", before, STAGES["tenth"])
+        yield self._branch("base", NONE, self._updates, STAGES["tenth"], "tenth")
+
+    def screening(self) -> Iterator[Trial]:
+        """Every mechanism alone, then the best together."""
+        yield from (self._grown(recipe) for recipe in SCREENED)
+        yield self._grown(TOGETHER)
+
+    def results(self) -> Iterator[Trial]:
+        """What three seeds are for."""
+        yield from (self._grown(recipe) for recipe in (TOGETHER, "zero", OFFICIAL, BEST_ALONE, "random", "rotated"))
+
+    def fifths(self) -> Iterator[Trial]:
+        """Twice as long a stage."""
+        yield self._branch("base", NONE, self._updates, STAGES["fifth"], "fifth")
+        yield from (self._grown(recipe, "fifth") for recipe in (TOGETHER, "zero", OFFICIAL))
+
+    def scratch(self, size: str) -> Iterator[Trial]:
+        """A trunk of the grown size from scratch, and its annealed models after each of STAGES."""
+        starts = {label: self._length((1 - ANNEAL) * part) for label, part in STAGES.items()}
+        yield self._trunk(size, starts["all"], tuple(starts.values())[:-1])
+        for label, at in starts.items():
+            yield self._branch(size, f"scratch {label}", at, ANNEAL * STAGES[label], label)
+
+    def chain(self, recipe: str) -> Iterator[Trial]:
+        """Three growths after each other with a tenth of the updates each; only the last decays."""
+        parent, at = f"{self._root}/base", self._updates
+        length = self._length(STAGES["tenth"])
+        for number in (2, 3, 4):
+            name = f"{self._root}/chain-{number}/{slug(recipe)}-tenth"
+            yield Trial(
+                name, self._seed, SIZES[f"chain {number}"], length, "grow", parent, at, recipe, "tenth",
+                1.0 if number == 4 else 0.0, needs=self._needs(recipe),
+            )  # fmt: skip
+            parent, at = name, length
+
+    def transformers(self) -> Iterator[Trial]:
+        """Other ways to grow, beside a Transformer of each size from scratch."""
+        rates = tuple(trial.name for trial in rate_trials("transformer", self._updates))
+        yield self._trunk("transformer", self._updates)
+        yield self._branch("transformer", NONE, self._updates, STAGES["tenth"], "tenth")
+        for recipe, (start, size) in ON_TRANSFORMERS.items():
+            yield Trial(
+                f"{self._root}/{size}/{slug(recipe)}-tenth", self._seed, SIZES[size], self._length(STAGES["tenth"]),
+                start, f"{self._root}/transformer", self._updates, recipe, "tenth", 1.0, needs=rates,
+            )  # fmt: skip
+        for _, size in ON_TRANSFORMERS.values():
+            yield from self.scratch(size)
+
+    def _length(self, part: float) -> int:
+        return max(2, round(part * self._updates))
+
+    def _trunk(self, size: str, updates: int, saves: tuple[int, ...] = ()) -> Trial:
+        needs = tuple(trial.name for trial in rate_trials(SIZES[size].kind, self._updates))
+        return Trial(f"{self._root}/{slug(size)}", self._seed, SIZES[size], updates, saves=saves, needs=needs)
+
+    def _branch(self, trunk: str, name: str, at: int, part: float, label: str = "") -> Trial:
+        stage = f"-{label}" if name == NONE else ""
+        return Trial(
+            f"{self._root}/{slug(trunk)}-{slug(name)}{stage}", self._seed, SIZES[trunk], self._length(part), "branch",
+            f"{self._root}/{slug(trunk)}", at, NONE if name == NONE else "", label, 1.0,
+        )  # fmt: skip
+
+    def _grown(self, recipe: str, label: str = "tenth") -> Trial:
+        name, parent, at = f"{self._root}/grown/{slug(recipe)}-{label}", f"{self._root}/base", self._updates
+        if SCREENED.get(recipe, {}).get("annealed"):
+            parent, at = f"{parent}-annealed", self._updates
+        start: Start = "official" if recipe == OFFICIAL else "grow"
+        return Trial(
+            name, self._seed, SIZES["grown"], self._length(STAGES[label]), start, parent, at, recipe, label, 1.0,
+            needs=self._needs(recipe),
+        )  # fmt: skip
+
+    def _needs(self, recipe: str) -> tuple[str, ...]:
+        return self._rates + (self._screened if recipe in (TOGETHER, BEST_ALONE) else ())
+
+
+def cost_before(trial: Trial, trials: dict[str, Trial], flops_per_token: dict[str, float]) -> tuple[int, float]:
+    """Tokens and FLOPs of everything that a trial starts from.
+
+    Args:
+        trials: all, by name.
+        flops_per_token: by size.
+    """
+    if trial.parent is None:
+        return 0, 0.0
+    parent = trials[trial.parent]
+    tokens, flops = cost_before(parent, trials, flops_per_token)
+    own = (trial.at - first_iteration(parent)) * TOKENS_PER_UPDATE
+    return tokens + own, flops + own * flops_per_token[parent.size.name]
+
+
+def first_iteration(trial: Trial) -> int:
+    """The iteration that a trial counts from: a branch goes on counting where its trunk was."""
+    return trial.at if trial.start == "branch" else 0
