@@ -74,7 +74,7 @@ def test_every_run_has_a_valid_configuration(experiment: Experiment) -> None:
 def test_what_is_chosen_is_what_helped() -> None:
     losses = dict.fromkeys(SCREENED, 1.3)
     losses |= {"random": 1.25, "official": 1.1, "random, old x 0.1": 1.2, "random, old x 0.3": 1.22}
-    losses |= {"random, new keys x 3": 1.24, "random, warm-up": 1.2495}
+    losses |= {"random, new keys x 3": 1.24, "random, warm-up": 1.2495, "random, from the annealed base": 1.1}
     assert chosen(losses) == ["random", "old x 0.1", "new keys x 3"]
     assert options_of(TOGETHER, losses) == {"row_norm": "segment", "lr_scale": {"old": 0.1, "new_keys": 3.0}}
     assert options_of(BEST_ALONE, losses) == SCREENED["random, old x 0.1"], "official is not exact"

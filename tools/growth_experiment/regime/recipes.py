@@ -64,15 +64,16 @@ def options_of(recipe: str, losses: Mapping[str, float]) -> dict[str, Any]:
 
 
 def best_alone(losses: Mapping[str, float]) -> str:
-    """The recipe with the lowest loss, of those that change nothing at the growth."""
-    return min((name for name in SCREENED if name != OFFICIAL), key=lambda name: losses[name])
+    """The recipe with the lowest loss, of those that change nothing at the growth and start from the trunk."""
+    names = [name for name, options in SCREENED.items() if name != OFFICIAL and not options.get("annealed")]
+    return min(names, key=lambda name: losses[name])
 
 
 def chosen(losses: Mapping[str, float]) -> list[str]:
     """What TOGETHER is made of: keys first, then the mechanisms that helped beside `random`."""
     keys = min(KEYS, key=lambda name: losses[name])
     gains = {name: losses[_PLAIN] - losses[f"{_PLAIN}, {name}"] for name in MECHANISMS}
-    helped = {name for name, gain in gains.items() if gain > _MARGIN}
+    helped = {name for name, gain in gains.items() if gain > _MARGIN and not MECHANISMS[name].get("annealed")}
     for group in _EXCLUSIVE:
         helped -= group - {max(group, key=lambda name: gains[name])}
     found = [keys, *(name for name in MECHANISMS if name in helped)]
