@@ -22,7 +22,7 @@ from tools.growth_experiment.regime.runs import Experiment, Stopped, run_keys, r
 from tools.growth_experiment.regime.saving import Curve, mean_and_error, saving_of, scratch_curves
 from tools.growth_experiment.regime.sizes import SIZES, base_updates
 from tools.growth_experiment.regime.starts import stacked_model
-from tools.growth_experiment.regime.trials import all_trials, cost_before, slug
+from tools.growth_experiment.regime.trials import all_trials, cost_before, rate_trials, slug
 
 UPDATES = 24
 
@@ -160,7 +160,7 @@ def test_a_toy_run_grows_and_reports(tmp_path: Path) -> None:
     text.write_text("".join(f"{i} and {i * i} make {i + i * i}. " for i in range(3000)))
     prepare(tmp_path, UPDATES, text, sequences=2)
     experiment = Experiment(tmp_path, tmp_path / "results")
-    for name in list(experiment.trials)[:4]:
+    for name in [trial.name for trial in rate_trials("tokenformer", UPDATES)]:
         note(experiment, name)
     run_ranks(1, run_some, tmp_path)
     for name in experiment.trials["seed1/base"].needs:

@@ -12,8 +12,8 @@ from tools.growth_experiment.regime.sizes import SIZES, STAGES, TOKENS_PER_UPDAT
 
 Start = Literal["scratch", "branch", "grow", "official", "net2net", "clone", "stack"]
 RATES: dict[Kind, tuple[float, ...]] = {
-    "tokenformer": (1e-3, 2e-3, 4e-3, 8e-3),
-    "transformer": (1e-3, 2e-3, 4e-3, 8e-3),
+    "tokenformer": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    "transformer": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
 }
 """Peak rates that are tried for the base of each kind, in runs of a fifth; muP carries them to the other sizes."""
 NONE = "no growth"
@@ -98,9 +98,11 @@ def all_trials(updates: int) -> list[Trial]:
     for maker in others:
         found += [*maker.base(), *maker.results(), *maker.scratch("grown")]
     for maker in makers.values():
-        found += maker.fifths()
+        found += maker.longer("fifth", (TOGETHER, "zero", "random", OFFICIAL))
     found += [*first.chain(TOGETHER), *first.chain("zero"), *first.scratch("chain 4")]
     found += [*rate_trials("transformer", updates), *first.transformers()]
+    for maker in makers.values():
+        found += maker.longer("two fifths", (TOGETHER, "zero"))
     for maker in others:
         found += [*maker.chain(TOGETHER), *maker.chain("zero"), *maker.scratch("chain 4")]
     return found
@@ -135,10 +137,10 @@ class _Seed:
         """What three seeds are for."""
         yield from (self._grown(recipe) for recipe in (TOGETHER, "zero", OFFICIAL, BEST_ALONE, "random", "rotated"))
 
-    def fifths(self) -> Iterator[Trial]:
-        """Twice as long a stage."""
-        yield self._branch("base", NONE, self._updates, STAGES["fifth"], "fifth")
-        yield from (self._grown(recipe, "fifth") for recipe in (TOGETHER, "zero", OFFICIAL))
+    def longer(self, label: str, recipes: tuple[str, ...]) -> Iterator[Trial]:
+        """A longer stage."""
+        yield self._branch("base", NONE, self._updates, STAGES[label], label)
+        yield from (self._grown(recipe, label) for recipe in recipes)
 
     def scratch(self, size: str) -> Iterator[Trial]:
         """A trunk of the grown size from scratch, and its annealed models after each of STAGES."""
@@ -180,14 +182,14 @@ class _Seed:
         return Trial(f"{self._root}/{slug(size)}", self._seed, SIZES[size], updates, saves=saves, needs=needs)
 
     def _branch(self, trunk: str, name: str, at: int, part: float, label: str = "") -> Trial:
-        stage = f"-{label}" if name == NONE else ""
+        stage = f"-{slug(label)}" if name == NONE else ""
         return Trial(
             f"{self._root}/{slug(trunk)}-{slug(name)}{stage}", self._seed, SIZES[trunk], self._length(part), "branch",
             f"{self._root}/{slug(trunk)}", at, NONE if name == NONE else "", label, 1.0,
         )  # fmt: skip
 
     def _grown(self, recipe: str, label: str = "tenth") -> Trial:
-        name, parent, at = f"{self._root}/grown/{slug(recipe)}-{label}", f"{self._root}/base", self._updates
+        name, parent, at = f"{self._root}/grown/{slug(recipe)}-{slug(label)}", f"{self._root}/base", self._updates
         if SCREENED.get(recipe, {}).get("annealed"):
             parent, at = f"{parent}-annealed", self._updates
         start: Start = "official" if recipe == OFFICIAL else "grow"
