@@ -14,7 +14,6 @@ from megatron.config.sections.scaling import NewMoments, ScalingConfig
 from megatron.errors import UserError
 from megatron.exchange import canonical, open_checkpoint
 from megatron.growth.grow import grown_checkpoint, lineage_entry
-from megatron.growth.moments import with_moments
 from megatron.growth.plan import TokenCounts, describe, grown_config
 from megatron.growth.proof import Difference, compare_logits
 from megatron.growth.schedule import past_growths
@@ -65,7 +64,7 @@ def grow_checkpoint(
     settings, before = base.resolved(), base.model_config
     after = grown_config(before, counts)
     seed = int(settings["seed"]) if seed is None else seed
-    grown = with_moments(grown_checkpoint(base, after, seed, counts.keys), base, new_moments)
+    grown = grown_checkpoint(base, after, seed, counts.keys, new_moments)
     difference = compare_logits(base, grown, task_of(before).example_inputs(before, settings, _PROOF_SAMPLES))
     difference.check(describe(before, after))
     entry = lineage_entry(base, grown, base.train_state, counts.keys, scheduled=False)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from megatron.checkpoint.tensors import Tensors, TensorView
 from megatron.config.sections.model import ModelSection, RowNorm
-from megatron.config.sections.scaling import NewKeys
+from megatron.config.sections.scaling import NewKeys, NewMoments
 from megatron.errors import UserError
 from megatron.exchange import Checkpoint
+from megatron.growth.moments import MeanMoments
 from megatron.growth.plan import KINDS, TokenCounts, describe, grown_config, segments_of
 from megatron.growth.recipes import Recipe
 from megatron.model.build import build_model
@@ -74,10 +75,21 @@ class GrownTensors(TensorView):
         return self._recipe.keys(old, len(new), tau_tokens, name)
 
 
-def grown_checkpoint(checkpoint: Checkpoint, after: ModelSection, seed: int, new_keys: NewKeys = "zero") -> Checkpoint:
-    """The checkpoint after one growth, made as it is read: nothing is written. Arguments are those of Recipe."""
-    grown = GrownTensors(checkpoint.tensors, Recipe(after, new_keys, seed))
-    return replace(checkpoint, model_config=after, tensors=grown)
+def grown_checkpoint(
+    checkpoint: Checkpoint, after: ModelSection, seed: int, new_keys: NewKeys, new_moments: NewMoments = "zero"
+) -> Checkpoint:
+    """The checkpoint after one growth, made as it is read: nothing is written.
+
+    Args:
+        checkpoint: before.
+        after, new_keys, seed: those of Recipe.
+        new_moments: the optimizer state of the new tokens.
+    """
+    tensors: Tensors = GrownTensors(checkpoint.tensors, Recipe(after, new_keys, seed))
+    if new_moments == "mean":
+        beta2 = float(checkpoint.resolved()["optimizer"]["params"]["betas"][1])
+        tensors = MeanMoments(tensors, checkpoint.tensors, beta2)
+    return replace(checkpoint, model_config=after, tensors=tensors)
 
 
 def _new_parameters(after: ModelSection) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -15,13 +15,9 @@ counts as one of the largest t. All new tokens have that count: ZeRO keeps one f
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor, cat, zeros
 
 from megatron.checkpoint.tensors import Tensors, TensorView
-from megatron.config.sections.scaling import NewMoments
-from megatron.exchange import Checkpoint
 
 
 class MeanMoments(TensorView):
@@ -87,14 +83,6 @@ class MeanMoments(TensorView):
     def _part(self, step: Tensor) -> float:
         """What Adam divides a second moment by after so many updates."""
         return 1.0 - self._beta2 ** int(step)
-
-
-def with_moments(grown: Checkpoint, before: Checkpoint, new_moments: NewMoments) -> Checkpoint:
-    """What `before` has grown to, with the optimizer state that its new tokens are to start with."""
-    if new_moments == "zero":
-        return grown
-    beta2 = float(before.resolved()["optimizer"]["params"]["betas"][1])
-    return replace(grown, tensors=MeanMoments(grown.tensors, before.tensors, beta2))
 
 
 def _older(name: str) -> list[str]:

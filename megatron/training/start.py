@@ -25,7 +25,6 @@ from megatron.errors import UserError
 from megatron.exchange import Checkpoint, open_checkpoint
 from megatron.failures import failed_attempts, read_failures
 from megatron.growth.grow import grown_checkpoint, lineage_entry
-from megatron.growth.moments import with_moments
 from megatron.growth.plan import KINDS, TokenCounts, grown_config
 from megatron.growth.proof import Difference, compare_logits
 from megatron.growth.schedule import GrowthSchedule, growths_done, past_growths
@@ -157,8 +156,7 @@ class Start:
         assert self.checkpoint is not None, "only a model that exists grows"
         before, state = self.checkpoint, self.state
         new_keys = initial_keys(after.scaling.new_keys, after.scaling.row_norm)
-        grown = grown_checkpoint(before, after.model, after.training.seed, new_keys)
-        grown = with_moments(grown, before, after.scaling.new_moments)
+        grown = grown_checkpoint(before, after.model, after.training.seed, new_keys, after.scaling.new_moments)
         entry = lineage_entry(before, grown, state.state_dict(), new_keys, scheduled=scheduled)
         get_logger().info(
             "growth at iteration %d: %s; %s to %s parameters",
