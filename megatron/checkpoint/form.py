@@ -37,7 +37,7 @@ _KIND = re.compile(r"[a-z][a-z0-9_]{0,30}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _LARGEST = 2**53
 """No count of samples, tokens or bytes is larger; all of them fit into 64 bits with room to add."""
-_MAX_VALUES, _MAX_DEPTH = 2_000_000, 32
+_MAX_VALUES, _MAX_DEPTH, _MAX_DIMENSIONS = 2_000_000, 32, 16
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -116,7 +116,8 @@ def _is_entry(entry: Any) -> bool:
     if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[0], (str, list)):
         return False
     _, dtype, shape = entry
-    return isinstance(dtype, str) and dtype in SAFETENSORS_DTYPES and _are_counts(shape)
+    is_shape = _are_counts(shape) and len(shape) <= _MAX_DIMENSIONS and math.prod(shape) < _LARGEST
+    return isinstance(dtype, str) and dtype in SAFETENSORS_DTYPES and is_shape
 
 
 def _is_place(place: Any, kind: str, shape: list[int], files: Mapping[str, Any]) -> bool:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import combinations
 
 from torch import Tensor
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(where it begins, how large it is), each a number for every dimension."""
 
-_MAX_COMPARISONS = 5_000_000
+_MAX_TURNS, _MAX_COMPARED = 64, 64
 
 # A stream of whole tensors, by name.
 TensorStream = Iterable[tuple[str, Tensor]]
@@ -105,15 +105,36 @@ def coverage_fault(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
     covered, whole = sum(math.prod(size) for _, size in boxes), math.prod(shape)
     if covered != whole:
         return f"has {covered:,} of its {whole:,} values only" if covered < whole else "has values twice"
-    # Parts that begin later in the first dimension than one ends cannot overlap with it.
-    ordered = sorted(boxes) if shape else []
-    compared = 0
-    for number, box in enumerate(ordered):
-        end = box[0][0] + box[1][0]
-        for other in islice(ordered, number + 1, None):
-            if other[0][0] >= end:
-                break
-            compared += 1
-            if compared > _MAX_COMPARISONS or common_box(box, other):
-                return "has values twice" if compared <= _MAX_COMPARISONS else "has too many parts"
+    return _overlap_fault([box for box in boxes if math.prod(box[1])])
+
+
+def _overlap_fault(boxes: list[Box]) -> str | None:
+    """Do boxes overlap? They are cut apart, dimension by dimension, which takes few turns for parts that ranks have."""
+    groups, turns = [boxes], _MAX_TURNS * len(boxes)
+    while groups:
+        group = groups.pop()
+        turns -= len(group)
+        if len(group) < 2:
+            continue
+        cuts = (_cut_apart(group, dim) for dim in range(len(group[0][0])))
+        if apart := next((found for found in cuts if len(found) > 1), None):
+            groups += apart
+        elif any(common_box(*pair) for pair in combinations(group[:_MAX_COMPARED], 2)):
+            return "has values twice"
+        elif len(group) > _MAX_COMPARED:
+            turns = -1
+        if turns < 0:
+            return "has too many parts across each other"
     return None
+
+
+def _cut_apart(boxes: Sequence[Box], dim: int) -> list[list[Box]]:
+    """Boxes in groups that have nothing of one dimension in common with each other."""
+    groups: list[list[Box]] = []
+    end = 0
+    for box in sorted(boxes, key=lambda box: box[0][dim]):
+        if not groups or box[0][dim] >= end:
+            groups.append([])
+        groups[-1].append(box)
+        end = max(end, box[0][dim] + box[1][dim])
+    return groups

@@ -359,6 +359,20 @@ def test_a_manifest_whose_parts_make_no_tensor_is_damaged(
         CheckpointReader(folder)
 
 
+@pytest.mark.parametrize("shape", [[2**52] * 300, [2**52] * 5, [1] * 17])
+def test_a_tensor_of_an_impossible_shape_is_damage(tmp_path: Path, shape: list[int]) -> None:
+    root, states = RunFolder(tmp_path), in_two_parts(1.0)
+    folder = root.publish(states[0], [root.write_part(state, rank) for rank, state in enumerate(states)])
+
+    def change(manifest: dict[str, Any]) -> None:
+        entry = manifest["tensors"]["model"]["layer.weight"]
+        entry[0], entry[2] = [[entry[0][0][0], [0] * len(shape), [1] * len(shape)]], shape
+
+    forged(folder, change)
+    with pytest.raises(DamagedCheckpoint, match="has no file, dtype and shape of layer.weight"):
+        CheckpointReader(folder)
+
+
 def test_a_version_that_its_tables_do_not_have_is_damage(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path).save(state(1))
     forged(folder, lambda manifest: manifest.update(version=2))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from megatron.checkpoint.pieces import Piece, coverage_fault, flat_boxes, slices, whole_pieces
+from megatron.checkpoint.pieces import Box, Piece, coverage_fault, flat_boxes, slices, whole_pieces
 from megatron.checkpoint.state import CanonicalState
 from megatron.checkpoint.store import CheckpointReader, RunFolder
 from megatron.checkpoint.writer import write_safetensors
@@ -116,3 +116,23 @@ def test_tensors_of_a_further_kind_are_saved_read_and_left_alone(tmp_path: Path)
     CheckpointReader(folder, verify=False).verify("model", "rng")
     with pytest.raises(UserError, match=r"ema-00000\.safetensors has 0 bytes"):
         CheckpointReader(folder)
+
+
+def test_parts_are_told_apart_however_they_lie() -> None:
+    columns: list[Box] = [((0, i), (1, 1)) for i in range(3000)]
+    assert coverage_fault((1, 3000), columns) is None
+    assert coverage_fault((1, 3000), [*columns[:-1], columns[7]]) == "has values twice"
+    pinwheel: list[Box] = [((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1)), ((1, 1), (1, 1))]
+    assert coverage_fault((3, 3), pinwheel) is None
+    assert coverage_fault((3, 3), [*pinwheel[:-1], ((0, 0), (1, 1))]) == "has values twice"
+    assert coverage_fault((4,), [((0,), (3,)), ((4,), (0,)), ((2,), (1,))]) == "has values twice"
+    assert coverage_fault((4,), [((0,), (3,)), ((2,), (0,)), ((3,), (1,))]) is None
+
+
+def test_parts_that_take_turn_after_turn_to_tell_apart_are_refused() -> None:
+    """A frame around a frame, and so on: each turn takes off one part, of which there may be any number."""
+    frames, end = list[Box](), 400
+    for i in range(0, end, 2):
+        frames += [((i, i), (1, end - i)), ((i + 1, i), (end - i - 1, 1))]
+        frames += [((i + 1, i + 1), (1, end - i - 1)), ((i + 2, i + 1), (end - i - 2, 1))]
+    assert coverage_fault((end, end), frames) == "has too many parts across each other"
