@@ -100,6 +100,7 @@ class RunFolder:
                 (temporary / _TRANSIENT).touch()
             _write_records(temporary, state, whole)
             if os.path.lexists(target):
+                _remove(replaced)  # of a save that could not move `latest`
                 os.rename(target, replaced)
             os.rename(temporary, target)
             self.set_latest(state.iteration)

@@ -35,7 +35,10 @@ def save_together(
 ) -> SaveResult:
     """Write this rank's part of a checkpoint, and wait until the first rank has published it. On all ranks."""
     if layout.world_size == 1:
-        return _as_result(lambda: _publish(folder, state, [folder.write_part(state)], transient, options))
+        result = _as_result(lambda: _publish(folder, state, [folder.write_part(state)], transient, options))
+        if result.failure:
+            folder.discard(state.iteration)
+        return result
     mail = Mail(f"save/{next(_saves)}", layout)
     parts: list[Part] = []
     result = _as_result(lambda: parts.append(folder.write_part(state, layout.rank)))
@@ -45,11 +48,12 @@ def save_together(
     letters = [json.loads(letter) for letter in mail.collect()]
     results = [SaveResult(**letter["result"]) for letter in letters]
     if failed := next((found for found in results if found.failure), None):
-        folder.discard(state.iteration)
         result = failed
     else:
         parts = [Part(**letter["part"]) for letter in letters]
         result = _as_result(lambda: _publish(folder, state, parts, transient, options))
+    if result.failure:
+        folder.discard(state.iteration)
     mail.answer(json.dumps(asdict(result)))
     return result
 
@@ -69,11 +73,7 @@ def _publish(
     folder: RunFolder, state: CanonicalState, parts: list[Part], transient: bool, options: CheckpointConfig
 ) -> None:
     """Publish a checkpoint and remove those that are no longer kept."""
-    try:
-        folder.publish(state, parts, transient)
-    except UserError:
-        folder.discard(state.iteration)
-        raise
+    folder.publish(state, parts, transient)
     get_logger().info("saved checkpoint %s", folder.path / folder_name(state.iteration))
     if options.keep_last_n_checkpoints or options.non_persistent_save_interval:
         try:

@@ -112,6 +112,24 @@ def test_a_kill_while_replacing_a_checkpoint_leaves_the_old_one(
     assert CheckpointReader(tmp_path / "global_step1").tensor("model", "layer.weight")[0, 0] == 3.0
 
 
+def test_a_checkpoint_whose_latest_could_not_be_moved_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes back saves iterations again."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    RunFolder(tmp_path).save(state(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "set_latest", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            RunFolder(tmp_path).save(state(1, 2.0))
+    root, again = RunFolder(tmp_path), state(1, 3.0)
+    folder = root.publish(again, [root.write_part(again)])
+    assert CheckpointReader(folder).tensor("model", "layer.weight")[0, 0] == 3.0
+
+
 def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     RunFolder(tmp_path).save(state(1))
 

@@ -108,6 +108,7 @@ def test_what_one_rank_cannot_write_all_ranks_hear_of(tiny_config: MakeConfig, t
 def test_the_last_checkpoint_has_to_be_written(tiny_config: MakeConfig, tmp_path: Path) -> None:
     config = tiny_config(train_iters=2, save=str(tmp_path), on_save_failure="continue", eval_iters=0)
     assert "global_step2: [Errno 28] No space left" in refuse_on(0, (2,), config)
+    assert list(tmp_path.glob(".*")) == []  # half a checkpoint would keep room from those to come
 
 
 @pytest.mark.engine
