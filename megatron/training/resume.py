@@ -85,7 +85,7 @@ class _Search:
         """What to go on from, looked through; None where there is no checkpoint at all. Collective."""
         while chosen := object_from_first_rank(first_rank_does(self.choose, layout), layout.world):
             try:
-                verify_together(CheckpointReader(chosen.folder, verify=False), layout)
+                verify_together(partial(CheckpointReader, chosen.folder, verify=False), layout)
                 break
             except DamagedCheckpoint as error:
                 self.damage[chosen.folder] = error

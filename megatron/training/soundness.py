@@ -5,6 +5,8 @@ The reader knows the form; what is checked here takes the model, the optimizer a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron.checkpoint.reader import CheckpointReader, DamagedCheckpoint
 from megatron.config.sections.checkpoint import CheckpointConfig
 from megatron.config.sections.optimization import OptimizationConfig, OptimizerSpec
@@ -35,14 +37,17 @@ def require_consistent(reader: CheckpointReader) -> None:
         raise reader.damaged("manifest.json", fault)
 
 
-def verify_together(reader: CheckpointReader, layout: Layout) -> None:
+def verify_together(opened: Callable[[], CheckpointReader], layout: Layout) -> None:
     """Compare the files of a checkpoint with its manifest, each rank some of them. Collective.
+
+    Args:
+        opened: gives the checkpoint; one rank alone may find that it cannot be.
 
     Raises: on all ranks, what the first of those that found something found: DamagedCheckpoint before any other error.
     """
     found: UserError | None = None
     try:
-        reader.verify(share=(layout.rank, layout.world_size))
+        opened().verify(share=(layout.rank, layout.world_size))
     except UserError as error:
         found = error
     errors = [fault for fault in gather_objects(found, layout.world) if fault is not None]

@@ -115,7 +115,7 @@ class Start:
         base = open_checkpoint(path, config, key=key)
         if isinstance(base.tensors, CheckpointReader):
             first_rank_does(partial(require_consistent, base.tensors), self._layout)
-            verify_together(base.tensors, self._layout)
+            verify_together(partial(CheckpointReader, base.tensors.folder, verify=False, key=key), self._layout)
         slots = {f"{kind}_slot_num": getattr(config.model, f"{kind}_slot_num") for kind in KINDS}
         segments = ("token_segments", "segment_norms")
         check_same_model(config.model, base.model_config.replaced(**slots, **dict.fromkeys(segments)), base.folder)

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from megatron.checkpoint.reader import CheckpointReader, DamagedCheckpoint, file_sha256
 from megatron.config import RunConfig
+from megatron.engine.distributed import initialize_distributed
 from megatron.errors import UserError
 from megatron.log import get_logger
 from megatron.metrics import MetricsLog
@@ -118,6 +120,28 @@ def test_a_damaged_file_costs_one_warning_and_the_checkpoint_before_is_taken(
             shutil.copy(whole_run / "latest", run)
     finally:
         logger.removeHandler(caplog.handler)
+
+
+def chosen_where_one_rank_reads_another_manifest(config: RunConfig) -> int:
+    """The iteration that this rank goes on from, when the manifest of 2 is cut off for the last rank."""
+    layout, read = initialize_distributed(config), CheckpointReader._read_manifest
+
+    def cut_off(reader: CheckpointReader) -> dict[str, Any]:
+        if layout.rank and reader.folder.name == "global_step2":
+            raise reader.damaged("manifest.json", "is not valid JSON")
+        return read(reader)
+
+    with patch.object(CheckpointReader, "_read_manifest", cut_off):
+        found = open_for_resume(config.checkpoint, layout)
+    assert found is not None and found.checkpoint.iteration is not None
+    return found.checkpoint.iteration
+
+
+@pytest.mark.processes
+def test_a_manifest_that_one_rank_alone_cannot_read_is_damage_for_all(run: Path, tiny_config: MakeConfig) -> None:
+    """As where one node sees old bytes of a network's file system."""
+    config = tiny_config(load=str(run))
+    assert run_ranks(2, chosen_where_one_rank_reads_another_manifest, config) == [1, 1]
 
 
 def test_a_damaged_latest_leads_to_a_checkpoint_of_the_run(run: Path, tiny_config: MakeConfig) -> None:
