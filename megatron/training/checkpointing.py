@@ -107,6 +107,7 @@ class Saver:
         """Wait for the save that is being written, whatever becomes of it; for a run that ends with an error."""
         if self._in_flight is not None:
             wait([self._in_flight], timeout=_PATIENCE_SECONDS)
+        self._buffers = HostBuffers()  # the next start of the run has a saver of its own
 
     def _save(self, folder: RunFolder, transient: bool, waits: bool) -> None:
         layout, state, options = self._engine.layout, self._state, self._config.checkpoint

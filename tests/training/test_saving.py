@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from megatron.checkpoint.snapshot import HostBuffers
 from megatron.checkpoint.store import CheckpointReader, Part, RunFolder
 from megatron.config import RunConfig
 from megatron.errors import UserError
+from megatron.signals import StopRequest
 from megatron.training import train
 from megatron.training.loop import Trainer
 from tests.ranks import run_ranks
@@ -59,6 +62,23 @@ def test_training_goes_on_while_a_checkpoint_is_written(
             config = of_run.pop("config.yml", None), of_run.pop("manifest.json")
             assert config[1]
         assert files[0] == files[1]
+
+
+@pytest.mark.engine
+def test_a_run_that_is_closed_keeps_no_copy(tiny_config: MakeConfig, tmp_path: Path) -> None:
+    """One that grows or goes back is there until the next start has read what it saved."""
+    copies = list[weakref.ref[torch.Tensor]]()
+    real = HostBuffers.copies
+
+    def noted(buffers: HostBuffers, pieces: Any) -> list[Piece]:
+        found = real(buffers, pieces)
+        copies.extend(weakref.ref(piece.tensor) for piece in found)
+        return found
+
+    run = Trainer(tiny_config(train_iters=3, save=str(tmp_path), checkpoint_factor=2, eval_iters=0))
+    with patch.object(HostBuffers, "copies", noted), StopRequest() as stop:
+        run.train(stop)
+    assert copies and not any(copy() is not None for copy in copies)
 
 
 def test_one_copy_is_kept_for_all_saves() -> None:
