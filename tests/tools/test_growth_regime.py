@@ -20,7 +20,7 @@ from tools.growth_experiment.regime.recipes import BEST_ALONE, SCREENED, TOGETHE
 from tools.growth_experiment.regime.report import groups_of, read_results, recipes_table, tokens_table
 from tools.growth_experiment.regime.runs import Experiment, Stopped, run_keys, run_trial
 from tools.growth_experiment.regime.saving import Curve, mean_and_error, saving_of, scratch_curves
-from tools.growth_experiment.regime.sizes import SIZES, base_updates
+from tools.growth_experiment.regime.sizes import SIZES, STAGES, base_updates
 from tools.growth_experiment.regime.starts import stacked_model
 from tools.growth_experiment.regime.trials import all_trials, cost_before, rate_trials, slug
 
@@ -134,6 +134,11 @@ def test_savings_add_up() -> None:
     saving = saving_of(grown, curve, base)
     assert saving.difference == 0.5 and saving.after == pytest.approx(4) and saving.in_all == pytest.approx(200 / 150)
     assert saving.flops_after == pytest.approx(4) and saving.flops_in_all == pytest.approx(4000 / 1400)
+    scratch = [{**base, "start": "branch", "recipe": "", "label": label, "size": "grown", "seed": 1, "updates": number,
+                "loss": {"text": 3.0 - number}} for number, label in enumerate(STAGES, 1)]  # fmt: skip
+    found = scratch_curves(reversed(scratch))["grown", 1]
+    assert list(found.tokens) == [10, 20, 30, 40] and list(found.losses) == [2, 1, 0, -1] and found.flops_per_token == 4
+    assert not scratch_curves(scratch[1:]), "its last length may be missing"
     assert mean_and_error([1.0, 2.0, 3.0]) == "2.000 +- 0.577" and mean_and_error([1.0], sign="+") == "+1.000"
 
 
@@ -181,4 +186,3 @@ def test_a_toy_run_grows_and_reports(tmp_path: Path) -> None:
     groups = groups_of(experiment, list(results.values()))
     assert "| grown | official | tenth |" in recipes_table(list(results.values()), groups)
     assert "| grown | random, old x 0.1 | tenth | 1.0" in tokens_table(groups)
-    assert not scratch_curves(results.values())

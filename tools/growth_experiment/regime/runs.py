@@ -112,6 +112,11 @@ class Experiment:
         trials = rate_trials(kind, self.facts["updates"])
         return min(trials, key=lambda trial: self.tuning_loss(trial.name)).rate or 0.0
 
+    def peak_lr(self, trial: Trial) -> float:
+        """A trial's highest learning rate."""
+        rate = trial.rate or self.peak_rate(trial.size.kind)
+        return float(rate * self.options(trial).get("lr", 1.0))
+
     def screened(self) -> Mapping[str, float]:
         """Losses on the tuning text from which recipes are chosen."""
         return {recipe: self.tuning_loss(f"seed1/grown/{slug(recipe)}-tenth") for recipe in SCREENED}
@@ -163,8 +168,7 @@ def _configuration(experiment: Experiment, trial: Trial) -> tuple[Path, dict[str
 
 def run_keys(experiment: Experiment, trial: Trial) -> dict[str, Any]:
     """The run's YAML, but for how often it is evaluated. Not for a branch, whose trunk says it."""
-    options, save = experiment.options(trial), str(experiment.run_folder(trial))
-    lr = (trial.rate or experiment.peak_rate(trial.size.kind)) * options.get("lr", 1.0)
+    options, save, lr = experiment.options(trial), str(experiment.run_folder(trial)), experiment.peak_lr(trial)
     data, output = experiment.facts, experiment.output
     keys = {
         **trial.size.model(),
@@ -252,7 +256,7 @@ def _write_result(experiment: Experiment, trial: Trial, moment: Mapping[str, Any
     result: dict[str, Any] = {
         "name": trial.name, "seed": trial.seed, "size": size.name, "kind": size.kind, "start": trial.start,
         "recipe": trial.recipe, "label": trial.label, "options": experiment.options(trial),
-        "peak_lr": trial.rate or experiment.peak_rate(size.kind), "text": experiment.facts["text"],
+        "peak_lr": experiment.peak_lr(trial), "text": experiment.facts["text"],
         "updates": trial.updates, "tokens_per_update": TOKENS_PER_UPDATE, "parameters": size.parameters(),
         "flops_per_token": experiment.flops_per_token[size.name], "tokens_before": tokens, "flops_before": flops,
         "loss": losses, "curve": sorted(({**curve, trial.updates: losses["text"]}).items()),

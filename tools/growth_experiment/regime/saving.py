@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tools.growth_experiment.regime.sizes import STAGES
+
 Result = Mapping[str, Any]
 """One file of results."""
 
@@ -64,7 +66,7 @@ def all_flops(result: Result) -> float:
 
 
 def scratch_curves(results: Iterable[Result]) -> dict[tuple[str, int], Curve]:
-    """By size and seed."""
+    """By size and seed; of those that have finished at all lengths."""
     points: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
     for result in results:
         if is_scratch(result):
@@ -72,6 +74,8 @@ def scratch_curves(results: Iterable[Result]) -> dict[tuple[str, int], Curve]:
             found.append((all_tokens(result), result["loss"]["text"], result["flops_per_token"]))
     curves = {}
     for key, found in points.items():
+        if len(found) < len(STAGES):
+            continue
         tokens, losses, flops = zip(*sorted(found), strict=True)
         curves[key] = Curve(tokens, losses, flops[0])
     return curves
