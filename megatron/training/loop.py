@@ -113,23 +113,16 @@ class Trainer:
         measure = origin if self._peak is None else f"MFU against {self._peak / 1e12:.1f} TFLOP/s a device ({origin})"
         report(settings, layout, described.num_parameters(), update, measure)
         self._saver = Saver(config, self.engine, state)
-        self._guard(config)
+        self._skips = [*(config.training.skip_iterations or ()), *state.skips]
+        self._replicas = ReplicaCheck(self.engine, config.training.check_replicas_interval, config.checkpoint.save)
+        place = config.checkpoint.save or config.logging.log_dir
+        SpikeGuard(config.training, task.loss_name, state, self.data, place).attach(self.engine)
         options, since = self._growths.learning_rate(config.optimization, state)
         self.schedule = LRSchedule(config.replaced(optimization=options), since)
         self._new_tokens = NewTokens(state, self.engine)
         self._metrics = MetricsLog(config, layout.rank, state.iteration, task.console)
         self._profiler = Profiler(config.logging, config.checkpoint.save, self.engine.device, layout.rank)
         self._loss, self._throughput = RunningMean(), Throughput()
-
-    def _guard(self, config: RunConfig) -> None:
-        """Watch for what goes wrong in silence."""
-        training = config.training
-        self._skips = [*(training.skip_iterations or ()), *self.state.skips]
-        self._replicas = ReplicaCheck(self.engine, training.check_replicas_interval, config.checkpoint.save)
-        if training.spikes.action != "none":
-            folder = config.checkpoint.save or config.logging.log_dir
-            guard = SpikeGuard(training.spikes, training, self._task.loss_name, self.state, self.data, folder)
-            guard.attach(self.engine)
 
     def train(self, stop: StopRequest) -> bool:
         """Train to the end, a request to stop or the next growth, and close; true for that. Raises Rewind too."""

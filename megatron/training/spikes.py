@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megatron.config.sections.training import SpikesConfig, TrainingConfig
+from megatron.config.sections.training import TrainingConfig
 from megatron.engine.base import Engine
 from megatron.engine.watch import refuse_nonfinite
 from megatron.errors import UserError
@@ -63,8 +63,7 @@ class SpikeGuard:
     """Judges the loss and the gradient norm of each update against those before it; its memory is the run's state.
 
     Args:
-        options: what a spike is, and what is done about one.
-        training: allow_nonfinite_loss counts.
+        training: `spikes` and allow_nonfinite_loss count.
         loss_name: what the loss is called.
         state: where the run is.
         data: tells the documents of an update.
@@ -72,20 +71,20 @@ class SpikeGuard:
     """
 
     def __init__(
-        self,
-        options: SpikesConfig,
-        training: TrainingConfig,
-        loss_name: str,
-        state: TrainState,
-        data: RunData,
-        folder: str | None,
+        self, training: TrainingConfig, loss_name: str, state: TrainState, data: RunData, folder: str | None
     ) -> None:
-        self._options, self._allows_nonfinite, self._loss_name = options, training.allow_nonfinite_loss, loss_name
+        self._options, self._allows_nonfinite = training.spikes, training.allow_nonfinite_loss
+        self._loss_name = loss_name
         self._state, self._data = state, data
         self._file = Path(folder) / SPIKES_FILE if folder else None
 
     def attach(self, engine: Engine) -> None:
-        """Have the engine ask before each update (skip_update), or tell of it when it is known anyway."""
+        """Have the engine ask before each update (skip_update), or tell of it when it is known anyway.
+
+        With action none this does nothing.
+        """
+        if self._options.action == "none":
+            return
         if engine.layout.rank:
             self._file = None
         if self._options.action == "skip_update":
