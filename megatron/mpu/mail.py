@@ -12,6 +12,8 @@ from megatron.errors import RankError
 from megatron.mpu.layout import Layout
 
 _PAUSE_SECONDS, _PATIENCE_SECONDS = 0.05, 30.0
+_LONGEST = 1 << 20
+"""Characters of a value, of four bytes at most. The store closes the connection to who sets one of more than 8 MiB."""
 
 
 class Mail:
@@ -28,14 +30,20 @@ class Mail:
 
     def send(self, message: str) -> None:
         """Send this rank's message to the first rank."""
-        self._store.set(f"{self._subject}/{self._layout.rank}", message)
+        key = f"{self._subject}/{self._layout.rank}"
+        sheets = [message[start : start + _LONGEST] for start in range(0, len(message), _LONGEST)]
+        for number, sheet in enumerate(sheets):
+            self._store.set(f"{key}/{number}", sheet)
+        self._store.set(key, str(len(sheets)))
 
     def collect(self) -> Iterator[str]:
         """The messages of all ranks in order, on the first one. Waits for them as long as it takes."""
         for rank in range(self._layout.world_size):
             key = f"{self._subject}/{rank}"
-            yield self._wait_for(key)
-            self._store.delete_key(key)
+            keys = [f"{key}/{number}" for number in range(int(self._wait_for(key)))]
+            yield "".join(self._store.get(sheet).decode() for sheet in keys)
+            for done in (key, *keys):
+                self._store.delete_key(done)
 
     def answer(self, message: str) -> None:
         """Tell all ranks, from the first one. Returns once they know: the store ends with this process."""
