@@ -40,6 +40,10 @@ _LARGEST = 2**53
 _MAX_VALUES, _MAX_DEPTH, _MAX_DIMENSIONS = 2_000_000, 32, 16
 
 
+MOST_IN_MANIFEST = 100_000_000
+"""Values of a manifest: a large model in the parts of many ranks has millions. JSON has no aliases."""
+
+
 def dtype_name(tensor: Tensor) -> str:
     """`float32` and the like."""
     return str(tensor.dtype).removeprefix("torch.")
@@ -257,18 +261,23 @@ def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < _LARGEST**4 and math.isfinite(value)
 
 
-def is_plain(value: Any) -> bool:
-    """Is it no deeper and larger than files of ours are? Aliases of YAML can make a few bytes a billion values."""
-    return sum(1 for _ in islice(_values(value, _MAX_DEPTH), _MAX_VALUES + 1)) <= _MAX_VALUES
+def is_plain(value: Any, most: int | None = None) -> bool:
+    """Is it no deeper and larger than files of ours are? Aliases of YAML can make a few bytes a billion values.
+
+    Args:
+        most: values; default as many as a configuration or a state may have.
+    """
+    most = _MAX_VALUES if most is None else most
+    return sum(1 for _ in islice(_values(value, _MAX_DEPTH, most), most + 1)) <= most
 
 
-def _values(value: Any, depth: int) -> Any:
+def _values(value: Any, depth: int, most: int) -> Any:
     if depth == 0:
-        yield from (None for _ in range(_MAX_VALUES + 1))
+        yield from (None for _ in range(most + 1))
     yield value
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for item in inside:
-        yield from _values(item, depth - 1)
+        yield from _values(item, depth - 1, most)
 
 
 def value_fault(kind: str, name: str, tensor: Tensor) -> str | None:

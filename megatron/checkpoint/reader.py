@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron.checkpoint.form import (
     CHECKSUM,
+    MOST_IN_MANIFEST,
     SAFETENSORS_DTYPES,
     dtype_name,
     is_plain,
@@ -132,7 +133,7 @@ class CheckpointReader:
             raise self.damaged(MANIFEST, "is not valid JSON") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise self.damaged(MANIFEST, f"does not describe a {FORMAT} checkpoint")
-        if not is_plain(manifest):
+        if not is_plain(manifest, MOST_IN_MANIFEST):
             raise self.damaged(MANIFEST, "is nested too deeply")
         if CHECKSUM in manifest and manifest[CHECKSUM] != manifest_checksum(manifest):
             raise self.damaged(MANIFEST, "does not have its own checksum")

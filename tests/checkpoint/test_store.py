@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.checkpoint import form
 from megatron.checkpoint import store as store_module
 from megatron.checkpoint import writer as writer_module
 from megatron.checkpoint.form import manifest_checksum
@@ -389,6 +390,14 @@ def test_a_tensor_of_an_impossible_shape_is_damage(tmp_path: Path, shape: list[i
     forged(folder, change)
     with pytest.raises(DamagedCheckpoint, match="has no file, dtype and shape of layer.weight"):
         CheckpointReader(folder)
+
+
+def test_a_manifest_has_as_many_values_as_its_tensors_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty thousand tensors in the parts of sixteen ranks are more values than any configuration has."""
+    tensors = [(f"layer.{number}", torch.ones(2, 2)) for number in range(100)]
+    folder = RunFolder(tmp_path).save(CanonicalState(1, {}, {}, whole_pieces({"model": tensors})))
+    monkeypatch.setattr(form, "_MAX_VALUES", 500)
+    assert len(CheckpointReader(folder).names("model")) == 100
 
 
 def test_a_version_that_its_tables_do_not_have_is_damage(tmp_path: Path) -> None:
