@@ -243,6 +243,7 @@ def _is_growth(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("scheduled", False), bool):
         return False
     counts = ("iteration", "updates", "consumed_tokens", "parameters")
+    decays = entry.get("decays_since", {})
     slots = [entry[key] for key in entry if key.endswith("_slot_num")]
     return (
         all(_is_count(entry.get(key)) for key in counts)
@@ -250,6 +251,8 @@ def _is_growth(entry: Any) -> bool:
         and isinstance(entry.get("added"), str)
         and all(isinstance(entry.get(key, ""), str) for key in ("new_keys", "row_norm"))
         and _is_finite(entry.get("logit_difference", 0.0))
+        and isinstance(decays, dict)
+        and all(map(_is_count, decays.values()))
     )
 
 

@@ -175,6 +175,7 @@ def test_damaged_metrics_are_kept_and_those_that_can_be_read_go_on(run: Path, ti
 
 NORM, KEYS = "final_norm.weight", "layers.0.mlp.key_tokens_0"
 TAU = "layers.0.mlp.tau_tokens"
+GROWTH = {"iteration": 1, "updates": 1, "consumed_tokens": 1, "parameters": 1, "added": "a token"}
 FORGERIES: dict[str, Change] = {
     "no optimizer table": in_manifest(lambda m: m["tensors"]["optimizer"].clear()),
     "no optimizer at all": in_manifest(
@@ -234,6 +235,12 @@ FORGERIES: dict[str, Change] = {
     "a scale that is NaN": record("train_state.json", lambda s: s.update(loss_scaler={"cur_scale": float("nan")})),
     "a lineage of text": record("train_state.json", lambda s: s.update(lineage="none")),
     "a growth without time": record("train_state.json", lambda s: s.update(lineage=[{"scheduled": True}])),
+    "keys that decay since a number": record(
+        "train_state.json", lambda s: s.update(lineage=[{**GROWTH, "decays_since": 5}])
+    ),
+    "keys that decay since text": record(
+        "train_state.json", lambda s: s.update(lineage=[{**GROWTH, "decays_since": {"qkv": "1"}}])
+    ),
     "more left out": record("train_state.json", lambda s: s.update(left_out_iterations=3)),
     "left out of text": record("train_state.json", lambda s: s.update(left_out_iterations="1")),
     "spikes below 0": record("train_state.json", lambda s: s.update(spikes_in_a_row=-1)),
