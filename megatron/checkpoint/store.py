@@ -226,6 +226,7 @@ class RunFolder:
             name = folder_name(iteration)
             # Renamed first, so that a kill while deleting leaves no half checkpoint under a valid name.
             doomed = self.path / f"{_TEMPORARY}removing-{name}"
+            _remove(doomed)  # what is left of an earlier one that could not be removed wholly
             os.rename(self.path / name, doomed)
             _remove(doomed)
         return removed

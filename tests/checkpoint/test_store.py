@@ -276,6 +276,16 @@ def test_old_checkpoints_go_and_protected_ones_stay(tmp_path: Path) -> None:
     assert RunFolder(tmp_path).iterations() == [0, 3, 4]
 
 
+def test_what_could_not_be_removed_once_does_not_keep_later_ones(tmp_path: Path) -> None:
+    """As on a network's file system, where an open file keeps its folder; a run that goes back saves it again."""
+    root = RunFolder(tmp_path)
+    for iteration in (1, 2, 3):
+        root.save(state(iteration))
+    (tmp_path / ".saving-removing-global_step1" / "left").mkdir(parents=True)
+    assert root.remove_old(1) == [1, 2] and root.iterations() == [3]
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_kept_are_the_ones_saved_last_not_the_highest_numbers(tmp_path: Path) -> None:
     for iteration in (8, 10, 3):
         RunFolder(tmp_path).save(state(iteration))
