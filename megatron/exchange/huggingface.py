@@ -89,9 +89,15 @@ def _canonical_name(exported: str) -> str:
     return HEAD if exported.startswith("lm_head.weight") else exported.removeprefix("model.")
 
 
+# Where config.json has had them since its first version, so that a model is always exported to the same bytes.
+_BEFORE_NORM = ("seq_length", "max_position_embeddings", "pos_emb", "rotary_pct", "rotary_emb_base")
+
+
 def _own_config(config: ModelConfig) -> dict[str, Any]:
     dumped = config.model_dump(mode="json")
-    keys = {key: value for key, value in dumped.items() if key not in EXPORT_NAMES}
+    names = [name for name in dumped if name not in EXPORT_NAMES and name not in _BEFORE_NORM]
+    place = names.index("norm")
+    keys = {name: dumped[name] for name in (*names[:place], *_BEFORE_NORM, *names[place:])}
     if config.segment_norms is not None:
         keys |= {key: dumped[key] for key in ("token_segments", "segment_norms")}
     return {
