@@ -11,6 +11,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, groupby
 from pathlib import Path
@@ -32,21 +33,32 @@ class BadValues(UserError):
 
 
 class HashedFile:
-    """A new file whose size and SHA-256 are known when it is closed; closing gets it onto the disk."""
+    """A new file whose size and SHA-256 are known when it is closed; closing gets it onto the disk.
+
+    A thread hashes what is being written meanwhile: neither needs the interpreter.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = path.open("xb")
         self._hash, self._size = hashlib.sha256(), 0
+        self._thread = ThreadPoolExecutor(1, "sha256")
+        self._hashed: Future[None] | None = None
 
     def write(self, content: bytes | memoryview) -> None:
-        """Append some bytes."""
-        self._hash.update(content)
+        """Append some bytes, which are to stay as they are until the next call or `close`."""
+        self._wait()
+        self._hashed = self._thread.submit(self._hash.update, content)
         self._file.write(content)
         self._size += len(content)
 
+    def _wait(self) -> None:
+        if self._hashed is not None:
+            self._hashed.result()
+
     def close(self) -> dict[str, Any]:
         """What the manifest says about the file."""
-        with self._file:
+        with self._file, self._thread:
+            self._wait()
             self._file.flush()
             os.fsync(self._file.fileno())
         return {"bytes": self._size, "sha256": self._hash.hexdigest()}
