@@ -28,7 +28,7 @@ PARTS = ("model", "optimizer", "rng")
 KEYS = {
     "train_iters": LAST, "checkpoint_factor": 3, "zero_optimization": {"stage": 1}, "hidden_dropout": 0.1,
     "keep_last_n_checkpoints": 3,
-    "watchdog": {"limits": {"forward_backward": 3, "batch": 3}, "heartbeat_seconds": 10},
+    "watchdog": {"limits": {"forward_backward": 8, "batch": 8}, "heartbeat_seconds": 10},
 }  # fmt: skip
 
 
