@@ -21,7 +21,7 @@ from megatron.engine.base import Engine
 from megatron.errors import UserError
 from megatron.log import get_logger
 from megatron.training.generators import random_states
-from megatron.training.saving import SaveResult, done, in_thread, save_together
+from megatron.training.saving import SaveResult, in_thread, save_together
 from megatron.training.state import TrainState
 
 _PATIENCE_SECONDS = 600.0
@@ -125,20 +125,24 @@ class Saver:
         )  # fmt: skip
         write = partial(save_together, folder, canonical, layout, transient, options)
         self._saved = state.iteration
-        self._in_flight = in_thread(write) if in_background else done(write())
-        if not in_background:
-            self._settle(forced=waits)
+        if in_background:
+            self._in_flight = in_thread(write)
+        else:
+            self._take_in(write(), forced=waits)
             self.finish()
 
-    def _settle(self, forced: bool = False) -> None:
-        """Take in what became of the last save, the same on all ranks.
+    def _settle(self) -> None:
+        """Wait for the save that is being written, if there is one, and take in what became of it."""
+        if self._in_flight is not None:
+            result, self._in_flight = self._in_flight.result(), None
+            self._take_in(result)
+
+    def _take_in(self, result: SaveResult, forced: bool = False) -> None:
+        """Learn what became of a save, the same on all ranks.
 
         Args:
             forced: there is no later one that could make up for it.
         """
-        if self._in_flight is None:
-            return
-        result, self._in_flight = self._in_flight.result(), None
         if result.failure is None:
             self.has_published = True
             return

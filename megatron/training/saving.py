@@ -94,10 +94,3 @@ def in_thread(work: Callable[[], SaveResult]) -> Future[SaveResult]:
 
     threading.Thread(target=run, daemon=True, name="save").start()
     return future
-
-
-def done(result: SaveResult) -> Future[SaveResult]:
-    """A result that is there already."""
-    future: Future[SaveResult] = Future()
-    future.set_result(result)
-    return future
