@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +27,7 @@ from megatron.checkpoint.state import TENSOR_KINDS
 from megatron.errors import UserError
 
 SHARD_BYTES = 2 * 1024**3
+FLUSH_BYTES = 32 * 1024**2
 
 
 class BadValues(UserError):
@@ -35,31 +37,50 @@ class BadValues(UserError):
 class HashedFile:
     """A new file whose size and SHA-256 are known when it is closed; closing gets it onto the disk.
 
-    A thread hashes what is being written meanwhile: neither needs the interpreter.
+    A thread hashes what is being written meanwhile, and looks at its values: neither needs the interpreter. The disk
+    is told to begin every FLUSH_BYTES: else it would wait for the end of the file, and training's own files would be
+    pushed out of memory by one that nobody reads soon.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = path.open("xb")
-        self._hash, self._size = hashlib.sha256(), 0
+        self._file: BinaryIO = path.open("xb", buffering=0)
+        self._hash, self._size, self._flushed = hashlib.sha256(), 0, 0
         self._thread = ThreadPoolExecutor(1, "sha256")
-        self._hashed: Future[None] | None = None
+        self._looked: Future[None] | None = None
 
-    def write(self, content: bytes | memoryview) -> None:
-        """Append some bytes, which are to stay as they are until the next call or `close`."""
+    def write(self, content: bytes | memoryview, check: Callable[[], None] | None = None) -> None:
+        """Append some bytes, which are to stay as they are until the next call or `close`.
+
+        Args:
+            check: looks at the bytes; what it raises is raised by this call, the next or `close`.
+        """
         self._wait()
-        self._hashed = self._thread.submit(self._hash.update, content)
-        self._file.write(content)
+        self._looked = self._thread.submit(self._look, content, check)
+        left = memoryview(content)
+        while left:
+            left = left[self._file.write(left) :]
         self._size += len(content)
+        self._begin_flush()
+
+    def _look(self, content: bytes | memoryview, check: Callable[[], None] | None) -> None:
+        if check is not None:
+            check()
+        self._hash.update(content)
 
     def _wait(self) -> None:
-        if self._hashed is not None:
-            self._hashed.result()
+        if self._looked is not None:
+            self._looked.result()
+
+    def _begin_flush(self) -> None:
+        length = self._size - self._flushed
+        if length >= FLUSH_BYTES and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), self._flushed, length, os.POSIX_FADV_DONTNEED)
+            self._flushed = self._size
 
     def close(self) -> dict[str, Any]:
         """What the manifest says about the file."""
         with self._file, self._thread:
             self._wait()
-            self._file.flush()
             os.fsync(self._file.fileno())
         return {"bytes": self._size, "sha256": self._hash.hexdigest()}
 
@@ -158,8 +179,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], kind: str = "")
     file.write(text)
     for name, tensor in ordered:
         tensor = tensor.detach().cpu().contiguous()
-        if fault := value_fault(kind, name, tensor):
-            raise BadValues(f"{name} ({kind}) {fault}")
         if tensor.numel():
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data, partial(_refuse_bad, kind, name, tensor))
     return file.close()
+
+
+def _refuse_bad(kind: str, name: str, tensor: Tensor) -> None:
+    if fault := value_fault(kind, name, tensor):
+        raise BadValues(f"{name} ({kind}) {fault}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from megatron.checkpoint import writer as writer_module
 from megatron.checkpoint.pieces import Box, Piece, coverage_fault, flat_boxes, slices, whole_pieces
 from megatron.checkpoint.state import CanonicalState
 from megatron.checkpoint.store import CheckpointReader, RunFolder
-from megatron.checkpoint.writer import write_safetensors
+from megatron.checkpoint.writer import HashedFile, write_safetensors
 from megatron.errors import UserError
 
 TENSORS = {
@@ -29,6 +31,22 @@ def test_a_file_is_what_safetensors_would_have_written(tmp_path: Path) -> None:
     content = (tmp_path / "file").read_bytes()
     assert content == save(TENSORS)
     assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_the_disk_begins_while_a_file_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, advise = [], os.posix_fadvise
+
+    def noted(file: int, start: int, length: int, advice: int) -> None:
+        begun.append((start, length))
+        advise(file, start, length, advice)
+
+    monkeypatch.setattr(writer_module, "FLUSH_BYTES", 100)
+    monkeypatch.setattr(os, "posix_fadvise", noted)
+    file = HashedFile(tmp_path / "file")
+    for number in range(6):
+        file.write(bytes([number]) * 60)
+    assert file.close() == {"bytes": 360, "sha256": hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()}
+    assert begun == [(0, 120), (120, 120), (240, 120)]
 
 
 def state(iteration: int, kind: str, name: str, tensor: Tensor) -> CanonicalState:

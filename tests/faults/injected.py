@@ -80,12 +80,12 @@ def _on_writing(after_kib: int, action: Callable[[Any, Any], Any], times: int = 
 
     write, written, left = HashedFile.write, [0], [times]
 
-    def struck(file: Any, content: Any) -> None:
+    def struck(file: Any, content: Any, *check: Any) -> None:
         written[0] += len(content)
         if written[0] > after_kib * 1024 and left[0]:
             left[0] -= 1
             action(file, content)
-        write(file, content)
+        write(file, content, *check)
 
     HashedFile.write = struck  # type: ignore[method-assign]
 
@@ -93,7 +93,6 @@ def _on_writing(after_kib: int, action: Callable[[Any, Any], Any], times: int = 
 def _torn_write(after_kib: int) -> None:
     def tear(file: Any, content: Any) -> None:
         file._file.write(bytes(content)[: len(content) // 2])
-        file._file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 
     _on_writing(after_kib, tear)
