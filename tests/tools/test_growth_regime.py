@@ -22,7 +22,7 @@ from tools.growth_experiment.regime.runs import Experiment, Stopped, run_keys, r
 from tools.growth_experiment.regime.saving import Curve, mean_and_error, saving_of, scratch_curves
 from tools.growth_experiment.regime.sizes import SIZES, STAGES, base_updates
 from tools.growth_experiment.regime.starts import stacked_model
-from tools.growth_experiment.regime.trials import all_trials, cost_before, rate_trials, slug
+from tools.growth_experiment.regime.trials import Trial, all_trials, cost_before, rate_trials
 
 UPDATES = 24
 
@@ -42,6 +42,10 @@ def note(experiment: Experiment, name: str, tuning: float = 1.0) -> None:
     (experiment.results / trial.file).write_text(json.dumps(result))
 
 
+def hours_until(trials: dict[str, Trial], name: str) -> float:
+    return sum(trial.core_hours for trial in list(trials.values())[: list(trials).index(name) + 1])
+
+
 def test_the_plan_is_that_of_the_published_regime() -> None:
     updates = base_updates()
     trials = {trial.name: trial for trial in all_trials(updates)}
@@ -50,7 +54,9 @@ def test_the_plan_is_that_of_the_published_regime() -> None:
     for number, trial in enumerate(trials.values()):
         assert all(name in names[:number] for name in (*trial.needs, *([trial.parent] if trial.parent else [])))
         assert trial.core_hours < 2 / 3, trial.name
-    assert 9 < sum(trial.core_hours for trial in trials.values()) < 14
+    assert 7 < sum(trial.core_hours for trial in trials.values()) < 10
+    assert hours_until(trials, "seed3/grown/together-fifth") < 3, "three seeds of what matters most come early"
+    assert names.index("seed1/grown-scratch-all") < names.index("seed1/grown/official-tenth")
     grown = trials["seed1/grown/random-tenth"]
     assert grown.updates > 10_000
     assert SIZES["base"].slots == 0.75 * 32 and round(SIZES["chain 4"].slots / 32) == 11
@@ -92,7 +98,9 @@ def test_a_trial_waits_for_what_it_needs_and_one_process_has_it(experiment: Expe
     note(experiment, "seed1/base")
     again = [trial.name for trial in queue.wanted(experiment)]
     assert again.index("seed1/base") < again.index("seed1/base-annealed"), "its checkpoints are gone"
-    assert "again for its checkpoint" in queue.plan(experiment)
+    lines = {line.split()[0]: line.split() for line in queue.plan(experiment).splitlines() if "/" in line}
+    assert "checkpoint" in lines["seed1/base"] and lines["seed1/base"][2:4] == ["0.18", "0.18"]
+    assert lines["seed1/base-no-growth-tenth"][2:4] == ["0.02", "0.20"], "hours until it is done"
     note(experiment, base.needs[0])
     (experiment.results / base.file).write_text('{"updates": 3}')
     with pytest.raises(UserError, match="3 updates, not .*; give --results"):
@@ -154,9 +162,9 @@ def test_stacked_blocks_are_those_of_the_smaller_model() -> None:
 
 def run_some(output: Path) -> None:
     experiment = Experiment(output, output / "results")
-    queue.run_all(experiment, limit=3)
-    for recipe in ("random, old x 0.1", "official"):
-        run_trial(experiment, experiment.trials[f"seed1/grown/{slug(recipe)}-tenth"])
+    queue.run_all(experiment, limit=2)
+    for name in ("base-annealed", "grown/random-old-x-0.1-tenth", "grown/official-tenth"):
+        run_trial(experiment, experiment.trials[f"seed1/{name}"])
 
 
 @pytest.mark.processes

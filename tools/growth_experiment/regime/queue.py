@@ -116,16 +116,18 @@ def _claim(experiment: Experiment, trial: Trial) -> Iterator[bool]:
 
 
 def plan(experiment: Experiment) -> str:
-    """All trials with estimated core-hours and state, and what is left."""
+    """All trials with their state, estimated core-hours, and those until each is done."""
     states = {name: state_of(experiment, trial) for name, trial in experiment.trials.items()}
-    again = {trial.name for trial in wanted(experiment) if states[trial.name] == "done"}
-    lines = [f"{'trial':44} {'updates':>8} {'hours':>6}  state"]
+    until, left = {}, 0.0
+    for trial in wanted(experiment):
+        left += trial.core_hours
+        until[trial.name] = left
+    lines = [f"{'trial':44} {'updates':>8} {'hours':>6} {'until':>6}  state"]
     for name, trial in experiment.trials.items():
-        state = states[name] + (", again for its checkpoint" if name in again else "")
-        lines.append(f"{name:44} {trial.updates:8,} {trial.core_hours:6.2f}  {state}")
-    hours = {name: trial.core_hours for name, trial in experiment.trials.items()}
-    left = sum(hours[trial.name] for trial in wanted(experiment))
+        state = states[name] + (", again for its checkpoint" if states[name] == "done" and name in until else "")
+        by = f"{until[name]:6.2f}" if name in until else " " * 6
+        lines.append(f"{name:44} {trial.updates:8,} {trial.core_hours:6.2f} {by}  {state}")
     done = sum(state == "done" for state in states.values())
-    total = sum(hours.values())
-    lines.append(f"{len(hours)} trials, about {total:.1f} core-hours; {done} done, about {left:.1f} core-hours left")
+    total = sum(trial.core_hours for trial in experiment.trials.values())
+    lines.append(f"{len(states)} trials, about {total:.1f} core-hours; {done} done, about {left:.1f} core-hours left")
     return "\n".join(lines)

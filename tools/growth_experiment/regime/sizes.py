@@ -39,7 +39,7 @@ class Size:
     """Transformer: inner width of the feed-forward."""
     layers: int = LAYERS
     milliseconds: float = 0.0
-    """Of one core for an update, forward to optimizer, measured once with torch alone; for estimates."""
+    """Of one core for an update; for estimates."""
 
     def model(self) -> dict[str, Any]:
         """The model's configuration keys; initial sizes and rates are scaled from the base of its kind (muP)."""
@@ -75,6 +75,7 @@ SIZES = {
     for size in (
         Size("base", "tokenformer", 24, milliseconds=5.7),
         Size("grown", "tokenformer", 56, milliseconds=6.6),
+        Size("tripled", "tokenformer", 89, milliseconds=7.8),
         Size("chain 2", "tokenformer", 89, milliseconds=7.8),
         Size("chain 3", "tokenformer", 202, milliseconds=12.2),
         Size("chain 4", "tokenformer", 359, milliseconds=20.0),
@@ -85,6 +86,7 @@ SIZES = {
     )
 }
 """`grown` is the released growth (2.3 times the tokens, 2.0 times the parameters here), `chain 2` to `4` the paper's;
+`tripled` is the first of those at once, as another factor (3.0 times the parameters);
 Net2Net leads to `wide`, cloned widths to `double`, stacked layers to `deep`."""
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tools.growth_experiment.regime.recipes import BEST_ALONE, OFFICIAL, SCREENED, TOGETHER
+from tools.growth_experiment.regime.recipes import BEST_ALONE, KEYS, OFFICIAL, SCREENED, TOGETHER
 from tools.growth_experiment.regime.sizes import SIZES, STAGES, TOKENS_PER_UPDATE, Kind, Size
 
 Start = Literal["scratch", "branch", "grow", "official", "net2net", "clone", "stack"]
@@ -23,8 +23,8 @@ ON_TRANSFORMERS: dict[str, tuple[Start, str]] = {
 """Ways to grow a Transformer, and the size each leads to."""
 ANNEAL = 0.2
 """Part of a run from scratch in which its rate decays."""
-_LOOP_MILLISECONDS, _SECONDS = 3.5, 20.0
-"""Of one core: for an update beside the model's own work, and for a trial beside its updates."""
+_SECONDS = 10.0
+"""Of one core, for a trial beside its updates."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Trial:
 
     @property
     def core_hours(self) -> float:
-        """Estimated time on one core."""
-        return (self.updates * (self.size.milliseconds + _LOOP_MILLISECONDS) / 1e3 + _SECONDS) / 3600
+        """Estimated time on one core with nothing else to do."""
+        return (self.updates * self.size.milliseconds / 1e3 + _SECONDS) / 3600
 
     @property
     def is_trunk(self) -> bool:
@@ -89,23 +89,37 @@ def rate_trials(kind: Kind, updates: int) -> list[Trial]:
 def all_trials(updates: int) -> list[Trial]:
     """Every trial in the order in which they run, parents first.
 
+    First what one seed tells: the keys against training from scratch, then every mechanism and the best together. Then
+    three seeds of what matters most, with a tenth and with a fifth; other ways to grow, another factor and the chain,
+    one seed each; and last what makes all of these fuller.
+
     Args:
         updates: of the base.
     """
-    makers = {seed: _Seed(seed, updates) for seed in (1, 2, 3)}
-    first, *others = makers.values()
-    found = [*rate_trials("tokenformer", updates), *first.base(), *first.screening(), *first.scratch("grown")]
+    makers = [_Seed(seed, updates) for seed in (1, 2, 3)]
+    first, *others = makers
+    found = [*rate_trials("tokenformer", updates), *first.base(), *first.grown(KEYS), *first.scratch("grown")]
+    found += first.screening()
     for maker in others:
-        found += [*maker.base(), *maker.results(), *maker.scratch("grown")]
-    for maker in makers.values():
-        found += maker.longer("fifth", (TOGETHER, "zero", "random", OFFICIAL))
-    found += [*first.chain(TOGETHER), *first.chain("zero"), *first.scratch("chain 4")]
+        found += [*maker.base(), *maker.grown((TOGETHER, "zero", "random", OFFICIAL)), *maker.scratch("grown")]
+    for maker in makers:
+        found += maker.longer("fifth", (TOGETHER, "zero"))
     found += [*rate_trials("transformer", updates), *first.transformers()]
-    for maker in makers.values():
-        found += maker.longer("two fifths", (TOGETHER, "zero"))
+    found += [*first.tripled((TOGETHER, "zero", OFFICIAL)), *first.chain(TOGETHER), *first.chain("zero")]
+    found += first.scratch("chain 4")
+    return [*found, *_further(makers)]
+
+
+def _further(makers: Sequence[_Seed]) -> Iterator[Trial]:
+    _, *others = makers
     for maker in others:
-        found += [*maker.chain(TOGETHER), *maker.chain("zero"), *maker.scratch("chain 4")]
-    return found
+        yield from maker.grown((BEST_ALONE, "rotated"))
+    for maker in makers:
+        yield from maker.grown(("random", OFFICIAL), "fifth")
+    for maker in makers:
+        yield from maker.longer("two fifths", (TOGETHER, "zero"))
+    for maker in others:
+        yield from (*maker.chain(TOGETHER), *maker.chain("zero"), *maker.scratch("chain 4"))
 
 
 class _Seed:
@@ -122,25 +136,29 @@ class _Seed:
         self._screened = tuple(f"seed1/grown/{slug(recipe)}-tenth" for recipe in SCREENED)
 
     def base(self) -> Iterator[Trial]:
-        """The trunk that everything grows from, its annealed model, and the same training without growth."""
-        before = self._length(1 - STAGES["tenth"])
-        yield self._trunk("base", self._updates, (before,))
-        yield self._branch("base", "annealed", before, STAGES["tenth"])
+        """The trunk that everything grows from, and the same training without growth."""
+        yield self._trunk("base", self._updates, (self._before_anneal,))
         yield self._branch("base", NONE, self._updates, STAGES["tenth"], "tenth")
 
     def screening(self) -> Iterator[Trial]:
-        """Every mechanism alone, then the best together."""
-        yield from (self._grown(recipe) for recipe in SCREENED)
+        """Every mechanism alone beside the keys, then the best together; and the annealed base that one starts from."""
+        yield self._branch("base", "annealed", self._before_anneal, STAGES["tenth"])
+        yield from self.grown([recipe for recipe in SCREENED if recipe not in KEYS])
         yield self._grown(TOGETHER)
 
-    def results(self) -> Iterator[Trial]:
-        """What three seeds are for."""
-        yield from (self._grown(recipe) for recipe in (TOGETHER, "zero", OFFICIAL, BEST_ALONE, "random", "rotated"))
+    def grown(self, recipes: Iterable[str], label: str = "tenth") -> Iterator[Trial]:
+        """One growth from the base by each recipe."""
+        yield from (self._grown(recipe, label) for recipe in recipes)
+
+    def tripled(self, recipes: Iterable[str]) -> Iterator[Trial]:
+        """The same by another factor, and from scratch."""
+        yield from (self._grown(recipe, size="tripled") for recipe in recipes)
+        yield from self.scratch("tripled")
 
     def longer(self, label: str, recipes: tuple[str, ...]) -> Iterator[Trial]:
         """A longer stage."""
         yield self._branch("base", NONE, self._updates, STAGES[label], label)
-        yield from (self._grown(recipe, label) for recipe in recipes)
+        yield from self.grown(recipes, label)
 
     def scratch(self, size: str) -> Iterator[Trial]:
         """A trunk of the grown size from scratch, and its annealed models after each of STAGES."""
@@ -174,6 +192,10 @@ class _Seed:
         for _, size in ON_TRANSFORMERS.values():
             yield from self.scratch(size)
 
+    @property
+    def _before_anneal(self) -> int:
+        return self._length(1 - STAGES["tenth"])
+
     def _length(self, part: float) -> int:
         return max(2, round(part * self._updates))
 
@@ -188,13 +210,13 @@ class _Seed:
             f"{self._root}/{slug(trunk)}", at, NONE if name == NONE else "", label, 1.0,
         )  # fmt: skip
 
-    def _grown(self, recipe: str, label: str = "tenth") -> Trial:
-        name, parent, at = f"{self._root}/grown/{slug(recipe)}-{slug(label)}", f"{self._root}/base", self._updates
+    def _grown(self, recipe: str, label: str = "tenth", size: str = "grown") -> Trial:
+        name, parent, at = f"{self._root}/{size}/{slug(recipe)}-{slug(label)}", f"{self._root}/base", self._updates
         if SCREENED.get(recipe, {}).get("annealed"):
             parent, at = f"{parent}-annealed", self._updates
         start: Start = "official" if recipe == OFFICIAL else "grow"
         return Trial(
-            name, self._seed, SIZES["grown"], self._length(STAGES[label]), start, parent, at, recipe, label, 1.0,
+            name, self._seed, SIZES[size], self._length(STAGES[label]), start, parent, at, recipe, label, 1.0,
             needs=self._needs(recipe),
         )  # fmt: skip
 
