@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from megatron.errors import UserError
 from megatron.text import shortened
@@ -14,6 +14,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Those that Pillow decodes by itself; none of them starts another program."""
 MODES = {1: "L", 3: "RGB"}
 """What an image becomes, by its number of channels."""
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What puts an image upright, by its EXIF orientation."""
 
 
 class BrokenImageError(UserError):
@@ -48,7 +56,16 @@ def decode(content: bytes, channels: int = 3) -> Image.Image:
 def _converted(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         raise BrokenImageError("has more than 8 bits a channel; convert it to 8")
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == mode else image.convert(mode)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Damaged metadata says nothing against the pixels, and counts as none."""
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # whatever the bytes lead Pillow to
+        return image
+    return image if turn is None else image.transpose(turn)

@@ -125,7 +125,10 @@ def _images_in(folder: str, names: Sequence[str], label: int | None, fault: Faul
     known = set(names)
     for name in names:
         path = os.path.join(folder, name)
-        if name.startswith(".") or _suffix(name) not in IMAGE_SUFFIXES or not os.path.isfile(path):
+        if name.startswith(".") or _suffix(name) not in IMAGE_SUFFIXES or os.path.isdir(path):
+            continue
+        if not os.path.isfile(path):
+            fault(path, "is no file, or a link to one that is gone")
             continue
         text = f"{name.rpartition('.')[0]}.txt"
         caption = _file(os.path.join(folder, text), MOST_CAPTION_BYTES, fault) if text in known else None

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from megatron.data import IndexedDataset, image_sources
 from megatron.data.decode import FORMATS, BrokenImageError, decode
@@ -183,6 +183,14 @@ def test_a_broken_image_ends_it_or_is_left_out(
     assert code == 0 and "odd.png: " in printed and "5 images of 2 classes" in printed and "1 broken images" in printed
 
 
+def test_a_link_to_nothing_is_broken(folder: Path, tmp_path: Path, prepare: Prepare) -> None:
+    (folder / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    code, printed = prepare("--images", folder)
+    assert code == 2 and "cat/gone.jpg: is no file, or a link to one that is gone; mend or remove it" in printed
+    code, printed = prepare("--images", folder, "--broken", "skip")
+    assert code == 0 and "5 images of 2 classes" in printed and "1 broken images" in printed
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_whatever_bytes_are_changed_an_image_is_decoded_or_broken(kind: str) -> None:
     whole, random, broken = encoded(pixels(1, 24, 24), kind), np.random.default_rng(1), 0
@@ -218,10 +226,30 @@ def test_every_mode_becomes_colour_or_grey() -> None:
         assert decode(content).mode == "RGB" and decode(content, 1).mode == "L"
 
 
-def test_a_turned_photograph_stands_upright() -> None:
+def photograph(orientation: int) -> bytes:
+    """A JPEG of 30 x 20 pixels, as they are stored, with what a camera says of it."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    assert decode(encoded(pixels(1, 20, 30), "JPEG", exif=exif)).size == (20, 30)
+    exif[0x010F], exif[0x0112], exif[0x011A] = "a camera", orientation, 72.0
+    exif[0x8769] = {0x829A: 0.01}
+    return encoded(pixels(1, 20, 30), "JPEG", exif=exif)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_turned_photograph_stands_upright_as_pillow_turns_it(orientation: int) -> None:
+    content = photograph(orientation)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    found = decode(content)
+    assert found.size == ((20, 30) if 5 <= orientation <= 8 else (30, 20)) and found.tobytes() == expected.tobytes()
+
+
+def test_an_image_is_whole_whatever_became_of_its_metadata() -> None:
+    content = photograph(6)
+    first = content.index(b"Exif") + 6
+    length = int.from_bytes(content[first - 8 : first - 6], "big") - 8
+    for place in range(first, first + length):
+        for value in (0, 1, 2, 7, 255):
+            damaged = content[:place] + bytes([value]) + content[place + 1 :]
+            assert decode(damaged).size in ((20, 30), (30, 20)), (place - first, value)
 
 
 def tar_of(folder: Path, **members: bytes) -> str:
