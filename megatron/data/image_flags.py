@@ -16,9 +16,11 @@ _MOST_CLASSES_BYTES = 1 << 26
 def add_image_flags(parser: argparse.ArgumentParser) -> None:
     """--images, --shards or --npz, and what goes with them."""
     group = parser.add_argument_group("images", "instead of text; labels and captions go with them")
-    group.add_argument("--images", metavar="FOLDER", help="FOLDER/CLASS/image.jpg; a caption is the .txt beside it")
-    group.add_argument("--shards", nargs="+", metavar="TAR", help="webdataset tars: key.jpg, key.cls, key.txt")
-    group.add_argument("--npz", metavar="FILE", help="arrays images, labels, captions, classes")
+    group.add_argument(
+        "--images", metavar="FOLDER", help="FOLDER/CLASS/image.jpg, a .txt beside it; or a captions.jsonl"
+    )
+    group.add_argument("--shards", nargs="+", metavar="TAR", help="webdataset tars: key.jpg, .cls, .txt or .json")
+    group.add_argument("--npz", metavar="FILE", help="arrays images, labels, text, prompt, classes")
     group.add_argument("--classes", metavar="FILE", help="names of the classes in order, one a line")
     group.add_argument("--broken", choices=["fail", "skip"], default="fail", help="what an unusable image does")
     group.add_argument("--order-seed", type=int, default=1234, metavar="N", help="of the images' random order")

@@ -7,7 +7,7 @@ import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,22 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
+from megatron.data.captions import (
+    Caption,
+    Fault,
+    caption_file,
+    captions_by_image,
+    captions_of,
+    json_object,
+    plain_caption,
+)
 from megatron.errors import UserError
 from megatron.text import shortened
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 MOST_IMAGE_BYTES, MOST_CAPTION_BYTES, _MOST_LABEL_BYTES = 1 << 26, 1 << 20, 1 << 6
-
-Fault = Callable[[str, str], None]
-"""Takes the name and the fault of what cannot be used: it raises, or what is at fault is left out."""
+_ARRAYS = {"labels": ("iu", 1), "text": ("U", 2), "prompt": ("U", 2), "classes": ("U", 1)}
+"""Of an .npz, besides images: kinds of each array's dtype, and its most dimensions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +51,14 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One image that is to be prepared, with its class and its caption, as far as it has them."""
+    """One image that is to be prepared, with its class and its captions, as far as it has them."""
 
     name: str
     image: Place | npt.NDArray[np.uint8]
     """An encoded image, or pixels [H, W] or [H, W, c]."""
     label: int | None = None
-    caption: Place | str | None = None
+    captions: Place | Sequence[Caption] | None = None
+    """In place of a caption, the text file that it is."""
 
     @property
     def num_bytes(self) -> int:
@@ -66,10 +75,12 @@ class ImageRecord:
         Image.fromarray(self.image[..., 0] if self.image.shape[2:] == (1,) else self.image).save(encoded, "PNG")
         return encoded.getvalue()
 
-    def text(self) -> str | None:
-        """The caption, without blanks around it. Raises OSError, and UnicodeDecodeError where it is not UTF-8."""
-        caption = self.caption
-        return (caption.read().decode("utf-8-sig") if isinstance(caption, Place) else caption or "").strip() or None
+    def texts(self) -> list[Caption]:
+        """The captions that are not empty. Raises OSError, and UnicodeDecodeError for a file that is not UTF-8."""
+        captions = self.captions
+        if isinstance(captions, Place):
+            captions = [plain_caption(captions.read().decode("utf-8-sig"))]
+        return [caption for caption in captions or () if caption.text]
 
 
 @dataclass(frozen=True)
@@ -90,11 +101,14 @@ def _suffix(name: str) -> str:
 def list_folder(folder: str, classes: Sequence[str] | None, fault: Fault) -> Listing:
     """Images of a folder: FOLDER/CLASS/.../image.jpg, classes in the order of their names or of `classes`.
 
-    A folder without folders has images without classes. An image's caption is the .txt of its name beside it.
+    A folder without folders has images without classes. An image's caption is the .txt of its name beside it. Where
+    the folder has a file of captions, its images are those that the file names, in folders or not, without classes.
     """
     if not os.path.isdir(folder):
         raise UserError(f"--images: no such folder: {folder}")
     try:
+        if path := caption_file(folder):
+            return Listing(list(_captioned_images(folder, path, fault)))
         entries = sorted(os.listdir(folder))
         names = [name for name in entries if os.path.isdir(os.path.join(folder, name)) and not name.startswith(".")]
         loose = list(_images_in(folder, entries, None, fault))
@@ -115,6 +129,15 @@ def _class_images(folder: str, name: str, numbers: dict[str, int], fault: Fault)
     for place, folders, files in os.walk(os.path.join(folder, name), onerror=_raise):
         folders.sort()
         yield from _images_in(place, sorted(files), numbers[name], fault)
+
+
+def _captioned_images(folder: str, captions: str, fault: Fault) -> Iterator[ImageRecord]:
+    for name, texts in captions_by_image(captions, fault).items():
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            fault(path, f"is named in {captions}, and is not there")
+        elif image := _file(path, MOST_IMAGE_BYTES, fault):
+            yield ImageRecord(path, image, None, tuple(texts))
 
 
 def _raise(error: OSError) -> None:
@@ -150,7 +173,8 @@ def _file(path: str, most: int, fault: Fault) -> Place | None:
 def list_shards(paths: Sequence[str], fault: Fault) -> Listing:
     """Images of tars in webdataset's form: `key.jpg`, with `key.cls` (a number) and `key.txt` (a caption).
 
-    Other members are left alone. The tars stay where they are: images are read from them in place.
+    Without a .txt, captions are those of `key.json`, if it has any (megatron.data.captions). Other members are left
+    alone. The tars stay where they are: images are read from them in place.
     """
     records = list[ImageRecord]()
     for path in paths:
@@ -188,9 +212,9 @@ def _record(name: str, members: dict[str, Place], fault: Fault) -> Iterator[Imag
     suffix = next((suffix for suffix in members if _suffix(suffix) in IMAGE_SUFFIXES or suffix in IMAGE_SUFFIXES), None)
     if suffix is None:
         return
-    image, caption, label = members[suffix], members.get("txt"), None
+    image, text, label = members[suffix], members.get("txt", members.get("json")), None
     name = f"{name}.{suffix}"
-    if image.size > MOST_IMAGE_BYTES or (caption and caption.size > MOST_CAPTION_BYTES):
+    if image.size > MOST_IMAGE_BYTES or (text and text.size > MOST_CAPTION_BYTES):
         fault(name, f"has more than {MOST_IMAGE_BYTES:,} bytes, or its caption more than {MOST_CAPTION_BYTES:,}")
         return
     if "cls" in members:
@@ -199,15 +223,22 @@ def _record(name: str, members: dict[str, Place], fault: Fault) -> Iterator[Imag
             fault(name, f"its .cls is no class number: '{shortened(content.decode('utf-8', 'replace'))}'")
             return
         label = int(content)
-    yield ImageRecord(name, image, label, caption)
+    captions: Place | tuple[Caption, ...] | None = text
+    if text and "txt" not in members:
+        try:
+            captions = captions_of(json_object(text.read())) or None
+        except ValueError as error:
+            fault(name, f"its .json cannot be used: {error}")
+            return
+    yield ImageRecord(name, image, label, captions)
 
 
 # ---- arrays ----
 
 
 def list_arrays(path: str) -> Listing:
-    """Images of an .npz: `images` uint8 [n, H, W] or [n, H, W, c], and perhaps `labels` [n] of whole numbers,
-    `captions` [n] and `classes` [number of classes] of text."""
+    """Images of an .npz: `images` uint8 [n, H, W] or [n, H, W, c], and perhaps `labels` [n] of whole numbers, `text`
+    [n] or [n, k], also called `captions`, `prompt` of its shape or [n], and `classes` [number of classes] of text."""
     arrays = _arrays(path)
     images = arrays.get("images")
     if (
@@ -218,36 +249,51 @@ def list_arrays(path: str) -> Listing:
     ):
         found = "none" if images is None else f"{images.dtype} {list(images.shape)}"
         raise UserError(f"--npz: {path}: `images` must be uint8 [n, H, W] or [n, H, W, 1 or 3], not {found}")
-    kinds = {"labels": "iu", "captions": "U", "classes": "U"}
-    for name, kind in kinds.items():
+    for name, (kind, most) in _ARRAYS.items():
         array = arrays.get(name)
-        if array is not None and (array.dtype.kind not in kind or array.ndim != 1):
+        if array is not None and (array.dtype.kind not in kind or not 0 < array.ndim <= most):
             what = "whole numbers" if name == "labels" else "text"
             raise UserError(f"--npz: {path}: `{name}` must be a list of {what}, not {array.dtype} {list(array.shape)}")
         if array is not None and name != "classes" and len(array) != len(images):
             raise UserError(f"--npz: {path}: {len(array)} {name} for {len(images)} images")
-    labels, captions, classes = (arrays.get(name) for name in kinds)
+    labels, classes, captions = arrays.get("labels"), arrays.get("classes"), _captions(path, arrays)
     records = [
         ImageRecord(
             f"{path}: image {number}", image, None if labels is None else int(labels[number]),
-            None if captions is None else str(captions[number]),
+            captions[number] if captions else None,
         )
         for number, image in enumerate(images)
     ]  # fmt: skip
     return Listing(records, None if classes is None else [str(name) for name in classes])
 
 
+def _captions(path: str, arrays: dict[str, npt.NDArray[Any]]) -> list[tuple[Caption, ...]]:
+    """The captions of each image; an empty list where there are none."""
+    texts, prompts = (arrays[name].tolist() if name in arrays else None for name in ("text", "prompt"))
+    if texts is None:
+        if prompts is not None:
+            raise UserError(f"--npz: {path}: `prompt` needs a `text` that answers it")
+        return []
+    try:
+        return [captions_of({"text": t, "prompt": p}) for t, p in zip(texts, prompts or [""] * len(texts), strict=True)]
+    except ValueError as error:
+        raise UserError(f"--npz: {path}: an image {error}") from None
+
+
 def _arrays(path: str) -> dict[str, npt.NDArray[Any]]:
-    wanted = ("images", "labels", "captions", "classes")
+    wanted = ("images", "captions", *_ARRAYS)
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist() if Path(entry.filename).stem in wanted)
         if size > psutil.virtual_memory().available:
             raise UserError(f"--npz: {path} unpacks to {size:,} bytes, more than the free memory; use --images")
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in wanted if name in file}
+            found = {name: file[name] for name in wanted if name in file}
     except UserError:
         raise
     except (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or shortened(error, 120)
         raise UserError(f"--npz: {path} cannot be read ({reason}); write it with numpy.savez") from None
+    if "captions" in found:
+        found.setdefault("text", found.pop("captions"))
+    return found

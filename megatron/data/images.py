@@ -11,70 +11,46 @@ each other, by a generator of (seed, j). So neither workers, ranks and accumulat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from megatron.config.sections.data import DataConfig
 from megatron.config.sections.images import ImagesConfig
-from megatron.data.augment import (
-    INTERPOLATIONS,
-    Mixing,
-    Pixels,
-    RandAugment,
-    centre_crop,
-    crop_box,
-    erase,
-    pair_generator,
-    resized_crop,
-    sample_generator,
+from megatron.data.augment import Mixing, Pixels, pair_generator, sample_generator
+from megatron.data.datasets import Datasets, Part
+from megatron.data.image_sets import (
+    PADDING,
+    Augmentation,
+    EpochOrder,
+    ImageParts,
+    ImageShape,
+    StoredImages,
+    centre,
+    image_parts,
 )
-from megatron.data.datasets import SPLIT_NAMES, Datasets, Part, parts_of
-from megatron.data.decode import MODES, BrokenImageError, decode
-from megatron.data.indexed import IndexedDataset
-from megatron.data.permutation import Permutation
-from megatron.errors import ConfigError, RankError, UserError
+from megatron.errors import ConfigError, UserError
 from megatron.files import read_text
 
-IMAGE_SUFFIX, LABEL_SUFFIX, CLASSES_SUFFIX = "_image_document", "_label_document", "_classes.txt"
-PADDING = -1
-"""Label of what fills up the last batch of an evaluation."""
+LABEL_SUFFIX, CLASSES_SUFFIX = "_label_document", "_classes.txt"
 
 _ROWS = 1 << 22
 _MOST_CLASSES_BYTES = 1 << 26
 
 
-@dataclass(frozen=True)
-class ImageShape:
-    """What a model takes and tells apart: square images of 1 (grey) or 3 channels, and classes."""
-
-    channels: int
-    size: int
-    num_classes: int
-
-
-class LabelledImages:
+class LabelledImages(StoredImages):
     """The documents [first, end) of an image pair, with their labels. Raises UserError where these do not fit."""
 
     def __init__(self, part: Part, num_classes: int) -> None:
-        self.indexed, (self._first, self._end) = part.indexed, part.documents
-        prefix = part.indexed.prefix
-        if not prefix.endswith(IMAGE_SUFFIX) or part.indexed.dtype != np.uint8:
-            raise UserError(f"{prefix}: not images, whose prefix ends in {IMAGE_SUFFIX}; prepare_data.py writes them")
-        self._stem = prefix.removesuffix(IMAGE_SUFFIX)
-        self._labels = IndexedDataset(self._stem + LABEL_SUFFIX)
-        if len(self._labels) != len(self.indexed) or self._labels.num_tokens != len(self.indexed):
-            counts = f"{len(self._labels)} labels for {len(self.indexed)} images"
+        super().__init__(part)
+        self._labels = self.beside(LABEL_SUFFIX, "labels")
+        if self._labels.num_tokens != len(self.indexed):
+            counts = f"{self._labels.num_tokens} numbers for {len(self.indexed)} images"
             raise UserError(f"{self._labels.bin_path}: {counts}; prepare both again")
         self._check_classes(num_classes)
-
-    def __len__(self) -> int:
-        return self._end - self._first
 
     def _check_classes(self, num_classes: int) -> None:
         names = Path(self._stem + CLASSES_SUFFIX)
@@ -94,61 +70,30 @@ class LabelledImages:
         """The class of image `index` of this part."""
         return int(self._labels.tokens[self._first + index])
 
-    def image(self, index: int, channels: int) -> Image.Image:
-        """Image `index` of this part. Raises RankError for one that is broken."""
-        number = self._first + index
-        try:
-            return decode(self.indexed[number].tobytes(), channels)
-        except BrokenImageError as error:
-            advice = "prepare the data again, without it"
-            raise RankError(f"{self.indexed.bin_path}: image {number} {error}; {advice}") from None
 
-    def origin(self, index: int) -> dict[str, Any]:
-        """Where image `index` of this part is."""
-        return {"set": self.indexed.prefix, "index": self._first + index}
-
-
-class _Images:
-    """Several parts, one after the other."""
-
-    def __init__(self, parts: Sequence[LabelledImages], shape: ImageShape, images: ImagesConfig) -> None:
-        self._parts, self._shape, self._options = list(parts), shape, images
-        self._ends = np.cumsum([len(part) for part in parts])
-        self.num_images = int(self._ends[-1])
-        """Different images, of all parts."""
-
-    def _place(self, index: int) -> tuple[LabelledImages, int]:
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        return self._parts[number], index - int(self._ends[number - 1] if number else 0)
-
-    def _decoded(self, index: int) -> tuple[Image.Image, int]:
-        part, place = self._place(index)
-        return part.image(place, self._shape.channels), part.label(place)
-
-
-class ImageDataset(_Images):
+class ImageDataset:
     """Every image once, in order: {images: uint8 [c, H, W], labels: int64 scalar}, its centre, without augmentation.
 
     Raises: RankError, by an item, for an image that is broken.
     """
 
+    def __init__(self, parts: Sequence[LabelledImages], shape: ImageShape, images: ImagesConfig) -> None:
+        self._parts, self._shape, self._options = ImageParts(parts), shape, images
+
     def __len__(self) -> int:
-        return self.num_images
+        return self._parts.num_images
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        image, label = self._decoded(index)
-        image = centre_crop(image, self._shape.size, self._options.crop_pct)
-        return {"images": torch.from_numpy(_pixels(image)), "labels": torch.tensor(label)}
+        part, place = self._parts.place(index)
+        image = part.image(place, self._shape.channels)
+        return {"images": centre(image, self._shape, self._options), "labels": torch.tensor(part.label(place))}
 
     def origins(self, index: int) -> list[dict[str, Any]]:
         """What sample `index` is made of."""
-        part, place = self._place(index)
-        return [part.origin(place)]
+        return [self._parts.origin(index)]
 
 
-class AugmentedImages(_Images):
+class AugmentedImages:
     """Training samples: {images: uint8 [c, H, W], labels: int64 scalar}, epoch after epoch, each in another order.
 
     Labels are float32 [num_classes] where the options mix or smooth them.
@@ -161,15 +106,13 @@ class AugmentedImages(_Images):
     def __init__(
         self, parts: Sequence[LabelledImages], shape: ImageShape, images: ImagesConfig, seed: int, num_samples: int
     ) -> None:
-        super().__init__(parts, shape, images)
+        self._parts, self._shape, self._options = ImageParts(parts), shape, images
         self._seed, self._num_samples = seed, num_samples
-        self._mean, self._std = images.normalisation(shape.channels)
-        fill = tuple(min(255, round(255 * value)) for value in self._mean)
-        self._resamples = INTERPOLATIONS[images.train_interpolation]
-        policy = images.policy
-        self._augment = policy and RandAugment(policy, fill if shape.channels > 1 else fill[0], self._resamples)
+        self.num_images = self._parts.num_images
+        """Different images, of all parts."""
+        self._image = EpochOrder(self.num_images, seed)
+        self._augment = Augmentation(shape, images)
         self._mixing = Mixing(images.mixup, images.cutmix, images.mixup_prob, images.mixup_switch_prob)
-        self._order: tuple[int, Permutation] | None = None
         self._pair: tuple[int, list[tuple[Pixels, Tensor]]] | None = None
 
     def __len__(self) -> int:
@@ -187,30 +130,12 @@ class AugmentedImages(_Images):
     def origins(self, sample: int) -> list[dict[str, Any]]:
         """The images that sample `sample` is made of."""
         samples = (sample, sample ^ 1) if self._options.mixes else (sample,)
-        places = [self._place(self._index(number)) for number in samples]
-        return [part.origin(place) for part, place in places]
-
-    def _index(self, sample: int) -> int:
-        """The image of a sample."""
-        epoch, place = divmod(sample, self.num_images)
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, Permutation(self.num_images, self._seed, epoch)
-        return self._order[1](place)
+        return [self._parts.origin(self._image(number)) for number in samples]
 
     def _augmented(self, sample: int) -> tuple[Pixels, Tensor]:
-        options, random = self._options, sample_generator(self._seed, sample)
-        image, label = self._decoded(self._index(sample))
-        box = crop_box(image.size, _two(options.scale), _two(options.ratio), random)
-        resample = self._resamples[random.integers(len(self._resamples))]
-        image = resized_crop(image, box, self._shape.size, resample)
-        if random.random() < options.hflip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self._augment:
-            image = self._augment(image, random)
-        pixels = _pixels(image)
-        if random.random() < options.reprob:
-            erase(pixels, self._mean, self._std, random)
-        return pixels, self._label(label)
+        part, place = self._parts.place(self._image(sample))
+        image = part.image(place, self._shape.channels)
+        return self._augment(image, sample_generator(self._seed, sample)), self._label(part.label(place))
 
     def _label(self, label: int) -> Tensor:
         if not self._options.soft_labels:
@@ -231,21 +156,11 @@ class AugmentedImages(_Images):
         return self._pair[1]
 
 
-def _two(values: Sequence[float]) -> tuple[float, float]:
-    return values[0], values[1]
-
-
-def _pixels(image: Image.Image) -> Pixels:
-    """[c, H, W], writable."""
-    pixels = np.array(image)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if pixels.ndim == 3 else pixels[None]
-
-
 def images_of(samples: Sequence[dict[str, Tensor]], size: int, shape: ImageShape) -> dict[str, Tensor]:
     """{images: uint8 [size, c, H, W], labels} of samples; black images with the label PADDING (-1) fill it up."""
     missing = size - len(samples)
     images = [sample["images"] for sample in samples]
-    images += [torch.zeros(shape.channels, shape.size, shape.size, dtype=torch.uint8)] * missing
+    images += [shape.blank()] * missing
     labels = [sample["labels"] for sample in samples] + [torch.tensor(PADDING)] * missing
     return {"images": torch.stack(images), "labels": torch.stack(labels)}
 
@@ -260,14 +175,8 @@ def build_image_datasets(
 
     Raises: UserError when data is missing, damaged or does not fit the shape, and for weights of a blend.
     """
-    if shape.channels not in MODES:
-        raise ConfigError("in_channels", "images are grey (1) or coloured (3)", value=shape.channels)
-    for key in ("weight_by_num_documents", *(f"{name}_data_weights" for name in SPLIT_NAMES)):
-        if getattr(data, key):
-            raise ConfigError(key, "every image of all sets is read once an epoch", "remove it")
-    wanted = [name for name, count in zip(SPLIT_NAMES, samples, strict=True) if count]
-    found = {name: parts_of(data, name) for name in wanted}
-    parts = {name: [LabelledImages(part, shape.num_classes) for part in found.get(name, [])] for name in SPLIT_NAMES}
+    found = image_parts(data, shape, samples)
+    parts = {name: [LabelledImages(part, shape.num_classes) for part in split] for name, split in found.items()}
     train = AugmentedImages(parts["train"], shape, images, seed, samples[0]) if parts["train"] else None
     valid, test = (ImageDataset(parts[name], shape, images) if parts[name] else None for name in ("valid", "test"))
     return Datasets(train, valid, test)

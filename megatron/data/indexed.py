@@ -193,6 +193,15 @@ class IndexedDatasetBuilder:
 
     def add_document(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> None:
         """Append one document of one sequence. Raises UserError when an id does not fit the dtype."""
+        self.add_sequences([ids])
+
+    def add_sequences(self, sequences: Sequence[Sequence[int] | npt.NDArray[np.integer]]) -> None:
+        """Append one document of these sequences. Raises UserError when an id does not fit the dtype."""
+        for ids in sequences:
+            self._add_sequence(ids)
+        self._boundaries.append(len(self._sizes))
+
+    def _add_sequence(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> None:
         tokens = np.asarray(ids, dtype=self.dtype if len(ids) == 0 else None)
         limits = np.iinfo(self.dtype)
         if tokens.size and (tokens.min() < limits.min or tokens.max() > limits.max):
@@ -203,7 +212,6 @@ class IndexedDatasetBuilder:
         with self._explained():
             self._write(tokens.astype(self.dtype, copy=False).tobytes())
         self._sizes.append(tokens.size)
-        self._boundaries.append(len(self._sizes))
 
     def add_index(self, prefix: str | os.PathLike[str]) -> None:
         """Append all documents of another pair, boundaries kept, and compare its checksums.

@@ -1,4 +1,8 @@
-"""Images to .bin/.idx pairs: X_image_document, X_label_document, X_text_document and X_classes.txt."""
+"""Images to .bin/.idx pairs: X_image_document, X_label_document, X_text_document and X_classes.txt.
+
+The captions of an image are a document of X_text_document, each a sequence that ends with the end-of-document token.
+Where captions answer prompts, each begins with its prompt, and X_prompt_length_document has the prompts' lengths.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,9 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from megatron.config.sections.tokenizer import TokenizerConfig
+from megatron.data.captions import Caption, Fault
 from megatron.data.decode import BrokenImageError, decode
-from megatron.data.image_sources import Fault, ImageRecord, Listing
+from megatron.data.image_sources import ImageRecord, Listing, Place
 from megatron.data.indexed import IndexedDatasetBuilder, best_dtype, output_files
 from megatron.data.preprocess import encode_all
 from megatron.errors import UserError
@@ -21,6 +26,9 @@ from megatron.files import find_regular_output, replaced_file, write_errors
 from megatron.log import get_logger
 from megatron.text import shortened
 from megatron.tokenizer import Tokenizer, build_tokenizer
+
+KINDS = ("image", "label", "text", "prompt_length")
+"""What there are pairs of."""
 
 _MOST_LABEL = 2**31 - 1
 _MOST_WARNINGS = 100
@@ -45,7 +53,7 @@ class Faults:
 
 @dataclass(frozen=True)
 class PreparedImages:
-    """What was written: the prefixes of pairs by what they hold (image, label, text), and counts."""
+    """What was written: the prefixes of pairs by what they hold (see KINDS), and counts."""
 
     prefixes: dict[str, str]
     num_images: int
@@ -61,10 +69,11 @@ class PreparedImages:
 
 @dataclass(frozen=True)
 class _Checked:
-    """An image as it is written: its bytes, the ids of its caption, or what is wrong with it."""
+    """An image as it is written: its bytes, ids of its captions with lengths of prompts, or what is wrong with it."""
 
     content: bytes = b""
-    ids: npt.NDArray[np.integer] | None = None
+    ids: Sequence[npt.NDArray[np.integer]] = ()
+    prompt_lengths: Sequence[int] = ()
     fault: str = ""
 
 
@@ -81,7 +90,7 @@ class _Checker:
         try:
             content = record.content()
             decode(content)
-            text = record.text() if self._tokenizer else None
+            captions = record.texts()
         except BrokenImageError as error:
             return _Checked(fault=str(error))
         except OSError as error:
@@ -90,10 +99,16 @@ class _Checker:
             return _Checked(fault="its caption is not UTF-8 text")
         if self._tokenizer is None:
             return _Checked(content)
-        if text is None:
+        if not captions:
             return _Checked(fault="has an empty caption")
-        ids = [*self._tokenizer.encode(text), self._tokenizer.eod_id]
-        return _Checked(content, np.array(ids, best_dtype(self._tokenizer.vocab_size)))
+        found = [self._ids(caption, self._tokenizer) for caption in captions]
+        return _Checked(content, [ids for ids, _ in found], [length for _, length in found])
+
+    @staticmethod
+    def _ids(caption: Caption, tokenizer: Tokenizer) -> tuple[npt.NDArray[np.integer], int]:
+        """(ids of prompt, text and end, length of the prompt). It is encoded alone, as when a text is generated."""
+        prompt, text = tokenizer.encode_all([caption.prompt, caption.text])
+        return np.array([*prompt, *text, tokenizer.eod_id], best_dtype(tokenizer.vocab_size)), len(prompt)
 
 
 def prepare_images(
@@ -117,11 +132,11 @@ def prepare_images(
     kinds = _kinds(listing.records)
     records = [record for record in listing.records if _is_whole(record, kinds, listing.classes, faults)]
     encoder = build_tokenizer(tokenizer) if "text" in kinds else None
-    prefixes = {kind: f"{output_prefix}_{kind}_document" for kind in ("image", "label", "text")}
+    prefixes = {kind: f"{output_prefix}_{kind}_document" for kind in KINDS}
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(records))
     with ExitStack() as stack:
         ids = best_dtype(encoder.vocab_size if encoder else 0)
-        types: dict[str, type[np.integer]] = {"image": np.uint8, "label": np.int32, "text": ids}
+        types: dict[str, type[np.integer]] = dict(zip(KINDS, (np.uint8, np.int32, ids, np.int32), strict=True))
         builders = {kind: stack.enter_context(IndexedDatasetBuilder(prefixes[kind], types[kind])) for kind in kinds}
         _write([records[number] for number in order], builders, _Checker(encoder), faults, num_workers)
         count = builders["image"].num_documents
@@ -144,19 +159,21 @@ def _check_names(classes: Sequence[str]) -> None:
 
 def _kinds(records: Sequence[ImageRecord]) -> list[str]:
     labels = any(record.label is not None for record in records)
-    captions = any(record.caption is not None for record in records)
+    captions = [record.captions for record in records if record.captions is not None]
+    prompts = any(not isinstance(found, Place) and any(caption.prompt for caption in found) for found in captions)
     if records and not labels and not captions:
         raise UserError(
             f"{records[0].name} and all other images have neither a label nor a caption; put them into folders of "
             "classes, or texts (.txt) or class numbers (.cls) beside them"
         )
-    return ["image", *(["label"] if labels else []), *(["text"] if captions else [])]
+    is_there = dict(zip(KINDS, (True, labels, bool(captions), prompts), strict=True))
+    return [kind for kind in KINDS if is_there[kind]]
 
 
 def _is_whole(record: ImageRecord, kinds: Sequence[str], classes: Sequence[str] | None, fault: Fault) -> bool:
     """Has an image what the others have, and a class that exists?"""
     reason, label = "", record.label
-    if "text" in kinds and record.caption is None:
+    if "text" in kinds and record.captions is None:
         reason = "has no caption, as others have"
     if "label" in kinds:
         most = len(classes) - 1 if classes else _MOST_LABEL
@@ -184,8 +201,10 @@ def _write(
         builders["image"].add_document(np.frombuffer(checked.content, np.uint8))
         if record.label is not None and "label" in builders:
             builders["label"].add_document([record.label])
-        if checked.ids is not None:
-            builders["text"].add_document(checked.ids)
+        if "text" in builders:
+            builders["text"].add_sequences(checked.ids)
+        if "prompt_length" in builders:
+            builders["prompt_length"].add_document(checked.prompt_lengths)
 
 
 def _settle(

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from megatron.data import IndexedDataset
+
+Prepare = Callable[..., tuple[int, str]]
+"""Runs prepare_data.py with these flags; gives its exit code and what it printed."""
 
 
 def pixels(seed: int, height: int = 20, width: int = 24, channels: int = 3) -> np.ndarray[Any, Any]:
@@ -31,3 +37,27 @@ def write_tar(path: Path, members: dict[str, bytes]) -> str:
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
     return str(path)
+
+
+def tar_of(folder: Path, **members: bytes) -> str:
+    """A tar; `a_png` names the member a.png."""
+    return write_tar(folder / "a.tar", {name.replace("_", "."): content for name, content in members.items()})
+
+
+def pair(folder: Path, kind: str) -> IndexedDataset:
+    return IndexedDataset(folder / "out" / "x" / f"x_{kind}_document")
+
+
+def rows(folder: Path, *kinds: str) -> list[tuple[Any, ...]]:
+    """What belongs together, in the order it was written."""
+    pairs = [pair(folder, kind) for kind in kinds]
+    assert len({len(each) for each in pairs}) == 1
+    return [tuple(each[i].tobytes() for each in pairs) for i in range(len(pairs[0]))]
+
+
+def label(number: int) -> bytes:
+    return np.int32(number).tobytes()
+
+
+def ids(text: str) -> bytes:
+    return np.array([*text.encode(), 0], np.uint16).tobytes()

@@ -6,7 +6,6 @@ import io
 import os
 import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from megatron.data import IndexedDataset, image_sources
+from megatron.data import image_sources
 from megatron.data.decode import FORMATS, BrokenImageError, decode
-from megatron.errors import run_command
-from prepare_data import main
-from tests.data.image_files import encoded, pixels, write_tar
-
-Prepare = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Prepare:
-    """Runs prepare_data.py for the data set `x` into tmp_path/out; gives its exit code and what it printed."""
-
-    def run(*flags: str | Path) -> tuple[int, str]:
-        words = ["x", "-d", str(tmp_path / "out"), "-t", "CharLevelTokenizer", "--num-workers", "1", *map(str, flags)]
-        capsys.readouterr()
-        code = run_command(lambda: main(words))
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    return run
-
-
-def pair(folder: Path, kind: str) -> IndexedDataset:
-    return IndexedDataset(folder / "out" / "x" / f"x_{kind}_document")
-
-
-def rows(folder: Path, *kinds: str) -> list[tuple[Any, ...]]:
-    """What belongs together, in the order it was written."""
-    pairs = [pair(folder, kind) for kind in kinds]
-    assert len({len(each) for each in pairs}) == 1
-    return [tuple(each[i].tobytes() for each in pairs) for i in range(len(pairs[0]))]
-
-
-def label(number: int) -> bytes:
-    return np.int32(number).tobytes()
-
-
-def ids(text: str) -> bytes:
-    return np.array([*text.encode(), 0], np.uint16).tobytes()
+from tests.data.image_files import Prepare, encoded, ids, label, pair, pixels, rows, tar_of, write_tar
 
 
 @pytest.fixture
@@ -250,10 +212,6 @@ def test_an_image_is_whole_whatever_became_of_its_metadata() -> None:
         for value in (0, 1, 2, 7, 255):
             damaged = content[:place] + bytes([value]) + content[place + 1 :]
             assert decode(damaged).size in ((20, 30), (30, 20)), (place - first, value)
-
-
-def tar_of(folder: Path, **members: bytes) -> str:
-    return write_tar(folder / "a.tar", {name.replace("_", "."): content for name, content in members.items()})
 
 
 def test_faults_of_shards(tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
