@@ -72,7 +72,7 @@ class GrownTensors(TensorView):
         sizes = [self.source.shape("model", segment)[0] if segment in known else 0 for segment in segments]
         old = torch.cat([self.source.tensor("model", segments[i]).float() for i in self._recipe.sources(sizes)])
         tau_tokens = self.source.tensor("model", f"{name.rpartition('.')[0]}.tau_tokens")
-        return self._recipe.keys(old, len(new), tau_tokens, name)
+        return self._recipe.keys(new, old, len(new), tau_tokens, name)
 
 
 def grown_checkpoint(
@@ -112,7 +112,7 @@ def grow(
     row_norm: RowNorm = "joint",
     seed: int = 1234,
 ) -> None:
-    """Add parameter tokens to a model, in place, without changing its logits (beyond rounding).
+    """Add parameter tokens to a model, in place, without changing its logits (beyond rounding, but for `official`).
 
     Args:
         model: on any device and layout.
@@ -143,8 +143,8 @@ def _check_shares(name: str, module: Pattention, size: int, recipe: Recipe) -> N
     ranks = module.axis.size
     if ranks == 1 or not size or not recipe.has_weights:
         return
-    if recipe.new_keys == "random":
-        if size < ranks:
+    if recipe.is_drawn:
+        if recipe.has_own_norm and size < ranks:
             raise UserError(f"{name}: {size} new tokens with a row norm of their own for {ranks} ranks; each needs one")
         return
     old = [module.segment_sizes[i] for i in recipe.sources(module.segment_sizes)]
@@ -166,13 +166,13 @@ def _append(layer: str, module: Pattention, size: int, recipe: Recipe, new: Mapp
     values, keys = recipe.values(value, new[value]), None
     tau_tokens = recipe.tau_tokens(module.tau_tokens, size)
     old = torch.cat([getattr(module, f"key_tokens_{i}") for i in recipe.sources(module.segment_sizes)])
-    if recipe.new_keys == "random":
-        keys = recipe.keys(old, size, module.tau_tokens, key, module.axis)
+    if recipe.is_drawn:
+        keys = recipe.keys(new[key], old, size, module.tau_tokens, key, module.axis)
     module.append(size, values, keys, row_norm)
     if recipe.has_weights and keys is None:
         # Each rank repeats or rotates its own keys: tokens have no order, and sums of squares are sums over the ranks.
         own = module.get_parameter(key.rpartition(".")[2])
-        own.copy_(recipe.keys(old, len(own), module.tau_tokens, f"{key}/{module.axis.rank}", module.axis))
+        own.copy_(recipe.keys(own, old, len(own), module.tau_tokens, f"{key}/{module.axis.rank}", module.axis))
     module.tau_tokens = tau_tokens
 
 

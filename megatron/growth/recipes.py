@@ -1,4 +1,4 @@
-"""What new parameter tokens start as, so that a layer computes what it did.
+"""What new parameter tokens start as, so that a layer computes what it did, or as the official code has them.
 
 m tokens more, where n share a row norm:
 
@@ -9,6 +9,9 @@ m tokens more, where n share a row norm:
 | joint, zero | softmax, where zero keys count in the denominator | the old ones, repeated | 0 | + m | values |
 | segment, random | all | normal, of the RMS of the old keys | 0 | their own, m | values |
 | segment, rotated | l2_norm_gelu | c Q R, c^2 = m / n: of the same RMS | 0 | their own, m | values |
+| joint, official | all | initialised | initialised | + m | both |
+
+All but the last leave the layer's outputs as they are.
 
 Q is random. The squared scores of rotated keys K' sum to c^2 times those of the old ones for every input, because
 K'^T K' = c^2 K^T K. Each squared row norm becomes 1 + c^2 times what it was, and so does tau^2: the old weights
@@ -59,12 +62,22 @@ class Recipe:
     @property
     def is_repeated(self) -> bool:
         """Are the new keys the old ones again?"""
-        return self.after.norm_activation_type == "softmax" and not self.has_own_norm
+        return self.is_exact and self.after.norm_activation_type == "softmax" and not self.has_own_norm
+
+    @property
+    def is_drawn(self) -> bool:
+        """Are the new keys drawn whole, the same on all ranks?"""
+        return self.new_keys in ("random", "official")
+
+    @property
+    def is_exact(self) -> bool:
+        """Do outputs stay?"""
+        return self.new_keys != "official"
 
     @property
     def has_weights(self) -> bool:
-        """Have the new tokens weights that are not zero? Then their values are, and tau counts them."""
-        return self.has_own_norm or self.is_repeated or self.new_keys == "rotated"
+        """Have the new tokens weights that are not zero? Then tau counts them, and to be exact takes values of zero."""
+        return self.has_own_norm or self.is_repeated or self.new_keys in ("rotated", "official")
 
     def sources(self, sizes: Sequence[int]) -> list[int]:
         """Of which old segments, with tokens of these numbers, the new keys are made."""
@@ -72,10 +85,11 @@ class Recipe:
             return [i for i, size in enumerate(sizes) if size]
         return sharing_segments(sizes, self.after.segment_norms, "joint")
 
-    def keys(self, old: Tensor, size: int, tau_tokens: Tensor, name: str, axis: Axis = ALONE) -> Tensor:
+    def keys(self, new: Tensor, old: Tensor, size: int, tau_tokens: Tensor, name: str, axis: Axis = ALONE) -> Tensor:
         """New keys [size, d], of a growth that `has_weights`.
 
         Args:
+            new: the parameter that gets them.
             old: keys [n, d] of `sources`; on a tensor rank its share of them, and for rotated or repeated keys `size`
                 is its share too.
             tau_tokens: of the layer before the growth.
@@ -84,6 +98,8 @@ class Recipe:
         """
         if self.is_repeated:
             return old.repeat(size // len(old), 1)
+        if self.new_keys == "official":
+            return initial_value(name, new, self.after, self.seed)
         if self.new_keys == "random":
             return random_keys(old, size, name, self.seed, axis)
         count = len(old) if self.has_own_norm else int(tau_tokens.view(-1)[-1]) / axis.size
@@ -91,7 +107,8 @@ class Recipe:
 
     def values(self, name: str, new: Tensor) -> Tensor:
         """The whole values that the parameter `new` of this name starts with."""
-        return torch.zeros(new.shape) if self.has_weights else initial_value(name, new, self.after, self.seed)
+        is_zero = self.has_weights and self.is_exact
+        return torch.zeros(new.shape) if is_zero else initial_value(name, new, self.after, self.seed)
 
     def tau_tokens(self, before: Tensor, size: int) -> Tensor:
         """tau^2 of a layer after `size` tokens more, those of all ranks."""

@@ -205,6 +205,31 @@ def test_random_keys_are_as_large_as_the_old_ones() -> None:
     assert (last.square().mean() / old.square().mean()).sqrt().item() == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("activation", [*GELUS, "softmax"])
+def test_official_growth_is_a_model_of_that_size_with_the_old_tokens_in_it(activation: str) -> None:
+    """No factor but the number of tokens says what a row's weights are: the old ones change, too."""
+    grown = model(activation)
+    layers = dict(named_pattentions(grown))
+    old = {name: layer.get_parameter("key_tokens_0").clone() for name, layer in layers.items()}
+    with torch.no_grad():
+        before = grown(IDS)
+        grow(grown, qkv=19, proj=11, ffn=50, new_keys="official")
+        after = grown(IDS)
+    sizes = {"qkv_slot_num": 19, "proj_slot_num": 11, "ffn_slot_num": 50}
+    config = ModelConfig(**{**SMALL, **sizes}, norm_activation_type=activation)
+    whole = LanguageModel(config, dtype=torch.float64).eval()
+    for name, layer in named_pattentions(whole):
+        segments = [layers[name].get_parameter(f"key_tokens_{i}") for i in (0, 1)]
+        assert torch.equal(segments[0], old[name]) and 0.3 < segments[1].std().item() < 0.7
+        assert layer.tau_tokens == layer.num_tokens == layers[name].tau_tokens
+    tensors = dict(grown.named_parameters())
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            new = [tensors[f"{name[:-1]}1"]] if name.endswith("_tokens_0") else []
+            parameter.copy_(torch.cat([tensors[name], *new]))
+        assert worst(whole(IDS), after) < 1e-12 < 1e-2 < worst(before, after)
+
+
 @pytest.mark.parametrize("own", [{}, OWN], ids=str)
 def test_a_growth_of_nothing_is_counted_and_changes_nothing(own: dict[str, Any]) -> None:
     grown = model("l2_norm_gelu")
@@ -233,6 +258,7 @@ def test_an_impossible_growth_leaves_the_model_as_it_was() -> None:
         ("softmax", {"qkv": 24, "new_keys": "rotated"}, "rotated needs norm_activation_type l2_norm_gelu"),
         ("l2_norm_gelu", {"qkv": 24, "new_keys": "random"}, "new_keys: random keys would change the row norm that"),
         ("softmax", {"qkv": 24, "new_keys": "zero", **OWN}, "new_keys: zero keys cannot learn under a row norm of"),
+        ("softmax", {"qkv": 24, "new_keys": "official", **OWN}, "new_keys: the official code knows no row norm of"),
         ("l2_norm_gelu", {"qkv": 20, "new_keys": "rotated", **OWN}, "rotated needs 12 more: grow to 24, or leave"),
     ]
     for activation, counts, message in cases:
@@ -267,6 +293,11 @@ def chains_on_tensor_ranks() -> dict[str, list[float]]:
         with torch.no_grad():
             found[f"{recipe} before"] = [worst(sharded(IDS), model(recipe)(IDS))]
         found[recipe] = chain_differences(sharded, recipe)
+    sharded, alone = model("l2_norm_gelu", layout=layout), model("l2_norm_gelu")
+    for grown in (sharded, alone):
+        grow(grown, qkv=19, proj=11, ffn=51, new_keys="official")
+    with torch.no_grad():
+        found["official"] = [worst(sharded(IDS), alone(IDS))]
     uneven = LanguageModel(
         ModelConfig(**{**SMALL, "norm_activation_type": "softmax", "ffn_slot_num": 21}), layout=layout
     )

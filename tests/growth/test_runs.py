@@ -274,6 +274,14 @@ def test_a_smaller_model_may_grow_by_other_keys(
     assert all(tensor.any() for name, tensor in grown.items() if is_new(name)), "values moved in the first step"
 
 
+def test_official_growth_is_made_though_the_loss_jumps(tiny_config: MakeConfig, tmp_path: Path, ungrown: Path) -> None:
+    keys = {**STEADY, **COUNTS, "gradient_clipping": 0.0, "pretrain_partial_init": str(ungrown / "global_step6")}
+    run(tiny_config, tmp_path, **keys, new_keys="official", train_iters=2, checkpoint_factor=1)
+    [entry] = state(tmp_path)["lineage"]
+    assert entry["new_keys"] == "official" and entry["logit_difference"] > 1e-3
+    assert abs(metric(tmp_path)[1] - metric(ungrown)[7]) > 1e-4
+
+
 def test_a_run_that_began_with_a_smaller_model_resumes_and_grows_on(
     tiny_config: MakeConfig, tmp_path: Path, ungrown: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

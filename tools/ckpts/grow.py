@@ -19,7 +19,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for kind, what in (("qkv", "each query, key and value"), ("proj", "proj"), ("ffn", "the feed-forward")):
         parser.add_argument(f"--{kind}", type=int, help=f"tokens of {what} afterwards; default as many as before")
     parser.add_argument("--layers", help="blocks that grow, for example 0,3-5; default all TokenFormer blocks")
-    parser.add_argument("--new-keys", choices=("zero", "rotated", "random"), help="what new keys start as")
+    parser.add_argument("--new-keys", choices=("zero", "rotated", "random", "official"), help="what new keys start as")
     norms = "whether new tokens share the row norm of the old ones (default), or have their own: then random keys"
     parser.add_argument("--row-norm", choices=("joint", "segment"), default="joint", help=norms)
     what = "what Adam's second moments of new tokens start as: zero, or the mean of the old ones'"

@@ -10,7 +10,7 @@ from megatron.config.sections.base import MAX_FACTOR, MAX_SIZE, Section
 from megatron.config.sections.model import RowNorm
 from megatron.errors import ConfigError
 
-NewKeys = Literal["zero", "rotated", "random"]
+NewKeys = Literal["zero", "rotated", "random", "official"]
 """What new keys start as; megatron.growth.grow says how."""
 
 NewKeysDecay = Literal["always", "at_old_rms"]
@@ -33,6 +33,9 @@ def initial_keys(new_keys: NewKeys | None, row_norm: RowNorm) -> NewKeys:
     if row_norm == "joint" and new_keys == "random":
         reason = "random keys would change the row norm that they share with the old ones"
         raise ConfigError("new_keys", reason, "set row_norm: segment", beside=["row_norm"])
+    if row_norm == "segment" and new_keys == "official":
+        reason = "the official code knows no row norm of their own"
+        raise ConfigError("new_keys", reason, "set row_norm: joint, or new_keys: random", beside=["row_norm"])
     return new_keys or ("random" if row_norm == "segment" else "zero")
 
 
@@ -127,8 +130,9 @@ class ScheduledGrowth(Section):
     new_keys: NewKeys | None = None
     """zero: as in the paper. rotated: random rotations of the old keys with values of zero, which is just as exact
     and learns faster; with l2_norm_gelu, by at least min(tokens, hidden_size) tokens. random, with row_norm segment:
-    as large as the old keys, in all directions, with values of zero. Default: random with row_norm segment, else
-    zero."""
+    as large as the old keys, in all directions, with values of zero. official: keys and values as a new model's, and
+    tau of the new number of tokens, as the official code grows and the paper grew: the loss jumps. Default: random with
+    row_norm segment, else zero."""
     row_norm: RowNorm = "joint"
     """joint: the new tokens share the row norm and the tau of those before them. segment: they have their own, so that
     any keys with values of zero change nothing, and the old tokens' weights never feel the new ones."""
@@ -181,8 +185,8 @@ class ScalingConfig(Section):
     """With pretrain_partial_init: whether iterations and learning-rate schedule start anew or go on."""
     new_keys: NewKeys | None = None
     """What the new keys of pretrain_partial_init start as: zero as in the paper; rotated, random rotations of the old
-    keys (l2_norm_gelu), which is just as exact and learns faster; or random, with row_norm segment. Default: random
-    with row_norm segment, else zero."""
+    keys (l2_norm_gelu), which is just as exact and learns faster; random, with row_norm segment; or official, those of
+    a new model, after which the loss jumps. Default: random with row_norm segment, else zero."""
     row_norm: RowNorm = "joint"
     """The row norm of the new tokens of pretrain_partial_init: that of the old ones (joint), or their own (segment)."""
     freeze_old_tokens: bool = False
