@@ -43,7 +43,7 @@ def test_section_4_1(name: str) -> None:
     assert (options.lr_decay_style, options.min_lr, options.warmup_iters(config.training.train_iters or 0)) == (
         "cosine", 0, 2000,
     )  # fmt: skip
-    assert config.model.hidden_dropout == config.model.attention_dropout == 0
+    assert config.language.hidden_dropout == config.language.attention_dropout == 0
     first = config.scaling.growth[0].at_iteration if config.scaling.growth else config.training.train_iters
     assert first == 600_000, "300 billion tokens"
 
