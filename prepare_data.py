@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron.data.corpora import CORPORA
+from megatron.data.corpus_flags import add_corpus_flags, join_from_flags, split_from_flags
 from megatron.data.image_flags import add_image_flags, prepare_from_flags
 from megatron.data.preprocess import prepare_dataset
 from megatron.errors import run_command
@@ -16,9 +16,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, GPT-NeoX's flags and those for local text."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    known = ", ".join(CORPORA)
-    add("dataset", nargs="?", help=f"name of the data set; without --input one of {known} (default enwik8), downloaded")
-    add("--input", nargs="+", metavar="FILE", help="local .txt, .jsonl, .jsonl.gz, .jsonl.zst or .jsonl.zst.tar files")
+    add_corpus_flags(parser)
     add("--name", help="name of the output. Default: dataset, else the first file's name")
     add("--jsonl-keys", nargs="+", default=["text"], help="keys to encode, each into files of its own")
     add("--txt-documents", choices=["file", "lines"], default="file", help="a .txt file is one document, or one a line")
@@ -33,13 +31,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="CONFIG",
         help="build the sample orders of a run with these YAML files instead",
     )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="with --index-for: override a key, as in train.py",
-    )
+    of_runs = "with --index-for: override a key, as in train.py"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=of_runs)
     add("--processes", type=int, metavar="N", help="with --index-for: processes of the run. Default: its launch keys'")
     add("--num-workers", type=int, help="processes that encode. Default: one a core, or one for less than a MiB")
     add_image_flags(parser)
@@ -60,9 +53,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     if args.index_for:
         return build_index(args.index_for, args.set, args.processes)
+    if join_from_flags(args):
+        return None
     tokenizer = tokenizer_of_flags("--tokenizer", args.tokenizer, args.vocab_file, args.merge_file)
-    if prepare_from_flags(args, tokenizer):
-        return
+    if prepare_from_flags(args, tokenizer) or split_from_flags(args, tokenizer):
+        return None
     prepare_dataset(
         args.dataset,
         args.input,
@@ -74,6 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         txt_documents=args.txt_documents,
         force_redownload=args.force_redownload,
     )
+    return None
 
 
 if __name__ == "__main__":

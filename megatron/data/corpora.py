@@ -50,7 +50,10 @@ CORPORA: Mapping[str, tuple[CorpusFile, ...]] = {
             unpacked_checksum="md5:a1fa5ffddb56f4953e226637dabbb36a",
         ),
     ),
+    # 8,013,769 documents, those that the `datasets` library calls openwebtext.
+    "openwebtext": tuple(CorpusFile(f"{HUB}Skylion007/openwebtext/subsets/urlsf_subset{n:02}.tar") for n in range(21)),
     "openwebtext2": (CorpusFile(f"{HUB}segyges/OpenWebText2/openwebtext2.jsonl.zst.tar"),),
+    # Without the parts of the Pile that are under copyright, so another corpus than that of the published models.
     "pile": _pile(30),
     "pile_subset": _pile(1),
 }

@@ -13,7 +13,9 @@ import numpy.typing as npt
 from megatron.config.sections.data import DataConfig
 from megatron.data.blend import BlendedDataset, normalized, weights_by_documents
 from megatron.data.indexed import IndexedDataset
-from megatron.data.samples import WHOLE_ORDER_SAMPLES, GPTDataset, split_documents
+from megatron.data.random_split import drawn_documents
+from megatron.data.samples import WHOLE_ORDER_SAMPLES, Documents, GPTDataset, split_documents
+from megatron.data.segments import RandomSegments
 from megatron.errors import UserError
 from megatron.log import get_logger
 
@@ -24,7 +26,7 @@ BLEND_MARGIN = 1.005
 BLEND_PERIOD = 1 << 24
 """Steps after which a blend of more than WHOLE_ORDER_SAMPLES samples repeats its choices."""
 
-AnyDataset = GPTDataset | BlendedDataset
+AnyDataset = GPTDataset | RandomSegments | BlendedDataset
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,22 @@ def build_datasets(
 
 @dataclass(frozen=True)
 class Part:
-    """The documents [first, end) of a corpus."""
+    """Documents of a corpus: (first, end), or the numbers of those that were drawn."""
 
     indexed: IndexedDataset
-    documents: tuple[int, int]
+    documents: Documents
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """(first, end) of documents that follow each other."""
+        assert isinstance(self.documents, tuple), "random_split is refused where this is asked"
+        return self.documents
 
 
 def parts_of(data: DataConfig, name: str) -> list[Part]:
     """What the split `name` is made of; empty when an optional one has nothing."""
     if data.data_path:
-        return _of_split(data.data_path, data.split, name)
+        return _of_split(data, data.data_path, name)
     paths: list[str] | None = getattr(data, f"{name}_data_paths")
     if paths:
         opened = [IndexedDataset(path) for path in paths]
@@ -93,9 +101,11 @@ def parts_of(data: DataConfig, name: str) -> list[Part]:
     raise UserError(f"{name}_data_paths: missing; give {name}_data_paths, or eval_iters: 0 for no validation")
 
 
-def _of_split(prefix: str, split: str, name: str) -> list[Part]:
-    indexed = IndexedDataset(prefix)
-    first, end = split_documents(split, len(indexed))[SPLIT_NAMES.index(name)]
+def _of_split(data: DataConfig, prefix: str, name: str) -> list[Part]:
+    indexed, split, number = IndexedDataset(prefix), data.split, SPLIT_NAMES.index(name)
+    first, end = split_documents(split, len(indexed))[number]
+    if end > first and data.random_split:
+        return [Part(indexed, drawn_documents(indexed, split, data.split_seed, data.data_cache_dir)[number])]
     if end > first:
         return [Part(indexed, (first, end))]
     if name == "test":
@@ -122,9 +132,14 @@ class _Builder:
         period = self._period(count) if len(parts) > 1 else None
         # A period's choices are rounded; what that adds grows with the number of periods.
         rounding = -(-count // period) if period else 0
-        datasets = []
+        datasets: list[GPTDataset | RandomSegments] = []
         for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
             needed = count if self.data.data_path else math.ceil(count * weight * BLEND_MARGIN) + rounding
+            if self.name == "train" and self.data.sample_order == "random_segments":
+                datasets.append(
+                    RandomSegments(part.indexed, self.seq_length, self.seed, needed, part.documents, number)
+                )
+                continue
             later_block = self._saved(f"{number}/later") or [0]
             datasets.append(
                 GPTDataset(
@@ -162,7 +177,7 @@ class _Builder:
 
 
 def _order_of(name: str, dataset: AnyDataset | None) -> dict[str, list[int]]:
-    """What decides a data set's order besides the configuration, see Datasets.epoch_blocks."""
+    """What decides a data set's order besides the configuration, see Datasets.epoch_blocks; segments need nothing."""
     order: dict[str, list[int]] = {}
     for number, leaf in enumerate(_leaves(dataset)):
         order[f"{name}/{number}"] = leaf.epoch_blocks
@@ -181,4 +196,4 @@ def stored_orders(dataset: Any) -> int:
 def _leaves(dataset: AnyDataset | None) -> list[GPTDataset]:
     if isinstance(dataset, BlendedDataset):
         return [part for part in dataset.datasets if isinstance(part, GPTDataset)]
-    return [] if dataset is None else [dataset]
+    return [dataset] if isinstance(dataset, GPTDataset) else []

@@ -43,7 +43,7 @@ class StoredImages:
     """The documents [first, end) of an image pair. Raises UserError for a pair of something else."""
 
     def __init__(self, part: Part) -> None:
-        self.indexed, (self._first, self._end) = part.indexed, part.documents
+        self.indexed, (self._first, self._end) = part.indexed, part.span
         prefix = part.indexed.prefix
         if not prefix.endswith(IMAGE_SUFFIX) or part.indexed.dtype != np.uint8:
             raise UserError(f"{prefix}: not images, whose prefix ends in {IMAGE_SUFFIX}; prepare_data.py writes them")
@@ -166,5 +166,8 @@ def image_parts(data: DataConfig, shape: ImageShape, samples: Sequence[int]) -> 
     for key in ("weight_by_num_documents", *(f"{name}_data_weights" for name in SPLIT_NAMES)):
         if getattr(data, key):
             raise ConfigError(key, "every image of all sets is read once an epoch", "remove it")
+    if data.random_split or data.sample_order != "documents":
+        key = "random_split" if data.random_split else "sample_order"
+        raise ConfigError(key, "is of text; prepare_data.py puts images in random order", "remove it")
     counts = dict(zip(SPLIT_NAMES, samples, strict=True))
     return {name: parts_of(data, name) if count else [] for name, count in counts.items()}

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from megatron.config.sections.tokenizer import TokenizerConfig
+from megatron.data.byte_split import split_by_bytes
 from megatron.data.corpora import CORPORA, DEFAULT_CORPUS, CorpusFile, fetch_corpus
 from megatron.data.indexed import IndexedDatasetBuilder, best_dtype, output_files
 from megatron.data.text import SUFFIXES, RawDocument, TxtDocuments, check_inputs, read_documents, texts
@@ -157,23 +158,60 @@ def prepare_dataset(
     `{data_dir}/{dataset}/raw`, where complete files are kept unless `force_redownload`. Raises UserError for other
     names, and before a download for a tokenizer that cannot be built.
     """
-    if not inputs:
-        dataset = dataset or DEFAULT_CORPUS
-    name = name or dataset or (Path(inputs[0]).name.split(".")[0] if inputs else "")
-    if Path(name).name != name:
-        raise UserError(
-            f"--name: '{name}' is not a plain folder name; choose one without slashes, and the place with -d"
-        )
-    if not inputs:
-        assert dataset is not None, "set above"
-        inputs = _downloaded(dataset, Path(data_dir), tokenizer_config, force_redownload, corpora)
+    name = _name_of(dataset, inputs, name)
+    inputs = inputs or _downloaded(dataset, Path(data_dir), tokenizer_config, force_redownload, corpora)
     prefix = Path(data_dir) / name / name
     return preprocess(inputs, prefix, tokenizer_config, keys, True, num_workers, txt_documents)
 
 
+def prepare_split(
+    split_bytes: Sequence[int],
+    dataset: str | None,
+    inputs: Sequence[str] | None,
+    data_dir: str | Path,
+    tokenizer_config: TokenizerConfig,
+    *,
+    name: str | None = None,
+    force_redownload: bool = False,
+    corpora: Mapping[str, tuple[CorpusFile, ...]] = CORPORA,
+    **options: Any,
+) -> list[Preprocessed]:
+    """`prepare_dataset` of the parts of one text file, divided by bytes, as {name}_train, {name}_valid and {name}_test.
+
+    Args:
+        split_bytes: those of each part.
+
+    Raises: UserError for more than one file, and for one that is no .txt or too short.
+    """
+    name = _name_of(dataset, inputs, name)
+    inputs = inputs or _downloaded(dataset, Path(data_dir), tokenizer_config, force_redownload, corpora)
+    if len(inputs) != 1 or not inputs[0].endswith(".txt"):
+        raise UserError("--split-bytes: divides one .txt file; pass one, or leave it off")
+    parts = split_by_bytes(inputs[0], split_bytes, Path(data_dir) / name / "parts")
+    return [
+        prepare_dataset(None, [str(path)], data_dir, tokenizer_config, name=f"{name}_{part}", **options)
+        for part, path in parts.items()
+    ]
+
+
+def _name_of(dataset: str | None, inputs: Sequence[str] | None, name: str | None) -> str:
+    """What the output is called. Raises UserError for what is no folder's name."""
+    found = name or dataset or (Path(inputs[0]).name.split(".")[0] if inputs else DEFAULT_CORPUS)
+    if Path(found).name != found:
+        raise UserError(
+            f"--name: '{found}' is not a plain folder name; choose one without slashes, and the place with -d"
+        )
+    return found
+
+
 def _downloaded(
-    dataset: str, data_dir: Path, tokenizer: TokenizerConfig, force: bool, corpora: Mapping[str, tuple[CorpusFile, ...]]
+    dataset: str | None,
+    data_dir: Path,
+    tokenizer: TokenizerConfig,
+    force: bool,
+    corpora: Mapping[str, tuple[CorpusFile, ...]],
 ) -> list[str]:
+    dataset = dataset or DEFAULT_CORPUS
     if dataset not in corpora:
         raise UserError(
             f"--input: '{dataset}' cannot be downloaded (known: {', '.join(corpora)}); pass the text files with "

@@ -12,6 +12,7 @@ of a few epochs, each built when it is reached, as many as it needs.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ _BLOCKS_KEPT = 2
 
 _NAMES = ("doc_idx", "sample_idx", "shuffle_idx")
 
+Documents = tuple[int, int] | npt.NDArray[np.integer]
+"""Sequences of a corpus: (first, end), or their numbers."""
+
 
 class Origin(TypedDict):
     """Tokens of a corpus that a sample has."""
@@ -61,7 +65,7 @@ class _Block:
 
 
 class GPTDataset(Dataset[npt.NDArray[np.int64]]):
-    """Samples of `seq_length` + 1 tokens from the documents `documents` = (first, end) of a corpus.
+    """Samples of `seq_length` + 1 tokens from documents of a corpus, by default all.
 
     epoch_blocks, later_block: blocks of an earlier part of the run, and the epochs of each block after them (0: no
         such blocks). One is appended if they hold fewer than `num_samples` samples; where these are more than
@@ -76,22 +80,17 @@ class GPTDataset(Dataset[npt.NDArray[np.int64]]):
         seq_length: int,
         seed: int,
         num_samples: int,
-        documents: tuple[int, int] | None = None,
+        documents: Documents | None = None,
         epoch_blocks: Sequence[int] = (),
         cache_dir: str | Path | None = None,
         cache_min_samples: int | None = None,
         later_block: int = 0,
     ) -> None:
         self.indexed, self.seq_length, self.seed = indexed, seq_length, seed
-        self.documents = documents or (0, len(indexed))
+        self.documents: Documents = (0, len(indexed)) if documents is None else documents
         self._folder = Path(cache_dir) if cache_dir else Path(indexed.prefix).parent
         self._cache_min_samples = CACHE_MIN_SAMPLES if cache_min_samples is None else cache_min_samples
-        self.tokens_per_epoch = tokens = int(indexed.sizes[slice(*self.documents)].sum(dtype=np.int64))
-        if tokens < 2:
-            raise UserError(
-                f"{indexed.bin_path}: documents {self.documents[0]} to {self.documents[1]} hold "
-                f"{tokens} tokens, too few for a sample; use a larger corpus or another split"
-            )
+        self.tokens_per_epoch = tokens = count_tokens(indexed, self.documents)
         self.epoch_blocks, self.later_block = plan_blocks(epoch_blocks, later_block, tokens, seq_length, num_samples)
         counts = [count_samples(epochs, tokens, seq_length) for epochs in self.epoch_blocks]
         self._ends = list(itertools.accumulate(counts))
@@ -135,7 +134,7 @@ class GPTDataset(Dataset[npt.NDArray[np.int64]]):
         if count < self._cache_min_samples:
             return _Block(*build())
         identity = corpus_identity(self.indexed)
-        order = f"{identity}/{self.documents}/{self.seq_length}/{seed}/{num_epochs}"
+        order = f"{identity}/{_named(self.documents)}/{self.seq_length}/{seed}/{num_epochs}"
         return _Block(*cached_arrays(self._folder, Path(self.indexed.prefix).name, order, _NAMES, build))
 
     def _locate(self, index: int) -> tuple[int, int]:
@@ -203,6 +202,31 @@ class GPTDataset(Dataset[npt.NDArray[np.int64]]):
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+def count_tokens(indexed: IndexedDataset, documents: Documents) -> int:
+    """Tokens of documents. Raises UserError for too few to make a sample."""
+    is_range = isinstance(documents, tuple)
+    sizes = indexed.sizes[slice(*documents)] if is_range else indexed.sizes[documents]
+    tokens = int(sizes.sum(dtype=np.int64))
+    if tokens < 2:
+        what = f"documents {documents[0]} to {documents[1]}" if is_range else f"{len(documents)} documents"
+        raise UserError(
+            f"{indexed.bin_path}: {what} hold {tokens} tokens, too few for a sample; use a larger corpus or another "
+            "split"
+        )
+    return tokens
+
+
+def document_numbers(documents: Documents) -> npt.NDArray[np.integer]:
+    """The numbers of documents, int32 [documents]."""
+    return np.arange(*documents, dtype=np.int32) if isinstance(documents, tuple) else documents.astype(np.int32)
+
+
+def _named(documents: Documents) -> str:
+    if isinstance(documents, tuple):
+        return str(documents)
+    return hashlib.sha256(document_numbers(documents).tobytes()).hexdigest()
+
+
 def count_samples(num_epochs: int, tokens_per_epoch: int, seq_length: int) -> int:
     """Samples in `num_epochs` epochs; the very last token is only ever a label."""
     return (num_epochs * tokens_per_epoch - 1) // seq_length
@@ -236,14 +260,14 @@ def extend_epoch_blocks(
 
 
 def build_order(
-    sizes: npt.NDArray[np.int32], documents: tuple[int, int], num_epochs: int, seq_length: int, seed: int
+    sizes: npt.NDArray[np.int32], documents: Documents, num_epochs: int, seq_length: int, seed: int
 ) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer], npt.NDArray[np.integer]]:
     """(doc_idx, sample_idx, shuffle_idx) of one block, equal to GPT-NeoX's for the same arguments.
 
     Shapes as in GPTDataset. The order of the two shuffles matters: they share one generator.
     """
     generator = np.random.RandomState(seed)
-    doc_idx = np.tile(np.arange(*documents, dtype=np.int32), num_epochs)
+    doc_idx = np.tile(document_numbers(documents), num_epochs)
     generator.shuffle(doc_idx)
     sample_idx = _cut(sizes[doc_idx], seq_length)
     num_samples = len(sample_idx) - 1

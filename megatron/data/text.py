@@ -1,10 +1,16 @@
-"""Documents of text files: .txt, .jsonl, .jsonl.gz, .jsonl.zst and a .tar of the last."""
+"""Documents of text files: .txt, .jsonl, .jsonl.gz, .jsonl.zst, a .tar of the last, and OpenWebText's .tar.
+
+The latter holds archives (.xz) of text files, each a document; as in the library `datasets`, three line ends and more
+become two, and white space around a document goes.
+"""
 
 from __future__ import annotations
 
 import gzip
 import io
 import json
+import lzma
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,10 +23,11 @@ import zstandard
 
 from megatron.errors import UserError
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zst.tar")
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zst.tar", ".tar")
 TxtDocuments = Literal["file", "lines"]
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MANY_LINE_ENDS = re.compile("\n\n\n+")
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,9 @@ def read_documents(paths: Sequence[str], txt_documents: TxtDocuments = "file") -
     for path in paths:
         with _damage_reported(path), open(path, "rb") as raw:
             for name, file in _streams(path, raw):
-                if path.endswith(".txt") and txt_documents == "file":
+                if name.endswith(".txt") and name != path:
+                    yield RawDocument(name, 0, _tidied(file.read()))
+                elif path.endswith(".txt") and txt_documents == "file":
                     yield RawDocument(path, 0, file.read().removeprefix(_BYTE_ORDER_MARK))
                 else:
                     yield from _lines(name, file)
@@ -113,7 +122,7 @@ def _damage_reported(path: str) -> Iterator[None]:
     """Turns what damaged files raise while they are read into a UserError."""
     try:
         yield
-    except (EOFError, OSError, tarfile.TarError, zlib.error, zstandard.ZstdError) as error:
+    except (EOFError, OSError, tarfile.TarError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise UserError(f"{path}: cannot be read ({error}); it may be damaged or incomplete") from error
 
 
@@ -124,9 +133,32 @@ def _streams(path: str, raw: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
         return
     with tarfile.open(fileobj=raw, mode="r|") as archive:
         for member in archive:
-            if member.isfile() and member.name.endswith(".jsonl.zst"):
-                packed = cast(BinaryIO, archive.extractfile(member))
+            if not member.isfile() or not member.name.endswith((".jsonl.zst", ".xz")):
+                continue
+            packed = cast(BinaryIO, archive.extractfile(member))
+            if member.name.endswith(".xz"):
+                yield from _texts_of(f"{path}/{member.name}", packed)
+            else:
                 yield f"{path}/{member.name}", _uncompressed(member.name, packed)
+
+
+def _texts_of(path: str, packed: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
+    """The .txt files of a .tar.xz, in its order. Raises EOFError for one that was cut off."""
+    with lzma.open(packed) as unpacked:
+        with tarfile.open(fileobj=unpacked, mode="r|") as archive:
+            for member in archive:
+                if member.isfile() and member.name.endswith(".txt"):
+                    yield f"{path}/{member.name}", cast(BinaryIO, archive.extractfile(member))
+        while unpacked.read(1 << 20):  # behind the last file: the end of the .xz is there, or it was cut off
+            pass
+
+
+def _tidied(content: bytes) -> bytes:
+    """A document of OpenWebText; bytes that are not UTF-8 stay, to be named where they are decoded."""
+    try:
+        return _MANY_LINE_ENDS.sub("\n\n", content.decode("utf-8")).strip().encode("utf-8")
+    except UnicodeDecodeError:
+        return content
 
 
 def _uncompressed(name: str, raw: BinaryIO) -> BinaryIO:

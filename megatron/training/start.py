@@ -41,8 +41,8 @@ from megatron.training.state import TrainState
 
 # Changing one of these gives the samples another order, in which the consumed ones are not a prefix.
 _DATA_KEYS = (
-    "seed", "data_path", "train_data_paths", "train_data_weights", "split", "weight_by_num_documents",
-    "weighted_sampler_alpha",
+    "seed", "data_path", "train_data_paths", "train_data_weights", "split", "random_split", "split_seed",
+    "sample_order", "weight_by_num_documents", "weighted_sampler_alpha",
 )  # fmt: skip
 
 

@@ -16,7 +16,9 @@ CONFIGS = ROOT / "configs"
 OFFICIAL = json.loads((ROOT / "tests/fixtures/config/official_configs.json").read_text())
 SIZES = ["150M", "450M", "900M", "1-5B"]
 GROWTH_FILES = [Path(name).stem for name in OFFICIAL if "incremental_scaling" in name]
-OVERLAYS = {"bf16.yml", "local_cpu.yml", "slurm.yml", "text_generation.yml"}
+OVERLAYS = {
+    "bf16.yml", "local_cpu.yml", "slurm.yml", "text_generation.yml", "pythia_pile.yml", "transformer_30B.yml",
+}  # fmt: skip
 ABSENT = {
     "adlr_autoresume": "ignored",
     "bias_gelu_fusion": "ignored",

@@ -36,6 +36,14 @@ class DataConfig(Section):
     below 1 it lifts small sets."""
     split: str = "969, 30, 1"
     """Shares of data_path's documents for training, validation and test."""
+    random_split: bool = False
+    """Draw the documents of each share at random, with split_seed, instead of taking them in order. Which they are is
+    stored beside the data."""
+    split_seed: int = Field(default=1234, ge=0, lt=2**32)
+    """Of random_split; apart from `seed`, so that runs with other seeds hold out the same documents."""
+    sample_order: Literal["documents", "random_segments"] = "documents"
+    """Training samples: documents, shuffled, one after the other, each token once an epoch; or random_segments, which
+    begin anywhere in the training documents, drawn for each sample by itself."""
     data_impl: Literal["mmap", "infer"] = "mmap"
     """Format of the data files; only memory-mapped .bin/.idx exist here."""
     num_workers: int = Field(default=2, ge=0, le=1024)
@@ -54,6 +62,8 @@ class DataConfig(Section):
             if weights is not None and (min(weights, default=0) < 0 or not 0 < sum(weights) < math.inf):
                 reason = f"{shortened(weights)}: each must be at least 0, and one of them above 0"
                 raise ConfigError(f"{name}_data_weights", reason)
+        if self.random_split and not self.data_path:
+            raise ConfigError("random_split", "divides the documents of data_path", "give one", beside=["data_path"])
         if self.data_path and self.train_data_paths:
             raise ConfigError("train_data_paths", "data_path is given too", "keep one of them", beside=["data_path"])
         return self

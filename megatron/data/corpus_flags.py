@@ -1,0 +1,48 @@
+"""The flags of prepare_data.py that say where text comes from, and what they ask for besides encoding it."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron.config.sections.tokenizer import TokenizerConfig
+from megatron.data.corpora import CORPORA
+from megatron.data.preprocess import prepare_split
+from megatron.data.shards import SHARDED, fetch_and_join, join_local
+
+_NAMES = ", ".join([*CORPORA, *SHARDED])
+_DATASET = f"""name of the data set; without --input one of {_NAMES} (default enwik8), downloaded. pile is the Pile without
+what is under copyright; pile_deduped_pythia is what Pythia and the published TokenFormers were trained on, tokens in
+their order"""
+
+
+def add_corpus_flags(parser: argparse.ArgumentParser) -> None:
+    """The name, --input, --join and --split-bytes."""
+    add = parser.add_argument
+    add("dataset", nargs="?", help=_DATASET)
+    add("--input", nargs="+", metavar="FILE", help="local .txt, .jsonl, .jsonl.gz, .jsonl.zst or .tar files")
+    add("--join", nargs="+", metavar="FILE", help="parts of a .bin (STEM-00000-of-00082.bin ...) and its .idx, to join")
+    parts = "divide the text by bytes into NAME_train, NAME_valid and NAME_test, as in 90000000 5000000 5000000"
+    add("--split-bytes", nargs="+", type=int, metavar="BYTES", help=parts)
+
+
+def join_from_flags(args: argparse.Namespace) -> bool:
+    """Join the parts that the flags name; false where they name none. Raises UserError."""
+    if args.join:
+        name = args.name or args.dataset or "joined"
+        join_local(args.join, f"{args.data_dir}/{name}/{name}_text_document", args.force_redownload)
+    elif args.dataset in SHARDED and not args.input:
+        fetch_and_join(args.dataset, args.data_dir, args.force_redownload)
+    else:
+        return False
+    return True
+
+
+def split_from_flags(args: argparse.Namespace, tokenizer: TokenizerConfig) -> bool:
+    """Prepare the parts of a text that --split-bytes asks for; false where it does not. Raises UserError."""
+    if not args.split_bytes:
+        return False
+    prepare_split(
+        args.split_bytes, args.dataset, args.input, args.data_dir, tokenizer, name=args.name, keys=args.jsonl_keys,
+        num_workers=args.num_workers, txt_documents=args.txt_documents, force_redownload=args.force_redownload,
+    )  # fmt: skip
+    return True
