@@ -219,6 +219,23 @@ def test_keys_of_a_stage_may_be_written_with_hyphens() -> None:
     assert (found.at_iteration, found.ffn_slot_num, found.lr_policy) == (5, 80, "continue")
 
 
+def test_a_recipe_gives_what_an_entry_leaves_out_and_is_saved_as_keys() -> None:
+    config = tiny([stage(5), stage(6, ffn_slot_num=70), stage(9, ffn_slot_num=96)])
+    plain, own, changed = tiny([
+        stage(5), stage(6, ffn_slot_num=70, recipe="own_norm"),
+        stage(9, ffn_slot_num=96, recipe="own_norm", old_tokens_lr_scale=0.5),
+    ]).scaling.growth  # fmt: skip
+    assert plain == config.scaling.growth[0] and plain.recipe == "paper" and plain.row_norm == "joint"
+    assert own.row_norm == "segment" and own.new_keys is None and own.lr_scale is not None and own.lr_scale.old == 0.1
+    assert changed.row_norm == "segment" and changed.lr_scale is None and changed.old_tokens_lr_scale == 0.5
+    for growth in (own, changed):
+        assert type(growth)(**growth.model_dump()) == growth
+    with pytest.raises(UserError, match="zero keys cannot learn under a row norm of their own"):
+        tiny([stage(5, recipe="own_norm", new_keys="zero")])
+    with pytest.raises(UserError, match="recipe: 'own' is not supported; choose one of paper, own_norm"):
+        tiny([stage(5, recipe="own")])
+
+
 def test_growths_by_iterations_and_by_tokens_are_put_in_one_order(capsys: pytest.CaptureFixture[str]) -> None:
     by_tokens = {**stage(0), "at_iteration": None, "at_tokens": 640}  # ten updates of 64 tokens
     check(tiny([stage(4), by_tokens]))

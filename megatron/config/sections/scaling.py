@@ -19,6 +19,15 @@ NewKeysDecay = Literal["always", "at_old_rms"]
 NewMoments = Literal["zero", "mean"]
 """What Adam's second moments of new tokens start as; megatron.growth.moments says how."""
 
+GrowthRecipe = Literal["paper", "own_norm"]
+"""Several keys of a growth under one name."""
+
+RECIPES: dict[GrowthRecipe, dict[str, Any]] = {
+    "paper": {},
+    "own_norm": {"row_norm": "segment", "lr_scale": {"old": 0.1}},
+}
+"""What a recipe gives to keys that an entry leaves out. A name keeps its meaning: files and checkpoints rely on it."""
+
 Part = Literal["new_keys", "new_values", "old_keys", "old_values", "other"]
 """Parameters by role and age: keys and values of the latest growth, those of before, and all that is no token."""
 
@@ -85,6 +94,15 @@ def _with_underscores(values: Any) -> Any:
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
+def _with_recipe(values: Any) -> Any:
+    """The keys of an entry's recipe that the entry leaves out; another factor on old tokens takes the place of its."""
+    if not isinstance(values, dict) or values.get("recipe") not in list(RECIPES):
+        return values
+    left_out = {"lr_scale"} if "old_tokens_lr_scale" in values else set()
+    keys = RECIPES[values["recipe"]]
+    return {**{key: value for key, value in keys.items() if key not in left_out}, **values}
+
+
 def _check_scales(scales: LrScale | None, old: float | None, new: float | None) -> None:
     """Raise a ConfigError where a table says something else than one of the two short forms."""
     for key, value, covered in (
@@ -127,6 +145,9 @@ class ScheduledGrowth(Section):
     lr_decay_iters: int | None = Field(default=None, gt=0)
     """Iterations of a restart's decay. Default: until the next restart or train_iters; WSD does not decay before the
     next restart then."""
+    recipe: GrowthRecipe = "paper"
+    """What the keys below are where they are left out. paper: their defaults, zero keys. own_norm: row_norm segment
+    and lr_scale {old: 0.1}, which learned most of what was measured (docs/growth_experiment.md)."""
     new_keys: NewKeys | None = None
     """zero: as in the paper. rotated: random rotations of the old keys with values of zero, which is just as exact
     and learns faster; with l2_norm_gelu, by at least min(tokens, hidden_size) tokens. random, with row_norm segment:
@@ -157,8 +178,8 @@ class ScheduledGrowth(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _spell_with_underscores(cls, values: Any) -> Any:
-        return _with_underscores(values)
+    def _complete(cls, values: Any) -> Any:
+        return _with_recipe(_with_underscores(values))
 
     @model_validator(mode="after")
     def _check(self) -> ScheduledGrowth:
