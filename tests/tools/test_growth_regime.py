@@ -16,6 +16,7 @@ from megatron.model import LanguageModel
 from tests.ranks import run_ranks
 from tools.growth_experiment.regime import queue
 from tools.growth_experiment.regime.data import prepare
+from tools.growth_experiment.regime.publish import publish
 from tools.growth_experiment.regime.recipes import BEST_ALONE, SCREENED, TOGETHER, chosen, options_of
 from tools.growth_experiment.regime.report import groups_of, read_results, recipes_table, tokens_table
 from tools.growth_experiment.regime.runs import Experiment, Stopped, run_keys, run_trial
@@ -38,7 +39,7 @@ def note(experiment: Experiment, name: str, tuning: float = 1.0) -> None:
     """A result, as far as choices look at it."""
     trial = experiment.trials[name]
     experiment.results.mkdir(exist_ok=True)
-    result = {"updates": trial.updates, "loss": {"text": 1.0, "tuning": tuning}}
+    result = {"updates": trial.updates, "text": experiment.facts["text"], "loss": {"text": 1.0, "tuning": tuning}}
     (experiment.results / trial.file).write_text(json.dumps(result))
 
 
@@ -105,6 +106,30 @@ def test_a_trial_waits_for_what_it_needs_and_one_process_has_it(experiment: Expe
     (experiment.results / base.file).write_text('{"updates": 3}')
     with pytest.raises(UserError, match="3 updates, not .*; give --results"):
         experiment.result("seed1/base")
+    (experiment.results / base.file).write_text(json.dumps({"updates": base.updates, "text": "another"}))
+    with pytest.raises(UserError, match="of another, not of a text; give --results"):
+        experiment.result("seed1/base")
+
+
+def test_a_check_tries_on_another_text_what_was_chosen_on_the_first(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.growth_experiment.regime.runs.RESULTS", experiment.results)
+    for name in experiment.trials:
+        if name.startswith(("rates/", "seed1/grown/")):
+            note(experiment, name, tuning=0.5 if name in ("rates/tokenformer-0.004", "seed1/grown/zero-tenth") else 1.0)
+    facts = {**experiment.facts, "text": "another", "plan": "check", "updates": 1000}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/data.json").write_text(json.dumps(facts))
+    check = Experiment(tmp_path / "other", tmp_path / "other/results")
+    assert len(check.trials) < 12 and sum(trial.core_hours for trial in check.trials.values()) < 0.1
+    assert queue.state_of(check, check.trials["seed1/base"]) == "ready", "nothing is left to choose"
+    assert check.peak_rate("tokenformer") == 0.004 and check.trials["seed1/base"].updates == 1000
+    assert check.options(check.trials["seed1/grown/together-tenth"]) == {}
+    with pytest.raises(UserError, match="--publish: this is a check on another text"):
+        publish(check)
+    (experiment.results / "seed1_grown_official-tenth.json").unlink()
+    assert not check.is_decided("seed1/grown/official-tenth"), "then recipes wait"
 
 
 def test_failed_trials_are_passed_over_and_a_pause_starts_none(

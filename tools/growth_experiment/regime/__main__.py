@@ -1,9 +1,9 @@
 """Does growth save training in the regime of the published models? At CPU size, unattended.
 
-    python -m tools.growth_experiment.regime prepare --output DIR [--text FILE]
+    python -m tools.growth_experiment.regime prepare --output DIR [--text FILE] [--plan check]
     python -m tools.growth_experiment.regime plan --output DIR
     OMP_NUM_THREADS=1 python -m tools.growth_experiment.regime run --output DIR &     # one for each core
-    python -m tools.growth_experiment.regime report --output DIR
+    python -m tools.growth_experiment.regime report --output DIR [--publish]
 
 `plan` prints every trial in the order in which they run, with estimated core-hours and what is done. `run` goes through
 them: several may run at once and share the work. A process that was stopped or killed loses what came after its last
@@ -12,7 +12,9 @@ that fails leaves DIR/TRIAL/failed.txt and is passed over; remove the file to tr
 
 A result is written to --results as soon as it is there. With another text (--text, a file of prose such as enwik8) or
 other --updates, give another --results too. A new DIR beside old results runs again only what is needed for its
-checkpoints.
+checkpoints. `--plan check` has ten trials of one seed, half a core-hour, which try on another text what was chosen on
+the first: rates and recipes are those of the results in the repository. `report --publish` also writes what the
+documentation and `--dry-run` say of growth.
 """
 
 from __future__ import annotations
@@ -38,8 +40,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="folder of results; default beside this tool, in the repository")
     parser.add_argument("--text", type=Path, help="prepare: text file; default the State of the Union addresses")
     parser.add_argument("--updates", type=int, help="prepare: updates of the base; default 890 tokens a parameter")
+    parser.add_argument("--plan", choices=("full", "check"), default="full", help="prepare: which trials; default all")
     parser.add_argument("--sequences", type=int, help="prepare: held-out sequences of each text")
     parser.add_argument("--limit", type=int, help="run: end after so many trials")
+    parser.add_argument("--publish", action="store_true", help="report: write docs/ and measured.json as well")
     return parser.parse_args(arguments)
 
 
@@ -50,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_args(arguments)
     ensure_process_environment()
     from tools.growth_experiment.regime.data import prepare
+    from tools.growth_experiment.regime.publish import publish
     from tools.growth_experiment.regime.queue import plan, run_all
     from tools.growth_experiment.regime.report import write_report
     from tools.growth_experiment.regime.runs import RESULTS, Experiment
@@ -57,13 +62,15 @@ def main(arguments: list[str] | None = None) -> int:
 
     if options.command == "prepare":
         updates = options.updates or base_updates()
-        prepare(options.output, updates, options.text, options.sequences or HELD_OUT_SEQUENCES)
+        prepare(options.output, updates, options.text, options.sequences or HELD_OUT_SEQUENCES, options.plan)
         return 0
     experiment = Experiment(options.output.resolve(), (options.results or RESULTS).resolve())
     if options.command == "run":
         run_all(experiment, options.limit)
+    elif options.command == "plan":
+        print(plan(experiment))
     else:
-        print(plan(experiment) if options.command == "plan" else write_report(experiment))
+        print(publish(experiment) if options.publish else write_report(experiment))
     return 0
 
 

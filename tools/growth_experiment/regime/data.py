@@ -13,27 +13,31 @@ from megatron.errors import UserError
 from megatron.files import read_errors
 from tools.demo.prepare import read_addresses
 from tools.growth_experiment.regime.sizes import HELD_OUT_SEQUENCES
+from tools.growth_experiment.regime.trials import Plan
 from tools.growth_experiment.runs import write_token_files
 
 _PIECES = 1200
 """Pieces of equal length that a text is cut into which comes as one file."""
 
 
-def prepare(output: Path, updates: int, text: Path | None = None, sequences: int = HELD_OUT_SEQUENCES) -> None:
+def prepare(
+    output: Path, updates: int, text: Path | None = None, sequences: int = HELD_OUT_SEQUENCES, plan: Plan = "full"
+) -> None:
     """Write output/data and data.json, unless they are there.
 
     Args:
         updates: of the base.
         text: a file, of which every twelfth piece is held out; default the State of the Union addresses.
         sequences: held out for each of the two texts.
+        plan: which trials there are.
     """
     description = output / "data.json"
     if description.is_file():
         return
     (output / "data").mkdir(parents=True, exist_ok=True)
     facts = write_token_files(output / "data", _pieces(text) if text else read_addresses(), sequences)
-    facts |= {"updates": updates, "sequences": sequences}
-    description.write_text(json.dumps({**facts, "text": str(text or "State of the Union")}, indent=1))
+    facts |= {"updates": updates, "sequences": sequences, "plan": plan}
+    description.write_text(json.dumps({**facts, "text": text.name if text else "State of the Union"}, indent=1))
     print(f"{facts['training_tokens']:,} training tokens, {facts['held_out_tokens']:,} held out for each use")
 
 

@@ -1,4 +1,4 @@
-"""Figures: loss against tokens and FLOPs in all, saving against the length of a stage, and the moment of growth."""
+"""Figures: loss against tokens and FLOPs, loss and saving against the length of a stage, and the moment of growth."""
 
 from __future__ import annotations
 
@@ -8,15 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from tools.growth_experiment.regime.recipes import OFFICIAL, TOGETHER
-from tools.growth_experiment.regime.saving import Result, all_flops, all_tokens, is_scratch, own_tokens
+from tools.growth_experiment.regime.saving import (
+    Comparison,
+    Result,
+    all_flops,
+    all_tokens,
+    is_scratch,
+    own_tokens,
+    standard_error,
+)
+from tools.growth_experiment.regime.sizes import STAGES
 from tools.growth_experiment.regime.trials import NONE
 
 _SHOWN = {TOGETHER: "tab:orange", "random": "tab:purple", "rotated": "tab:green", "zero": "tab:blue",
           OFFICIAL: "tab:red", NONE: "0.55"}  # fmt: skip
+_COMPARED = ("grown", "base")
+"""Sizes whose results are drawn: the growth of the published models, and the base that is trained on without it."""
 
 
 def draw_figures(results: Sequence[Result], output: Path) -> None:
-    """Write regime_loss_tokens.png, regime_loss_flops.png, regime_stage.png and regime_moment.png."""
+    """Write a regime_NAME.png each for loss_tokens, loss_flops, stage, saving and moment, where there is anything."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,10 +35,14 @@ def draw_figures(results: Sequence[Result], output: Path) -> None:
         "loss_tokens": _against(results, lambda r: all_tokens(r) / 1e6, "training tokens in all (millions)"),
         "loss_flops": _against(results, all_flops, "training FLOPs in all"),
         "stage": _against(results, lambda r: _since_base(r) / 1e6, "training tokens, the base not counted (millions)"),
+        "saving": _saving(results),
         "moment": _moment(results),
     }
     for name, figure in figures.items():
-        figure.savefig(output / f"regime_{name}.png", dpi=120)
+        file = output / f"regime_{name}.png"
+        file.unlink(missing_ok=True)
+        if _labelled(figure.axes[0]):
+            figure.savefig(file, dpi=120)
 
 
 def _since_base(result: Result) -> float:
@@ -41,7 +56,7 @@ def _against(results: Sequence[Result], x: Callable[[Result], float], label: str
     figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
     _line(axes, [r for r in results if is_scratch(r) and r["size"] == "grown"], x, "from scratch", "black")
     for recipe, colour in _SHOWN.items():
-        chosen = [r for r in results if r["recipe"] == recipe and r["size"] in ("grown", "base")]
+        chosen = [r for r in results if r["recipe"] == recipe and r["size"] in _COMPARED]
         _line(axes, chosen, x, recipe, colour)
     axes.set(xlabel=label, ylabel="held-out loss (nats a token)", xscale="log")
     _legend(axes)
@@ -56,6 +71,31 @@ def _line(axes: Any, results: Sequence[Result], x: Callable[[Result], float], la
         places = sorted(groups)
         axes.plot(places, [statistics.mean(groups[p]) for p in places], "o-", markersize=4, linewidth=1.2,
                   color=colour, label=label)  # fmt: skip
+
+
+def _saving(results: Sequence[Result]) -> Any:
+    """Saving after the growth by the updates of the stage, with standard errors over seeds; a bound is an arrow."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    comparison = Comparison(results)
+    for recipe, colour in _SHOWN.items():
+        points = []
+        for label in STAGES:
+            group = [r for r in results if (r["recipe"], r["label"]) == (recipe, label) and r["size"] in _COMPARED]
+            savings = comparison.savings(group)
+            if savings:
+                after = [saving.after for saving in savings]
+                above, below = ([saving.bound for saving in savings].count(bound) > 0 for bound in "><")
+                points.append((group[0]["updates"], statistics.mean(after), standard_error(after), above, below))
+        if points:
+            updates, means, errors, above, below = zip(*points, strict=True)
+            axes.errorbar(updates, means, errors, marker="o", markersize=4, linewidth=1.2, capsize=3, lolims=above,
+                          uplims=below, color=colour, label=recipe)  # fmt: skip
+    axes.axhline(1, color="0.7", linewidth=0.8)
+    axes.set(xlabel="updates of the stage", ylabel="tokens from scratch to the same loss,\nover those of the stage")
+    _legend(axes)
+    return figure
 
 
 def _moment(results: Sequence[Result]) -> Any:
@@ -75,6 +115,10 @@ def _moment(results: Sequence[Result]) -> Any:
     return figure
 
 
+def _labelled(axes: Any) -> bool:
+    return bool(axes.get_legend_handles_labels()[0])
+
+
 def _legend(axes: Any) -> None:
-    if axes.get_legend_handles_labels()[0]:
+    if _labelled(axes):
         axes.legend(frameon=False, fontsize=8)

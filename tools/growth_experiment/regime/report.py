@@ -11,7 +11,7 @@ from tools.growth_experiment.regime.figures import draw_figures
 from tools.growth_experiment.regime.recipes import BEST_ALONE, MECHANISMS, SCREENED, TOGETHER, best_alone, chosen
 from tools.growth_experiment.regime.runs import Experiment
 from tools.growth_experiment.regime.saving import (
-    Curve,
+    Comparison,
     Result,
     Saving,
     all_flops,
@@ -19,8 +19,6 @@ from tools.growth_experiment.regime.saving import (
     is_scratch,
     mean_and_error,
     own_tokens,
-    saving_of,
-    scratch_curves,
 )
 from tools.growth_experiment.regime.sizes import SIZES
 from tools.growth_experiment.report import table
@@ -36,9 +34,18 @@ def read_results(experiment: Experiment) -> list[Result]:
 
 def write_report(experiment: Experiment) -> str:
     """Write report.md and the figures into the output folder; returns the report."""
+    text = report_text(experiment)
+    experiment.output.mkdir(parents=True, exist_ok=True)
+    (experiment.output / "report.md").write_text(text + "\n", encoding="utf-8")
+    draw_figures(read_results(experiment), experiment.output)
+    return text
+
+
+def report_text(experiment: Experiment) -> str:
+    """The tables of what is finished, as Markdown."""
     results = read_results(experiment)
     groups = groups_of(experiment, results)
-    text = "\n\n".join([
+    return "\n\n".join([
         "# Growth in the regime of the published models",
         f"{len(results)} of {len(experiment.trials)} trials. Losses in nats a token; +- is the standard error over "
         "seeds.",
@@ -48,10 +55,6 @@ def write_report(experiment: Experiment) -> str:
         "## Screening (tuning text, seed 1)", screening_table(experiment), _choice(experiment),
         "## Learning rates (tuning text)", rates_table(results),
     ])  # fmt: skip
-    experiment.output.mkdir(parents=True, exist_ok=True)
-    (experiment.output / "report.md").write_text(text + "\n", encoding="utf-8")
-    draw_figures(results, experiment.output)
-    return text
 
 
 Key = tuple[str, str, str]
@@ -75,46 +78,32 @@ def _is_on_the_way(result: Result) -> bool:
     return result["size"] in ("chain 2", "chain 3")
 
 
-def _base_of(result: Result, results: Sequence[Result]) -> Result | None:
-    name = "base" if result["kind"] == "tokenformer" else "transformer"
-    found = [each for each in results if each["size"] == name and each["start"] == "scratch" and not each["label"]]
-    return next((each for each in found if each["seed"] == result["seed"]), None)
-
-
-def _curve_of(result: Result, curves: dict[tuple[str, int], Curve]) -> Curve | None:
-    """Of the same seed, else of the first; a model that did not grow is compared with what others grew to."""
-    size = {"base": "grown", "transformer": "wide"}.get(str(result["size"]), str(result["size"]))
-    return curves.get((size, result["seed"])) or curves.get((size, 1))
-
-
 def recipes_table(results: Sequence[Result], groups: dict[Key, list[Result]]) -> str:
-    """Final losses, the difference to scratch and savings of every recipe."""
-    curves, rows = scratch_curves(results), []
+    """Final losses, differences to scratch and savings of every recipe."""
+    comparison, rows = Comparison(results), []
     for (size, recipe, label), group in groups.items():
-        savings = [
-            saving_of(result, curve, base)
-            for result in group
-            if (curve := _curve_of(result, curves)) and (base := _base_of(result, results))
-        ]
         first = group[0]
         rows.append([
             size, recipe, label, str(len(group)), mean_and_error([result["loss"]["text"] for result in group]),
-            *_savings(savings), f"{own_tokens(first) / 1e6:.2f}M", f"{all_tokens(first) / 1e6:.2f}M",
+            *_savings(comparison.savings(group)), f"{own_tokens(first) / 1e6:.2f}M", f"{all_tokens(first) / 1e6:.2f}M",
             f"{all_flops(first) - first['flops_before']:.2e}", f"{all_flops(first):.2e}",
         ])  # fmt: skip
-    header = ["size", "recipe", "stage", "seeds", "loss", "minus scratch", "saving after growth", "saving in all",
-              "saving of FLOPs after growth", "in all", "tokens of the stage", "in all", "FLOPs of the stage",
-              "in all"]  # fmt: skip
+    header = ["size", "recipe", "stage", "seeds", "loss", "minus scratch, all tokens", "minus scratch, as many tokens",
+              "saving after growth", "saving in all", "saving of FLOPs after growth", "in all", "tokens of the stage",
+              "in all", "FLOPs of the stage", "in all"]  # fmt: skip
     return table(header, rows)
 
 
 def _savings(savings: Sequence[Saving]) -> list[str]:
     if not savings:
-        return [""] * 5
+        return [""] * 6
     bounds = "".join(sorted({saving.bound for saving in savings} - {""}))
+    differences = [mean_and_error([getattr(s, name) for s in savings], 3, "+") for name in
+                   ("difference", "same_difference")]  # fmt: skip
     names = ("after", "in_all", "flops_after", "flops_in_all")
-    cells = [f"{bounds} {mean_and_error([getattr(s, name) for s in savings], 2)}".strip() for name in names]
-    return [mean_and_error([saving.difference for saving in savings], 3, "+"), *cells]
+    return differences + [
+        f"{bounds} {mean_and_error([getattr(saving, name) for saving in savings], 2)}".strip() for name in names
+    ]
 
 
 def tokens_table(groups: dict[Key, list[Result]]) -> str:

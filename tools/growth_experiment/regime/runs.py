@@ -28,11 +28,12 @@ from tools.growth_experiment.net2net import logit_difference
 from tools.growth_experiment.regime.data import held_out_ids, read_facts
 from tools.growth_experiment.regime.measures import of_new_tokens
 from tools.growth_experiment.regime.recipes import SCREENED, options_of
-from tools.growth_experiment.regime.sizes import BATCH, SEQUENCE, SIZES, TOKENS_PER_UPDATE, Kind
+from tools.growth_experiment.regime.sizes import BATCH, SEQUENCE, SIZES, TOKENS_PER_UPDATE, Kind, base_updates
 from tools.growth_experiment.regime.starts import started_model
 from tools.growth_experiment.regime.trials import (
     Trial,
     all_trials,
+    check_trials,
     cost_before,
     first_iteration,
     rate_trials,
@@ -68,7 +69,20 @@ class Experiment:
     @cached_property
     def trials(self) -> dict[str, Trial]:
         """All, by name, in the order in which they run."""
-        return {trial.name: trial for trial in all_trials(self.facts["updates"])}
+        trials = check_trials if self.is_check else all_trials
+        return {trial.name: trial for trial in trials(self.facts["updates"])}
+
+    @property
+    def is_check(self) -> bool:
+        """Does it try what was chosen by another one?"""
+        return self.facts.get("plan") == "check"
+
+    @cached_property
+    def _deciding(self) -> tuple[Path, dict[str, Trial]]:
+        """Where rates and recipes are chosen from, and its trials: a check takes what was chosen before."""
+        if not self.is_check:
+            return self.results, self.trials
+        return RESULTS, {trial.name: trial for trial in all_trials(base_updates())}
 
     @cached_property
     def flops_per_token(self) -> dict[str, float]:
@@ -85,13 +99,11 @@ class Experiment:
         return self.folder(trial) / "checkpoints"
 
     def result(self, name: str) -> dict[str, Any] | None:
-        """What is kept of a finished trial. Raises UserError for a result of another length of training."""
-        path = self.results / self.trials[name].file
-        if not path.is_file():
-            return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found["updates"] != self.trials[name].updates:
-            raise UserError(f"{path}: {found['updates']} updates, not {self.trials[name].updates}; give --results")
+        """What is kept of a finished trial. Raises UserError for a result of another length of training or text."""
+        found = _kept(self.results, self.trials[name])
+        if found is not None and found["text"] != self.facts["text"]:
+            path = self.results / self.trials[name].file
+            raise UserError(f"{path}: of {found['text']}, not of {self.facts['text']}; give --results")
         return found
 
     def has_failed(self, name: str) -> bool:
@@ -99,17 +111,19 @@ class Experiment:
         return (self.folder(self.trials[name]) / "failed.txt").is_file()
 
     def is_decided(self, name: str) -> bool:
-        """Is it known how well it does?"""
-        return self.result(name) is not None or self.has_failed(name)
+        """Is it known how well it does, by which others are chosen?"""
+        folder, trials = self._deciding
+        return _kept(folder, trials[name]) is not None or (name in self.trials and self.has_failed(name))
 
     def tuning_loss(self, name: str) -> float:
         """On the tuning text; infinite for a trial that failed."""
-        result = self.result(name)
+        folder, trials = self._deciding
+        result = _kept(folder, trials[name])
         return math.inf if result is None else float(result["loss"]["tuning"])
 
     def peak_rate(self, kind: Kind) -> float:
         """The best of RATES."""
-        trials = rate_trials(kind, self.facts["updates"])
+        trials = rate_trials(kind, self.facts["updates"])  # of the same names, however long
         return min(trials, key=lambda trial: self.tuning_loss(trial.name)).rate or 0.0
 
     def peak_lr(self, trial: Trial) -> float:
@@ -124,6 +138,16 @@ class Experiment:
     def options(self, trial: Trial) -> dict[str, Any]:
         """The options of a TokenFormer's growth."""
         return options_of(trial.recipe, self.screened()) if trial.start in ("grow", "official") else {}
+
+
+def _kept(folder: Path, trial: Trial) -> dict[str, Any] | None:
+    path = folder / trial.file
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found["updates"] != trial.updates:
+        raise UserError(f"{path}: {found['updates']} updates, not {trial.updates}; give --results")
+    return found
 
 
 def run_trial(experiment: Experiment, trial: Trial) -> None:

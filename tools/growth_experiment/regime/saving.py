@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tools.growth_experiment.regime.sizes import STAGES
 
 Result = Mapping[str, Any]
@@ -33,6 +35,10 @@ class Curve:
                 return math.exp(math.log(self.tokens[i - 1]) * (1 - part) + math.log(self.tokens[i]) * part), ""
         return self.tokens[-1], ">"
 
+    def loss_after(self, tokens: float) -> float:
+        """The loss after so many tokens, on the same line; the first or last one beyond the ends."""
+        return float(np.interp(math.log(tokens), [math.log(each) for each in self.tokens], self.losses))
+
 
 @dataclass(frozen=True)
 class Saving:
@@ -40,6 +46,8 @@ class Saving:
 
     difference: float
     """Its loss minus that from scratch with all tokens, nats a token."""
+    same_difference: float
+    """Its loss minus that from scratch with the tokens that it took after the base."""
     after: float
     """Tokens from scratch to the same loss, over those after the base."""
     in_all: float
@@ -95,16 +103,39 @@ def saving_of(result: Result, curve: Curve, base: Result) -> Saving:
     """
     loss = result["loss"]["text"]
     tokens, bound = curve.tokens_to(loss)
-    base_tokens, base_flops = all_tokens(base), all_flops(base)
-    flops = tokens * curve.flops_per_token
+    after, flops = all_tokens(result) - all_tokens(base), tokens * curve.flops_per_token
     return Saving(
         loss - curve.losses[-1],
-        tokens / (all_tokens(result) - base_tokens),
+        loss - curve.loss_after(after),
+        tokens / after,
         tokens / all_tokens(result),
-        flops / (all_flops(result) - base_flops),
+        flops / (all_flops(result) - all_flops(base)),
         flops / all_flops(result),
         bound,
     )
+
+
+class Comparison:
+    """Results beside models from scratch of the same seed, or of the first where their own is not there."""
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        self._curves = scratch_curves(results)
+        trunks = [each for each in results if each["start"] == "scratch" and not each["label"]]
+        self._trunks = {(each["size"], each["seed"]): each for each in trunks}
+
+    def saving(self, result: Result) -> Saving | None:
+        """What a model saves; None while what it is compared with has not finished.
+
+        A model that did not grow is compared with what others grew to.
+        """
+        size = {"base": "grown", "transformer": "wide"}.get(result["size"], result["size"])
+        curve = self._curves.get((size, result["seed"])) or self._curves.get((size, 1))
+        base = self._trunks.get(("base" if result["kind"] == "tokenformer" else "transformer", result["seed"]))
+        return saving_of(result, curve, base) if curve and base else None
+
+    def savings(self, group: Iterable[Result]) -> list[Saving]:
+        """Those of a group of results that there are."""
+        return [saving for result in group if (saving := self.saving(result))]
 
 
 def mean_and_error(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
@@ -112,4 +143,9 @@ def mean_and_error(values: Sequence[float], digits: int = 3, sign: str = "") -> 
     mean = f"{statistics.mean(values):{sign}.{digits}f}"
     if len(values) == 1:
         return mean
-    return f"{mean} +- {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
+    return f"{mean} +- {standard_error(values):.{digits}f}"
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; 0 for one value, whose error is not known."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0

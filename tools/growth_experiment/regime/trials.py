@@ -11,6 +11,8 @@ from tools.growth_experiment.regime.recipes import BEST_ALONE, KEYS, OFFICIAL, S
 from tools.growth_experiment.regime.sizes import SIZES, STAGES, TOKENS_PER_UPDATE, Kind, Size
 
 Start = Literal["scratch", "branch", "grow", "official", "net2net", "clone", "stack"]
+Plan = Literal["full", "check"]
+"""All trials, or the few that try what was chosen, on another text."""
 RATES: dict[Kind, tuple[float, ...]] = {
     "tokenformer": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "transformer": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
@@ -108,6 +110,12 @@ def all_trials(updates: int) -> list[Trial]:
     found += [*first.tripled((TOGETHER, "zero", OFFICIAL)), *first.chain(TOGETHER), *first.chain("zero")]
     found += first.scratch("chain 4")
     return [*found, *_further(makers)]
+
+
+def check_trials(updates: int) -> list[Trial]:
+    """Some ten trials of one seed that try on another text what was chosen from those of `all_trials`."""
+    maker = _Seed(1, updates)
+    return [*maker.base(), *maker.grown((TOGETHER, "zero", "random")), *maker.scratch("grown")]
 
 
 def _further(makers: Sequence[_Seed]) -> Iterator[Trial]:
