@@ -203,6 +203,15 @@ class GrowthSchedule:
         entry, growth = begun[-1]
         return _restarted(options, growth).replaced(lr_decay_iters=given or decay), int(entry["updates"])
 
+    def starts(self) -> list[int]:
+        """The iteration at which each growth comes in a run that starts anew."""
+        found, iteration, tokens = [], 0, 0
+        for growth in self.growths:
+            now = self._start_of(growth, iteration, tokens)
+            iteration, tokens = now, tokens + (now - iteration) * self.update_tokens
+            found.append(now)
+        return found
+
     def _start_of(self, growth: ScheduledGrowth, iteration: int, consumed_tokens: int) -> int:
         """The iteration at which a growth will be due, counted on from where the run is or was."""
         if growth.at_iteration is not None:

@@ -13,6 +13,7 @@ from megatron.errors import UserError
 from megatron.growth.schedule import GrowthSchedule
 from megatron.planner.choice import Choice
 from megatron.planner.counts import num_parameters
+from megatron.planner.growth import growth_lines
 from megatron.planner.machine import GIB, Machine
 from megatron.planner.plan import Candidate, candidates, predict
 from megatron.planner.workload import Workload
@@ -39,6 +40,7 @@ def report(config: RunConfig, machine: Machine, gpus: int, rows: int = 10) -> st
         grown = GrowthSchedule(config.scaling).after(model, growths).model
         line = f"growth: planned for the model after the last growth ({growths} in all); at first it has "
         notes += [f"{line}{num_parameters(model):,} parameters"]
+        notes += growth_lines(config, model, Workload.of(config).samples(gpus) * model.seq_length)
     if grown.norm_groups > 1:
         notes += [f"row norms: up to {grown.norm_groups} in a layer (row_norm: segment)"]
     work = replace(Workload.of(config), model=grown)
