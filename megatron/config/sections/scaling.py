@@ -19,11 +19,11 @@ NewKeysDecay = Literal["always", "at_old_rms"]
 NewMoments = Literal["zero", "mean"]
 """What Adam's second moments of new tokens start as; megatron.growth.moments says how."""
 
-GrowthRecipe = Literal["paper", "own_norm"]
+GrowthRecipe = Literal["zero_keys", "own_norm"]
 """Several keys of a growth under one name."""
 
 RECIPES: dict[GrowthRecipe, dict[str, Any]] = {
-    "paper": {},
+    "zero_keys": {},
     "own_norm": {"row_norm": "segment", "lr_scale": {"old": 0.1}},
 }
 """What a recipe gives to keys that an entry leaves out. A name keeps its meaning: files and checkpoints rely on it."""
@@ -145,8 +145,8 @@ class ScheduledGrowth(Section):
     lr_decay_iters: int | None = Field(default=None, gt=0)
     """Iterations of a restart's decay. Default: until the next restart or train_iters; WSD does not decay before the
     next restart then."""
-    recipe: GrowthRecipe = "paper"
-    """What the keys below are where they are left out. paper: their defaults, zero keys. own_norm: row_norm segment
+    recipe: GrowthRecipe = "zero_keys"
+    """What the keys below are where they are left out. zero_keys: their defaults. own_norm: row_norm segment
     and lr_scale {old: 0.1}, which learned most of what was measured (docs/growth_experiment.md)."""
     new_keys: NewKeys | None = None
     """zero: as in the paper. rotated: random rotations of the old keys with values of zero, which is just as exact
