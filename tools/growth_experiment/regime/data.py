@@ -36,8 +36,9 @@ def prepare(
         return
     (output / "data").mkdir(parents=True, exist_ok=True)
     facts = write_token_files(output / "data", _pieces(text) if text else read_addresses(), sequences)
-    facts |= {"updates": updates, "sequences": sequences, "plan": plan}
-    description.write_text(json.dumps({**facts, "text": text.name if text else "State of the Union"}, indent=1))
+    facts |= {"updates": updates, "sequences": sequences}
+    name = text.name if text else "State of the Union"
+    description.write_text(json.dumps({**facts, "text": name, "plan": plan}, indent=1))
     print(f"{facts['training_tokens']:,} training tokens, {facts['held_out_tokens']:,} held out for each use")
 
 

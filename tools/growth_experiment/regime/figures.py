@@ -86,12 +86,13 @@ def _saving(results: Sequence[Result]) -> Any:
             savings = comparison.savings(group)
             if savings:
                 after = [saving.after for saving in savings]
-                above, below = ([saving.bound for saving in savings].count(bound) > 0 for bound in "><")
-                points.append((group[0]["updates"], statistics.mean(after), standard_error(after), above, below))
+                bounds = {saving.bound for saving in savings}
+                mean, error = statistics.mean(after), standard_error(after)
+                points.append((group[0]["updates"], mean, error, ">" in bounds, "<" in bounds))
         if points:
-            updates, means, errors, above, below = zip(*points, strict=True)
-            axes.errorbar(updates, means, errors, marker="o", markersize=4, linewidth=1.2, capsize=3, lolims=above,
-                          uplims=below, color=colour, label=recipe)  # fmt: skip
+            updates, means, errors, lowest, highest = zip(*points, strict=True)
+            axes.errorbar(updates, means, errors, marker="o", markersize=4, linewidth=1.2, capsize=3, lolims=lowest,
+                          uplims=highest, color=colour, label=recipe)  # fmt: skip
     axes.axhline(1, color="0.7", linewidth=0.8)
     axes.set(xlabel="updates of the stage", ylabel="tokens from scratch to the same loss,\nover those of the stage")
     _legend(axes)

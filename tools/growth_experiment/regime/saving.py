@@ -128,7 +128,7 @@ class Comparison:
 
         A model that did not grow is compared with what others grew to.
         """
-        size = {"base": "grown", "transformer": "wide"}.get(result["size"], result["size"])
+        size = {"base": "grown", "transformer": "wide"}.get(str(result["size"]), str(result["size"]))
         curve = self._curves.get((size, result["seed"])) or self._curves.get((size, 1))
         base = self._trunks.get(("base" if result["kind"] == "tokenformer" else "transformer", result["seed"]))
         return saving_of(result, curve, base) if curve and base else None
