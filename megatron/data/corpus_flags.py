@@ -10,9 +10,9 @@ from megatron.data.preprocess import prepare_split
 from megatron.data.shards import SHARDED, fetch_and_join, join_local
 
 _NAMES = ", ".join([*CORPORA, *SHARDED])
-_DATASET = f"""name of the data set; without --input one of {_NAMES} (default enwik8), downloaded. pile is the Pile without
-what is under copyright; pile_deduped_pythia is what Pythia and the published TokenFormers were trained on, tokens in
-their order"""
+_DATASET = f"""name of the data set; without --input one of {_NAMES} (default enwik8), downloaded. pile is the Pile
+without what is under copyright; pile_deduped_pythia is what Pythia and the published TokenFormers were trained on,
+tokens in their order"""
 
 
 def add_corpus_flags(parser: argparse.ArgumentParser) -> None:
