@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterator
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -97,6 +98,39 @@ def test_imports_never_go_upwards(path: Path) -> None:
         if there is None or there == here:
             continue
         assert FLOORS[there] < FLOORS[here], f"{module} (floor {FLOORS[here]}) imports {name} (floor {FLOORS[there]})"
+
+
+def _imported_at_once(nodes: Sequence[ast.AST], known: Collection[str]) -> Iterator[str]:
+    """Modules that are imported when a file is, which bodies of functions are not."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in known else node.module
+        elif not isinstance(node, ast.FunctionDef) and "TYPE_CHECKING" not in ast.unparse(getattr(node, "test", [])):
+            yield from _imported_at_once(list(ast.iter_child_nodes(node)), known)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["megatron.training.loop", "megatron.inference.modes", "eval_tasks.run", "megatron.planner", "prepare_data"],
+)
+def test_a_base_install_has_all_that_a_command_imports_at_once(entry: str) -> None:
+    base = (ROOT / "requirements" / "requirements.txt").read_text(encoding="utf-8").lower()
+    files = {name_of(path): path for path in source_files()}
+    seen, todo = set[str](), [entry]
+    while todo:
+        module = todo.pop()
+        if module in files and module not in seen:
+            seen.add(module)
+            tree = ast.parse(files[module].read_text(encoding="utf-8"))
+            todo += [module.rpartition(".")[0], *_imported_at_once([tree], files)]
+        elif module and module not in seen:
+            name = module.partition(".")[0]
+            package_name = {"yaml": "pyyaml", "pydantic_core": "pydantic"}.get(name, name)
+            assert name in sys.stdlib_module_names or f"{package_name}==" in base, f"{entry} needs {module}"
 
 
 def test_deepspeed_is_imported_by_the_engine_only() -> None:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from megatron.config.sections.tokenizer import TokenizerConfig
+from megatron.data.pillow import pillow_needed
 from megatron.errors import UserError
 from megatron.files import read_text
 
@@ -43,14 +44,9 @@ def prepare_from_flags(args: argparse.Namespace, tokenizer: TokenizerConfig) -> 
 
 
 def _prepare(args: argparse.Namespace, prefix: Path, tokenizer: TokenizerConfig) -> None:
-    try:
+    with pillow_needed():
         from megatron.data.image_sources import list_arrays, list_folder, list_shards
         from megatron.data.prepare_images import Faults, prepare_images
-    except ModuleNotFoundError as error:
-        if error.name != "PIL":
-            raise
-        line = "pip install -r requirements/requirements-vision.txt"
-        raise UserError(f"images need the Pillow package, which is not installed; {line}") from None
     faults, classes = Faults(args.broken == "skip"), _classes(args.classes)
     if args.images:
         listing = list_folder(args.images, classes, faults)

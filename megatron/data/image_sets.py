@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -16,27 +15,12 @@ from megatron.config.sections.images import ImagesConfig
 from megatron.data.augment import INTERPOLATIONS, Pixels, RandAugment, centre_crop, crop_box, erase, resized_crop
 from megatron.data.datasets import SPLIT_NAMES, Part, parts_of
 from megatron.data.decode import MODES, BrokenImageError, decode
+from megatron.data.image_batch import ImageShape
 from megatron.data.indexed import IndexedDataset
 from megatron.data.permutation import Permutation
 from megatron.errors import ConfigError, RankError, UserError
 
 IMAGE_SUFFIX = "_image_document"
-PADDING = -1
-"""Number that marks what fills up the last batch of an evaluation."""
-
-
-@dataclass(frozen=True)
-class ImageShape:
-    """What a model takes and tells apart: square images of 1 (grey) or 3 channels, and classes."""
-
-    channels: int
-    size: int
-    num_classes: int = 0
-    """0 of a model that tells no classes apart."""
-
-    def blank(self) -> Tensor:
-        """A black image, uint8 [c, H, W]."""
-        return torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8)
 
 
 class StoredImages:

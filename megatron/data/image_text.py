@@ -24,12 +24,11 @@ from megatron.config.sections.data import DataConfig
 from megatron.config.sections.images import ImagesConfig
 from megatron.data.augment import sample_generator
 from megatron.data.datasets import Datasets, Part
+from megatron.data.image_batch import PADDING, ImageShape
 from megatron.data.image_sets import (
-    PADDING,
     Augmentation,
     EpochOrder,
     ImageParts,
-    ImageShape,
     StoredImages,
     centre,
     image_parts,

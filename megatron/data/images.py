@@ -22,16 +22,8 @@ from megatron.config.sections.data import DataConfig
 from megatron.config.sections.images import ImagesConfig
 from megatron.data.augment import Mixing, Pixels, pair_generator, sample_generator
 from megatron.data.datasets import Datasets, Part
-from megatron.data.image_sets import (
-    PADDING,
-    Augmentation,
-    EpochOrder,
-    ImageParts,
-    ImageShape,
-    StoredImages,
-    centre,
-    image_parts,
-)
+from megatron.data.image_batch import ImageShape
+from megatron.data.image_sets import Augmentation, EpochOrder, ImageParts, StoredImages, centre, image_parts
 from megatron.errors import ConfigError, UserError
 from megatron.files import read_text
 
@@ -154,15 +146,6 @@ class AugmentedImages:
             labels = first * lam + second * (1 - lam), second * lam + first * (1 - lam)
             self._pair = pair, list(zip(pixels, labels, strict=True))
         return self._pair[1]
-
-
-def images_of(samples: Sequence[dict[str, Tensor]], size: int, shape: ImageShape) -> dict[str, Tensor]:
-    """{images: uint8 [size, c, H, W], labels} of samples; black images with the label PADDING (-1) fill it up."""
-    missing = size - len(samples)
-    images = [sample["images"] for sample in samples]
-    images += [shape.blank()] * missing
-    labels = [sample["labels"] for sample in samples] + [torch.tensor(PADDING)] * missing
-    return {"images": torch.stack(images), "labels": torch.stack(labels)}
 
 
 def build_image_datasets(

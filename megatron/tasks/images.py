@@ -14,7 +14,8 @@ from megatron.config.sections.images import ImagesConfig
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.vision import ImageConfig
 from megatron.data.datasets import Datasets
-from megatron.data.images import PADDING, ImageShape, build_image_datasets, images_of
+from megatron.data.image_batch import PADDING, ImageShape, images_of
+from megatron.data.pillow import pillow_needed
 from megatron.errors import RankError
 from megatron.model.build import IMAGES, Architecture
 from megatron.mpu.layout import Layout
@@ -51,6 +52,8 @@ class ImageClassificationTask(Task[dict[str, Tensor]]):
 
     def datasets(self, samples: Sequence[int], order: Mapping[str, Sequence[int]]) -> Datasets:
         """Training images as often as they are needed, augmented; every image of the others once, as it is."""
+        with pillow_needed():
+            from megatron.data.images import build_image_datasets
         config = self.config
         return build_image_datasets(config.data, self._images, self._shape, config.training.seed, samples)
 

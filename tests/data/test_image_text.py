@@ -18,7 +18,7 @@ from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.data import IndexedDataset, IndexedDatasetBuilder, batches
 from megatron.data.captions import Caption
 from megatron.data.datasets import Part
-from megatron.data.image_sets import ImageShape
+from megatron.data.image_batch import ImageShape
 from megatron.data.image_sources import ImageRecord, Listing
 from megatron.data.image_text import (
     AugmentedImageTexts,

@@ -18,6 +18,7 @@ from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.data import IndexedDataset, IndexedDatasetBuilder, batches
 from megatron.data.augment import Mix, Mixing
 from megatron.data.datasets import Part
+from megatron.data.image_batch import images_of
 from megatron.data.image_sources import ImageRecord, Listing
 from megatron.data.images import (
     AugmentedImages,
@@ -25,7 +26,6 @@ from megatron.data.images import (
     ImageShape,
     LabelledImages,
     build_image_datasets,
-    images_of,
 )
 from megatron.data.permutation import Permutation
 from megatron.data.prepare_images import Faults, prepare_images
