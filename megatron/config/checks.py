@@ -30,7 +30,10 @@ def axis_mistakes(
 ) -> Iterator[ConfigError]:
     """Why a model cannot be cut into `pipeline` stages of `tensor` ranks; the same whatever the number of processes."""
     yield from _tensor_axis(model, tensor, sequence_parallel)
-    if pipeline > model.num_layers:
+    if pipeline > 1 and len(model.towers()) > 1:
+        reason = f"a model of {len(model.towers())} towers cannot be cut into {pipeline} stages"
+        yield ConfigError("pipe_parallel_size", reason, "set it to 1")
+    elif pipeline > model.num_layers:
         reason = f"{pipeline} stages for num_layers {model.num_layers}"
         yield ConfigError("pipe_parallel_size", reason, "each needs a block", beside=["num_layers"])
     if pipeline > 1 and zero_stage > 1:
@@ -45,14 +48,17 @@ def axis_mistakes(
 def _tensor_axis(model: ModelSection, ranks: int, sequence_parallel: bool) -> Iterator[ConfigError]:
     if ranks == 1:
         return
-    if model.num_attention_heads % ranks:
-        reason = f"{ranks} ranks cannot share num_attention_heads {model.num_attention_heads} evenly"
-        yield ConfigError("model_parallel_size", reason, "choose a divisor of it", beside=["num_attention_heads"])
-    for key in ("qkv_slot_num", "proj_slot_num", "ffn_slot_num"):
-        tokens = getattr(model, key)
-        if tokens is not None and tokens < ranks:
-            reason = f"{tokens} parameter tokens for model_parallel_size {ranks}"
-            yield ConfigError(key, reason, "each rank needs one", beside=["model_parallel_size"])
+    for tower in model.towers().values():
+        heads = tower.spelled("num_attention_heads")
+        if tower.num_attention_heads % ranks:
+            reason = f"{ranks} ranks cannot share {heads} {tower.num_attention_heads} evenly"
+            yield ConfigError("model_parallel_size", reason, "choose a divisor of it", beside=[heads])
+        for key in ("qkv_slot_num", "proj_slot_num", "ffn_slot_num"):
+            tokens = getattr(tower, key)
+            if tokens is not None and tokens < ranks:
+                reason = f"{tokens} parameter tokens for model_parallel_size {ranks}"
+                beside = ["model_parallel_size"]
+                yield ConfigError(tower.spelled(key), reason, "each rank needs one", beside=beside)
     fault = model.cannot_shard_tokens(ranks) if sequence_parallel else None
     if fault is not None:
         yield fault

@@ -1,9 +1,9 @@
 """From YAML files and overrides to one validated, frozen RunConfig, or all mistakes in them, each as one line.
 
 Merging: the files in the order given, the includes of a file before its own keys, overrides last; the later value
-wins. Tables (optimizer, optimizer.params, fp16, bf16, zero_optimization, spikes) are merged key by key, lists and plain
-values are replaced, null takes an earlier value back. Paths inside a file are relative to the working directory, not to
-the file; `~` and environment variables in them are replaced.
+wins. Tables (optimizer, optimizer.params, fp16, bf16, zero_optimization, spikes, text_tower) are merged key by key,
+lists and plain values are replaced, null takes an earlier value back. Paths inside a file are relative to the working
+directory, not to the file; `~` and environment variables in them are replaced.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from megatron.config.neox_rules import apply_rules
 from megatron.config.paths import MAY_BE_EMPTY, PATH_KEYS, expand
 from megatron.config.schema import RunConfig
 from megatron.config.sections.base import Section
+from megatron.config.sections.clip import TextTower
 from megatron.config.sections.model import MODEL_SECTIONS, ModelConfig, ModelSection, model_section
 from megatron.config.sections.optimization import OptimizerParams, OptimizerSpec
 from megatron.config.sections.precision import Bf16, Fp16
@@ -53,6 +54,7 @@ _TABLE_MODELS: dict[str, type[Section]] = {
     "spikes": SpikesConfig,
     "watchdog": WatchdogConfig,
     "watchdog.limits": WatchdogLimits,
+    "text_tower": TextTower,
 }
 
 
@@ -198,17 +200,20 @@ def known_keys(table: str = "", models: Iterable[type[ModelSection]] = (ModelCon
     models: the model sections that a run may have.
     """
     others = [key for key in (*ALIASES, *RULES)]
+    keys = dict.fromkeys(key for model in models for key in keys_of(model))
+    if table and table.partition(".")[0] not in keys:  # of another model
+        return []
     if table == "zero_optimization":
         return [f"{table}.{key}" for key in ZERO_KEYS]
     if table:
         own = [f"{table}.{key}" for key in _TABLE_MODELS[table].model_fields]
         return own + [key for key in others if key.startswith(f"{table}.")]
-    keys = dict.fromkeys(key for model in models for key in keys_of(model))
     return ["task", *keys, *(key for key in others if "." not in key)]
 
 
 def _find_unknown(settings: dict[str, Setting], findings: Findings, models: Collection[type[ModelSection]]) -> None:
     """Take keys that runs with none of these model sections have out of `settings`, to the findings."""
+    own = {key for model in models for key in keys_of(model)}
     for key in list(settings):
         setting, table = settings[key], key.rpartition(".")[0]
         if table.startswith("zero_optimization."):
@@ -218,7 +223,8 @@ def _find_unknown(settings: dict[str, Setting], findings: Findings, models: Coll
             continue
         del settings[key]
         near = nearest(key, known) if len(findings.errors) < _MOST_SUGGESTIONS else []
-        owners = [task for task, section in MODEL_SECTIONS.items() if key in keys_of(section)]
+        top = key.partition(".")[0]
+        owners = [task for task, section in MODEL_SECTIONS.items() if top in keys_of(section) and top not in own]
         advice = f"did you mean {near[0]}?" if near else "`python train.py --help` lists all keys"
         findings.add(setting.mistake("unknown key", f"it is of task {owners[0]}" if owners else advice))
         findings.bad.update(() if owners else near)

@@ -22,6 +22,7 @@ from megatron.config.sections.model import (
     MODEL_SECTIONS,
     ModelConfig,
     ModelSection,
+    VocabularySection,
     language_section,
     model_section,
 )
@@ -117,8 +118,9 @@ class RunConfig(Section):
         return language_section(self.model)
 
     def with_vocabulary(self, size: int) -> RunConfig:
-        """A new frozen config whose language model fits a tokenizer of `size` ids."""
-        return self.replaced(model=self.language.with_vocabulary(size))
+        """A new frozen config whose model fits a tokenizer of `size` ids. Raises UserError for one that reads none."""
+        model = self.model if isinstance(self.model, VocabularySection) else self.language
+        return self.replaced(model=model.with_vocabulary(size))
 
     def flat(self) -> dict[str, Any]:
         """All keys in the flat form of the YAML files, ready to be dumped and loaded again."""

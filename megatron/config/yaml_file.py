@@ -23,7 +23,8 @@ from megatron.files import read_text
 from megatron.text import nearest, shortened
 
 TABLES = (
-    "optimizer", "optimizer.params", "fp16", "bf16", "zero_optimization", "spikes", "watchdog", "watchdog.limits"
+    "optimizer", "optimizer.params", "fp16", "bf16", "zero_optimization", "spikes", "watchdog", "watchdog.limits",
+    "text_tower",
 )  # fmt: skip
 """Keys whose value is a table; tables of several files are merged key by key, everything else is replaced."""
 

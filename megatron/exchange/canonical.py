@@ -57,14 +57,16 @@ def model_config_of(reader: CheckpointReader) -> ModelSection:
 
     Raises: DamagedCheckpoint unless the tensors are those of such a model.
     """
-    layers = count_layers(reader.names("model"))
-    if reader.config.get("num_layers") != layers:  # seen to before a list of a billion layers is made
-        raise reader.damaged("config.yml", f"does not say num_layers {layers}, as the tensors do")
     try:
         section = model_section(reader.config.get("task", ModelConfig.task))
     except ValueError as error:
         raise reader.damaged("config.yml", f"cannot be used: {error}") from None
     config = reader.section(section)
+    for prefix, tower in config.towers().items():  # seen to before a list of thousands of layers is made
+        layers = count_layers(reader.names("model"), prefix)
+        if tower.num_layers != layers:
+            key = tower.spelled("num_layers")
+            raise reader.damaged("config.yml", f"does not say {key} {layers}, as the tensors do")
     try:
         model = described_model(config)
     except ValueError as error:

@@ -52,8 +52,8 @@ def describe_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any
         "parameters": checkpoint.num_parameters,
         "parameters_of": _parts(checkpoint.tensors, config),
         "model": {key: getattr(config, key) for key in _MODEL_KEYS if key in type(config).model_fields},
-        "blocks": dict(Counter(config.layer_kinds)),
-        "segments": {kind: segments_of(config, kind) for kind in KINDS if TOKENFORMER in config.layer_kinds},
+        "blocks": dict(Counter(kind for tower in config.towers().values() for kind in tower.layer_kinds)),
+        "segments": _segments(config),
         "segment_norms": config.segment_norms,
         "tau_tokens": _tau_tokens(checkpoint),
         "lineage": state.get("lineage", []),
@@ -67,10 +67,26 @@ def _parts(tensors: Tensors, config: ModelSection) -> dict[str, int]:
     """Parameters by part of the model; blocks by their kind."""
     parts: Counter[str] = Counter()
     for name in filter(is_parameter, in_model_order(tensors.names("model"))):
+        prefix, tower = config.tower_of(name)
         block = block_of(name)
-        kind = f"{config.layer_kinds[block[1]]} blocks" if block else name.partition(".")[0]
-        parts[kind] += math.prod(tensors.shape("model", name))
+        kind = f"{tower.layer_kinds[block[1]]} blocks" if block else name.removeprefix(prefix).partition(".")[0]
+        parts[_of_tower(prefix, kind)] += math.prod(tensors.shape("model", name))
     return dict(parts)
+
+
+def _of_tower(prefix: str, what: str) -> str:
+    """What something is called in a tower whose names begin so: `qkv`, or `text qkv`."""
+    return f"{prefix.replace('.', ' ')}{what}"
+
+
+def _segments(config: ModelSection) -> dict[str, list[list[int]]]:
+    """For each kind of layer, of each tower that has some, block by block the tokens of each growth."""
+    return {
+        _of_tower(prefix, kind): segments_of(tower, kind)
+        for prefix, tower in config.towers().items()
+        for kind in KINDS
+        if TOKENFORMER in tower.layer_kinds
+    }
 
 
 def _tau_tokens(checkpoint: Checkpoint) -> dict[str, list[int | list[int]]]:
@@ -78,7 +94,8 @@ def _tau_tokens(checkpoint: Checkpoint) -> dict[str, list[int | list[int]]]:
     taus: dict[str, list[int | list[int]]] = {}
     for layer, module in named_pattentions(build_model(checkpoint.model_config, device="meta")):
         if not layer.endswith((".key", ".value")):
-            kind = role_of(module.get_parameter("key_tokens_0")).projection or ""
+            projection = role_of(module.get_parameter("key_tokens_0")).projection or ""
+            kind = _of_tower(checkpoint.model_config.tower_of(layer)[0], projection)
             taus.setdefault(kind, []).append(checkpoint.tensors.tensor("model", f"{layer}.{TAU}").tolist())
     return taus
 
@@ -127,7 +144,8 @@ def _token_lines(facts: dict[str, Any]) -> list[str]:
         described = [
             _segments_text(block, facts["segment_norms"], next(taus)) if sum(block) else "none" for block in blocks
         ]
-        lines += [f"  {kind:<5}tokens  {text}, {where}" for text, where in _runs(described)]
+        name = f"{kind} " if " " in kind else f"{kind:<5}"
+        lines += [f"  {name}tokens  {text}, {where}" for text, where in _runs(described)]
     return lines
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.checkpoint.tensors import Tensors, TensorView
 from megatron.config.sections.model import ModelSection, RowNorm
-from megatron.config.sections.scaling import NewKeys, NewMoments
+from megatron.config.sections.scaling import NewKeys, NewMoments, Tower
 from megatron.errors import UserError
 from megatron.exchange import Checkpoint
 from megatron.growth.moments import MeanMoments
@@ -110,6 +110,7 @@ def grow(
     layers: tuple[int, ...] | None = None,
     new_keys: NewKeys | None = None,
     row_norm: RowNorm = "joint",
+    tower: Tower | None = None,
     seed: int = 1234,
 ) -> None:
     """Add parameter tokens to a model, in place, without changing its logits (beyond rounding, but for `official`).
@@ -121,12 +122,13 @@ def grow(
         layers: blocks that grow; default all TokenFormer blocks.
         new_keys: what the new keys start as; default zero, or with row_norm segment random.
         row_norm: whether the new tokens share the row norm of those before them, or have their own (segment).
+        tower: which network of a model with an image tower and a text tower; default both.
         seed: of what is drawn.
 
     Raises: UserError for fewer tokens than there are, or a count or kind of keys that cannot leave the logits as they
         are; the model is unchanged.
     """
-    counts = TokenCounts(qkv, proj, ffn, layers, new_keys, row_norm)
+    counts = TokenCounts(qkv, proj, ffn, layers, new_keys, row_norm, tower)
     after = grown_config(model.config, counts)
     recipe, (new, added) = Recipe(after, counts.keys, seed), _new_parameters(after)
     layers_by_name = dict(named_pattentions(model))
@@ -197,5 +199,9 @@ def lineage_entry(
         "new_keys": new_keys,
         **({"row_norm": "segment"} if model.segment_norms and model.segment_norms[-1] == "segment" else {}),
         "parameters": after.num_parameters,
-        **{f"{kind}_slot_num": getattr(model, f"{kind}_slot_num") for kind in KINDS},
+        **{
+            tower.spelled(f"{kind}_slot_num"): getattr(tower, f"{kind}_slot_num")
+            for tower in model.towers().values()
+            for kind in KINDS
+        },
     }

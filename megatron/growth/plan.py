@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from megatron.config.sections.model import TOKENFORMER, ModelSection, RowNorm
-from megatron.config.sections.scaling import NewKeys, initial_keys
+from megatron.config.sections.scaling import NewKeys, Tower, initial_keys
 from megatron.errors import UserError
 from megatron.model.pattention import norm_groups
 
@@ -32,6 +32,8 @@ class TokenCounts:
     """What the new keys start as; None: random with row_norm segment, else zero."""
     row_norm: RowNorm = "joint"
     """Whether the new tokens share the row norm of those before them, or have their own (segment)."""
+    tower: Tower | None = None
+    """Which network of a model with an image tower and a text tower; None means both."""
 
     @property
     def keys(self) -> NewKeys:
@@ -58,28 +60,80 @@ def grown_config(config: Model, counts: TokenCounts) -> Model:
     Raises: UserError when a count is smaller than what a layer has, a layer is not there or not a TokenFormer block,
         or the activation cannot grow to the count exactly with such keys, which `official` are not to be.
     """
+    growing = _growing_towers(config, counts.tower)
+    return _with_growth(config, {prefix: counts for prefix in growing}, counts)
+
+
+def grown_to(config: Model, target: ModelSection, new_keys: NewKeys | None, row_norm: RowNorm) -> Model:
+    """The model with one more growth, after which its layers have as many tokens as those of `target`."""
+    how = TokenCounts(new_keys=new_keys, row_norm=row_norm)
+    growing = _growing_towers(config, None)
+    slots = {
+        prefix: [getattr(tower, f"{kind}_slot_num") for kind in KINDS] for prefix, tower in target.towers().items()
+    }
+    sizes = {prefix: dict(zip(KINDS, slots[prefix], strict=True)) for prefix in growing}
+    return _with_growth(config, {prefix: replace(how, **of_tower) for prefix, of_tower in sizes.items()}, how)
+
+
+def _growing_towers(config: ModelSection, asked: Tower | None) -> list[str]:
+    """Prefixes of the towers that grow: those that are asked for, else all that can."""
+    towers = config.towers()
+    if asked is not None and len(towers) == 1:
+        raise UserError(f"tower: {asked} of a model that has no towers; leave it out")
+    if asked not in (None, "both"):
+        return [f"{asked}."]
+    able = [prefix for prefix, tower in towers.items() if TOKENFORMER in tower.layer_kinds]
+    return able if asked is None and able else list(towers)
+
+
+def _with_growth(config: Model, counts: Mapping[str, TokenCounts], how: TokenCounts) -> Model:
+    """The model with one more growth, of the towers that have counts; the others get a segment without tokens."""
+    towers = {
+        prefix: _grown_tower(tower, counts[prefix]) if prefix in counts else _with_segments(tower, {}, how.row_norm)
+        for prefix, tower in config.towers().items()
+    }
+    grown = config.with_towers(towers)
+    assert isinstance(grown, type(config))
+    return grown
+
+
+def _grown_tower(config: ModelSection, counts: TokenCounts) -> ModelSection:
     if counts.keys == "rotated" and config.norm_activation_type != "l2_norm_gelu":
         raise UserError(
             f"new_keys: rotated needs norm_activation_type l2_norm_gelu, this model has {config.norm_activation_type}; "
             "leave new_keys out"
         )
-    blocks = _growing_blocks(config, counts.layers)
-    segments = {kind: segments_of(config, kind) for kind in KINDS}
+    blocks, added = _growing_blocks(config, counts.layers), dict[Kind, list[int]]()
     for kind in KINDS:
-        target = counts.of(kind)
-        for index, block in enumerate(segments[kind]):
+        target, key = counts.of(kind), config.spelled(f"{kind}_slot_num")
+        for index, block in enumerate(segments_of(config, kind)):
             have = sum(block)
             wanted = target if target is not None and index in blocks else have
             if wanted < have:
                 raise UserError(
-                    f"{kind}_slot_num: {wanted} is fewer than the {have} tokens of layer {index}; tokens can only be "
-                    "added"
+                    f"{key}: {wanted} is fewer than the {have} tokens of layer {index}; tokens can only be added"
                 )
-            _check_new(config, counts, f"{kind}_slot_num: {wanted}", index, block, wanted - have)
-            block.append(wanted - have)
-    totals = {f"{kind}_slot_num": max(map(sum, segments[kind])) or None for kind in KINDS}
-    norms = [*(config.segment_norms or ["joint"] * (len(segments["qkv"][0]) - 1)), counts.row_norm]
-    new = {**totals, "token_segments": segments, "segment_norms": norms if "segment" in norms else None}
+            _check_new(config, counts, f"{key}: {wanted}", index, block, wanted - have)
+            added.setdefault(kind, []).append(wanted - have)
+    return _with_segments(config, added, counts.row_norm)
+
+
+def _with_segments(config: ModelSection, added: Mapping[Kind, Sequence[int]], row_norm: RowNorm) -> ModelSection:
+    """A tower with one more segment, of so many tokens in each block; none where nothing is said."""
+    segments = {kind: segments_of(config, kind) for kind in KINDS}
+    for kind, blocks in segments.items():
+        for block, size in zip(blocks, added.get(kind, [0] * len(blocks)), strict=True):
+            block.append(size)
+    norms = [*(config.segment_norms or ["joint"] * (len(segments["qkv"][0]) - 1)), row_norm]
+    return with_tokens(config, segments, norms)
+
+
+def with_tokens(
+    config: ModelSection, segments: Mapping[Kind, list[list[int]]] | None, norms: Sequence[RowNorm]
+) -> ModelSection:
+    """A tower whose blocks have these segments, with these row norms; None leaves its slot numbers and no segments."""
+    totals = {f"{kind}_slot_num": max(map(sum, blocks)) or None for kind, blocks in (segments or {}).items()}
+    new = {**totals, "token_segments": segments, "segment_norms": list(norms) if "segment" in norms else None}
     return type(config)(**{**config.model_dump(), **new})
 
 
@@ -128,8 +182,25 @@ def sharing_segments(sizes: Sequence[int], norms: Sequence[RowNorm] | None, row_
     return groups[-1] if groups and row_norm == "joint" else []
 
 
+def with_tokens_of(config: Model, other: ModelSection) -> Model:
+    """The model with the tokens of another one that has as many blocks."""
+    towers = dict[str, ModelSection]()
+    for (prefix, tower), source in zip(config.towers().items(), other.towers().values(), strict=True):
+        keys = (*(f"{kind}_slot_num" for kind in KINDS), "token_segments", "segment_norms")
+        towers[prefix] = type(tower)(**{**tower.model_dump(), **{key: getattr(source, key) for key in keys}})
+    found = config.with_towers(towers)
+    assert isinstance(found, type(config))
+    return found
+
+
 def describe(before: ModelSection, after: ModelSection) -> str:
     """One line: which counts a growth changes, for example `qkv 768 -> 1792, ffn 3072 -> 7168 in layers 0 to 23`."""
+    towers = zip(before.towers().items(), after.towers().values(), strict=True)
+    found = [(prefix.rstrip("."), _describe_tower(old, new)) for (prefix, old), new in towers]
+    return "; ".join(f"{name} {text}".strip() for name, text in found if text) or "no tokens"
+
+
+def _describe_tower(before: ModelSection, after: ModelSection) -> str:
     parts, layers = [], set[int]()
     for kind in KINDS:
         pairs = list(zip(segments_of(before, kind), segments_of(after, kind), strict=True))
@@ -138,5 +209,4 @@ def describe(before: ModelSection, after: ModelSection) -> str:
             old, new = pairs[min(grown)]
             parts.append(f"{kind} {sum(old)} -> {sum(new)}")
             layers |= grown
-    where = f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}" if layers else ""
-    return f"{', '.join(parts)} in {where}" if parts else "no tokens"
+    return f"{', '.join(parts)} in layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}" if parts else ""

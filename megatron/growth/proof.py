@@ -74,8 +74,8 @@ def compare_logits(
         for x, old_specs, new_specs in zip(inputs, *lists, strict=True):
             old = new = x
             for old_spec, new_spec in zip(old_specs, new_specs, strict=True):
-                old = _run(old_spec, before.tensors, old, plain, dtype)
-                new = _run(new_spec, after.tensors, new, plain, dtype)
+                old = _run(old_spec, before.tensors, old, x, plain, dtype)
+                new = _run(new_spec, after.tensors, new, x, plain, dtype)
             found.append(torch.stack([(old - new).abs().max(), old.abs().max()]))
     # Not a number becomes infinite: a maximum over ranks may lose the former.
     extremes = torch.stack(found).nan_to_num(nan=math.inf, posinf=math.inf).amax(0)
@@ -83,10 +83,10 @@ def compare_logits(
     return Difference(largest, scale)
 
 
-def _run(spec: LayerSpec, source: Tensors, x: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """The layer's output, from tensors that are let go of at once."""
+def _run(spec: LayerSpec, tensors: Tensors, x: Tensor, of_list: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """The layer's output for x, in a list with the input `of_list`, from tensors that are let go of at once."""
     module = spec.build()
     allocate(module, x.device)
     module.to(dtype).eval()
-    fill(module, source, layout, f"{spec.name}.")
-    return module(x) if spec.forward is None else spec.forward(module, x)
+    fill(module, tensors, layout, f"{spec.name}.")
+    return spec.bound(module, of_list)(x)

@@ -7,7 +7,7 @@ growth. `TrainState.lineage` says how many growths are made; everything else fol
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol
 
@@ -15,7 +15,7 @@ from megatron.config.sections.model import ModelSection
 from megatron.config.sections.optimization import OptimizationConfig
 from megatron.config.sections.scaling import ScalingConfig, ScheduledGrowth
 from megatron.errors import UserError
-from megatron.growth.plan import KINDS, Model, TokenCounts, grown_config, segments_of
+from megatron.growth.plan import KINDS, Model, TokenCounts, grown_config, segments_of, with_tokens
 from megatron.log import get_logger
 
 Lineage = Sequence[Mapping[str, Any]]
@@ -76,15 +76,15 @@ class GrowthSchedule:
                     f"growth[{number}]: lr {peak:g} is below min_lr {floor:g}; give the growth a lower min_lr too"
                 )
             model = _grown_once(model, growth, number)
-            if growth.freeze_old_tokens and not any(map(_adds_tokens, (model.token_segments or {}).values())):
+            if growth.freeze_old_tokens and not any(_adds_tokens(blocks) for _, blocks in _all_segments(model)):
                 raise UserError(
                     f"growth[{number}]: freeze_old_tokens where no tokens are added; there is nothing to train"
                 )
-        for kind, blocks in (model.token_segments or {}).items():
+        for key, blocks in _all_segments(model):
             fewest = min((size for block in blocks for size in block if size), default=tensor_ranks)
             if fewest < tensor_ranks:
                 raise UserError(
-                    f"growth: {kind}_slot_num grows by {fewest} where model_parallel_size is {tensor_ranks}; each rank "
+                    f"growth: {key} grows by {fewest} where model_parallel_size is {tensor_ranks}; each rank "
                     "needs a new token: grow by more, or lower model_parallel_size"
                 )
         self._check_times(options, now)
@@ -154,10 +154,10 @@ class GrowthSchedule:
             )
         if saved.token_segments is None:
             return Grown(model, self.scaling)
-        if model.token_segments == saved.token_segments:  # its own config.yml: the model since the last growth
+        if _tokens_of(model) == _tokens_of(saved):  # its own config.yml: the model since the last growth
             return self.after(model, done, already=done)
         now = self.after(_before_growths(model, saved, done), done)
-        if (now.model.token_segments, now.model.segment_norms) != (saved.token_segments, saved.segment_norms):
+        if _tokens_of(now.model) != _tokens_of(saved):
             raise UserError(
                 f"growth: the first {done} growths of the schedule do not lead to the model of the checkpoint; give "
                 "the schedule the run was started with"
@@ -233,7 +233,7 @@ def _restarted(options: OptimizationConfig, growth: ScheduledGrowth) -> Optimiza
 def _grown_once(model: Model, growth: ScheduledGrowth, number: int) -> Model:
     layers = None if growth.layers is None else tuple(growth.layers)
     sizes = (growth.qkv_slot_num, growth.proj_slot_num, growth.ffn_slot_num)
-    counts = TokenCounts(*sizes, layers, growth.new_keys, growth.row_norm)
+    counts = TokenCounts(*sizes, layers, growth.new_keys, growth.row_norm, growth.tower)
     try:
         return grown_config(model, counts)
     except UserError as error:
@@ -246,21 +246,37 @@ def _adds_tokens(blocks: Sequence[Sequence[int]]) -> bool:
 
 def _before_growths(model: Model, saved: ModelSection, done: int) -> Model:
     """The configured model with the segments that the saved one had before the last `done` of its growths."""
+    saved_towers = saved.towers()
+    towers = {prefix: _before(tower, saved_towers[prefix], done) for prefix, tower in model.towers().items()}
+    found = model.with_towers(towers)
+    assert isinstance(found, type(model))
+    return found
+
+
+def _before(tower: ModelSection, saved: ModelSection, done: int) -> ModelSection:
     first = {kind: [block[: len(block) - done] for block in segments_of(saved, kind)] for kind in KINDS}
     for kind in KINDS:
-        key = f"{kind}_slot_num"
-        asked, total = getattr(model, key), max(map(sum, first[kind])) or None
+        asked, total = getattr(tower, f"{kind}_slot_num"), max(map(sum, first[kind])) or None
         if asked != total:
             raise UserError(
-                f"{key}: {asked} in the configuration, {total} in the checkpoint"
+                f"{tower.spelled(f'{kind}_slot_num')}: {asked} in the configuration, {total} in the checkpoint"
                 + (f" before its {done} scheduled growths" if done else "")
                 + "; use the configuration the model was trained with"
             )
     stages = len(first["qkv"][0])
-    norms = (saved.segment_norms or [])[:stages]
-    segments = None if stages == 1 else first
-    own = {"token_segments": segments, "segment_norms": norms if "segment" in norms else None}
-    return type(model)(**{**model.model_dump(), **own})
+    return with_tokens(tower, None if stages == 1 else first, (saved.segment_norms or [])[:stages])
+
+
+def _tokens_of(model: ModelSection) -> list[Any]:
+    """How the tokens of a model are divided into segments and row norms."""
+    return [(tower.token_segments, tower.segment_norms) for tower in model.towers().values()]
+
+
+def _all_segments(model: ModelSection) -> Iterator[tuple[str, Sequence[Sequence[int]]]]:
+    """The key of each count of tokens, and the segments that make it up, block by block."""
+    for tower in model.towers().values():
+        for kind, blocks in (tower.token_segments or {}).items():
+            yield tower.spelled(f"{kind}_slot_num"), blocks
 
 
 def past_growths(lineage: Lineage) -> list[dict[str, Any]]:

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from megatron.config.sections.clip import ClipConfig
 from megatron.config.sections.model import ModelConfig, ModelSection
 from megatron.config.sections.vision import ImageConfig
 from megatron.model.blocks import BuildOptions
+from megatron.model.clip_model import ClipModel, clip_layer_lists, logit_scale_spec
 from megatron.model.language_model import LanguageModel, layer_specs
 from megatron.model.layered import LayeredModel, LayerLists
 from megatron.model.vision_model import VisionModel, vision_layer_lists
@@ -39,10 +41,17 @@ def _vision_model(config: ImageConfig, options: BuildOptions, **keywords: Any) -
     return VisionModel(config, lists, layout=options.layout, **keywords)
 
 
+def _clip_model(config: ClipConfig, options: BuildOptions, **keywords: Any) -> ClipModel:
+    described = replace(options, device="meta")
+    lists, beside = clip_layer_lists(config, described), [logit_scale_spec(described)]
+    return ClipModel(config, lists, beside=beside, layout=options.layout, **keywords)
+
+
 LANGUAGE = Architecture(lambda config, options: {"": layer_specs(config, options)}, _language_model)
 IMAGES = Architecture(vision_layer_lists, _vision_model)
+PAIRS = Architecture(clip_layer_lists, _clip_model)
 
-ARCHITECTURES: dict[type[ModelSection], Architecture] = {ModelConfig: LANGUAGE, ImageConfig: IMAGES}
+ARCHITECTURES: dict[type[ModelSection], Architecture] = {ModelConfig: LANGUAGE, ImageConfig: IMAGES, ClipConfig: PAIRS}
 """By model section. megatron.tasks.register adds to it."""
 
 

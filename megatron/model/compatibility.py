@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -18,11 +18,14 @@ from megatron.model.pattention import named_pattentions
 from megatron.mpu.roles import role_of
 
 
-def _responsible_keys(name: str, parameter: Tensor, sizes: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
-    """The configuration keys that set the first and the second dimension of a parameter.
+def _responsible_keys(name: str, parameter: Tensor, config: ModelSection) -> tuple[str, str]:
+    """The configuration keys that set the first and the second dimension of a parameter."""
+    prefix, tower = config.tower_of(name)
+    first, second = _keys_of_tower(name.removeprefix(prefix), parameter, tower.sizes)
+    return tower.spelled(first), tower.spelled(second)
 
-    sizes: those of a model section, by role.
-    """
+
+def _keys_of_tower(name: str, parameter: Tensor, sizes: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
     role = role_of(parameter)
     if role.what in sizes:
         return sizes[role.what]
@@ -35,11 +38,17 @@ def _responsible_keys(name: str, parameter: Tensor, sizes: Mapping[str, tuple[st
     return "hidden_size", "intermediate_size" if "fc_out" in name else "hidden_size"
 
 
-def _key_of_missing(name: str) -> str:
+_KEYS_OF_PARTS = {
+    "embedding.class_token": "class_token", "embedding.patches.bias": "patch_bias", "pre_norm.weight": "pre_norm",
+}  # fmt: skip
+
+
+def _key_of_missing(name: str, config: ModelSection) -> str:
+    name = name.removeprefix(config.tower_of(name)[0])
     if name.startswith("layers."):
         return "norm" if "layernorm" in name else "num_layers, attention_config or use_bias_in_attn_linear"
-    if name == "embedding.class_token":
-        return "class_token"
+    if name in _KEYS_OF_PARTS:
+        return _KEYS_OF_PARTS[name]
     return "no_weight_tying" if name.startswith("head.") else "final_norm"
 
 
@@ -56,10 +65,12 @@ def check_fit(model: LayeredModel, tensors: Tensors, source: str) -> None:
     buffers = {name for name, _ in model.named_buffers()}
     for name, parameter in expected.items():
         if name not in shapes:
-            raise UserError(f"{source} has no tensor {name}; does {_key_of_missing(name)} fit this checkpoint?")
+            raise UserError(
+                f"{source} has no tensor {name}; does {_key_of_missing(name, model.config)} fit this checkpoint?"
+            )
         found, shape = shapes[name], tuple(parameter.shape)
         if found != shape:
-            keys = _responsible_keys(name, parameter, model.config.sizes)
+            keys = _responsible_keys(name, parameter, model.config)
             axis = next((i for i, (a, b) in enumerate(zip(found, shape, strict=False)) if a != b), 0)
             raise UserError(
                 f"{source}: {name} has shape {list(found)}, the configuration makes it {list(shape)}; "
@@ -67,7 +78,8 @@ def check_fit(model: LayeredModel, tensors: Tensors, source: str) -> None:
             )
     for name in shapes:
         if name not in expected and name not in buffers:
-            raise UserError(f"{source} has a tensor {name} the model lacks; does {_key_of_missing(name)} fit it?")
+            key = _key_of_missing(name, model.config)
+            raise UserError(f"{source} has a tensor {name} the model lacks; does {key} fit it?")
 
 
 # Keys that may differ between training and use without changing what the tensors mean.
@@ -75,13 +87,17 @@ _FREE_KEYS = {
     "seq_length", "max_position_embeddings", "hidden_dropout", "attention_dropout", "drop_path_rate",
     "init_method", "init_method_std", "output_layer_init_method", "vocab_size", "padded_vocab_size",
     "make_vocab_size_divisible_by", "attention_config", "final_norm", "token_segments",
+    "text_tower",  # whose keys are looked at by themselves
     *MupKeys.model_fields,
 }  # fmt: skip
 
 
-def count_layers(names: Iterable[str]) -> int:
-    """Of how many blocks there are tensors among these canonical names, in the longest of the model's lists."""
-    blocks = {block for name in names if (block := block_of(name)) is not None}
+def count_layers(names: Iterable[str], tower: str = "") -> int:
+    """Of how many blocks there are tensors among these canonical names, in the longest of the model's lists.
+
+    tower: what the names of the lists begin with that are meant.
+    """
+    blocks = {block for name in names if name.startswith(tower) and (block := block_of(name)) is not None}
     return max(Counter(prefix for prefix, _ in blocks).values(), default=0)
 
 
@@ -116,18 +132,27 @@ def check_same_task(config: ModelSection, saved: ModelSection, folder: Path) -> 
         raise UserError(f"task: {config.task} in the configuration, {saved.task} in checkpoint {folder}; set the same")
 
 
-def check_same_model(config: ModelSection, saved: ModelSection, folder: Path) -> None:
-    """Raise a UserError that names the first key in which `config` is another model than the one in `folder`."""
+def check_same_model(config: ModelSection, saved: ModelSection, folder: Path, free: Collection[str] = ()) -> None:
+    """Raise a UserError that names the first key in which `config` is another model than the one in `folder`.
+
+    free: further keys that may differ.
+    """
     check_same_task(config, saved, folder)
+    towers = zip(config.towers().values(), saved.towers().values(), strict=True)
+    for own, other in ((config, saved), *towers):
+        _check_same_section(own, other, folder, free)
+
+
+def _check_same_section(config: ModelSection, saved: ModelSection, folder: Path, free: Collection[str]) -> None:
     for key in type(saved).model_fields:
-        if key not in _FREE_KEYS and getattr(config, key) != getattr(saved, key):
+        if key not in _FREE_KEYS and key not in free and getattr(config, key) != getattr(saved, key):
             raise UserError(
-                f"{key}: {getattr(config, key)} in the configuration, {getattr(saved, key)} in checkpoint {folder}; "
-                "use the configuration the model was trained with"
+                f"{saved.spelled(key)}: {getattr(config, key)} in the configuration, {getattr(saved, key)} in "
+                f"checkpoint {folder}; use the configuration the model was trained with"
             )
     for name in ("layer_kinds", "final_norm_kind"):
         if getattr(config, name, None) != getattr(saved, name, None):
-            key = "attention_config" if name == "layer_kinds" else "final_norm"
+            key = saved.spelled("attention_config" if name == "layer_kinds" else "final_norm")
             raise UserError(
                 f"{key}: does not describe the model of checkpoint {folder}; use the one it was trained with"
             )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import VocabularySection
 from megatron.model.blocks import BuildOptions
 from megatron.mpu.collectives import enter, gather_shares, leave
 from megatron.mpu.random import dropout
@@ -40,7 +40,7 @@ class HeadInput(NamedTuple):
 class _Vocabulary(nn.Module):
     """What embedding and head have in common: this rank's share of the rows, and logits through them."""
 
-    def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
+    def __init__(self, config: VocabularySection, options: BuildOptions) -> None:
         super().__init__()
         assert config.padded_vocab_size is not None, "LanguageModel checks the vocabulary"
         self.size, self.options = config.padded_vocab_size, options
@@ -79,7 +79,7 @@ class HeadMatrix(nn.Linear):
 class Embedding(_Vocabulary):
     """Token ids to vectors, and with `as_head` vectors to logits through the same matrix."""
 
-    def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
+    def __init__(self, config: VocabularySection, options: BuildOptions) -> None:
         super().__init__(config, options)
         self.dropout = config.hidden_dropout
         self.word_embeddings = TokenTable(self.stop - self.start, config.hidden_size, device=options.device)
@@ -90,9 +90,13 @@ class Embedding(_Vocabulary):
         """ids [b, s] -> [b, s, d]; as_head: [b, s, d] -> logits, as `Head` gives them."""
         if as_head:
             return self._logits(x, self.word_embeddings, product=F.linear)
-        layout = self.options.layout
-        embedded = self.word_embeddings(x) if layout.tensor.size == 1 else self._look_up_share(x)
-        return dropout(leave(embedded, self.options.stream, layout.tensor), self.dropout, self.training, layout)
+        return dropout(self._embedded(x), self.dropout, self.training, self.options.layout)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """ids [b, s] -> [b, s, d], in the form of the residual stream."""
+        axis = self.options.layout.tensor
+        embedded = self.word_embeddings(ids) if axis.size == 1 else self._look_up_share(ids)
+        return leave(embedded, self.options.stream, axis)
 
     def _look_up_share(self, ids: Tensor) -> Tensor:
         """The rows of this rank's ids, and zeros for those of other ranks."""
@@ -104,7 +108,7 @@ class Embedding(_Vocabulary):
 class Head(_Vocabulary):
     """Logits through a matrix of its own (no_weight_tying)."""
 
-    def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
+    def __init__(self, config: VocabularySection, options: BuildOptions) -> None:
         super().__init__(config, options)
         rows = self.stop - self.start
         self.final_linear = HeadMatrix(config.hidden_size, rows, bias=False, device=options.device)

@@ -7,6 +7,7 @@
 | norm weights and scales                                        | 1                        |
 | vectors of positions                                           | normal                   |
 | biases, vectors before those of the data                       | 0                        |
+| logarithm of a factor on logits                                | logit_scale_init         |
 
 With `use_mup` these are the values of the base model, and megatron.model.mup has the factors from it to this one.
 
@@ -63,7 +64,7 @@ def init_std(method: InitMethod, role: Role, shape: torch.Size, config: ModelSec
 
 def initial_value(name: str, parameter: Tensor, config: ModelSection, seed: int) -> Tensor:
     """The whole fp32 value that `parameter`, whose canonical name is `name`, starts with, on the CPU."""
-    shape, role = whole_shape(parameter), role_of(parameter)
+    shape, role, (_, config) = whole_shape(parameter), role_of(parameter), config.tower_of(name)
     if role.is_vector:
         return _initial_vectors(name, shape, role, config, seed)
     settings = config.initialisation()
@@ -79,6 +80,8 @@ def _initial_vectors(name: str, shape: torch.Size, role: Role, config: ModelSect
     if role.what == "position":
         std = config.initialisation().std
         return torch.empty(shape).normal_(std=std, generator=parameter_generator(seed, name))
+    if role.what == "logit_scale":
+        return torch.full(shape, config.initialisation().logit_scale)
     return torch.full(shape, mup_scale(role, config).initial if role.what == "norm" else 0.0)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,14 @@ class LayerSpec:
     """What it shares with the other layer of the same name, the path of a parameter in the module; the second one
     calls `forward(module, x)` instead of module(x)."""
     forward: Callable[[Any, Tensor], Tensor] | None = None
+    reads_input: bool = False
+    """It is called `module(x, input)`, the input being that of its list. Not in a model that is cut into stages."""
+
+    def bound(self, module: nn.Module, source: Tensor) -> Callable[[Tensor], Tensor]:
+        """The layer, built as `module` in a list whose input is `source`, as a function of the one before it."""
+        if self.reads_input:
+            return lambda x: module(x, source)
+        return module if self.forward is None else partial(self.forward, module)
 
     @property
     def is_block(self) -> bool:
@@ -62,6 +70,7 @@ class LayeredModel(nn.Module):
     Args:
         config: the model section.
         lists: made for the device `meta`.
+        beside: further layers, likewise, that belong to no list: `forward` of a subclass calls them.
         seed: seed of the initialisation, or None to leave parameters as they come (they will be loaded).
         device: where parameters live; `meta` allocates nothing.
         dtype: parameter dtype, fp32 by default.
@@ -74,6 +83,7 @@ class LayeredModel(nn.Module):
         config: ModelSection,
         lists: LayerLists,
         *,
+        beside: Sequence[LayerSpec] = (),
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -82,8 +92,10 @@ class LayeredModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.layout, self.checkpoint_layers = config, layout, checkpoint_layers
-        self._lists = [[(spec.name, spec.forward, spec.is_block) for spec in specs] for specs in lists.values()]
-        for spec in self._in_file_order([spec for specs in lists.values() for spec in specs]):
+        # Without what they were built with, which may hold process groups.
+        self._lists = [[replace(spec, build=_is_built) for spec in specs] for specs in lists.values()]
+        self._beside = [spec.name for spec in beside]
+        for spec in self._in_file_order([*(spec for specs in lists.values() for spec in specs), *beside]):
             if spec.forward is None:
                 self._add(spec.name.split("."), spec.build())
         if dtype is not None:
@@ -113,20 +125,17 @@ class LayeredModel(nn.Module):
         reduce: what is made of the outputs and returned in their place, such as a loss. Where it needs parameters, it
             has to run in here: ZeRO 3 gathers them for calls in the model's forward.
         """
-        outputs = tuple(self._run(layers, x) for layers, x in zip(self._lists, inputs, strict=True))
+        outputs = tuple(self._run(specs, x) for specs, x in zip(self._lists, inputs, strict=True))
         result = outputs[0] if len(outputs) == 1 else outputs
         return result if reduce is None else reduce(result)
 
-    def _run(self, layers: list[tuple[str, Callable[[Any, Tensor], Tensor] | None, bool]], x: Tensor) -> Tensor:
-        calls = []
-        for name, function, is_block in layers:
-            module = self.get_submodule(name)
-            calls.append((module if function is None else partial(function, module), is_block))
+    def _run(self, specs: Sequence[LayerSpec], x: Tensor) -> Tensor:
+        calls = [(spec.bound(self.get_submodule(spec.name), x), spec.is_block) for spec in specs]
         return run_layers(calls, x, self.checkpoint_layers if self.training else 0)
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """(canonical name, module) of every layer, in order; one that is shared comes once."""
-        names = dict.fromkeys(name for layers in self._lists for name, _, _ in layers)
+        names = dict.fromkeys([*(spec.name for specs in self._lists for spec in specs), *self._beside])
         yield from ((name, self.get_submodule(name)) for name in names)
 
     def reset_tau(self) -> None:
@@ -144,6 +153,10 @@ class LayeredModel(nn.Module):
         tokens: of a sample; default those of the model's section.
         """
         return 6.0 * matmul_parameters(self)
+
+
+def _is_built() -> nn.Module:
+    raise RuntimeError("a layer is built once")
 
 
 def run_layers(layers: Sequence[tuple[Callable[[Tensor], Tensor], bool]], x: Tensor, recomputed: int) -> Tensor:

@@ -3,7 +3,8 @@
     images [b, c, H, W] -> patches and class token -> L blocks -> pool -> final norm -> logits [b, classes]
 
 The blocks are those of the language model with attention that is not causal. Of `Transformer` blocks the model is the
-Vision Transformer (Dosovitskiy et al., 2021), tensor by tensor.
+Vision Transformer (Dosovitskiy et al., 2021), tensor by tensor. What makes one vector of an image, `image_tower_specs`,
+also serves models that have no classes.
 
 Legend: b batch, c channels, p patch size, T tokens (patches, and the class token), d hidden size.
 """
@@ -16,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from megatron.config.sections.vision import ImageConfig
+from megatron.config.sections.vision import ImageConfig, ImageTowerSection
 from megatron.model.blocks import Block, BuildOptions
 from megatron.model.flops import matmul_parameters
 from megatron.model.layered import LayeredModel, LayerLists, LayerSpec
@@ -39,12 +40,13 @@ def patches(images: Tensor, size: int) -> Tensor:
 class PatchEmbedding(nn.Module):
     """Images to tokens: a linear map of each patch, before them the class token, and positions added to all."""
 
-    def __init__(self, config: ImageConfig, options: BuildOptions) -> None:
+    def __init__(self, config: ImageTowerSection, options: BuildOptions) -> None:
         super().__init__()
         width, values, device = config.hidden_size, config.patch_values, options.device
         self.size, self.dropout, self.layout = config.patch_size, config.hidden_dropout, options.layout
         self.first, self.stop = self.layout.tensor.share(values)
-        self.patches = RowParallelLinear(values, width, True, self.layout.tensor, options.stream, None, device)
+        bias, axis = config.patch_bias, self.layout.tensor
+        self.patches = RowParallelLinear(values, width, bias, axis, options.stream, None, device)
         mark_role(self.patches.weight, Role("input"))
         if config.class_token:
             self.class_token = nn.Parameter(torch.empty(1, width, device=device))
@@ -72,7 +74,7 @@ class PatchEmbedding(nn.Module):
 class Pool(nn.Module):
     """The vector that the head reads: the class token, or the mean of the patches."""
 
-    def __init__(self, config: ImageConfig, options: BuildOptions) -> None:
+    def __init__(self, config: ImageTowerSection, options: BuildOptions) -> None:
         super().__init__()
         self.layout, self.is_token = options.layout, config.global_pool == "token"
         self.first, self.tokens = int(config.class_token), config.tokens_per_sample()
@@ -101,20 +103,29 @@ class ClassHead(nn.Module):
         return gather_shares(self.linear(x), self.classes, self.axis)
 
 
-def vision_layer_specs(config: ImageConfig, options: BuildOptions) -> list[LayerSpec]:
-    """The model's layers in order: embedding, blocks, pool, final norm, head."""
+def image_tower_specs(config: ImageTowerSection, options: BuildOptions, prefix: str = "") -> list[LayerSpec]:
+    """What makes a vector [b, d] of an image: embedding, norm, blocks, pool, final norm.
+
+    prefix: what the names of the layers begin with.
+    """
     whole = replace(options.layout, sequence_parallel=False)  # of what follows the pool
 
     def block(index: int) -> Block:
         return Block(config, index, options, causal=False, drop_path=config.drop_path(index))
 
+    norm = partial(build_norm, config.final_norm_kind, config, options.device)
     return [
-        LayerSpec("embedding", partial(PatchEmbedding, config, options)),
-        *(LayerSpec(f"layers.{i}", partial(block, i)) for i in range(config.num_layers)),
-        LayerSpec("pool", partial(Pool, config, options)),
-        LayerSpec("final_norm", partial(build_norm, config.final_norm_kind, config, options.device, whole)),
-        LayerSpec("head", partial(ClassHead, config, options)),
+        LayerSpec(f"{prefix}embedding", partial(PatchEmbedding, config, options)),
+        *([LayerSpec(f"{prefix}pre_norm", partial(norm, options.layout))] if config.pre_norm else []),
+        *(LayerSpec(f"{prefix}layers.{i}", partial(block, i)) for i in range(config.num_layers)),
+        LayerSpec(f"{prefix}pool", partial(Pool, config, options)),
+        LayerSpec(f"{prefix}final_norm", partial(norm, whole)),
     ]
+
+
+def vision_layer_specs(config: ImageConfig, options: BuildOptions) -> list[LayerSpec]:
+    """The model's layers in order: those of its tower, and the head."""
+    return [*image_tower_specs(config, options), LayerSpec("head", partial(ClassHead, config, options))]
 
 
 def vision_layer_lists(config: ImageConfig, options: BuildOptions) -> LayerLists:

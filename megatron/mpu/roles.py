@@ -16,13 +16,13 @@ Projection = Literal["qkv", "proj", "ffn"]
 
 What = Literal[
     "key_tokens", "value_tokens", "matrix", "output_matrix", "embedding", "input", "head", "norm", "bias", "position",
-    "start",
+    "start", "logit_scale",
 ]  # fmt: skip
 
 Feeds = Literal["scores", "residual", "logits"]
 """What a parameter's outputs go into: attention's scores, as queries; the residual stream; the model's logits."""
 
-_VECTORS = ("norm", "bias", "position", "start")
+_VECTORS = ("norm", "bias", "position", "start", "logit_scale")
 _OF_BLOCKS = ("key_tokens", "value_tokens", "matrix", "output_matrix")
 
 
@@ -33,7 +33,7 @@ class Role:
     Attributes:
         what: key or value tokens of Pattention; a linear layer's matrix, or that of one whose output joins the residual
             stream; token embedding; head; scale of a norm; bias; matrix that data which are no ids are multiplied with;
-            vectors of positions; vectors that stand before those of the data.
+            vectors of positions; vectors that stand before those of the data; logarithm of a factor on logits.
         projection: the projection it belongs to, of a block's matrices and tokens.
         segment: the growth it came with; 0 for what a model starts with.
         feeds: where its outputs go, where that matters for its size (megatron.model.mup).

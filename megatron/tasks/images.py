@@ -19,6 +19,7 @@ from megatron.data.pillow import pillow_needed
 from megatron.errors import RankError
 from megatron.model.build import IMAGES, Architecture
 from megatron.mpu.layout import Layout
+from megatron.tasks.normalise import Normalise
 from megatron.tasks.task import Task, Tensors
 
 _BEST = 5  # that top-5 counts
@@ -47,8 +48,7 @@ class ImageClassificationTask(Task[dict[str, Tensor]]):
         assert isinstance(config.model, ImageConfig) and isinstance(config.images, ImagesConfig)
         model, self._images = config.model, config.images
         self._shape = ImageShape(model.in_channels, model.image_size, model.num_classes)
-        mean, std = config.images.normalisation(model.in_channels)
-        self._mean, self._std = (255 * torch.tensor(values)[:, None, None] for values in (mean, std))
+        self._normalise = Normalise(config.images, model.in_channels)
 
     def datasets(self, samples: Sequence[int], order: Mapping[str, Sequence[int]]) -> Datasets:
         """Training images as often as they are needed, augmented; every image of the others once, as it is."""
@@ -81,8 +81,7 @@ class ImageClassificationTask(Task[dict[str, Tensor]]):
 
     def split(self, batch: dict[str, Tensor], device: torch.device) -> tuple[Tensors, Tensors]:
         """([images [b, c, H, W], normalised, fp32], [labels])."""
-        images, labels = (batch[name].to(device, non_blocking=True) for name in ("images", "labels"))
-        return ((images - self._mean.to(device)) / self._std.to(device),), (labels,)
+        return (self._normalise(batch["images"], device),), (batch["labels"].to(device, non_blocking=True),)
 
     def loss(self, outputs: Any, targets: Tensors, layout: Layout) -> Tensor:
         """Mean cross-entropy in nats an image.

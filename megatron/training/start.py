@@ -25,7 +25,7 @@ from megatron.errors import UserError
 from megatron.exchange import Checkpoint, open_checkpoint
 from megatron.failures import failed_attempts, read_failures
 from megatron.growth.grow import grown_checkpoint, lineage_entry
-from megatron.growth.plan import KINDS, TokenCounts, grown_config
+from megatron.growth.plan import KINDS, grown_to, with_tokens_of
 from megatron.growth.proof import Difference, compare_logits
 from megatron.growth.schedule import GrowthSchedule, growths_done, past_growths
 from megatron.log import get_logger
@@ -116,15 +116,12 @@ class Start:
         if isinstance(base.tensors, CheckpointReader):
             first_rank_does(partial(require_consistent, base.tensors), self._layout)
             verify_together(partial(CheckpointReader, base.tensors.folder, verify=False, key=key), self._layout)
-        slots = {f"{kind}_slot_num": getattr(config.model, f"{kind}_slot_num") for kind in KINDS}
-        segments = ("token_segments", "segment_norms")
-        check_same_model(config.model, base.model_config.replaced(**slots, **dict.fromkeys(segments)), base.folder)
+        slots = [f"{kind}_slot_num" for kind in KINDS]
+        check_same_model(config.model, base.model_config, base.folder, free=[*slots, "segment_norms"])
         # Everything but the tokens is as configured.
-        tokens = {name: getattr(base.model_config, name) for name in (*slots, *segments)}
-        base = base.as_model(type(config.model)(**{**config.model.model_dump(), **tokens}), key)
-        qkv, proj, ffn = (slots[f"{kind}_slot_num"] for kind in KINDS)
-        counts = TokenCounts(qkv, proj, ffn, new_keys=config.scaling.new_keys, row_norm=config.scaling.row_norm)
-        after = config.replaced(model=grown_config(base.model_config, counts))
+        base = base.as_model(with_tokens_of(config.model, base.model_config), key)
+        scaling = config.scaling
+        after = config.replaced(model=grown_to(base.model_config, config.model, scaling.new_keys, scaling.row_norm))
         if base.iteration is not None:
             self._carry_over(base)
         self.config, self.checkpoint = config.replaced(model=base.model_config), base

@@ -56,6 +56,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         ({"growth": [stage(5, qkv_slot_num=20)]}, "growth[0]: qkv_slot_num: 20 is fewer than the 24 tokens"),
         ({"growth": [stage(5), stage(4)]}, "entries are out of order, at_iteration 4 follows 5"),
+        ({"growth": [stage(5, tower="text")]}, "growth[0]: tower: text of a model that has no towers; leave it out"),
         ({"growth": [stage(5)], "norm_activation_type": "softmax"}, "12 more are no multiple of 24; choose 48"),
         ({"growth": [stage(5, new_keys="rotated")]}, "growth[0]: proj_slot_num: 36 are 12 more than the 24 tokens"),
         (

@@ -282,6 +282,7 @@ def test_a_growth_by_fewer_tokens_than_tensor_ranks_is_refused() -> None:
     [
         ([stage(5), stage(5)], "out of order, at_iteration 5 follows 5"),
         ([stage(9), stage(5)], "out of order, at_iteration 5 follows 9"),
+        ([stage(5, tower="image"), stage(5, tower="image")], "out of order, at_iteration 5 follows 5"),
         ([{"qkv_slot_num": 48}], "needs at_iteration or at_tokens, one of the two"),
         ([stage(5, at_tokens=100)], "needs at_iteration or at_tokens, one of the two"),
         ([stage(5, lr=1e-3, **CONTINUE)], "lr: belongs to a schedule of its own"),

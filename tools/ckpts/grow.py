@@ -19,6 +19,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for kind, what in (("qkv", "each query, key and value"), ("proj", "proj"), ("ffn", "the feed-forward")):
         parser.add_argument(f"--{kind}", type=int, help=f"tokens of {what} afterwards; default as many as before")
     parser.add_argument("--layers", help="blocks that grow, for example 0,3-5; default all TokenFormer blocks")
+    of_two = "which network of a model with an image tower and a text tower; default both"
+    parser.add_argument("--tower", choices=("image", "text", "both"), help=of_two)
     parser.add_argument("--new-keys", choices=("zero", "rotated", "random", "official"), help="what new keys start as")
     norms = "whether new tokens share the row norm of the old ones (default), or have their own: then random keys"
     parser.add_argument("--row-norm", choices=("joint", "segment"), default="joint", help=norms)
@@ -61,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     grown = grow_checkpoint(
         args.input,
         args.output,
-        TokenCounts(args.qkv, args.proj, args.ffn, layers, args.new_keys, args.row_norm),
+        TokenCounts(args.qkv, args.proj, args.ffn, layers, args.new_keys, args.row_norm, args.tower),
         seed=args.seed,
         new_moments=args.new_moments,
         config=load_config(args.config) if args.config else None,

@@ -38,6 +38,8 @@ class Initialisation:
     """That of matrices whose output joins the residual stream."""
     std: float
     """Standard deviation of normal, and of the methods that scale it."""
+    logit_scale: float = 0.0
+    """Logarithm of a learned factor on logits."""
 
 
 class ModelSection(Section):
@@ -50,7 +52,8 @@ class ModelSection(Section):
     samples: ClassVar[type[Section]] = Section
     """Section of the keys that are about its kind of samples; empty where the section `data` says all."""
     sizes: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    """By role of a parameter outside the blocks, the keys that set its first and its second dimension."""
+    """By role of a parameter outside the blocks, the keys that set its first and its second dimension: those of the
+    parameter's tower, where there are several (`towers`)."""
 
     num_layers: int = Field(gt=0, le=10_000)
     """Number of blocks L."""
@@ -126,6 +129,23 @@ class ModelSection(Section):
         """Dimensions of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
+    def towers(self) -> Mapping[str, ModelSection]:
+        """The section of each part of the network with blocks and sizes of its own, by what its names begin with."""
+        return {"": self}
+
+    def tower_of(self, name: str) -> tuple[str, ModelSection]:
+        """What the names of the tower begin with that a tensor is in, and the section of it."""
+        return next((item for item in self.towers().items() if name.startswith(item[0])), ("", self))
+
+    def with_towers(self, towers: Mapping[str, ModelSection]) -> ModelSection:
+        """The same network with such towers in place of its `towers()`."""
+        (section,) = towers.values()
+        return section
+
+    def spelled(self, key: str) -> str:
+        """A key of this section as a configuration has it, dotted where it is in a table."""
+        return key
+
     def tokens_per_sample(self) -> int:
         """Vectors of the residual stream that one training sample has."""
         raise NotImplementedError
@@ -200,7 +220,43 @@ class BlocksSection(ModelSection):
         return Initialisation(self.init_method, self.output_layer_init_method, self.init_method_std)
 
 
-class ModelConfig(MupKeys, BlocksSection):
+class VocabularySection(BlocksSection):
+    """A network that reads token ids."""
+
+    make_vocab_size_divisible_by: int = Field(default=128, gt=0, le=MAX_SIZE)
+    """The vocabulary is padded to a multiple of this, whatever the layout of the run."""
+    vocab_size: int | None = Field(default=None, gt=0, le=MAX_SIZE)
+    """Number of token ids of the tokenizer. Filled in from the tokenizer and rarely given by hand; a larger number
+    makes more rows."""
+    padded_vocab_size: int | None = Field(default=None, gt=0, le=MAX_SIZE)
+    """Rows of the embedding. Default: vocab_size padded to make_vocab_size_divisible_by."""
+
+    @model_validator(mode="after")
+    def _check_vocabulary(self) -> Self:
+        if self.padded_vocab_size and self.vocab_size and self.vocab_size > self.padded_vocab_size:
+            raise _too_many_ids(self.padded_vocab_size, self.vocab_size)
+        return self
+
+    def with_vocabulary(self, size: int) -> Self:
+        """A new config for a tokenizer of `size` ids, padded; raises UserError when they do not fit."""
+        padded = self.padded_vocab_size
+        if padded is not None and size > padded:
+            raise _too_many_ids(padded, size)
+        if self.vocab_size is not None and size > self.vocab_size:
+            reason = f"{self.vocab_size} is below the {size} token ids of the tokenizer"
+            raise ConfigError("vocab_size", reason, "remove it, or choose another tokenizer")
+        if padded is None:
+            multiple = self.make_vocab_size_divisible_by
+            padded = math.ceil(max(size, self.vocab_size or 0) / multiple) * multiple
+        return type(self)(**{**self.model_dump(), "vocab_size": size, "padded_vocab_size": padded})
+
+
+def _too_many_ids(rows: int, size: int) -> ConfigError:
+    reason = f"{rows} rows cannot hold the vocabulary of {size} token ids"
+    return ConfigError("padded_vocab_size", reason, "raise it or choose another tokenizer")
+
+
+class ModelConfig(MupKeys, VocabularySection):
     """The network: what a checkpoint's tensors mean."""
 
     task: ClassVar[str] = "language"
@@ -221,13 +277,6 @@ class ModelConfig(MupKeys, BlocksSection):
     """Base of the rotary frequencies."""
     no_weight_tying: bool = False
     """true: the logits come from a matrix of their own; false: from the transposed embedding."""
-    make_vocab_size_divisible_by: int = Field(default=128, gt=0, le=MAX_SIZE)
-    """The vocabulary is padded to a multiple of this, whatever the layout of the run."""
-    vocab_size: int | None = Field(default=None, gt=0, le=MAX_SIZE)
-    """Number of token ids of the tokenizer. Filled in from the tokenizer and rarely given by hand; a larger number
-    makes more rows."""
-    padded_vocab_size: int | None = Field(default=None, gt=0, le=MAX_SIZE)
-    """Rows of the embedding. Default: vocab_size padded to make_vocab_size_divisible_by."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -237,8 +286,6 @@ class ModelConfig(MupKeys, BlocksSection):
                 f"rotates {self.rotary_dim} of them, which must be an even number"
             )
             raise ConfigError("rotary_pct", reason, beside=["hidden_size", "num_attention_heads"])
-        if self.padded_vocab_size and self.vocab_size and self.vocab_size > self.padded_vocab_size:
-            raise _too_many_ids(self.padded_vocab_size, self.vocab_size)
         return self
 
     @property
@@ -249,24 +296,6 @@ class ModelConfig(MupKeys, BlocksSection):
     def tokens_per_sample(self) -> int:
         """Predictions that one training sample asks for: seq_length."""
         return self.seq_length
-
-    def with_vocabulary(self, size: int) -> ModelConfig:
-        """A new config for a tokenizer of `size` ids, padded; raises UserError when they do not fit."""
-        padded = self.padded_vocab_size
-        if padded is not None and size > padded:
-            raise _too_many_ids(padded, size)
-        if self.vocab_size is not None and size > self.vocab_size:
-            reason = f"{self.vocab_size} is below the {size} token ids of the tokenizer"
-            raise ConfigError("vocab_size", reason, "remove it, or choose another tokenizer")
-        if padded is None:
-            multiple = self.make_vocab_size_divisible_by
-            padded = math.ceil(max(size, self.vocab_size or 0) / multiple) * multiple
-        return ModelConfig(**{**self.model_dump(), "vocab_size": size, "padded_vocab_size": padded})
-
-
-def _too_many_ids(rows: int, size: int) -> ConfigError:
-    reason = f"{rows} rows cannot hold the vocabulary of {size} token ids"
-    return ConfigError("padded_vocab_size", reason, "raise it or choose another tokenizer")
 
 
 def _expand_attention_entry(entry: Any, remaining: int) -> list[str]:

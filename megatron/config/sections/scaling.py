@@ -117,6 +117,10 @@ def _check_scales(scales: LrScale | None, old: float | None, new: float | None) 
                 )
 
 
+Tower = Literal["image", "text", "both"]
+"""Which of a model's networks grows."""
+
+
 class ScheduledGrowth(Section):
     """One growth inside a run: when, to how many tokens, and how training goes on."""
 
@@ -132,6 +136,9 @@ class ScheduledGrowth(Section):
     """Tokens of the feed-forward after the growth. Default: as many as before."""
     layers: Annotated[list[Annotated[int, Field(ge=0, strict=False)]], Field(min_length=1)] | None = None
     """Blocks that grow, counted from 0. Default: all."""
+    tower: Tower | None = None
+    """Of a model with an image tower and a text tower: which of them grows. Two growths at one time may be of one tower
+    each. Default: both."""
     lr_policy: Literal["restart", "continue"] = "restart"
     """restart: a schedule of its own, warm-up included; continue: the schedule goes on as if nothing had happened."""
     lr: float | None = Field(default=None, ge=0, le=1000)
@@ -232,9 +239,11 @@ class ScalingConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> ScalingConfig:
         for key in ("at_iteration", "at_tokens"):
-            times = [value for growth in self.growth if (value := getattr(growth, key)) is not None]
-            for earlier, later in zip(times, times[1:], strict=False):
-                if later <= earlier:
+            timed = [growth for growth in self.growth if getattr(growth, key) is not None]
+            for first, second in zip(timed, timed[1:], strict=False):
+                earlier, later = getattr(first, key), getattr(second, key)
+                of_two_towers = {first.tower, second.tower} == {"image", "text"}
+                if later < earlier or (later == earlier and not of_two_towers):
                     reason = f"entries are out of order, {key} {later} follows {earlier}"
                     raise ConfigError("growth", reason, "sort them by time")
         _check_scales(self.lr_scale, self.old_tokens_lr_scale, self.new_tokens_lr_scale)

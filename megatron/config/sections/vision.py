@@ -1,4 +1,4 @@
-"""Section `model` of what learns to classify images."""
+"""What looks at images, and section `model` of what learns to classify them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ from megatron.errors import ConfigError
 _LARGEST_IMAGE = 2**14
 
 
-class ImageConfig(BlocksSection):
-    """A network that tells what is on an image, as a Vision Transformer does (Dosovitskiy et al., 2021)."""
+class ImageTowerSection(BlocksSection):
+    """What makes a vector of an image, as a Vision Transformer does (Dosovitskiy et al., 2021)."""
 
-    task: ClassVar[str] = "image_classification"
-    samples: ClassVar[type[Section]] = ImagesConfig
     sizes: ClassVar[Mapping[str, tuple[str, str]]] = {
         "input": ("hidden_size", "patch_size"), "position": ("image_size", "hidden_size"),
-        "head": ("num_classes", "hidden_size"),
     }  # fmt: skip
 
     image_size: int = Field(default=224, gt=0, le=_LARGEST_IMAGE)
@@ -31,10 +28,12 @@ class ImageConfig(BlocksSection):
     """Height and width of the patches that an image is cut into, each of which is a token."""
     in_channels: int = Field(default=3, gt=0, le=1024)
     """Channels of an image: 3 of colours, 1 of greys."""
-    num_classes: int = Field(default=1000, gt=1, le=MAX_SIZE)
-    """Classes that an image may be of."""
+    patch_bias: bool = True
+    """The linear map of the patches has a bias."""
     class_token: bool = True
     """A learned token stands before the patches."""
+    pre_norm: bool = False
+    """A norm, of the kind final_norm, stands between the positions and the first block."""
     global_pool: Literal["token", "avg"] = "token"
     """What the head reads: the class token, or the mean of the patches (whose norm then follows the mean)."""
     pos_emb: Literal["learned"] = "learned"
@@ -44,7 +43,7 @@ class ImageConfig(BlocksSection):
     the probabilities rise evenly from 0 (stochastic depth, Huang et al., 2016)."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check_image(self) -> Self:
         if self.image_size % self.patch_size:
             reason = f"{self.patch_size} pixels do not divide image_size {self.image_size}"
             raise ConfigError("patch_size", reason, "choose a divisor of it", beside=["image_size"])
@@ -77,3 +76,16 @@ class ImageConfig(BlocksSection):
             reason = f"{self.tokens_per_sample()} patches are no multiple of model_parallel_size {ranks}"
             return ConfigError("sequence_parallel", reason, "set sequence_parallel: false", beside=beside)
         return None
+
+
+class ImageConfig(ImageTowerSection):
+    """A network that tells what is on an image."""
+
+    task: ClassVar[str] = "image_classification"
+    samples: ClassVar[type[Section]] = ImagesConfig
+    sizes: ClassVar[Mapping[str, tuple[str, str]]] = {
+        **ImageTowerSection.sizes, "head": ("num_classes", "hidden_size"),
+    }  # fmt: skip
+
+    num_classes: int = Field(default=1000, gt=1, le=MAX_SIZE)
+    """Classes that an image may be of."""
