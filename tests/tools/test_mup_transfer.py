@@ -12,21 +12,32 @@ from torch import Tensor
 
 from megatron.errors import UserError
 from megatron.training.coord_check import AXES
-from tools.mup.transfer import FACTORS, RATES, best_rate, configuration, known_losses, report, trained
+from tools.mup.transfer import FACTORS, RATES, best_rate, configuration, known_losses, means, report, runs, trained
 
 ROOT = Path(__file__).parents[2]
 LOSSES: dict[str, float] = json.loads((ROOT / "tools/mup/transfer.json").read_text())["losses"]
 
 
-@pytest.mark.parametrize("axis", AXES)
-def test_the_best_rate_moved_by_one_step_at_most(axis: str) -> None:
-    base = RATES.index(best_rate(LOSSES, "base"))
-    for factor in FACTORS[1:]:
-        assert abs(RATES.index(best_rate(LOSSES, f"mup {axis} {factor}")) - base) <= 1
+def steps(kind: str) -> int:
+    """Steps of the grid by which the best rate is below that of the base model."""
+    return RATES.index(best_rate(LOSSES, "base")) - RATES.index(best_rate(LOSSES, kind))
 
 
-def test_without_mup_that_of_a_wide_model_moved_further() -> None:
-    assert RATES.index(best_rate(LOSSES, "base")) - RATES.index(best_rate(LOSSES, "plain width 4")) == 2
+@pytest.mark.parametrize(("axis", "factor"), [(axis, factor) for axis in AXES for factor in FACTORS[axis]])
+def test_the_best_rate_moved_by_one_step_at_most(axis: str, factor: int) -> None:
+    assert abs(steps(f"mup {axis} {factor}")) <= 1
+
+
+@pytest.mark.parametrize(("kind", "moved"), [("width 4", 2), ("tokens 16", 3)])
+def test_without_mup_it_moved_further(kind: str, moved: int) -> None:
+    assert steps(f"plain {kind}") == moved
+
+
+def test_the_mean_is_over_the_seeds_that_have_every_rate() -> None:
+    losses = {run.name: float(run.seed) for run in runs(2)}
+    assert set(means(losses, "mup depth 4")) == {1.5} and set(means(losses, "mup tokens 16")) == {1.0}
+    del losses["mup depth 4 0.0625 seed 2"]
+    assert set(means(losses, "mup depth 4")) == {1.0} and means({}, "base") == [] and not list(report({}))[2:]
 
 
 def test_the_page_has_what_was_measured() -> None:

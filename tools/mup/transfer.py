@@ -1,8 +1,9 @@
 """The transfer check of muP: `python -m tools.mup.transfer results.json`; see docs/mup.md.
 
-Models that are 1, 2 and 4 times as wide, as deep or with as many tokens as a base model are trained on State of the
-Union addresses, read as bytes, at rates that double from one to the next; those of 4 times without muP too. The file is
-written after every run, and a later call goes on from it.
+Models that are 2 and 4 times as wide or as deep, or with 2, 4 and 16 times as many tokens as a base model, are trained
+on State of the Union addresses, read as bytes, at rates that double from one to the next; those of 4 times and more
+without muP too. The file is written after every run, and a later call goes on from it; further seeds are for models of
+up to 4 times.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +42,42 @@ BASE: dict[str, Any] = {
     "padded_vocab_size": 256,
     "train_micro_batch_size_per_gpu": 8, "optimizer": {"type": "Adam", "params": {"betas": [0.9, 0.95]}},
 }  # fmt: skip
-FACTORS = (1, 2, 4)
+FACTORS = {"width": (2, 4), "tokens": (2, 4, 16), "depth": (2, 4)}
+"""By axis; a model is as many times the base model's size."""
+PLAIN_FROM = ALL_SEEDS_TO = 4
+"""The smallest factor that is tried without muP too, and the largest that is tried with further seeds."""
+FIRST_SEED = 1234
+"""Of the initialisation, the default one; those of further seeds follow it."""
 RATES = tuple(2.0**-power for power in range(9, 3, -1))
 """From 2^-9 to 2^-4."""
 UPDATES, WARMUP, LAST = 300, 0.1, 50
 """Of a run; the part of them before the peak rate; how many losses its result is the mean of."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training of one model at one rate."""
+
+    use_mup: bool
+    axis: str
+    factor: int
+    rate: float
+    seed: int = 1
+
+    @property
+    def kind(self) -> str:
+        """What its line in the table is called. The base model is the same with muP and without."""
+        return "base" if self.factor == 1 else f"{'mup' if self.use_mup else 'plain'} {self.axis} {self.factor}"
+
+    @property
+    def name(self) -> str:
+        """Of its loss in the file."""
+        return run_name(self.kind, self.rate, self.seed)
+
+
+def run_name(kind: str, rate: float, seed: int) -> str:
+    """Of a loss in the file."""
+    return f"{kind} {rate:g}" + (f" seed {seed}" if seed > 1 else "")
 
 
 def configuration(use_mup: bool, axis: str, factor: int, rate: float, **keys: Any) -> RunConfig:
@@ -79,43 +114,55 @@ def trained(config: RunConfig, batch: Callable[[int], Tensor], updates: int, las
     return result if math.isfinite(result) else math.inf
 
 
-def text_batches(size: int, length: int) -> Callable[[int], Tensor]:
-    """The same bytes of the addresses for an update of any run."""
+def text_batches(size: int, length: int, seed: int = 1) -> Callable[[int], Tensor]:
+    """The same bytes of the addresses for an update of any run of a seed."""
     text = np.frombuffer("\n\n".join(read_addresses()).encode(), dtype=np.uint8)
 
     def batch(number: int) -> Tensor:
-        starts = np.random.default_rng(number).integers(len(text) - length - 1, size=size)
+        starts = np.random.default_rng(number + (seed - 1) * UPDATES).integers(len(text) - length - 1, size=size)
         return torch.from_numpy(np.stack([text[at : at + length + 1] for at in starts])).long()
 
     return batch
 
 
-def runs() -> Iterator[tuple[str, bool, str, int, float]]:
-    """(name, use_mup, axis, factor, rate) of every run; the base model is the same with muP and without."""
-    for rate in RATES:
-        yield f"base {rate:g}", True, "width", 1, rate
-    for use_mup in (True, False):
-        for axis in AXES:
-            for factor in FACTORS[1:] if use_mup else FACTORS[-1:]:
-                for rate in RATES:
-                    yield f"{'mup' if use_mup else 'plain'} {axis} {factor} {rate:g}", use_mup, axis, factor, rate
+def runs(seeds: int = 1) -> Iterator[Run]:
+    """Every run; those of the largest models with the first seed only."""
+    for seed in range(1, seeds + 1):
+        yield from (Run(True, "width", 1, rate, seed) for rate in RATES)
+        for use_mup, axis in product((True, False), AXES):
+            factors = [factor for factor in FACTORS[axis] if use_mup or factor >= PLAIN_FROM]
+            factors = [factor for factor in factors if factor <= ALL_SEEDS_TO or seed == 1]
+            yield from (Run(use_mup, axis, factor, rate, seed) for factor, rate in product(factors, RATES))
 
 
-def best_rate(losses: dict[str, float], kind: str) -> float:
-    """The best rate of a kind of run, its name without the rate: `base`, or such as `mup tokens 4`."""
-    return min(RATES, key=lambda rate: losses[f"{kind} {rate:g}"])
+def means(losses: Mapping[str, float], kind: str) -> list[float]:
+    """Mean losses of a kind of run, such as `base` or `mup tokens 4`, at RATES, over the seeds that have all of them.
+
+    Empty where none has.
+    """
+    found = []
+    for seed in count(1):
+        names = [run_name(kind, rate, seed) for rate in RATES]
+        if not all(name in losses for name in names):
+            break
+        found.append([losses[name] for name in names])
+    return [statistics.mean(column) for column in zip(*found, strict=True)]
 
 
-def report(losses: dict[str, float]) -> Iterator[str]:
-    """Markdown: a line a model that has been trained at every rate, its losses, the best one in bold."""
+def best_rate(losses: Mapping[str, float], kind: str) -> float:
+    """The best rate of a kind of run."""
+    values = means(losses, kind)
+    return RATES[values.index(min(values))]
+
+
+def report(losses: Mapping[str, float]) -> Iterator[str]:
+    """Markdown: a line a model that has been trained at every rate, its mean losses, the best one in bold."""
     yield f"| | {' | '.join(f'2^{round(math.log2(rate))}' for rate in RATES)} |"
     yield f"|---|{'---|' * len(RATES)}"
-    for kind in dict.fromkeys(name.rpartition(" ")[0] for name, *_ in runs()):
-        values = [losses[f"{kind} {rate:g}"] for rate in RATES if f"{kind} {rate:g}" in losses]
-        if len(values) < len(RATES):
-            continue
-        cells = [f"**{value:.3f}**" if value == min(values) else f"{value:.3f}" for value in values]
-        yield f"| {kind} | {' | '.join(cells)} |"
+    for kind in dict.fromkeys(run.kind for run in runs()):
+        if values := means(losses, kind):
+            cells = [f"**{value:.3f}**" if value == min(values) else f"{value:.3f}" for value in values]
+            yield f"| {kind} | {' | '.join(cells)} |"
 
 
 def known_losses(path: Path) -> dict[str, float]:
@@ -133,6 +180,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="transfer.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("results", type=Path, metavar="FILE", help="results as JSON, read first where it is there")
     parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name contains this")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, of initialisation and order of data")
     return parser.parse_args(argv)
 
 
@@ -142,13 +190,15 @@ def main() -> int:
     path: Path = options.results
     losses = known_losses(path)
     torch.set_num_threads(1)
-    batch = text_batches(BASE["train_micro_batch_size_per_gpu"], BASE["seq_length"])
-    for name, *which in runs():
-        if name in losses or options.only not in name:
+    size, length = BASE["train_micro_batch_size_per_gpu"], BASE["seq_length"]
+    batches = {seed: text_batches(size, length, seed) for seed in range(1, options.seeds + 1)}
+    for run in runs(options.seeds):
+        if run.name in losses or options.only not in run.name:
             continue
         begin = time.perf_counter()
-        losses[name] = round(trained(configuration(*which), batch, UPDATES), 4)  # type: ignore[arg-type]
-        print(f"{name}: {losses[name]:.4f} ({time.perf_counter() - begin:.0f} s)", flush=True)
+        config = configuration(run.use_mup, run.axis, run.factor, run.rate, seed=FIRST_SEED + run.seed - 1)
+        losses[run.name] = round(trained(config, batches[run.seed], UPDATES), 4)
+        print(f"{run.name}: {losses[run.name]:.4f} ({time.perf_counter() - begin:.0f} s)", flush=True)
         document = {"base": BASE, "updates": UPDATES, "rates": RATES, "losses": losses}
         write_output(path, json.dumps(document, indent=1) + "\n", "FILE")
     print("\n".join(report(losses)))
