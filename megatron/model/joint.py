@@ -26,7 +26,7 @@ class JointLayer(nn.Module):
         """Outputs of layers that read the same x, from what their `read_parameters` gave."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, joint: JointCall | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, joint: JointCall | None = None) -> Tensor:
         """x [.., in] -> [.., out]; `joint` is the call that this layer is a part of."""
         return (joint or JointCall([self], x)).enter(self, x, self.read_parameters())
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.sections.model import RowNorm
-from megatron.model.joint import JointLayer
+from megatron.model.joint import JointCall, JointLayer
 from megatron.mpu.collectives import Form, enter, leave, sum_scatter
 from megatron.mpu.layout import ALONE, Axis
 from megatron.mpu.roles import Feeds, Projection, Role, mark_role
@@ -215,6 +215,33 @@ class Pattention(JointLayer):
     def _joined(self, kind: str) -> Tensor:
         segments = [getattr(self, f"{kind}_tokens_{i}") for i in self.segments]
         return segments[0] if len(segments) == 1 else torch.cat(segments)
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, *, joint: JointCall | None = None) -> Tensor:
+        """x [.., in_features] -> [.., out_features].
+
+        Args:
+            token_mask: which tokens there are, bool [num_tokens], or for each row of x a choice of its own,
+                [.., num_tokens]; in the order of the segments, on every tensor rank that of all tokens. A token that
+                is masked out is like one that the layer does not have: it has no part in the row norm, which is that
+                of the others, while tau stays. A row without tokens gives zeros.
+            joint: the call that this layer is a part of.
+
+        Raises: ValueError for a mask that is not one.
+        """
+        parameters = self.read_parameters()
+        if token_mask is not None:
+            parameters = parameters._replace(mask=self._share_of(token_mask))
+        return (joint or JointCall([self], x)).enter(self, x, parameters)
+
+    def _share_of(self, mask: Tensor) -> Tensor:
+        """This rank's columns of a mask, bool [.., n] -> [.., n_rank]."""
+        if mask.dtype != torch.bool or mask.shape[-1:] != (self.num_tokens,):
+            found = f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}"
+            raise ValueError(f"token_mask: expected bool [.., {self.num_tokens}], got {found}")
+        if self.axis.size == 1:
+            return mask
+        parts = mask.split(self.segment_sizes, -1)
+        return torch.cat([part[..., slice(*self.axis.share(part.shape[-1]))] for part in parts], -1)
 
     def read_parameters(self) -> ParameterTokens:
         """Keys, values, tau_tokens and norm groups; this rank's share."""

@@ -28,12 +28,15 @@ class ParameterTokens(NamedTuple):
 
     Tokens in several norm groups have theta over the scores of each group alone: tau_tokens is then [groups], and
     norm_columns says how many of the n tokens each has, in order. () stands for one group of all.
+
+    mask: bool, of a shape that broadcasts to the scores [.., n]; see `mask_scores`.
     """
 
     key: Tensor
     value: Tensor
     tau_tokens: Tensor
     norm_columns: tuple[int, ...] = ()
+    mask: Tensor | None = None
 
 
 PattentionFunction = Callable[[Tensor, Sequence[ParameterTokens], str, Axis], list[Tensor]]
@@ -112,11 +115,31 @@ def joint_reference(x: Tensor, layers: Sequence[ParameterTokens], activation: st
 
     Returns: for each layer [.., d_out]; over the tensor ranks they are partial sums.
     """
-    scores = [_by_norm(x @ layer.key.T, layer.norm_columns) for layer in layers]
+    hidden = [None if layer.mask is None else ~layer.mask for layer in layers]
+    scores = [mask_scores(x @ layer.key.T, h, activation) for layer, h in zip(layers, hidden, strict=True)]
+    groups = [_by_norm(score, layer.norm_columns) for score, layer in zip(scores, layers, strict=True)]
     counts = [count for layer in layers for count in layer.tau_tokens.view(-1).unbind()]
-    found = iter(joint_theta([part for parts in scores for part in parts], counts, activation, axis))
-    weights = [torch.cat([next(found) for _ in parts], -1) if len(parts) > 1 else next(found) for parts in scores]
+    found = iter(joint_theta([part for parts in groups for part in parts], counts, activation, axis))
+    weights = [torch.cat([next(found) for _ in parts], -1) if len(parts) > 1 else next(found) for parts in groups]
+    weights = [mask_weights(weight, h, activation) for weight, h in zip(weights, hidden, strict=True)]
     return [weight @ layer.value for weight, layer in zip(weights, layers, strict=True)]
+
+
+def mask_scores(scores: Tensor, hidden: Tensor | None, activation: str) -> Tensor:
+    """Scores of rows in which the `hidden` tokens, bool, have no part: neither in the row norm nor in the output.
+
+    As in the official code a score is multiplied by its mask before theta: GELU of 0 is 0, and 0 adds nothing to a
+    norm. Its comment on softmax is to add -inf; the lowest number does the same, and gives no NaN where all tokens of
+    a row are hidden. tau stays that of the layer. So a hidden token is one that the layer does not have, tau apart.
+    """
+    if hidden is None:
+        return scores
+    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min if activation == "softmax" else 0.0)
+
+
+def mask_weights(weights: Tensor, hidden: Tensor | None, activation: str) -> Tensor:
+    """Weights for scores of `mask_scores`; those of a softmax over nothing but hidden tokens become zeros too."""
+    return weights if hidden is None or activation != "softmax" else weights.masked_fill(hidden, 0.0)
 
 
 def _by_norm(scores: Tensor, norm_columns: tuple[int, ...]) -> Sequence[Tensor]:

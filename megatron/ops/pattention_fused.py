@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron.mpu.collectives import PendingSum
 from megatron.mpu.layout import ALONE, Axis
-from megatron.ops.pattention import ParameterTokens, statistics_dtype
+from megatron.ops.pattention import ParameterTokens, mask_scores, mask_weights, statistics_dtype
 from megatron.ops.pattention_rows import GroupedRows, Rows
 
 
@@ -39,42 +39,48 @@ class Method:
 
 
 class _Pattention(torch.autograd.Function):
-    """Layers with equally many tokens: x [T, d], then for each layer its keys [n, d], then its values [n, d_out]."""
+    """Layers with equally many tokens: x [T, d], then for each layer its keys [n, d], then its values [n, d_out].
+
+    hidden: which scores are masked, bool [T, l, n] or [1, l, n].
+    """
 
     @staticmethod
-    def forward(ctx: Any, method: Method, tau2: Tensor, x: Tensor, *tokens: Tensor) -> tuple[Tensor, ...]:
-        count = len(tokens) // 2
-        scores = _scores(x, tokens[:count])
-        if method.is_whole:
-            weights, scale = method.rows.forward(scores, tau2)
-        else:
-            scale = method.rows.scale(method.rows.combined(method.rows.statistics(scores), method.axis), tau2)
-            weights = method.rows.weights(scores, scale)
+    def forward(
+        ctx: Any, method: Method, tau2: Tensor, hidden: Tensor | None, x: Tensor, *tokens: Tensor
+    ) -> tuple[Tensor, ...]:
+        count, activation = len(tokens) // 2, method.rows.activation
+        scores = mask_scores(_scores(x, tokens[:count]), hidden, activation)
+        weights, scale = _weights(method, scores, tau2)
+        weights = mask_weights(weights, hidden, activation)
         ctx.method, ctx.count = method, count
-        ctx.save_for_backward(tau2, x, scale, *tokens, *(() if method.recompute_scores else (scores,)))
+        ctx.save_for_backward(tau2, hidden, x, scale, *tokens, *(() if method.recompute_scores else (scores,)))
         return tuple(weights[:, i] @ value for i, value in enumerate(tokens[count:]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        method, count = ctx.method, ctx.count
-        tau2, x, scale, *saved = ctx.saved_tensors
+        method, count, activation = ctx.method, ctx.count, ctx.method.rows.activation
+        tau2, hidden, x, scale, *saved = ctx.saved_tensors
         keys, values = saved[:count], saved[count : 2 * count]
-        scores = _scores(x, keys) if method.recompute_scores else saved[-1]
+        scores = mask_scores(_scores(x, keys), hidden, activation) if method.recompute_scores else saved[-1]
         grad = torch.empty_like(scores)
         for i, value in enumerate(values):
             torch.mm(grads[i], value.T, out=grad[:, i])
         if method.is_whole:
             grad_scores, weights = method.rows.backward(scores, scale, grad, tau2)
+            weights = mask_weights(weights, hidden, activation)
             grad_values = [weights[:, i].T @ grads[i] for i in range(count)]
         else:
             dots, weights = method.rows.dots(scores, scale, grad)
             pending = PendingSum(dots, method.axis)
+            weights = mask_weights(weights, hidden, activation)
             # The sum over the ranks is on its way while the values' gradients are computed.
             grad_values = [weights[:, i].T @ grads[i] for i in range(count)]
             grad_scores = method.rows.grad_scores(scores, scale, grad, pending.wait() / tau2)
         del scores, weights
+        if hidden is not None:
+            grad_scores = grad_scores.masked_fill_(hidden, 0.0)
         grad_x, grad_keys = _key_gradients(x, keys, grad_scores)
-        return None, None, grad_x, *grad_keys, *grad_values
+        return None, None, None, grad_x, *grad_keys, *grad_values
 
 
 def _stacks(x: Tensor, keys: Sequence[Tensor]) -> bool:
@@ -92,6 +98,15 @@ def _scores(x: Tensor, keys: Sequence[Tensor]) -> Tensor:
     return scores
 
 
+def _weights(method: Method, scores: Tensor, tau2: Tensor) -> tuple[Tensor, Tensor]:
+    """(weights, scale) from a rank's scores."""
+    rows = method.rows
+    if method.is_whole:
+        return rows.forward(scores, tau2)
+    scale = rows.scale(rows.combined(rows.statistics(scores), method.axis), tau2)
+    return rows.weights(scores, scale), scale
+
+
 def _key_gradients(x: Tensor, keys: Sequence[Tensor], grad_scores: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
     """Gradients of x, summed over the layers, and of the keys of each."""
     if _stacks(x, keys):
@@ -105,12 +120,33 @@ def _key_gradients(x: Tensor, keys: Sequence[Tensor], grad_scores: Tensor) -> tu
 
 def joint_rowwise(x: Tensor, layers: Sequence[ParameterTokens], method: Method) -> list[Tensor]:
     """`megatron.ops.pattention.joint_reference` by a `Method`: x [.., d_in] -> [.., d_out] of each layer."""
-    if len({(len(layer.key), layer.norm_columns) for layer in layers}) > 1:
+    if not _are_alike(layers):
         return [output for layer in layers for output in joint_rowwise(x, [layer], method)]
-    tau2 = torch.stack([layer.tau_tokens for layer in layers], -1).to(statistics_dtype(x)).unsqueeze(-1)  # [l, 1]
-    if columns := layers[0].norm_columns:
-        tau2 = tau2.unsqueeze(1)  # [groups, 1, l, 1]
-        method = Method(GroupedRows(method.rows, columns), method.axis, method.recompute_scores)
+    method, tau2 = _with_norms(x, layers, method)
     tokens = [*(layer.key for layer in layers), *(layer.value for layer in layers)]
-    outputs = _Pattention.apply(method, tau2, x.flatten(0, -2), *tokens)
+    outputs = _Pattention.apply(method, tau2, _hidden(x, layers), x.flatten(0, -2), *tokens)
     return [output.view(*x.shape[:-1], -1) for output in outputs]
+
+
+def _are_alike(layers: Sequence[ParameterTokens]) -> bool:
+    """Have they equally many tokens, in equal norm groups, so that their scores are one matrix?"""
+    return len({(len(layer.key), layer.norm_columns) for layer in layers}) == 1
+
+
+def _with_norms(x: Tensor, layers: Sequence[ParameterTokens], method: Method) -> tuple[Method, Tensor]:
+    """The method for the norm groups of the layers, and their tau^2: [l, 1], of several groups [groups, 1, l, 1]."""
+    tau2 = torch.stack([layer.tau_tokens for layer in layers], -1).to(statistics_dtype(x)).unsqueeze(-1)
+    if not (columns := layers[0].norm_columns):
+        return method, tau2
+    return Method(GroupedRows(method.rows, columns), method.axis, method.recompute_scores), tau2.unsqueeze(1)
+
+
+def _hidden(x: Tensor, layers: Sequence[ParameterTokens]) -> Tensor | None:
+    """Which scores of the layers are masked, bool [T, l, n], or [1, l, n] where all rows are masked alike."""
+    masks = [layer.mask for layer in layers if layer.mask is not None]
+    if not masks:
+        return None
+    rows = x.shape[:-1] if any(mask.dim() > 1 for mask in masks) else (1,)
+    visible = masks[0].new_ones(1)
+    shown = [(visible if layer.mask is None else layer.mask).expand(*rows, len(layer.key)) for layer in layers]
+    return ~torch.stack([mask.flatten(0, -2) for mask in shown], dim=1)

@@ -77,7 +77,18 @@ def one_layer(tensor_size: int) -> dict[str, float]:
             distances[f"{activation} {backend} norms"] = compare_layer(
                 layout, activation, backend, [9, 7, 5], True, norms
             )
+            distances[f"{activation} {backend} mask"] = compare_layer(
+                layout, activation, backend, [8, 13], True, masked=True
+            )
     return distances
+
+
+def some_masks(*shape: int) -> Tensor:
+    """A row that has all tokens hidden, and one that has a single token: on all ranks but one there is none."""
+    mask = torch.rand(shape) > 0.4
+    mask[0, 1] = mask[0, 2] = False
+    mask[0, 2, -1] = True
+    return mask
 
 
 def compare_layer(
@@ -87,6 +98,7 @@ def compare_layer(
     tokens: list[int],
     zero_keys: bool,
     row_norms: list[RowNorm] | None = None,
+    masked: bool = False,
 ) -> float:
     torch.manual_seed(1)
     dtype = torch.float32 if backend == "triton" else torch.float64  # in fp64 its kernels are not asked
@@ -103,10 +115,11 @@ def compare_layer(
     sharded = Pattention(WIDTH, WIDTH, tokens, axis=layout.tensor, **build)  # type: ignore[arg-type]
     take_parameters(sharded, whole, layout)
     grad_out = torch.randn(*shape, WIDTH, dtype=dtype)
+    mask = some_masks(*shape, sum(tokens)) if masked else None
     results = []
     for layer in (whole, sharded):
         leaf = x.clone().requires_grad_()
-        out = layer(leaf)
+        out = layer(leaf, mask)
         out.backward(grad_out)
         assert leaf.grad is not None
         results.append((out.detach(), leaf.grad))
@@ -122,7 +135,7 @@ def compare_layer(
 @pytest.mark.parametrize("tensor_size", [2, 4])
 def test_one_layer_equals_the_unsharded_one(tensor_size: int) -> None:
     for distances in run_ranks(tensor_size, one_layer, tensor_size):
-        assert len(distances) == 54
+        assert len(distances) == 66
         for case, distance in distances.items():
             assert distance < (1e-6 if " triton " in case else 1e-12), (case, distance)
 
