@@ -14,7 +14,7 @@ from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
 from megatron.evaluation.batching import BatchSize
 from megatron.exchange import Checkpoint, open_checkpoint
-from megatron.inference.load import model_of
+from megatron.inference.load import language_model_of
 from megatron.inference.prepare import check_vocabulary
 from megatron.model import LanguageModel
 from megatron.text import suggestion
@@ -74,7 +74,7 @@ def load_pretrained(
     length = None if max_length is None else _positive("max_length", max_length)
     run = load_config(str(config)) if config else None
     checkpoint = open_checkpoint(path, run, key="pretrained")
-    model = model_of(checkpoint, run, _DTYPES[dtype], _place(device))
+    model = language_model_of(checkpoint, run, _DTYPES[dtype], _place(device))
     if tokenizer:
         described = TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(tokenizer))
     else:

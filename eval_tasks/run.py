@@ -1,17 +1,19 @@
-"""What eval.py does: lm-eval's tasks and perplexity of a checkpoint, tables, and a results file."""
+"""What eval.py does: what a checkpoint's model is evaluated by, tables, and a results file."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from eval_tasks.faults import explained
 from eval_tasks.results import flat_metrics, log_to_boards, results_path, write_results
-from eval_tasks.tables import format_summary, format_table, paper_summary
+from eval_tasks.tables import format_classes, format_summary, format_table, paper_summary
 from megatron.config.schema import RunConfig
 from megatron.config.sections.evaluation import EvaluationConfig
+from megatron.config.sections.vision import ImageConfig
+from megatron.data.pillow import pillow_needed
 from megatron.errors import UserError
 from megatron.evaluation.batching import Batches
 from megatron.evaluation.corpus import corpus_documents, find_corpus
@@ -31,21 +33,45 @@ BOOTSTRAP_ITERS = 100
 
 
 def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]:
-    """Evaluate the checkpoint of `config` on eval_tasks and perplexity_data; rank 0 prints tables, writes the results
-    file and logs to TensorBoard and Weights & Biases where configured.
+    """Evaluate the checkpoint of `config`: a language model on eval_tasks and perplexity_data, an image classifier on
+    its images. Rank 0 prints tables, writes the results file and logs to TensorBoard and Weights & Biases where
+    configured.
 
     Args:
         layout: of all processes, which call this together; the data axis shares the work, the tensor axis the model.
 
     Returns: lm-eval's results, `results[task]["acc,none"]` and so on, with `checkpoint` and `tokenizer`; the
-        perplexities are those of the task `perplexity`; `summary` is the paper's table if all its tasks were run.
+        perplexities are those of the task `perplexity`; `summary` is the paper's table if all its tasks were run. Of
+        images: see evaluate_images.
 
     Raises: UserError when tasks, checkpoint, tokenizer, data or the lm_eval package are missing.
     """
-    reports, options, seq_length = layout.rank == 0, config.evaluation, config.language.seq_length
-    results_file = results_path(options.eval_results_prefix)
+    reports = layout.rank == 0
+    results_file = results_path(config.evaluation.eval_results_prefix)
     if reports:
         find_output(results_file, "eval_results_prefix")
+    if isinstance(config.model, ImageConfig):
+        with pillow_needed():
+            from eval_tasks.images import evaluate_images
+        results = evaluate_images(config, layout, results_file)
+    else:
+        results = _evaluate_language(config, layout)
+    if reports:
+        print("\n\n".join(_tables(results)), flush=True)
+        write_results(results, results_file)
+        log_to_boards(config, flat_metrics(results))
+    return results
+
+
+def _tables(results: Mapping[str, Any]) -> Iterator[str]:
+    yield format_table(results["results"])
+    if "summary" in results:
+        yield format_summary(results["summary"])
+    yield from (format_classes(classes) for classes in results.get("classes", {}).values())
+
+
+def _evaluate_language(config: RunConfig, layout: Layout) -> dict[str, Any]:
+    options, seq_length = config.evaluation, config.language.seq_length
     with_tasks = bool(options.eval_tasks or not options.perplexity_data)
     _check_options(options, with_tasks, seq_length)
     path = checkpoint_source(config.checkpoint)
@@ -60,12 +86,6 @@ def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]
     results.update(checkpoint=str(path), tokenizer=f"{tokenizer.name}-{tokenizer.vocab_size}")
     summary = paper_summary(results["results"], model.config)
     results.update({"summary": summary} if summary else {})
-    if reports:
-        print(format_table(results["results"]), flush=True)
-        if summary:
-            print("\n" + format_summary(summary), flush=True)
-        write_results(results, results_file)
-        log_to_boards(config, flat_metrics(results))
     return results
 
 

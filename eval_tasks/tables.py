@@ -1,15 +1,17 @@
-"""Results as tables: every metric of every task, and the paper's table of six tasks."""
+"""Results as tables: every metric of every task, classes of images, and the paper's table of six tasks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from eval_tasks.published import ACCURACY_COLUMNS, COLUMNS, PERPLEXITY_COLUMN, PILE_COLUMN, published_row
 from megatron.config.sections.model import ModelConfig
-from megatron.text import align
+from megatron.text import align, shortened
 
 Results = Mapping[str, Mapping[str, Any]]
+_LONGEST_CELL = 32
 
 
 def format_table(results: Results) -> str:
@@ -29,13 +31,26 @@ def _rows(results: Results) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, (int, float)) else "-"
+    return f"{value:.4f}" if isinstance(value, (int, float)) and not math.isnan(value) else "-"
 
 
 def ruled(rows: Sequence[Sequence[str]], num_text_columns: int) -> str:
     """Columns of text, then of numbers, with a rule below the first row."""
     lines = align(rows, range(num_text_columns))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def format_classes(classes: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each class of images: number, name, images, accuracy, standard error, what most mistakes take it for.
+
+    classes: as eval_tasks.images lists them.
+    """
+    rows = [("class", "name", "taken for", "images", "acc", "stderr")]
+    for values in classes:
+        wrong = f"{values['taken_for_name']} ({values['taken']})" if "taken_for" in values else ""
+        numbers = str(values["num_images"]), _number(values.get("acc")), _number(values.get("acc_stderr"))
+        rows.append((str(values["class"]), values["name"], wrong, *numbers))
+    return ruled([tuple(shortened(cell, _LONGEST_CELL) for cell in row) for row in rows], num_text_columns=3)
 
 
 def paper_summary(results: Results, config: ModelConfig) -> dict[str, dict[str, float]] | None:

@@ -14,6 +14,7 @@ from megatron.config import RunConfig
 from megatron.config.build import SECTION_OF
 from megatron.config.schema import SECTIONS
 from megatron.model import LanguageModel
+from megatron.model.build import build_model
 from megatron.mpu import SINGLE, Layout
 
 TOKENFORMER = {"qkv_slot_num": 24, "proj_slot_num": 20, "ffn_slot_num": 40, "norm": "layernorm_nonparam"}
@@ -49,7 +50,7 @@ def make_model(
 def save_random_models(root: Path, config: RunConfig, iterations: tuple[int, ...]) -> None:
     """A run's checkpoints, each with random weights of its own."""
     for iteration in iterations:
-        network = LanguageModel(config.model, seed=iteration)
+        network = build_model(config.model, seed=iteration)
         pieces = whole_pieces({"model": network.state_dict().items()})
         state = CanonicalState(iteration, {}, config.flat(), pieces)
         RunFolder(root).save(state)

@@ -9,6 +9,7 @@ from typing import Any
 from megatron.config.schema import RunConfig
 from megatron.config.sections.base import Section
 from megatron.config.sections.checkpoint import CheckpointConfig
+from megatron.config.sections.evaluation import OF_IMAGES, OF_LANGUAGE, EvaluationConfig
 from megatron.config.sections.images import ImagesConfig
 from megatron.config.sections.model import ModelConfig, ModelSection
 from megatron.config.sections.mup import MupKeys
@@ -16,6 +17,7 @@ from megatron.config.sections.optimization import ADAM_FAMILY, OptimizationConfi
 from megatron.config.sections.parallel import ParallelConfig, ZeroConfig
 from megatron.config.sections.scaling import NewTokensWarmup, ScalingConfig, ScheduledGrowth
 from megatron.config.sections.training import TrainingConfig
+from megatron.config.sections.vision import ImageConfig
 from megatron.errors import ConfigError
 
 
@@ -86,6 +88,19 @@ def find_training_mistakes(config: RunConfig) -> Iterator[ConfigError]:
     if config.launch.max_restarts:
         yield from _restarting(options)
     yield from find_setting_mistakes(config)
+
+
+def find_evaluation_mistakes(config: RunConfig) -> Iterator[ConfigError]:
+    """What the model of a run is not evaluated by."""
+    options, defaults = config.evaluation, EvaluationConfig()
+    for keys, of, kind in (
+        (OF_LANGUAGE, ModelConfig, "language models"),
+        (OF_IMAGES, ImageConfig, "image classifiers"),
+    ):
+        for key in keys if not isinstance(config.model, of) else ():
+            if getattr(options, key) != getattr(defaults, key):
+                reason = f"this is for {kind}, and not for what learns '{config.model.task}'"
+                yield ConfigError(key, reason, "remove it", beside=["task"])
 
 
 def broken_promises(options: CheckpointConfig, missing: str) -> Iterator[ConfigError]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron.config.build import Check
-from megatron.config.checks import find_setting_mistakes, find_training_mistakes
+from megatron.config.checks import find_evaluation_mistakes, find_setting_mistakes, find_training_mistakes
 from megatron.config.explain import explain
 from megatron.config.hostfile import find_host_mistakes
 from megatron.config.load import Resolved, resolve_config
@@ -36,6 +36,10 @@ FLAG_KEYS: dict[str, str] = {
     "include_path": "include_path",
     "perplexity": "perplexity_data",
     "perplexity_stride": "perplexity_stride",
+    "eval_data_paths": "eval_data_paths",
+    "eval_split": "eval_split",
+    "per_class": "per_class",
+    "confusion": "confusion",
     "text_gen_type": "text_gen_type",
     "sample_input_file": "sample_input_file",
     "sample_output_file": "sample_output_file",
@@ -164,11 +168,15 @@ def _add_evaluation_flags(group: Any) -> None:
     group.add_argument("--eval_tasks", nargs="+", metavar="TASK", help="lm-eval tasks, for example lambada_openai piqa")
     group.add_argument("--eval_results_prefix", metavar="TEXT", help="prefix of the results file")
     group.add_argument("--eval_batch_size", metavar="N", help="requests evaluated together, or auto")
-    group.add_argument("--limit", metavar="N", help="documents per task")
+    group.add_argument("--limit", metavar="N", help="documents per task, images per set")
     group.add_argument("--num_fewshot", metavar="N", help="examples in the prompt")
     group.add_argument("--include_path", metavar="DIR", help="folder with further task YAMLs")
     group.add_argument("--perplexity", metavar="DATA", help="measure the perplexity of a .bin/.idx prefix or text file")
     group.add_argument("--perplexity_stride", metavar="N", help="tokens the window moves on; default seq_length / 2")
+    group.add_argument("--eval_data_paths", nargs="+", metavar="PREFIX", help="image sets, instead of the run's")
+    group.add_argument("--eval_split", metavar="NAME", help="which image sets of the run: train, valid or test")
+    group.add_argument("--per_class", action="store_true", default=None, help="accuracy of each class of images")
+    group.add_argument("--confusion", action="store_true", default=None, help="draw what images are taken for")
     group.add_argument("--text_gen_type", metavar="KIND", help="unconditional, input-file or interactive")
     group.add_argument("-i", "--sample_input_file", metavar="FILE", help="prompts, each up to prompt_end")
     group.add_argument("-o", "--sample_output_file", metavar="FILE", help="where texts are written")
@@ -188,14 +196,15 @@ def describe_keys() -> str:
 
 
 def parse_arguments(argv: Sequence[str], prog: str, with_script: bool = False) -> Namespace:
-    """The parsed flags; YAML files swallowed by --eval_tasks are given back. Raises UserError for a bad flag."""
+    """The parsed flags; YAML files swallowed by those that take a list are given back. UserError for a bad flag."""
     parser = build_parser(prog, with_script)
     args = parser.parse_intermixed_args([_underscores(word) for word in argv])
     if with_script and not args.dry_run and (args.gpus or args.machine):
         parser.error("--gpus and --machine are for --dry-run: a run takes the GPUs that the launch finds")
-    tasks = args.eval_tasks or []
-    args.conf_file += [task for task in tasks if task.endswith((".yml", ".yaml"))]
-    args.eval_tasks = [task for task in tasks if not task.endswith((".yml", ".yaml"))] or None
+    for flag in ("eval_tasks", "eval_data_paths"):
+        words = getattr(args, flag) or []
+        args.conf_file += [word for word in words if word.endswith((".yml", ".yaml"))]
+        setattr(args, flag, [word for word in words if not word.endswith((".yml", ".yaml"))] or None)
     if isinstance(args.eval_tasks, list):
         args.eval_tasks = [name for task in args.eval_tasks for name in task.split(",") if name]
     return args
@@ -230,6 +239,8 @@ def is_training(script: str) -> bool:
 def checks_of(script: str, to_run: bool = True) -> tuple[Check, ...]:
     """What only a certain command needs: train.py a config that can be trained, a plan of it no data and no length."""
     for_all: tuple[Check, ...] = (lambda config: find_host_mistakes(config.launch, os.environ),)
+    if script.rpartition("/")[2].startswith("eval"):
+        return (*for_all, find_evaluation_mistakes)
     if not is_training(script):
         return for_all
     return (*for_all, find_training_mistakes if to_run else find_setting_mistakes)

@@ -1,4 +1,4 @@
-"""How well a model predicts given texts: log-probabilities, perplexity, and the work shared by processes."""
+"""How well a model does: log-probabilities of given texts, perplexity, classes of images; work shared by processes."""
 
 from megatron.evaluation.perplexity import corpus_perplexity, perplexity
 from megatron.evaluation.scoring import Score, Window, score_windows

@@ -1,4 +1,4 @@
-"""Batches of texts of any length that fit in memory: longest first, smaller again when memory runs out."""
+"""Batches of items of any length that fit in memory: longest first, smaller again when memory runs out."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ class Batches:
             texts come in larger batches. Either halves, and the batch is tried again, when memory runs out.
         device_type: where the model is, `cpu` or `cuda`.
         recover: try smaller batches when memory runs out. Tensor ranks cannot: the others wait for the one that failed.
+        what: the items are, for messages.
     """
 
-    def __init__(self, size: BatchSize, device_type: str = "cpu", recover: bool = True) -> None:
+    def __init__(self, size: BatchSize, device_type: str = "cpu", recover: bool = True, what: str = "texts") -> None:
         if size != "auto" and size < 1:
             raise ValueError(f"batch size {size}: must be at least 1, or 'auto'")
         self.size = None if size == "auto" else size
-        self.recover = recover
+        self.recover, self._what = recover, what
         self.tokens = _AUTO_TOKENS.get(device_type, _AUTO_TOKENS["cuda"])
 
     def run(
@@ -76,7 +77,7 @@ class Batches:
                 raise
             if not self.recover:
                 raise UserError(
-                    f"eval_batch_size: {len(batch)} texts of {longest} tokens do not fit in memory; choose fewer"
+                    f"eval_batch_size: {len(batch)} {self._what} of {longest} tokens do not fit in memory; choose fewer"
                 ) from error
             self._shrink(len(batch), longest)
         # Outside of the handler: the error's traceback keeps the batch's tensors alive.
@@ -89,10 +90,12 @@ class Batches:
         half = count // 2
         if self.size is None:
             self.tokens = half * max(1, longest)
-            get_logger().info("eval_batch_size auto: %d texts of %d tokens do not fit, trying %d", count, longest, half)
+            line = "eval_batch_size auto: %d %s of %d tokens do not fit, trying %d"
+            get_logger().info(line, count, self._what, longest, half)
         else:
             self.size = half
-            get_logger().warning("eval_batch_size: %d texts do not fit in memory, going on with %d", count, half)
+            line = "eval_batch_size: %d %s do not fit in memory, going on with %d"
+            get_logger().warning(line, count, self._what, half)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

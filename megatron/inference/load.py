@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megatron.checkpoint.tensors import TensorView
 from megatron.config.schema import RunConfig
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import ModelConfig, ModelSection, language_section
 from megatron.errors import UserError
 from megatron.exchange import Checkpoint, open_checkpoint
-from megatron.exchange.names import EMBEDDING
+from megatron.exchange.names import is_parameter
 from megatron.growth.schedule import GrowthSchedule
 from megatron.model import LanguageModel
-from megatron.model.compatibility import check_same_model
+from megatron.model.blocks import BuildOptions
+from megatron.model.build import build_model
+from megatron.model.compatibility import check_same_model, check_same_task
 from megatron.model.fill import fill
+from megatron.model.layered import LayeredModel
 from megatron.mpu.layout import SINGLE, Layout
 from megatron.mpu.processes import first_rank_does
 
@@ -39,7 +42,7 @@ def load_model(
             `pytorch_model.bin` or training folder (see megatron.exchange.official_folder), for which `config` is
             needed, or a folder in Hugging Face's form: an export of this package or a GPT-NeoX (Pythia) model.
         config: what the model must be. Folders carry their own; one given here must agree with it.
-        dtype: of the parameters; default fp32, and `saved` is that of the checkpoint's embedding.
+        dtype: of the parameters; default fp32, and `saved` is that of the checkpoint's.
         device: default the CPU.
         iteration: which of a run's checkpoints; default the latest.
         layout: the grid; each tensor rank holds its share of the model, and gets whole logits.
@@ -48,32 +51,46 @@ def load_model(
         values that are not finite, as saved or in `dtype`.
     """
     checkpoint = open_checkpoint(path, config, iteration)
-    return model_of(checkpoint, config, dtype, device, attention_backend=attention_backend, layout=layout)
+    return language_model_of(checkpoint, config, dtype, device, attention_backend=attention_backend, layout=layout)
+
+
+def language_model_of(checkpoint: Checkpoint, *arguments: Any, **keywords: Any) -> LanguageModel:
+    """`model_of` a checkpoint that has to be of a language model."""
+    language_section(checkpoint.model_config)
+    model = model_of(checkpoint, *arguments, **keywords)
+    assert isinstance(model, LanguageModel), "of such a section"
+    return model
 
 
 def model_of(
     checkpoint: Checkpoint,
-    config: RunConfig | ModelConfig | None = None,
+    config: RunConfig | ModelSection | None = None,
     dtype: torch.dtype | Literal["saved"] | None = None,
     device: torch.device | str | None = None,
     *,
     attention_backend: str = "sdpa",
     layout: Layout = SINGLE,
-) -> LanguageModel:
-    """`load_model` of a checkpoint that is open. Collective."""
+) -> LayeredModel:
+    """`load_model` of a checkpoint that is open, whatever its model learns. Collective."""
     first_rank_does(lambda: checkpoint.verify("model"), layout)
-    described = checkpoint.language
+    described = checkpoint.model_config
     if isinstance(config, RunConfig):  # its model is the one before the growths of its schedule
+        check_same_task(config.model, described, checkpoint.folder)
         lineage = checkpoint.train_state.get("lineage", [])
-        config = GrowthSchedule(config.scaling).as_saved(config.language, described, lineage).model
+        config = GrowthSchedule(config.scaling).as_saved(config.model, described, lineage).model
     if config is not None:
         check_same_model(config, described, checkpoint.folder)
-    model = LanguageModel(described, device=device, attention_backend=attention_backend, layout=layout)
+    model = build_model(described, BuildOptions(attention_backend=attention_backend, layout=layout), device=device)
     if dtype is None or dtype == "saved":
-        dtype = checkpoint.tensors.tensor("model", EMBEDDING).dtype if dtype else torch.float32
+        dtype = _saved_dtype(checkpoint) if dtype else torch.float32
     tensors = _Narrowed(checkpoint, dtype)
     fill(model, tensors, layout)
     return model.to(dtype).eval()
+
+
+def _saved_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    first = next(filter(is_parameter, checkpoint.tensors.names("model")))
+    return checkpoint.tensors.tensor("model", first).dtype
 
 
 class _Narrowed(TensorView):

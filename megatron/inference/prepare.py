@@ -10,12 +10,15 @@ import torch
 
 from megatron.config.schema import RunConfig
 from megatron.config.sections.checkpoint import CheckpointConfig
+from megatron.config.sections.model import language_section
 from megatron.errors import UserError
-from megatron.exchange import open_checkpoint
+from megatron.exchange import Checkpoint, open_checkpoint
 from megatron.exchange.opening import checkpoint_path
 from megatron.inference.load import model_of
 from megatron.log import get_logger
 from megatron.model import LanguageModel
+from megatron.model.layered import LayeredModel
+from megatron.model.vision_model import VisionModel
 from megatron.mpu import SINGLE, Layout
 from megatron.mpu.device import DTYPES, process_device
 from megatron.tokenizer import Tokenizer, build_tokenizer
@@ -26,19 +29,37 @@ def load_for_inference(config: RunConfig, layout: Layout = SINGLE) -> tuple[Lang
 
     Raises: UserError when no checkpoint is named or found, or the tokenizer does not fit the model.
     """
+    language_section(config.model)
+    checkpoint = _open(config)
+    tokenizer = build_tokenizer(config.tokenizer)
+    model = _load(checkpoint, config, layout)
+    assert isinstance(model, LanguageModel), "only such a one has been found to fit the configuration"
+    check_vocabulary(tokenizer, model)
+    return model, tokenizer
+
+
+def load_image_model(config: RunConfig, layout: Layout = SINGLE) -> VisionModel:
+    """The image classifier of eval_ckpt, else of load, as `load_for_inference` loads a language model."""
+    model = _load(_open(config), config, layout)
+    assert isinstance(model, VisionModel), "only such a one has been found to fit the configuration"
+    return model
+
+
+def _open(config: RunConfig) -> Checkpoint:
     path, key = _named(config.checkpoint)
-    checkpoint = open_checkpoint(path, config, config.checkpoint.iteration, key)
+    return open_checkpoint(path, config, config.checkpoint.iteration, key)
+
+
+def _load(checkpoint: Checkpoint, config: RunConfig, layout: Layout) -> LayeredModel:
     device = process_device()
     dtype = inference_dtype(config.precision.dtype, device)
-    tokenizer = build_tokenizer(config.tokenizer)
     attention = config.training.attention_backend
     model = model_of(checkpoint, config, dtype, device, attention_backend=attention, layout=layout)
-    check_vocabulary(tokenizer, model)
     name = str(dtype).removeprefix("torch.")
     get_logger().info(
         "model of %s: %s parameters, %s on %s", checkpoint.folder, f"{model.num_parameters():,}", name, device
     )
-    return model, tokenizer
+    return model
 
 
 def checkpoint_source(config: CheckpointConfig) -> Path:

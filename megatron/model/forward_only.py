@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 
 from megatron.errors import RankError, UserError
-from megatron.model.language_model import LanguageModel
+from megatron.model.layered import LayeredModel
 
 
 @contextmanager
-def evaluating(model: LanguageModel) -> Iterator[None]:
+def evaluating(model: LayeredModel) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards the model is in the mode it was in before."""
     was_training = model.training
     model.eval()

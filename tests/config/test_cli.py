@@ -40,6 +40,15 @@ def test_files_may_stand_anywhere() -> None:
     assert config.training.train_micro_batch_size_per_gpu == 2
 
 
+def test_image_sets_stand_anywhere_too() -> None:
+    digits = str(ROOT / "configs/vision/demo_digits.yml")
+    flags = ["--per_class", "--confusion", "--eval_split", "test", "--eval_data_paths", "a_image_document", "~/b"]
+    config, _ = parse_run([*flags, digits], "eval.py")
+    found = config.evaluation
+    assert found.eval_data_paths == ["a_image_document", str(Path.home() / "b")] and found.eval_split == "test"
+    assert found.per_class and found.confusion
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

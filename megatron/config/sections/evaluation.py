@@ -1,4 +1,4 @@
-"""Section `evaluation`: zero-shot evaluation and perplexity."""
+"""Section `evaluation`: zero-shot evaluation and perplexity of language models, accuracy of image classifiers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from pydantic import Field, field_validator
 from megatron.config.sections.base import Section
 from megatron.text import yaml_form
 
+OF_LANGUAGE = ("eval_tasks", "num_fewshot", "include_path", "perplexity_data", "perplexity_stride")
+OF_IMAGES = ("eval_data_paths", "eval_split", "per_class", "confusion")
+"""Keys that only models of language, and only image classifiers, are evaluated by."""
+
 
 class EvaluationConfig(Section):
-    """Zero-shot evaluation with lm-eval."""
+    """Zero-shot evaluation with lm-eval, perplexity, and the accuracy of image classifiers."""
 
     eval_tasks: list[str] | None = None
     """Names of lm-eval tasks."""
     eval_results_prefix: str = ""
     """Prefix of the results file (JSON)."""
     eval_batch_size: int | Literal["auto"] = 8
-    """Requests evaluated together, or auto: as many as fit in memory."""
+    """Requests or images evaluated together, or auto: as many as fit in memory."""
     num_fewshot: int | None = Field(default=None, ge=0)
     """Examples in the prompt. Default: what the task says."""
     eval_limit: int | None = Field(default=None, gt=0)
-    """Most documents evaluated per task. Default: all."""
+    """Most documents evaluated per task, or images per set. Default: all."""
     include_path: str | None = None
     """Folder with additional task YAMLs."""
     perplexity_data: str | None = None
@@ -30,6 +34,14 @@ class EvaluationConfig(Section):
     perplexity_stride: int | None = Field(default=None, gt=0)
     """Tokens by which the window moves on, at most seq_length; a smaller stride gives each token a longer context
     and takes longer. Default: half of seq_length."""
+    eval_data_paths: list[str] | None = None
+    """Image models: prefixes of the sets that eval.py evaluates, each by itself. Default: those of eval_split."""
+    eval_split: Literal["train", "valid", "test"] = "valid"
+    """Image models: which of the run's sets eval.py evaluates; images are not augmented there."""
+    per_class: bool = False
+    """Image models: tell the accuracy of each class, and what it is most often taken for."""
+    confusion: bool = False
+    """Image models: draw which classes are taken for which, a PNG beside the results file."""
 
     @field_validator("eval_batch_size", mode="before")
     @classmethod
