@@ -144,9 +144,10 @@ class VisionModel(LayeredModel):
     def flops_per_token(self, tokens: int | None = None) -> float:
         """Training FLOPs of one of an image's tokens: 6 per matmul parameter that it meets, 12 L T d of attention.
 
-        tokens: T, default that of the model. The head, which reads one vector an image, counts for one of its tokens.
+        tokens: T, default that of the model. The head, which reads one vector an image, counts for one of its tokens,
+            and the patches' matrix for all of them but a class token.
         """
-        tokens = tokens or self.config.tokens_per_sample()
-        head = self.config.num_classes * self.config.hidden_size
-        attention = 12 * self.config.num_layers * tokens * self.config.hidden_size
-        return 6.0 * (matmul_parameters(self) - head + head / tokens) + attention
+        config, tokens = self.config, tokens or self.config.tokens_per_sample()
+        head, patch = config.num_classes * config.hidden_size, config.patch_values * config.hidden_size
+        unmet = head * (1 - 1 / tokens) + patch * config.class_token / tokens
+        return 6.0 * (matmul_parameters(self) - unmet) + 12 * config.num_layers * tokens * config.hidden_size

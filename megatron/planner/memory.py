@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.config.sections.model import TOKENFORMER, ModelConfig
+from megatron.config.sections.model import TOKENFORMER, BlocksSection, ModelConfig
 from megatron.config.sections.optimization import OptimizerSpec
 from megatron.config.sections.parallel import ZeroConfig
-from megatron.ops.cross_entropy import CHUNK_ROWS
-from megatron.ops.linear_cross_entropy import chunk_rows
 from megatron.planner.choice import Choice
 from megatron.planner.counts import Stage, block_tokens, inner_size, share, stages, token_counts
+from megatron.planner.ends import ends_of, stream_bytes
 from megatron.planner.workload import Workload
 
 # Bytes that autograd keeps for one score of the reference backend, by (activation, e): the scores in fp32, the weights
@@ -28,8 +27,6 @@ _REFERENCE_ROW_BYTES, _ROW_BYTES = 13, 4
 _SCORE_WORKSPACE = 16
 """Bytes for one score that a Pattention's backward pass has in flight at most: four fp32 matrices. With one kernel for
 the row functions it is the gradient and the weights, and the scores where they are recomputed."""
-_LOSS_WORKSPACE = 12
-"""Bytes for one logit of a chunk of rows that `cross_entropy: eager` has in flight: three fp32 matrices."""
 _BUCKET, _LIVE, _SUB_GROUP = 500_000_000, 1_000_000_000, 1_000_000_000  # DeepSpeed's defaults, in elements
 
 
@@ -79,7 +76,7 @@ def _stage_memory(work: Workload, choice: Choice, index: int, stage: Stage) -> M
     return Memory(
         **states,
         kept=in_flight * kept_bytes(work, choice, stage),
-        head=head_bytes(work, choice) if stage.last else 0.0,
+        head=ends_of(work).head_bytes(work, choice) if stage.last else 0.0,
         block=_backward_bytes(work, choice, stage),
     )
 
@@ -134,19 +131,13 @@ def _bucket_bytes(work: Workload, choice: Choice, w: int) -> float:
 # ---- activations ----
 
 
-def stream_bytes(work: Workload, choice: Choice) -> float:
-    """The residual stream of a micro-batch: T d e, a t-th of it with sequence parallelism."""
-    ranks = choice.tensor if choice.sequence_parallel else 1
-    return work.tokens(choice) * work.model.hidden_size * work.element_bytes / ranks
-
-
 def kept_bytes(work: Workload, choice: Choice, stage: Stage) -> float:
     """What a stage keeps of one micro-batch until its backward pass (the head apart)."""
     stream = stream_bytes(work, choice)
-    sent = 0.0 if stage.last else stream
+    kept = (0.0 if stage.last else stream) + (ends_of(work).kept_bytes(work, choice) if stage.first else 0.0)
     if choice.recompute:
-        return sent + share(len(stage.kinds), work.training.checkpoint_num_layers) * stream
-    return sent + sum(block_bytes(work, choice, kind) for kind in stage.kinds)
+        return kept + share(len(stage.kinds), work.training.checkpoint_num_layers) * stream
+    return kept + sum(block_bytes(work, choice, kind) for kind in stage.kinds)
 
 
 def block_bytes(work: Workload, choice: Choice, kind: str) -> float:
@@ -157,13 +148,15 @@ def block_bytes(work: Workload, choice: Choice, kind: str) -> float:
     heads = 4 * whole / t + 4 * count * model.num_attention_heads / t  # q, k, v, context; log-sum-exp of each row
     inputs = 2 * whole  # of q, k, v and of the feed-forward: whole on each rank
     dropout = 2 * stream / e if model.hidden_dropout else 0.0
+    # Rotated queries are laid out head by head, and so is the context, of which proj then reads a copy.
+    copied = isinstance(model, ModelConfig) and model.rotary_dim > 0
     if kind == TOKENFORMER:
         a_score, a_row = _pattention_bytes(work)
         scores = count * block_tokens(model, t) * a_score
-        inner = float(whole + scores + 5 * count * a_row)  # whole: the gathered input of proj
+        inner = (whole if copied or t > 1 else 0.0) + scores + 5 * count * a_row  # gathered from the tensor ranks
     else:
         matrices = 1 if model.activation == "relu" else 2
-        inner = whole / t + matrices * count * share(inner_size(model), t) * e
+        inner = (whole / t if copied else 0.0) + matrices * count * share(inner_size(model), t) * e
     return _norm_bytes(model, e, stream) + heads + inputs + inner + dropout
 
 
@@ -175,45 +168,13 @@ def _pattention_bytes(work: Workload) -> tuple[int, int]:
     return 0 if work.training.recompute_scores else work.element_bytes, norms * _ROW_BYTES
 
 
-def _norm_bytes(model: ModelConfig, e: int, stream: float) -> float:
+def _norm_bytes(model: BlocksSection, e: int, stream: float) -> float:
     """Inputs and statistics of both norms; RMSNorm keeps an fp32 input and its normalised rows."""
     statistics = 2 * 8 * stream / (model.hidden_size * e)
     inputs = 1 if model.gpt_j_residual else 2
     if model.norm != "rmsnorm":
         return inputs * stream + statistics
     return (inputs if e == 4 else 2 * 4 / e) * stream + 2 * stream + statistics
-
-
-def head_bytes(work: Workload, choice: Choice) -> float:
-    """Final norm, the head's input, and what head and loss keep and have in flight."""
-    hidden = work.tokens(choice) * work.model.hidden_size * work.element_bytes
-    loss = _eager_loss_bytes if work.training.cross_entropy == "eager" else _chunked_loss_bytes
-    return stream_bytes(work, choice) + hidden + loss(work, choice)
-
-
-def vocabulary_share(work: Workload, choice: Choice) -> int:
-    """Rows of the head's matrix on the tensor rank that has most."""
-    assert work.model.padded_vocab_size is not None, "the vocabulary is known before a plan is made"
-    return share(work.model.padded_vocab_size, choice.tensor)
-
-
-def _eager_loss_bytes(work: Workload, choice: Choice) -> float:
-    """Logits and their gradients, and the loss's fp32 chunks."""
-    count, columns = work.tokens(choice), vocabulary_share(work, choice)
-    return 2 * work.element_bytes * count * columns + _LOSS_WORKSPACE * min(count, CHUNK_ROWS) * columns
-
-
-def loss_chunk_rows(work: Workload, choice: Choice) -> int:
-    """Rows of logits that head and loss take at a time."""
-    return min(work.tokens(choice), chunk_rows(vocabulary_share(work, choice), work.element_bytes, "cuda"))
-
-
-def _chunked_loss_bytes(work: Workload, choice: Choice) -> float:
-    """Gradients of the head's input and, in fp32, of its matrix; beside them a chunk's logits, or what is returned."""
-    e, d, columns = work.element_bytes, work.model.hidden_size, vocabulary_share(work, choice)
-    of_hidden, of_weight = work.tokens(choice) * d * e, columns * d
-    logits = loss_chunk_rows(work, choice) * columns * e
-    return of_hidden + 4 * of_weight + max(logits, of_hidden + e * of_weight)
 
 
 def _backward_bytes(work: Workload, choice: Choice, stage: Stage) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron.config.checks import axis_mistakes
+from megatron.config.sections.vision import ImageConfig
 from megatron.planner.choice import Choice
 from megatron.planner.counts import flops_per_token
 from megatron.planner.machine import Machine
@@ -14,7 +15,7 @@ from megatron.planner.memory import Memory, memory_of
 from megatron.planner.step_time import StepTime, step_time
 from megatron.planner.workload import Workload
 
-LARGEST_MICRO_BATCH = 64
+LARGEST_MICRO_BATCH, LARGEST_IMAGE_BATCH = 64, 512
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Candidate:
     time: StepTime
     """Seconds of an update."""
     tokens_per_second: float
-    """Tokens a second of all GPUs together."""
+    """Tokens a second of all GPUs together; of images, their patches and class tokens."""
     mfu: float
     """Predicted model FLOPs utilisation."""
     fits: bool
@@ -65,7 +66,7 @@ def _rank(candidate: Candidate) -> tuple[float, ...]:
 def predict(work: Workload, machine: Machine, choice: Choice) -> Candidate:
     """What memory and time one choice would take."""
     memory, time = memory_of(work, choice), step_time(work, choice, machine)
-    speed = choice.samples * work.model.seq_length / time.total
+    speed = choice.samples * work.model.tokens_per_sample() / time.total
     mfu = speed * flops_per_token(work.model) / (choice.gpus * machine.peak_flops)
     return Candidate(choice, memory, time, speed, mfu, memory.total <= machine.usable_bytes)
 
@@ -78,7 +79,7 @@ def _choices(work: Workload, gpus: int) -> Iterator[Choice]:
             if pipeline > work.model.num_layers or samples % data:
                 continue
             for zero_stage, sequence_parallel in _variants(work, tensor, pipeline, data):
-                for micro in _micro_batches(work.training.train_micro_batch_size_per_gpu, samples // data):
+                for micro in _micro_batches(work, samples // data):
                     for recompute in (False, True):
                         steps = samples // data // micro
                         yield Choice(tensor, pipeline, data, sequence_parallel, zero_stage, micro, steps, recompute)
@@ -97,10 +98,11 @@ def _variants(work: Workload, tensor: int, pipeline: int, data: int) -> Iterator
                 yield zero_stage, sequence_parallel
 
 
-def _micro_batches(asked: int | None, samples: int) -> list[int]:
+def _micro_batches(work: Workload, samples: int) -> list[int]:
     """Micro-batches that divide a data rank's samples: powers of two, and the configured one."""
-    sizes = {asked or 1, *(2**k for k in range(LARGEST_MICRO_BATCH.bit_length()))}
-    return sorted(size for size in sizes if samples % size == 0)
+    largest = LARGEST_IMAGE_BATCH if isinstance(work.model, ImageConfig) else LARGEST_MICRO_BATCH
+    sizes = {work.training.train_micro_batch_size_per_gpu or 1, *(2**k for k in range(largest.bit_length()))}
+    return sorted(size for size in sizes if samples % size == 0 and not (work.in_pairs and size % 2))
 
 
 def _divisors(number: int) -> list[int]:

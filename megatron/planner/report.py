@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.tokenizer import TokenizerConfig
+from megatron.config.sections.vision import ImageConfig
 from megatron.errors import UserError
 from megatron.growth.schedule import GrowthSchedule
 from megatron.planner.choice import Choice
-from megatron.planner.counts import num_parameters
+from megatron.planner.counts import PlannedModel, flops_per_token, num_parameters
 from megatron.planner.growth import growth_lines
 from megatron.planner.machine import GIB, Machine
 from megatron.planner.plan import Candidate, candidates, predict
@@ -25,41 +27,90 @@ ASSUMED_VOCABULARY = 50304
 
 _HEADINGS = (
     "", "tensor", "seq.par.", "pipeline", "data", "ZeRO", "micro x steps", "recompute", "GiB/GPU", "s/update",
-    "tokens/s", "MFU", "comm.", "bubble", "",
+    "{}/s", "MFU", "comm.", "bubble", "",
 )  # fmt: skip
 
 
 def report(config: RunConfig, machine: Machine, gpus: int, rows: int = 10) -> str:
     """The configured layout and the `rows` best ones, as a table with the assumptions above it.
 
-    A run with a growth schedule is planned for the largest model it comes to.
+    A run with a growth schedule is planned for the largest model it comes to. Below is what the whole run takes in the
+    best layout, model by model, where its length is known.
     """
-    model, notes = with_vocabulary(config.language, config.tokenizer)
-    grown, growths = model, len(config.scaling.growth)
+    work, notes = _known(Workload.of(config), config.tokenizer)
+    models = _models(work.model, config)
+    grown, growths = models[-1], len(models) - 1
     if growths:
-        grown = GrowthSchedule(config.scaling).after(model, growths).model
         line = f"growth: planned for the model after the last growth ({growths} in all); at first it has "
-        notes += [f"{line}{num_parameters(model):,} parameters"]
-        notes += growth_lines(config, model, Workload.of(config).samples(gpus) * model.seq_length)
+        notes += [f"{line}{num_parameters(models[0]):,} parameters"]
+        if isinstance(work.model, ModelConfig):  # growths of image models were not measured
+            notes += growth_lines(config, work.model, work.samples(gpus) * work.model.seq_length)
     if grown.norm_groups > 1:
         notes += [f"row norms: up to {grown.norm_groups} in a layer (row_norm: segment)"]
-    work = replace(Workload.of(config), model=grown)
-    return "\n".join(_lines(work, machine, gpus, rows, notes))
-
-
-def _lines(work: Workload, machine: Machine, gpus: int, rows: int, notes: Sequence[str]) -> list[str]:
+    work = replace(work, model=grown)
     lines = [*_facts(work, machine, gpus), *notes]
-    table: list[tuple[str, ...]] = [_HEADINGS]
+    table: list[tuple[str, ...]] = [tuple(heading.format(_unit(work)) for heading in _HEADINGS)]
     try:
         configured = predict(work, machine, work.configured(gpus))
-        table.append(_row("configured", configured, machine))
+        table.append(_row("configured", configured, machine, work))
     except UserError as error:
         lines.append(f"configured: cannot run on {gpus} GPUs: {error}")
     found = candidates(work, machine, gpus)
     best = distinct([candidate for candidate in found if candidate.fits])[:rows]
-    table += [_row(str(number), candidate, machine) for number, candidate in enumerate(best, 1)]
+    table += [_row(str(number), candidate, machine, work) for number, candidate in enumerate(best, 1)]
     shown = ["", *align(table, (0, len(table[0]) - 1))] if len(table) > 1 else []
-    return [*lines, *shown, "", _advice(best, found, machine, gpus)]
+    if best:
+        shown += _run_lines([replace(work, model=model) for model in models], config, best[0].choice, machine)
+    return "\n".join([*lines, *shown, "", _advice(best, found, machine, gpus)])
+
+
+def _known(work: Workload, tokenizer: TokenizerConfig) -> tuple[Workload, list[str]]:
+    """The workload with what the data decides, and lines that say what is assumed."""
+    if isinstance(work.model, ImageConfig):
+        return work, ["images are taken to be there in time (cores for decoding: docs/vision.md, Speed)"]
+    model, notes = with_vocabulary(work.model, tokenizer)
+    return replace(work, model=model), notes
+
+
+def _models(model: PlannedModel, config: RunConfig) -> list[PlannedModel]:
+    """The model at first and after each growth of the run."""
+    schedule = GrowthSchedule(config.scaling)
+    return [schedule.after(model, done).model for done in range(len(config.scaling.growth) + 1)]
+
+
+def _unit(work: Workload) -> str:
+    return "images" if isinstance(work.model, ImageConfig) else "tokens"
+
+
+def _run_lines(works: Sequence[Workload], config: RunConfig, choice: Choice, machine: Machine) -> list[str]:
+    """What the updates of each model of a run take in one layout, and all of them; nothing where they are not known."""
+    total = config.training.train_iters
+    if total is None:
+        return []
+    schedule = GrowthSchedule(config.scaling, total, choice.samples * works[0].model.tokens_per_sample())
+    bounds = [0, *(min(start, total) for start in schedule.starts()), total]
+    unit = _unit(works[0])
+    rows = [("run in layout 1", "updates", "parameters", f"GFLOP/{unit[:-1]}", "s/update", f"{unit}/s", "hours")]
+    hours = 0.0
+    for number, (work, (start, end)) in enumerate(zip(works, pairwise(bounds), strict=True)):
+        predicted = predict(work, machine, choice)
+        seconds, name = predicted.time.total, f"after growth {number}" if number else "at first"
+        flops = flops_per_token(work.model) * _tokens_per_unit(work) / 1e9
+        cells = f"{end - start:,}", f"{num_parameters(work.model):,}", f"{flops:.4g}", f"{seconds:.3g}"
+        rows.append((name, *cells, _speed(predicted, work), f"{(end - start) * seconds / 3600:.3g}"))
+        hours += (end - start) * seconds / 3600
+    if len(works) > 1:
+        rows.append(("in all", f"{total:,}", "", "", "", "", f"{hours:.3g}"))
+    return ["", *align(rows, (0,))]
+
+
+def _tokens_per_unit(work: Workload) -> int:
+    """Tokens of what a speed counts, which is an image or a token."""
+    return work.model.tokens_per_sample() if isinstance(work.model, ImageConfig) else 1
+
+
+def _speed(candidate: Candidate, work: Workload) -> str:
+    return f"{candidate.tokens_per_second / _tokens_per_unit(work):,.0f}"
 
 
 def world(choice: Choice, nodes: int) -> str:
@@ -104,16 +155,22 @@ def _facts(work: Workload, machine: Machine, gpus: int) -> list[str]:
     if work.training.train_batch_size is None:
         each = work.update_size(1).samples
         growing = f" ({each} samples a data rank: it grows with the GPUs; give train_batch_size to keep it)"
+    model, tokens = work.model, work.model.tokens_per_sample()
+    sample, cost = f"samples x {tokens} tokens", ""
+    if isinstance(model, ImageConfig):
+        sample = f"images of {model.image_size} x {model.image_size} x {model.in_channels}, {tokens} tokens each"
+        gflops = tokens * flops_per_token(model) / 1e9
+        cost = f"; an image takes {gflops / 3:.4g} GFLOP forward, {gflops:.4g} in training"
     return [
         f"machine: {machine.name}, {machine.gpus_per_node} GPUs a node, {machine.usable_bytes / GIB:.1f} GiB a GPU for "
         "tensors (choose another with --machine NAME or FILE)",
-        f"model: {num_parameters(work.model):,} parameters, {work.dtype}",
-        f"update: {work.samples(gpus)} samples x {work.model.seq_length} tokens, number of GPUs: {gpus}{growing}",
+        f"model: {num_parameters(model):,} parameters, {work.dtype}{cost}",
+        f"update: {work.samples(gpus)} {sample}, number of GPUs: {gpus}{growing}",
         "memory and times are predictions, not measurements",
     ]
 
 
-def _row(name: str, candidate: Candidate, machine: Machine) -> tuple[str, ...]:
+def _row(name: str, candidate: Candidate, machine: Machine, work: Workload) -> tuple[str, ...]:
     c, time = candidate.choice, candidate.time
     missing = (candidate.memory.total - machine.usable_bytes) / GIB
     return (
@@ -127,7 +184,7 @@ def _row(name: str, candidate: Candidate, machine: Machine) -> tuple[str, ...]:
         "yes" if c.recompute else "no",
         f"{candidate.memory.total / GIB:.1f}",
         f"{time.total:.3g}",
-        f"{candidate.tokens_per_second:,.0f}",
+        _speed(candidate, work),
         f"{candidate.mfu:.1%}",
         f"{time.communication / time.total:.1%}",
         f"{time.bubble / time.total:.1%}",

@@ -12,15 +12,16 @@ from megatron.config.sections.model import TOKENFORMER
 from megatron.planner.choice import Choice
 from megatron.planner.counts import (
     Stage,
+    attention_entries,
     block_matrices,
     block_tokens,
     inner_size,
     share,
     stages,
-    vocabulary_matrix,
 )
+from megatron.planner.ends import ends_of
 from megatron.planner.machine import Machine
-from megatron.planner.memory import loss_chunk_rows, overlaps, vocabulary_share
+from megatron.planner.memory import overlaps
 from megatron.planner.workload import Workload
 
 # Bytes that the element-wise operations around the scores move through memory for one score, (forward, backward),
@@ -36,10 +37,6 @@ _OPERATIONS = {TOKENFORMER: (70, 110), "global": (25, 45)}
 """Operations of a block, (forward, backward)."""
 _STREAM_TRAFFIC = (14, 26)
 """Entries of [T, d] that norms, rotary embedding and residual sums of a block read and write, (forward, backward)."""
-_EAGER_LOGIT_TRAFFIC = 56
-"""Bytes a logit that the loss moves, forward and backward, with `cross_entropy: eager`."""
-_LOGIT_PASSES = 3
-"""How often the kernels of the loss in chunks read or write a logit."""
 _UPDATE_TRAFFIC = 32
 """Bytes a parameter that the optimizer moves: fp32 gradient, master and moments read and written, 16-bit copy."""
 FP32_SLOWDOWN = 16
@@ -113,12 +110,12 @@ def compute_seconds(work: Workload, choice: Choice, machine: Machine, stage: Sta
 def stage_flops(work: Workload, choice: Choice, stage: Stage) -> float:
     """FLOPs of one micro-batch on one GPU: 2 forward and 4 backward per matrix entry, 2 more where recomputed."""
     model, count, t = work.model, work.tokens(choice), choice.tensor
-    attention = model.seq_length * model.hidden_size / t
+    attention = attention_entries(model) / t
     blocks = sum(block_matrices(model, kind, t) + attention for kind in stage.kinds)
-    head = vocabulary_matrix(model, t) if stage.last else 0
+    ends = ends_of(work).flops(work, choice, stage.first, stage.last)
     keys = sum(block_matrices(model, kind, t) / 2 for kind in stage.kinds if kind == TOKENFORMER)
     scores = 2 * keys if work.training.recompute_scores else 0
-    return count * ((8 if choice.recompute else 6) * blocks + scores + 6 * head)
+    return count * ((8 if choice.recompute else 6) * blocks + scores) + ends
 
 
 def stage_traffic(work: Workload, choice: Choice, stage: Stage) -> float:
@@ -133,16 +130,7 @@ def stage_traffic(work: Workload, choice: Choice, stage: Stage) -> float:
             total += count * block_tokens(model, t) * (passes * forward + backward)
         else:
             total += count * share(inner_size(model), t) * e * (passes * 2 + 3)  # activation: x, y; x, dy, dx
-    return total + (_loss_traffic(work, choice) if stage.last else 0.0)
-
-
-def _loss_traffic(work: Workload, choice: Choice) -> float:
-    """Of the loss; in chunks, each of them also reads and writes the weight's fp32 gradient."""
-    count, columns = work.tokens(choice), vocabulary_share(work, choice)
-    if work.training.cross_entropy == "eager":
-        return _EAGER_LOGIT_TRAFFIC * count * columns
-    chunks = math.ceil(count / loss_chunk_rows(work, choice))
-    return columns * (_LOGIT_PASSES * work.element_bytes * count + 8 * chunks * work.model.hidden_size)
+    return total + ends_of(work).traffic(work, choice, stage.first, stage.last)
 
 
 # ---- communication ----
@@ -170,19 +158,14 @@ def _tensor_messages(choice: Choice, kind: str) -> int:
 
 
 def _tensor_seconds(work: Workload, choice: Choice, machine: Machine, stage: Stage) -> float:
-    """Collectives of the tensor axis for one micro-batch; embedding and head move 2 T d (t-1)/t each, the loss 6 T."""
+    """Collectives of the tensor axis for one micro-batch."""
     if choice.tensor == 1:
         return 0.0
     bandwidth, latency = machine.link(choice.tensor, 1)
-    e, count, part = work.element_bytes, work.tokens(choice), (choice.tensor - 1) / choice.tensor
-    ends = stage.first + stage.last
-    sent = ends * 2 * count * work.model.hidden_size * part * e + stage.last * 6 * count * part * 4
-    chunked = stage.last and work.training.cross_entropy != "eager"
-    chunks = math.ceil(count / loss_chunk_rows(work, choice)) if chunked else 1
-    messages = 2 * ends + 2 * stage.last * chunks
+    sent, messages = ends_of(work).sent(work, choice, stage.first, stage.last)
     for kind in stage.kinds:
         entries, statistics = tensor_elements(work, choice, kind)
-        sent += entries * e + statistics * 4
+        sent += entries * work.element_bytes + statistics * 4
         messages += _tensor_messages(choice, kind)
     return sent / bandwidth + messages * latency * math.log2(choice.tensor)
 
@@ -237,7 +220,8 @@ def _data_seconds(work: Workload, choice: Choice, machine: Machine, stage: Stage
 
 def _tied_embedding_seconds(work: Workload, choice: Choice, machine: Machine) -> float:
     """All-reduce of a tied embedding's gradient between the first and the last stage."""
-    if choice.pipeline == 1 or work.model.no_weight_tying:
+    shared = ends_of(work).shared_matrix(work, choice)
+    if choice.pipeline == 1 or not shared:
         return 0.0
     bandwidth, latency = machine.link(choice.pipeline, choice.tensor * choice.data)
-    return vocabulary_matrix(work.model, choice.tensor) * work.element_bytes / bandwidth + latency
+    return shared * work.element_bytes / bandwidth + latency

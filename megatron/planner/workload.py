@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.config.schema import RunConfig
+from megatron.config.sections.images import ImagesConfig
 from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.optimization import OptimizerSpec
 from megatron.config.sections.parallel import ParallelConfig
 from megatron.config.sections.training import TrainingConfig
+from megatron.config.sections.vision import ImageConfig
 from megatron.config.update_size import UpdateSize
-from megatron.errors import UserError
+from megatron.errors import ConfigError, UserError
 from megatron.mpu import Layout
 from megatron.ops.pattention_backends import planned_backend
 from megatron.planner.choice import Choice
@@ -21,8 +23,8 @@ from megatron.planner.choice import Choice
 class Workload:
     """What is trained, and how the configuration asks for it; a `Choice` is one of the ways to run it."""
 
-    model: ModelConfig
-    """Its padded_vocab_size has to be known for bytes and FLOPs."""
+    model: ModelConfig | ImageConfig
+    """Of a language model, padded_vocab_size has to be known for bytes and FLOPs."""
     dtype: str
     """Precision of parameters and activations: fp32, bf16 or fp16."""
     optimizer: OptimizerSpec
@@ -31,12 +33,19 @@ class Workload:
     """The axes that are asked for, and the ZeRO settings."""
     training: TrainingConfig
     """Batch keys, recomputation and the Pattention backend that are asked for."""
+    in_pairs: bool = False
+    """Samples are mixed two by two, so that a micro-batch has an even number."""
 
     @classmethod
     def of(cls, config: RunConfig) -> Workload:
-        """The workload of a configuration's run, before any growth."""
-        optimizer = config.optimization.optimizer
-        return cls(config.language, config.precision.dtype, optimizer, config.parallel, config.training)
+        """The workload of a configuration's run, before any growth. Raises UserError for what cannot be planned."""
+        model, images = config.model, config.images
+        if not isinstance(model, (ModelConfig, ImageConfig)):
+            reason = f"plans are made for language models and image classifiers, and not for what learns '{model.task}'"
+            raise ConfigError("task", reason)
+        in_pairs = isinstance(images, ImagesConfig) and images.mixes
+        optimizer, dtype = config.optimization.optimizer, config.precision.dtype
+        return cls(model, dtype, optimizer, config.parallel, config.training, in_pairs)
 
     @property
     def element_bytes(self) -> int:
@@ -55,11 +64,11 @@ class Workload:
 
     def tokens(self, choice: Choice) -> int:
         """Tokens of a micro-batch on one data rank (T in formulas)."""
-        return choice.micro_batch * self.model.seq_length
+        return choice.micro_batch * self.model.tokens_per_sample()
 
     def update_size(self, data_ranks: int) -> UpdateSize:
         """What an update of so many data ranks reads; UserError when the batch keys do not fit each other."""
-        return self.training.update_size(data_ranks, self.model.seq_length)
+        return self.training.update_size(data_ranks, self.model.tokens_per_sample())
 
     def samples(self, gpus: int) -> int:
         """Samples of an update: train_batch_size, else what the configured layout would take on `gpus` GPUs."""

@@ -128,9 +128,10 @@ def test_it_starts_as_it_should_and_what_is_added_does_not_decay() -> None:
         "embedding.class_token", "embedding.positions", "embedding.patches.bias", "final_norm.weight",
         "final_norm.bias", "head.linear.bias",
     }  # fmt: skip
-    # The patches' map and the head are matrices, of which the head meets one of five tokens.
+    # The patches' map and the head are matrices; of five tokens four meet the one, and one the other.
     matrices = sum(parameter.numel() for name, parameter in named.items() if name not in vectors)
-    assert model.flops_per_token() == 6 * (matrices - 4 / 5 * 80) + 12 * 2 * 5 * 16
+    unmet = 4 / 5 * 80 + 1 / 5 * named["embedding.patches.weight"].numel()
+    assert model.flops_per_token() == pytest.approx(6 * (matrices - unmet) + 12 * 2 * 5 * 16, rel=1e-12)
 
 
 def test_drop_path_leaves_out_whole_samples_and_keeps_the_mean() -> None:

@@ -16,10 +16,13 @@ from megatron.ops.cross_entropy import cross_entropy
 from megatron.ops.linear_cross_entropy import linear_cross_entropy
 from megatron.planner import Choice, Workload, predict
 from megatron.planner.counts import stages
-from megatron.planner.memory import block_bytes, head_bytes, kept_bytes, state_bytes, stream_bytes
+from megatron.planner.ends import LanguageEnds, stream_bytes
+from megatron.planner.memory import block_bytes, kept_bytes, state_bytes
 from megatron.planner.step_time import tensor_elements
 from tests.planner.workloads import H200, published, small
 from tools.bench.measure import peak_bytes
+
+head_bytes = LanguageEnds().head_bytes
 
 
 class Saved:
@@ -65,8 +68,10 @@ class Kept:
         {"norm_activation_type": "softmax"},
         {"pattention_backend": "fused", "norm": "rmsnorm"},
         {"pattention_backend": "fused", "gpt_j_residual": True},
+        {"pattention_backend": "fused", "pos_emb": "none"},
         {"kind": "global"},
         {"kind": "global", "activation": "relu"},
+        {"kind": "global", "pos_emb": "none"},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
