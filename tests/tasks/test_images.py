@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,14 @@ import pytest
 import torch
 
 from megatron.checkpoint.store import CheckpointReader
-from megatron.config import load_config
+from megatron.config import RunConfig, load_config
 from megatron.config.checks import find_training_mistakes
 from megatron.config.load import resolve_config
-from megatron.config.sections.scaling import NewKeys
 from megatron.errors import UserError
+from megatron.evaluation.batching import Batches
+from megatron.evaluation.images import classify
 from megatron.exchange import open_checkpoint
-from megatron.growth.convert import grow_checkpoint
-from megatron.growth.plan import TokenCounts
+from megatron.inference.load import model_of
 from megatron.model.build import build_model
 from megatron.model.fill import fill
 from megatron.mpu.layout import SINGLE
@@ -27,6 +29,7 @@ from tests.ranks import run_ranks
 from tests.tasks.image_runs import CLASSES, IMAGES, KEYS, config_of, write_images
 from tests.training.cases import TOLERANCE, Case, metrics
 from tests.training.test_layouts import train_all
+from tools.ckpts.grow import main as grow_main
 
 NAMES = ("loss", "valid_loss", "valid_acc1", "valid_acc5", "test_loss", "test_acc1")
 PATCHES_ALONE = {"class_token": False, "global_pool": "avg"}
@@ -197,14 +200,73 @@ def test_a_trained_model_grows_in_every_layout(images: str, trained: Path, tmp_p
         assert metrics(tmp_path / name, "loss") == pytest.approx(metrics(tmp_path / "one", "loss"), abs=TOLERANCE), name
 
 
-@pytest.mark.parametrize(("new_keys", "tolerance"), [("zero", 1e-6), ("rotated", 1e-5)])
-def test_a_trained_checkpoint_grows_without_another_output(
-    trained: Path, tmp_path: Path, new_keys: NewKeys, tolerance: float
+Computed = Callable[[Path], tuple[torch.Tensor, list[int], int]]
+COUNTS = {"qkv_slot_num": 48, "proj_slot_num": 48, "ffn_slot_num": 80}
+NEW_KEYS: dict[str, dict[str, Any]] = {
+    "zero": {"new_keys": "zero"}, "rotated": {"new_keys": "rotated"}, "random": {"row_norm": "segment"},
+}  # fmt: skip
+STILL = {"lr": 1e-30, "warmup": 0.0}
+"""A schedule that moves no weight: what is saved after an update is the model that has just grown."""
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tensor": {"model_parallel_size": 2}, "pipeline": {"pipe_parallel_size": 2},
+    "zero": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def computed(images: str, trained: Path) -> Computed:
+    """Of a checkpoint: logits of noise, the classes that all images are taken for, and the number of its parameters."""
+    inputs = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    task = build_task(config_of(images, trained, data_path=None, train_data_paths=[images], valid_data_paths=[images]))
+    dataset = task.datasets([8, 8, 0], {}).valid
+
+    @cache
+    def compute(folder: Path) -> tuple[torch.Tensor, list[int], int]:
+        checkpoint = open_checkpoint(folder)
+        classes = classify(model_of(checkpoint), task, dataset, Batches(IMAGES)).classes
+        return logits_of(folder, inputs), classes.tolist(), checkpoint.num_parameters
+
+    return compute
+
+
+def assert_same_function(computed: Computed, before: Path, after: Path, kind: str) -> None:
+    (logits, classes, count), (grown, grown_classes, grown_count) = computed(before), computed(after)
+    tolerance = 1e-5 if kind == "rotated" else 1e-6
+    assert (logits - grown).abs().max() <= tolerance * logits.abs().max(), (after.name, kind)
+    assert len(classes) == IMAGES and classes == grown_classes and grown_count > count, (after.name, kind)
+
+
+@pytest.mark.parametrize("kind", NEW_KEYS)
+def test_a_trained_checkpoint_grows_on_disk_without_another_output(
+    computed: Computed, trained: Path, tmp_path: Path, kind: str
 ) -> None:
-    grow_checkpoint(trained, tmp_path / "larger", TokenCounts(qkv=48, proj=48, ffn=80, new_keys=new_keys))
-    inputs = torch.randn(16, 1, 8, 8)
-    before, after = logits_of(trained, inputs), logits_of(tmp_path / "larger", inputs)
-    assert (before - after).abs().max() <= tolerance * before.abs().max()
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in NEW_KEYS[kind].items()]
+    grow_main([str(trained), str(tmp_path / "larger"), "--qkv=48", "--proj=48", "--ffn=80", *flags])
+    assert_same_function(computed, trained, tmp_path / "larger", kind)
+
+
+@pytest.mark.processes
+def test_a_trained_model_is_the_same_after_its_growth_in_every_layout(
+    images: str, computed: Computed, trained: Path, tmp_path: Path
+) -> None:
+    """By the schedule of a run with each kind of keys, and from a smaller model's checkpoint with one of them."""
+    runs = dict[Path, tuple[str, RunConfig]]()
+    for (layout, axes), other in zip(LAYOUTS.items(), NEW_KEYS, strict=True):
+        for kind, new_keys in NEW_KEYS.items():
+            folder = tmp_path / f"{layout}-{kind}"
+            shutil.copytree(trained, folder)
+            growth = [{"at_iteration": 60, **COUNTS, **new_keys, **STILL, "lr_policy": "restart"}]
+            keys = {"train_iters": 61, "lr_decay_iters": 60, "eval_interval": 61}
+            runs[folder] = kind, config_of(images, folder, **keys, **axes, growth=growth)
+        folder = tmp_path / f"{layout}-from-{other}"
+        smaller = {"pretrain_partial_init": str(trained), **COUNTS, **NEW_KEYS[other]}
+        still = {"optimizer": {**KEYS["optimizer"], "params": {"lr": STILL["lr"]}}, "train_iters": 1}
+        runs[folder] = other, config_of(images, folder, **smaller, **axes, **still, eval_interval=1)
+    run_ranks(2, train_all, [config for _, config in runs.values()])
+    for folder, (kind, _) in runs.items():
+        assert_same_function(computed, trained, folder, kind)
+        for name in ("valid_acc1", "valid_loss"):  # as the engine of that layout finds them
+            assert metrics(folder, name)[-1] == pytest.approx(metrics(trained, name)[-1], rel=1e-4), (folder.name, name)
 
 
 @pytest.mark.parametrize(
