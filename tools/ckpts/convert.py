@@ -12,6 +12,8 @@ from pathlib import Path
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
+    from tools.ckpts import from_transformer
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     descriptions = {
@@ -19,6 +21,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "from-hf": "such a folder, or a GPT-NeoX (Pythia) one, to a training checkpoint",
         "to-official": "any checkpoint to the official code's pytorch_model.bin",
         "from-official": "an official pytorch_model.bin to a training checkpoint",
+        "from-transformer": "a trained Transformer to a TokenFormer that starts near it, fitted on a text",
     }
     for name, text in descriptions.items():
         command = commands.add_parser(name, help=text, description=text)
@@ -27,6 +30,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         if name in ("to-hf", "from-official"):
             what = "YAML files of the model" + (", for a pytorch_model.bin" if name == "to-hf" else "")
             command.add_argument("--config", nargs="+", metavar="YAML", required=name == "from-official", help=what)
+        if name == "from-transformer":
+            from_transformer.add_flags(command)
         if name.startswith("to-"):
             command.add_argument("--iteration", type=int, help="which of a run's checkpoints; default the latest")
         if name == "to-hf":
@@ -48,12 +53,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     from megatron.config import load_config
     from megatron.exchange import convert
+    from tools.ckpts import from_transformer
 
     config = load_config(args.config) if getattr(args, "config", None) else None
     if args.command == "to-hf":
         convert.to_huggingface(args.input, args.output, config, args.dtype, args.iteration)
     elif args.command == "from-hf":
         convert.from_huggingface(args.input, args.output)
+    elif args.command == "from-transformer":
+        from_transformer.convert(args)
     elif args.command == "to-official":
         convert.to_official(args.input, args.output, args.iteration)
     else:
