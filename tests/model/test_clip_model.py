@@ -212,15 +212,15 @@ def test_a_growth_of_a_tower_says_which() -> None:
 
 
 def test_towers_may_grow_at_one_time_one_after_the_other() -> None:
-    sizes = {"image": 24, "text": 30}
+    sizes = {"image": 24, "text": 17}
     growths = [{"at_iteration": 5, "tower": tower, "ffn_slot_num": size} for tower, size in sizes.items()]
     schedule = GrowthSchedule(ScalingConfig(growth=growths), train_iters=9)
     config = ClipConfig(**SMALL)
     grown = schedule.after(config, 2).model
-    assert (grown.image.ffn_slot_num, grown.text.ffn_slot_num) == (24, 30)
-    schedule.check(config, OptimizationConfig(), 4, TrainState())
-    with pytest.raises(UserError, match="text_tower.ffn_slot_num grows by 14 where model_parallel_size is 16"):
-        schedule.check(config, OptimizationConfig(), 16, TrainState())
+    assert (grown.image.ffn_slot_num, grown.text.ffn_slot_num) == (24, 17)
+    schedule.check(config, OptimizationConfig(), 1, TrainState())
+    with pytest.raises(UserError, match="text_tower.ffn_slot_num grows by 1 where model_parallel_size is 2"):
+        schedule.check(config, OptimizationConfig(), 2, TrainState())
     lineage = [{"scheduled": True}] * 2
     assert schedule.as_saved(config, grown, lineage).model == schedule.as_saved(grown, grown, lineage).model == grown
 
