@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from megatron.engine.base import Engine, StepResult
 from megatron.engine.gate import Numbers
 from megatron.engine.gradients import clip_gradients
+from megatron.engine.joint import losses_of_parts, rehearsed
 from megatron.model.attention import SelfAttention
 from megatron.model.layered import block_of
+from megatron.tasks.task import Tensors
 
 
 class SingleStageEngine(Engine):
@@ -42,8 +45,8 @@ class SingleStageEngine(Engine):
         self._engine.train()
         self._set_learning_rate(learning_rate, age)
         losses = []
-        for position, batch in enumerate(batches):
-            loss = self._reduced(batch, self.task.loss)
+        for position, (batch, of_outputs) in enumerate(zip(batches, self._losses_of(batches), strict=True)):
+            loss = self._reduced(batch, of_outputs)
             losses.append(loss.detach())
             self._engine.backward(loss)
             if position + 1 < len(batches):
@@ -55,6 +58,23 @@ class SingleStageEngine(Engine):
         skipped_before = self._engine.skipped_steps
         self._engine.step()
         return self._finish_step(mean, norm, self._engine.skipped_steps > skipped_before)
+
+    def _losses_of(self, batches: Sequence[Any]) -> Sequence[Callable[..., Tensor]]:
+        """For each micro-batch of an update what makes its loss of the model's outputs."""
+        if not self.task.joint or len(batches) == 1:
+            return [self.task.loss] * len(batches)
+        with rehearsed(self.device):
+            outputs, targets = self._outputs(batches)
+        return losses_of_parts(self.task, outputs, targets, self.layout)
+
+    def _outputs(self, batches: Sequence[Any]) -> tuple[list[Tensors], list[Tensors]]:
+        """The model's outputs for each micro-batch, and the targets."""
+        outputs, targets = list[Tensors](), list[Tensors]()
+        for batch in batches:
+            inputs, of_batch = self.task.split(batch, self.device)
+            outputs.append(self._engine(*inputs))
+            targets.append(of_batch)
+        return outputs, targets
 
     def _numbers_of_update(self) -> Numbers:
         loss, norm = self._numbers
@@ -68,6 +88,11 @@ class SingleStageEngine(Engine):
 
     def _add_measures(self, batches: Iterable[Any], sums: Tensor) -> None:
         self._engine.eval()
-        for batch in batches:
-            sums += self._reduced(batch, self.task.measure)
+        if self.task.joint:
+            source, steps = iter(batches), self._engine.gradient_accumulation_steps()
+            while len(update := list(itertools.islice(source, steps))) == steps:
+                sums += self.task.measure(*self.task.joined(*self._outputs(update)), self.layout)
+        else:
+            for batch in batches:
+                sums += self._reduced(batch, self.task.measure)
         self._engine.train()

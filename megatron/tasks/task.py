@@ -46,6 +46,9 @@ class Task(ABC, Generic[Batch]):
     """Configuration keys on which the order of the samples depends, besides those of the data section."""
     evaluates_every_sample: ClassVar[bool] = False
     """An evaluation reads a whole data set once; else eval_iters updates' worth of it."""
+    joint: ClassVar[bool] = False
+    """Loss and measures are of all samples of an update together, whatever micro-batches and ranks it is divided
+    into; see `joined`."""
     config: RunConfig
     """The run's configuration, with what the data decides filled in."""
 
@@ -80,6 +83,10 @@ class Task(ABC, Generic[Batch]):
         Args:
             outputs: the model's, this tensor rank's share of them.
         """
+
+    def joined(self, outputs: Sequence[Tensors], targets: Sequence[Tensors]) -> tuple[Any, Tensors]:
+        """Of a joint task: outputs and targets of a rank's micro-batches as those of one, for loss and measure."""
+        raise NotImplementedError
 
     def measure(self, outputs: Any, targets: Tensors, layout: Layout) -> Tensor:
         """What an evaluation adds up over its micro-batches and data ranks: `measures`, [m]. Without gradients."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron.config.update_size import UpdateSize
 from megatron.data import batches
+from megatron.errors import UserError
 from megatron.mpu.layout import Axis
 from megatron.tasks import Task
 from megatron.training.state import TrainState
@@ -44,6 +45,16 @@ class RunData:
         counts = state.consumed_samples + remaining * update.samples, evaluations * one_evaluation, one_evaluation
         self.sets = task.datasets([min(count, _MOST_SAMPLES) for count in counts], state.epoch_blocks)
         state.epoch_blocks = self.sets.epoch_blocks
+        for split in ("valid", "test") if one_evaluation and not task.evaluates_every_sample else ():
+            self._require_update(split)
+
+    def _require_update(self, split: str) -> None:
+        dataset = getattr(self.sets, split)
+        if dataset is not None and len(dataset) < self._update.samples:
+            raise UserError(
+                f"eval_iters: an evaluation reads whole updates, {self._update.samples} samples each, and the {split} "
+                f"set has {len(dataset)}; give it more of the data, or set 0 for no evaluation"
+            )
 
     def held_out(self, size: int) -> tuple[Tensor, ...]:
         """The model's inputs for up to `size` samples that are not trained on; the same on every rank."""
