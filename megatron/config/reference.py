@@ -11,7 +11,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -24,12 +24,14 @@ from pydantic_core import PydanticUndefined
 from megatron.config.build import section_class
 from megatron.config.neox_keys import ALIASES, IGNORED, REFUSED, Rule
 from megatron.config.schema import SECTIONS
+from megatron.config.sections.clip import ClipConfig
 from megatron.config.sections.images import ImagesConfig
 from megatron.config.sections.vision import ImageConfig
 from megatron.files import write_output
 
-SHOWN_SECTIONS = (SECTIONS[0], "vision", *SECTIONS[1:])
-"""Those of a configuration, and what the model section of image runs has besides."""
+_OTHER_MODELS: dict[str, type[BaseModel]] = {"vision": ImageConfig, "clip": ClipConfig}
+SHOWN_SECTIONS = (SECTIONS[0], *_OTHER_MODELS, *SECTIONS[1:])
+"""Those of a configuration, and what the model section has besides of runs that learn from images."""
 
 DEFAULT_PATH = Path("docs/configuration.md")
 
@@ -42,12 +44,13 @@ A run is described by YAML files with one `key: value` a line (JSON with # comme
 underscores are equal (`vocab-file`, `vocab_file`), `.yml` may be left off on the command line.
 
 - Several files are merged, the later one wins: `python deepy.py train.py configs/tokenformer/150M_train_pile.yml
-  configs/bf16.yml`. The tables `optimizer`, `optimizer.params`, `fp16`, `bf16`, `zero_optimization` and `spikes` are
-  merged key by key; lists and plain values are replaced; `key: null` takes an earlier value back.
+  configs/bf16.yml`. The tables `optimizer`, `optimizer.params`, `fp16`, `bf16`, `zero_optimization`, `spikes` and
+  `text_tower` are merged key by key; lists and plain values are replaced; `key: null` takes an earlier value back.
 - `include: base.yml` (or a list) merges other files first; paths are relative to the including file, and a file that
   was merged before is not merged again. An `include` that names no YAML file is the launcher's (nodes to use).
 - `task` says what a run learns: `language`, which needs not be said; `image_classification`, whose keys `vision` and
-  `images` below lists; or a task of your own (see CONTRIBUTING.md), whose model section is in the place of these.
+  `images` below list; `clip`, which has those of `clip` besides; or a task of your own (see CONTRIBUTING.md), whose
+  model section is in the place of these.
 - `--set key=value` overrides everything; the value is YAML and the key may be dotted: `--set optimizer.params.lr=1e-3`.
 - `--explain` prints every value with the file and line it came from, what is ignored and why.
 - Paths of data, checkpoints and tokenizers are relative to the working directory. `~`, `$NAME` and `${NAME}` in them,
@@ -73,10 +76,13 @@ class Key:
 
 def all_keys() -> Iterator[Key]:
     """Every key of the sections in order, those of tables with dotted names."""
-    of_language = set(section_class("model").model_fields)
+    of_models = set[Key]()
     for section in SHOWN_SECTIONS:
-        found = _keys_of(section, _shown_class(section), "")
-        yield from (key for key in found if section != "vision" or key.name == "pos_emb" or key.name not in of_language)
+        for key in _keys_of(section, _shown_class(section), ""):
+            as_in_others = replace(key, section="")
+            if section not in _OTHER_MODELS or as_in_others not in of_models:
+                yield key
+            of_models.add(as_in_others)
 
 
 def section_title(section: str) -> str:
@@ -85,8 +91,7 @@ def section_title(section: str) -> str:
 
 
 def _shown_class(section: str) -> type[BaseModel]:
-    of_images: dict[str, type[BaseModel]] = {"vision": ImageConfig, "images": ImagesConfig}
-    return of_images.get(section) or section_class(section)
+    return (_OTHER_MODELS | {"images": ImagesConfig}).get(section) or section_class(section)
 
 
 def render() -> str:

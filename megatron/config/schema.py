@@ -13,6 +13,7 @@ from pydantic import SerializeAsAny, ValidationInfo, field_validator
 
 from megatron.config.sections.base import Section
 from megatron.config.sections.checkpoint import CheckpointConfig
+from megatron.config.sections.clip import ClipConfig
 from megatron.config.sections.data import DataConfig
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.config.sections.generation import GenerationConfig
@@ -42,7 +43,7 @@ SECTIONS = (
 )  # fmt: skip
 
 
-MODEL_SECTIONS[ImageConfig.task] = ImageConfig
+MODEL_SECTIONS |= {section.task: section for section in (ImageConfig, ClipConfig)}
 
 
 class RunConfig(Section):

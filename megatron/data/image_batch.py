@@ -26,6 +26,14 @@ class ImageShape:
         return torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8)
 
 
+@dataclass(frozen=True)
+class TextShape:
+    """What becomes of a caption: seq_length ids, padded with the end of the document."""
+
+    seq_length: int
+    eod_id: int
+
+
 def images_of(samples: Sequence[dict[str, Tensor]], size: int, shape: ImageShape) -> dict[str, Tensor]:
     """{images: uint8 [size, c, H, W], labels} of samples; black images with the label PADDING (-1) fill it up."""
     missing = size - len(samples)
@@ -33,3 +41,15 @@ def images_of(samples: Sequence[dict[str, Tensor]], size: int, shape: ImageShape
     images += [shape.blank()] * missing
     labels = [sample["labels"] for sample in samples] + [torch.tensor(PADDING)] * missing
     return {"images": torch.stack(images), "labels": torch.stack(labels)}
+
+
+def image_texts_of(
+    samples: Sequence[dict[str, Tensor]], size: int, shape: ImageShape, text: TextShape
+) -> dict[str, Tensor]:
+    """Samples in one dictionary of [size, ...]; black images with the end PADDING (-1) and no loss fill it up."""
+    missing = {
+        "images": shape.blank(), "ids": torch.full((text.seq_length,), text.eod_id), "end": torch.tensor(PADDING),
+        "loss_mask": torch.zeros(text.seq_length, dtype=torch.bool),
+    }  # fmt: skip
+    rows = [*samples, *[missing] * (size - len(samples))]
+    return {key: torch.stack([row[key] for row in rows]) for key in missing}

@@ -24,7 +24,7 @@ from megatron.config.sections.data import DataConfig
 from megatron.config.sections.images import ImagesConfig
 from megatron.data.augment import sample_generator
 from megatron.data.datasets import Datasets, Part
-from megatron.data.image_batch import PADDING, ImageShape
+from megatron.data.image_batch import ImageShape, TextShape
 from megatron.data.image_sets import (
     Augmentation,
     EpochOrder,
@@ -37,14 +37,6 @@ from megatron.data.indexed import IndexedDataset
 from megatron.errors import ConfigError, UserError
 
 TEXT_SUFFIX, PROMPT_SUFFIX = "_text_document", "_prompt_length_document"
-
-
-@dataclass(frozen=True)
-class TextShape:
-    """What becomes of a caption: seq_length ids, padded with the end of the document."""
-
-    seq_length: int
-    eod_id: int
 
 
 @dataclass(frozen=True)
@@ -186,18 +178,6 @@ class AugmentedImageTexts:
     def origins(self, sample: int) -> list[dict[str, Any]]:
         """The image that sample `sample` is made of."""
         return [self._parts.origin(self._image(sample))]
-
-
-def image_texts_of(
-    samples: Sequence[dict[str, Tensor]], size: int, shape: ImageShape, text: TextShape
-) -> dict[str, Tensor]:
-    """Samples in one dictionary of [size, ...]; black images with the end PADDING (-1) and no loss fill it up."""
-    missing = {
-        "images": shape.blank(), "ids": torch.full((text.seq_length,), text.eod_id), "end": torch.tensor(PADDING),
-        "loss_mask": torch.zeros(text.seq_length, dtype=torch.bool),
-    }  # fmt: skip
-    rows = [*samples, *[missing] * (size - len(samples))]
-    return {key: torch.stack([row[key] for row in rows]) for key in missing}
 
 
 def build_image_text_datasets(

@@ -11,11 +11,12 @@ from typing import Any
 from megatron.config.schema import RunConfig
 from megatron.config.sections.model import MODEL_SECTIONS, ModelSection
 from megatron.model.build import ARCHITECTURES
+from megatron.tasks.clip import ClipTask
 from megatron.tasks.images import ImageClassificationTask
 from megatron.tasks.language import LanguageTask
 from megatron.tasks.task import Task
 
-__all__ = ["ImageClassificationTask", "LanguageTask", "Task", "build_task", "register", "task_of"]
+__all__ = ["ClipTask", "ImageClassificationTask", "LanguageTask", "Task", "build_task", "register", "task_of"]
 
 _TASKS: dict[str, type[Task[Any]]] = {}
 
@@ -30,6 +31,7 @@ def register(task: type[Task[Any]]) -> type[Task[Any]]:
 
 register(LanguageTask)
 register(ImageClassificationTask)
+register(ClipTask)
 
 
 def task_of(model: ModelSection) -> type[Task[Any]]:

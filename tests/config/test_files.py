@@ -38,7 +38,8 @@ DIFFERENCES = {"wall_clock_breakdown": False}
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_config_loads_without_a_warning(path: Path) -> None:
     is_part = path.parent.name == "common" or path.name in OVERLAYS
-    whole = "vision/B16_in1k.yml" if path.name == "imagenet1k.yml" else "tokenformer/150M_train_pile.yml"
+    wholes = {"imagenet1k.yml": "vision/B16_in1k.yml", "clip.yml": "clip/B16_datacomp.yml"}
+    whole = wholes.get(path.name, "tokenformer/150M_train_pile.yml")
     files = [CONFIGS / whole, path] if is_part else [path]
     assert resolve_config(files).warnings == []
 

@@ -18,16 +18,14 @@ from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.data import IndexedDataset, IndexedDatasetBuilder, batches
 from megatron.data.captions import Caption
 from megatron.data.datasets import Part
-from megatron.data.image_batch import ImageShape
+from megatron.data.image_batch import ImageShape, TextShape, image_texts_of
 from megatron.data.image_sources import ImageRecord, Listing
 from megatron.data.image_text import (
     AugmentedImageTexts,
     CaptionedImages,
     ImageTextDataset,
     StoredCaption,
-    TextShape,
     build_image_text_datasets,
-    image_texts_of,
 )
 from megatron.data.prepare_images import Faults, prepare_images
 from megatron.errors import UserError

@@ -1,0 +1,46 @@
+"""scikit-learn's handwritten digits with captions, for `prepare_data.py --npz`.
+
+`python -m tools.demo.captioned_digits captioned_digits.npz` writes 1,797 images of 8 x 8 pixels, what each shows, and
+eight captions of each.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megatron.errors import UserError, run_command
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEMPLATES = (
+    "the digit {}", "a handwritten {}", "a picture of the number {}", "someone wrote {}", "this is {}",
+    "an image of a {}", "{} written by hand", "the number {} in grey",
+)  # fmt: skip
+UNSEEN_TEMPLATES = ("a {} on paper", "here you can see {}")
+"""Nothing is trained on them: texts of another form."""
+
+_LARGEST = 16  # of scikit-learn's pixels
+
+
+def write_digits(path: Path) -> None:
+    """Write the arrays images, labels, text [n, 8] and classes. Raises UserError without scikit-learn."""
+    try:
+        import numpy as np
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError("scikit-learn: not installed; pip install -r requirements/requirements-eval.txt") from error
+    digits = load_digits()
+    captions = [[template.format(WORDS[label]) for template in TEMPLATES] for label in digits.target]
+    images = np.rint(digits.images * (255 / _LARGEST)).astype(np.uint8)
+    np.savez(path, images=images, labels=digits.target, text=np.array(captions), classes=np.array(WORDS))
+
+
+def main() -> None:
+    """Write the file that the command line names."""
+    if len(sys.argv) != 2:
+        raise UserError("give the file to write, for example captioned_digits.npz")
+    write_digits(Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
