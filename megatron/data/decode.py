@@ -65,7 +65,7 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """Damaged metadata says nothing against the pixels, and counts as none."""
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 0))
     except Exception:  # whatever the bytes lead Pillow to
         return image
     return image if turn is None else image.transpose(turn)
