@@ -31,7 +31,8 @@ KEYS = {
     "lr_decay_style": "WSD", "lr_wsd_decay_iters": 8,
 }  # fmt: skip
 GROWTHS: dict[str, tuple[dict[str, Any], int, int]] = {
-    "zero keys": (AGES, 10, 16), "own row norm": ({**AGES, "row_norm": "segment"}, 4, 6),
+    "zero keys": (AGES, 6, 16), "rotated keys": ({**AGES, "new_keys": "rotated", "proj_slot_num": 48}, 4, 6),
+    "own row norm": ({**AGES, "row_norm": "segment"}, 4, 6),
 }  # fmt: skip
 """What a growth says, how often it is killed, and in which update its keys are as large as the old ones and decay."""
 KINDS = ("model", "optimizer", "rng")
