@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron.config.sections.vision import ImageConfig
-from tests.with_timm import mend_torchvision
+from tools.bench.with_timm import mend_torchvision
 
 
 def timm_model(name: str, **options: Any) -> Any:

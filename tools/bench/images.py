@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from megatron.data.indexed import IndexedDataset
 from megatron.data.prepare_images import Faults, prepare_images
 from megatron.errors import UserError, run_command
 from megatron.text import align
-from tools.bench.measure import Timed, as_document, compare, parser, take_turns, write_json
+from tools.bench.measure import Timed, as_document, compare, parser, processor_clocked, take_turns, write_json
 
 _RECIPES: dict[str, dict[str, Any]] = {
     "training: crop, flip": {},
@@ -75,14 +74,12 @@ def contestants(indexed: IndexedDataset, size: int) -> dict[str, Timed]:
         sets[name] = AugmentedImages(parts, shape, ImagesConfig(**keys), 1, count)
     work: dict[str, Callable[[int], object]] = {"decoding": lambda number: decode(indexed[number].tobytes())}
     work |= {name: dataset.__getitem__ for name, dataset in sets.items()}
-    return {name: partial(_processor_seconds, each, count) for name, each in work.items()}
+    return {name: processor_clocked(partial(_all_of, each, count)) for name, each in work.items()}
 
 
-def _processor_seconds(work: Callable[[int], object], count: int) -> float:
-    start = time.process_time()
+def _all_of(work: Callable[[int], object], count: int) -> None:
     for number in range(count):
         work(number)
-    return time.process_time() - start
 
 
 def main() -> int:

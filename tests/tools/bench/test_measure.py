@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron.errors import UserError
-from tools.bench.measure import as_document, clocked, compare, kept_bytes, peak_bytes, table, take_turns, write_json
+from tools.bench.measure import (
+    as_document,
+    clocked,
+    compare,
+    kept_bytes,
+    peak_bytes,
+    processor_clocked,
+    table,
+    take_turns,
+    write_json,
+)
 
 CPU = torch.device("cpu")
 HEAD = "median fastest ratio of minima spread peak tokens/s"
@@ -28,6 +39,11 @@ def test_contestants_take_turns_and_each_begins() -> None:
     assert rounds[1:] == ["abc", "bca", "cab"] and sorted(rounds[0]) == ["a", "b", "c"]
     with pytest.raises(UserError, match="--rounds: 0 measures nothing"):
         take_turns({"a": lambda: 1.0}, rounds=0)
+
+
+def test_processor_time_leaves_out_what_the_process_waits_for() -> None:
+    assert processor_clocked(lambda: time.sleep(0.05))() < 0.04 < clocked(lambda: time.sleep(0.05), CPU)()
+    assert processor_clocked(lambda: sum(range(100_000)))() > 0
 
 
 def test_ratios_are_those_of_the_same_round() -> None:
