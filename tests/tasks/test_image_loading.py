@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import numpy as np
 import pytest
 
 from megatron.checkpoint.store import CheckpointReader
+from megatron.config import RunConfig
 from megatron.data import IndexedDataset, IndexedDatasetBuilder, batches
 from megatron.errors import run_command
 from megatron.training import train
+from tests.faults.injected import Fault
+from tests.ranks import start_process
 from tests.tasks.image_runs import config_of, write_images
 from tests.tasks.test_images import EVERYTHING
 from tests.training.cases import metrics
@@ -24,7 +28,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_images(tmp_path_factory.mktemp("images") / "corners")
 
 
+def train_and_be_killed(config: RunConfig, updates: int) -> None:
+    """SIGKILL comes after so many updates."""
+    Fault("kill", 0, updates).install(0)
+    train(config)
+
+
 @pytest.mark.launches
+@pytest.mark.processes
 def test_a_run_is_the_same_with_other_workers_after_a_kill(
     images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -35,11 +46,13 @@ def test_a_run_is_the_same_with_other_workers_after_a_kill(
         return batches(dataset, *arguments)
 
     monkeypatch.setattr("megatron.training.data.batches", recorded)
-    keys = {**EVERYTHING, "eval_interval": 2}
+    keys = {**EVERYTHING, "eval_interval": 2, "checkpoint_factor": 2, "async_save": False}
     train(config_of(images, tmp_path / "whole", **keys))
-    for stop, workers in ((2, 1), (None, 3)):
-        train(config_of(images, tmp_path / "parts", **keys, exit_interval=stop, num_workers=workers))
-    assert {workers for _, workers in asked} == {0, 1, 3} and (0, 3) in asked, "an evaluation has workers too"
+    process = start_process(train_and_be_killed, config_of(images, tmp_path / "parts", **keys, num_workers=1), 3)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and (tmp_path / "parts/latest").read_text().strip() == "global_step2"
+    train(config_of(images, tmp_path / "parts", **keys, num_workers=3))
+    assert {workers for _, workers in asked} == {0, 3} and (0, 3) in asked, "an evaluation has workers too"
     for name in ("loss", "valid_loss", "valid_acc1", "test_loss"):
         assert metrics(tmp_path / "whole", name) == metrics(tmp_path / "parts", name)
     whole, parts = (CheckpointReader(tmp_path / name / "global_step5") for name in ("whole", "parts"))
