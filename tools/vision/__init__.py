@@ -1,0 +1,1 @@
+"""How well do small image models learn real data?"""
