@@ -8,16 +8,13 @@ from pathlib import Path
 from megatron.config.sections.data import DataConfig
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.config.sections.images import ImagesConfig
+from megatron.data.classes import IMAGE_SUFFIX, class_lines, classes_file
 from megatron.data.datasets import Part, parts_of
 from megatron.data.decode import MODES
 from megatron.data.image_batch import ImageShape
-from megatron.data.image_sets import IMAGE_SUFFIX
-from megatron.data.images import CLASSES_SUFFIX, ImageDataset, LabelledImages
+from megatron.data.images import ImageDataset, LabelledImages
 from megatron.data.indexed import IndexedDataset
 from megatron.errors import ConfigError
-from megatron.files import read_text
-
-_MOST_CLASSES_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,5 @@ def _parts(data: DataConfig, evaluation: EvaluationConfig) -> list[Part]:
 
 
 def _class_names(prefix: str, num_classes: int) -> list[str]:
-    names = Path(prefix.removesuffix(IMAGE_SUFFIX) + CLASSES_SUFFIX)
-    if not names.exists():
-        return [str(number) for number in range(num_classes)]
-    return read_text(names, limit=_MOST_CLASSES_BYTES).splitlines()
+    names = classes_file(prefix)
+    return class_lines(names) if names.exists() else [str(number) for number in range(num_classes)]

@@ -7,11 +7,9 @@ import os
 from pathlib import Path
 
 from megatron.config.sections.tokenizer import TokenizerConfig
+from megatron.data.classes import read_classes
 from megatron.data.pillow import pillow_needed
 from megatron.errors import UserError
-from megatron.files import read_text
-
-_MOST_CLASSES_BYTES = 1 << 26
 
 
 def add_image_flags(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +45,7 @@ def _prepare(args: argparse.Namespace, prefix: Path, tokenizer: TokenizerConfig)
     with pillow_needed():
         from megatron.data.image_sources import list_arrays, list_folder, list_shards
         from megatron.data.prepare_images import Faults, prepare_images
-    faults, classes = Faults(args.broken == "skip"), _classes(args.classes)
+    faults, classes = Faults(args.broken == "skip"), read_classes(args.classes, "--classes") if args.classes else None
     if args.images:
         listing = list_folder(args.images, classes, faults)
     elif args.shards:
@@ -57,12 +55,3 @@ def _prepare(args: argparse.Namespace, prefix: Path, tokenizer: TokenizerConfig)
     listing = listing if classes is None else type(listing)(listing.records, classes)
     workers = len(os.sched_getaffinity(0)) if args.num_workers is None else args.num_workers
     prepare_images(listing, prefix, tokenizer, faults, args.order_seed, workers)
-
-
-def _classes(path: str | None) -> list[str] | None:
-    if path is None:
-        return None
-    names = read_text(path, "--classes", "give one name a line", _MOST_CLASSES_BYTES).splitlines()
-    if not names or len(set(names)) < len(names) or not all(name.strip() for name in names):
-        raise UserError(f"--classes: {path} must name each class once, one a line, without empty lines")
-    return names

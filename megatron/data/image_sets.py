@@ -13,14 +13,13 @@ from torch import Tensor
 from megatron.config.sections.data import DataConfig
 from megatron.config.sections.images import ImagesConfig
 from megatron.data.augment import INTERPOLATIONS, Pixels, RandAugment, centre_crop, crop_box, erase, resized_crop
+from megatron.data.classes import IMAGE_SUFFIX
 from megatron.data.datasets import SPLIT_NAMES, Part, parts_of
 from megatron.data.decode import MODES, BrokenImageError, decode
 from megatron.data.image_batch import ImageShape
 from megatron.data.indexed import IndexedDataset
 from megatron.data.permutation import Permutation
 from megatron.errors import ConfigError, RankError, UserError
-
-IMAGE_SUFFIX = "_image_document"
 
 
 class StoredImages:

@@ -11,7 +11,6 @@ each other, by a generator of (seed, j). So neither workers, ranks and accumulat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,15 @@ from torch import Tensor
 from megatron.config.sections.data import DataConfig
 from megatron.config.sections.images import ImagesConfig
 from megatron.data.augment import Mixing, Pixels, pair_generator, sample_generator
+from megatron.data.classes import class_lines, classes_file
 from megatron.data.datasets import Datasets, Part
 from megatron.data.image_batch import ImageShape
 from megatron.data.image_sets import Augmentation, EpochOrder, ImageParts, StoredImages, centre, image_parts
 from megatron.errors import ConfigError, UserError
-from megatron.files import read_text
 
-LABEL_SUFFIX, CLASSES_SUFFIX = "_label_document", "_classes.txt"
+LABEL_SUFFIX = "_label_document"
 
 _ROWS = 1 << 22
-_MOST_CLASSES_BYTES = 1 << 26
 
 
 class LabelledImages(StoredImages):
@@ -45,8 +43,8 @@ class LabelledImages(StoredImages):
         self._check_classes(num_classes)
 
     def _check_classes(self, num_classes: int) -> None:
-        names = Path(self._stem + CLASSES_SUFFIX)
-        known = len(read_text(names, limit=_MOST_CLASSES_BYTES).splitlines()) if names.exists() else num_classes
+        names = classes_file(self.indexed.prefix)
+        known = len(class_lines(names)) if names.exists() else num_classes
         if known != num_classes:
             raise ConfigError("num_classes", f"{names} names {known} classes", f"set {known}", value=num_classes)
         for first in range(0, len(self._labels), _ROWS):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.data.captions import Caption, Fault
+from megatron.data.classes import classes_file
 from megatron.data.decode import BrokenImageError, decode
 from megatron.data.image_sources import ImageRecord, Listing, Place
 from megatron.data.indexed import IndexedDatasetBuilder, best_dtype, output_files
@@ -142,7 +143,7 @@ def prepare_images(
         count = builders["image"].num_documents
         if not count:
             raise UserError("no images were found that can be used; nothing was written")
-        _settle(builders, prefixes, Path(f"{output_prefix}_classes.txt"), listing.classes)
+        _settle(builders, prefixes, classes_file(output_prefix), listing.classes)
     highest = max((record.label for record in records if record.label is not None), default=None)
     classes = len(listing.classes) if listing.classes else highest + 1 if highest is not None else None
     result = PreparedImages({kind: prefixes[kind] for kind in kinds}, count, faults.count, classes)
