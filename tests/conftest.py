@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import signal
 import tempfile
@@ -26,6 +27,11 @@ import pytest
 from megatron.config import RunConfig, load_config
 from megatron.log import get_logger
 from megatron.signals import STOP_SIGNALS
+
+if importlib.util.find_spec("torchvision"):  # before transformers imports it
+    from tests.with_timm import mend_torchvision
+
+    mend_torchvision()
 
 FIXTURES = Path(__file__).parent / "fixtures"
 VOCABULARY = 300

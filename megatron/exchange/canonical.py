@@ -17,13 +17,15 @@ from megatron.checkpoint.pieces import whole_pieces
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.state import TENSOR_KINDS, CanonicalState
 from megatron.checkpoint.store import RunFolder
+from megatron.config.sections.data import DataConfig
 from megatron.config.sections.model import ModelConfig, ModelSection, model_section
 from megatron.config.sections.tokenizer import TokenizerConfig
+from megatron.data.classes import are_class_names, class_lines, classes_file
 from megatron.errors import UserError
 from megatron.exchange.checkpoint import Checkpoint
 from megatron.model.compatibility import check_fit, count_layers, described_model, tau_fault
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, CLASSES_FILE = "tokenizer.json", "classes.txt"
 
 
 def matches(path: Path, iteration: int | None = None, key: str = "load") -> Path | None:
@@ -41,14 +43,16 @@ def open(path: Path, config: object = None, key: str = "load") -> Checkpoint:
         checksums are for `Checkpoint.verify`.
     """
     reader = CheckpointReader(path, verify=False, key=key)
+    model = model_config_of(reader)
     return Checkpoint(
         reader.folder,
-        model_config_of(reader),
+        model,
         reader,
         reader.config,
         reader.iteration,
         reader.train_state,
         partial(_tokenizer_of, reader),
+        partial(_class_names_of, reader, getattr(model, "num_classes", 0)),
     )
 
 
@@ -90,11 +94,23 @@ def _tokenizer_of(reader: CheckpointReader) -> TokenizerConfig:
     return found if file is None else TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=file)
 
 
+def _class_names_of(reader: CheckpointReader, count: int) -> list[str] | None:
+    """What a classes.txt beside the checkpoint or its run says, else what lies beside the data it was trained with."""
+    if not count:
+        return None
+    data = reader.section(DataConfig)
+    sets = [data.data_path, *(data.train_data_paths or [])]
+    places = [folder / CLASSES_FILE for folder in (reader.folder, reader.folder.parent)]
+    places += [classes_file(prefix) for prefix in sets if prefix]
+    found = next((class_lines(file) for file in places if file.is_file()), [])
+    return found if len(found) == count and are_class_names(found) else None
+
+
 def write(target: str | Path, checkpoint: Checkpoint, environment: Mapping[str, Any] | None = None) -> Path:
     """A new run's folder with this checkpoint in it, in fp32, or not at all; returns the path of the checkpoint.
 
     A model that was no training checkpoint starts at iteration 0; one without settings of its own takes its
-    tokenizer.json along.
+    tokenizer.json along. Names of classes that are known are written to classes.txt.
 
     Args:
         target: must not exist or be empty.
@@ -105,6 +121,8 @@ def write(target: str | Path, checkpoint: Checkpoint, environment: Mapping[str, 
     with new_folder(target) as temporary:
         if checkpoint.settings is None and checkpoint.tokenizer is not None:
             checkpoint = _with_tokenizer(checkpoint, checkpoint.tokenizer, temporary, Path(target))
+        if (names := checkpoint.class_names) is not None:
+            (temporary / CLASSES_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
         pieces = whole_pieces({kind: _whole(checkpoint, kind) for kind in TENSOR_KINDS})
         state = CanonicalState(
             checkpoint.iteration or 0, checkpoint.train_state, checkpoint.resolved(), pieces, environment or {}

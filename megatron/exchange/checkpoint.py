@@ -20,8 +20,8 @@ from megatron.config.sections.model import ModelConfig, ModelSection, language_s
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
 from megatron.exchange.names import TAU, is_parameter
-from megatron.model import LanguageModel
 from megatron.model.compatibility import check_fit, check_same_model, described_model
+from megatron.model.layered import LayeredModel
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,11 +44,18 @@ class Checkpoint:
     """Progress of a training checkpoint, as TrainState.state_dict gives it."""
     find_tokenizer: Callable[[], TokenizerConfig | None] = lambda: None
     """Looks up what `tokenizer` says."""
+    find_class_names: Callable[[], list[str] | None] = lambda: None
+    """Looks up what `class_names` says."""
 
     @property
     def tokenizer(self) -> TokenizerConfig | None:
         """The tokenizer that the model was trained with; None where nothing tells. UserError for a damaged record."""
         return self.find_tokenizer()
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes that a model tells apart, in order; None where nothing tells, or tells of others."""
+        return self.find_class_names()
 
     @property
     def language(self) -> ModelConfig:
@@ -128,7 +135,7 @@ def weight_fault(tensor: Tensor) -> str | None:
 class _ModelTensors(Tensors):
     """The tensors of a model in memory."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LayeredModel) -> None:
         self._state = model.state_dict()
 
     def names(self, kind: str) -> list[str]:
@@ -144,6 +151,6 @@ class _ModelTensors(Tensors):
         return self._state[name].detach()
 
 
-def of_model(model: LanguageModel, tokenizer: TokenizerConfig | None = None) -> Checkpoint:
+def of_model(model: LayeredModel, tokenizer: TokenizerConfig | None = None) -> Checkpoint:
     """A model in memory as if it had been opened."""
     return Checkpoint(Path("the model"), model.config, _ModelTensors(model), find_tokenizer=lambda: tokenizer)

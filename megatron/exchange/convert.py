@@ -14,17 +14,18 @@ import torch
 from megatron.checkpoint.new_folder import require_new
 from megatron.checkpoint.tensors import TensorView
 from megatron.config.schema import RunConfig
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import ModelSection
 from megatron.config.sections.tokenizer import TokenizerConfig
+from megatron.data.classes import read_classes
 from megatron.errors import UserError
-from megatron.exchange import canonical, gpt_neox, huggingface, official
+from megatron.exchange import canonical, gpt_neox, huggingface, official, timm_vit
 from megatron.exchange.checkpoint import Checkpoint, of_model
 from megatron.exchange.huggingface_folder import CONFIG, SHARD_BYTES
-from megatron.exchange.names import in_model_order
+from megatron.exchange.images import image_section
 from megatron.exchange.opening import open_checkpoint
 from megatron.log import get_logger
-from megatron.model import LanguageModel
-from megatron.model.compatibility import check_same_model
+from megatron.model.compatibility import check_same_model, described_model
+from megatron.model.layered import LayeredModel
 from megatron.mpu.device import DTYPES
 
 
@@ -45,14 +46,15 @@ def to_huggingface(
         iteration: which of a run's checkpoints; default the latest.
     """
     checkpoint = open_checkpoint(source, config, iteration)
-    _check_same(None if config is None else config.language, checkpoint)
+    _check_same(None if config is None else config.model, checkpoint)
     checkpoint.verify("model")
     tokenizer = _present(checkpoint.tokenizer if config is None else config.tokenizer)
-    _write_huggingface(folder, replace(checkpoint, find_tokenizer=lambda: tokenizer), DTYPES[dtype])
+    checkpoint = replace(checkpoint, find_tokenizer=lambda: tokenizer)
+    _write_huggingface(folder, checkpoint, DTYPES[dtype])
 
 
 def export_huggingface(
-    model: LanguageModel,
+    model: LayeredModel,
     folder: str | Path,
     tokenizer: TokenizerConfig | None = None,
     dtype: torch.dtype | None = None,
@@ -68,6 +70,16 @@ def _write_huggingface(
     """As GPTNeoXForCausalLM, which needs no code of its own, where that computes the model."""
     form = gpt_neox if gpt_neox.is_expressible(checkpoint.language) else huggingface
     form.write(folder, checkpoint, dtype, shard_bytes)
+
+
+def _named(checkpoint: Checkpoint, classes: str | Path | None) -> Checkpoint:
+    """The checkpoint with names of classes from this file, if one is given. Raises UserError for another number."""
+    if classes is None:
+        return checkpoint
+    names, count = read_classes(classes, "--classes"), image_section(checkpoint.model_config).num_classes
+    if len(names) != count:
+        raise UserError(f"--classes: {classes} names {len(names)} classes, and the model tells {count} apart")
+    return replace(checkpoint, find_class_names=lambda: names)
 
 
 def from_huggingface(source: str | Path, root: str | Path) -> Path:
@@ -88,16 +100,50 @@ def from_official(source: str | Path, root: str | Path, config: RunConfig) -> Pa
     return _write_run(root, checkpoint)
 
 
+def from_timm(source: str | Path, root: str | Path, config: RunConfig | None = None) -> Path:
+    """A Vision Transformer of timm to a canonical checkpoint of iteration 0 under `root`, in fp32.
+
+    Args:
+        source: a folder as on timm's hub, or a .safetensors or .pth file.
+        config: of a file, and of a folder whose config.json does not tell.
+    """
+    path = Path(source)
+    if not path.is_file() and timm_vit.matches(path) is None and (config is None or not path.is_dir()):
+        raise UserError(f"{source}: no model of timm; give a folder with its config.json, or a .safetensors or .pth")
+    require_new(Path(root))
+    return _write_run(root, timm_vit.read(path, config, "IN"))
+
+
+def to_timm(
+    source: str | Path,
+    folder: str | Path,
+    dtype: str = "fp32",
+    iteration: int | None = None,
+    classes: str | Path | None = None,
+) -> None:
+    """Any image model of Transformer blocks to a folder that timm loads; see megatron.exchange.timm_vit.write."""
+    checkpoint = _named(open_checkpoint(source, iteration=iteration), classes)
+    checkpoint.verify("model")
+    timm_vit.write(folder, checkpoint, DTYPES[dtype])
+
+
 class _InModelOrder(TensorView):
     """Tensors that are listed in the order in which a run that starts with them will list them."""
 
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint.tensors)
+        self._order = list(described_model(checkpoint.model_config).state_dict())
+
     def names(self, kind: str) -> list[str]:
         """Names of the tensors of a kind."""
-        return in_model_order(super().names(kind))
+        if kind != "model":
+            return super().names(kind)
+        found = set(super().names(kind))
+        return [name for name in self._order if name in found]
 
 
 def _write_run(root: str | Path, checkpoint: Checkpoint) -> Path:
-    return canonical.write(root, replace(checkpoint, tensors=_InModelOrder(checkpoint.tensors)))
+    return canonical.write(root, replace(checkpoint, tensors=_InModelOrder(checkpoint)))
 
 
 def to_official(source: str | Path, target: str | Path, iteration: int | None = None) -> Path:
@@ -110,11 +156,11 @@ def to_official(source: str | Path, target: str | Path, iteration: int | None = 
     return official.write(target, checkpoint)
 
 
-def _check_same(model: ModelConfig | None, checkpoint: Checkpoint) -> None:
+def _check_same(model: ModelSection | None, checkpoint: Checkpoint) -> None:
     """Raise a UserError for another model than the checkpoint's; a schedule may have led to its token counts."""
-    saved = checkpoint.language
     if model is None:
         return
+    saved = checkpoint.model_config
     if saved.token_segments is not None:
         counts = {key: getattr(saved, key) for key in ("qkv_slot_num", "proj_slot_num", "ffn_slot_num")}
         model = model.replaced(token_segments=None, segment_norms=saved.segment_norms, **counts)

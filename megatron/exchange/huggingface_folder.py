@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megatron.checkpoint.new_folder import new_folder
+from megatron.checkpoint.tensors import Tensors
 from megatron.config.mistakes import config_error
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import ModelConfig, ModelSection
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
 from megatron.exchange.checkpoint import CheckedTensors, Checkpoint
@@ -103,6 +104,14 @@ def open_folder(
     config = _validated(keys, source)
     if not config.no_weight_tying:
         tensors.drop_tied_head()
+    require_fit(config, tensors, folder, source)
+    file = folder / TOKENIZER
+    tokenizer = TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(file)) if file.is_file() else None
+    return Checkpoint(folder, config, tensors, find_tokenizer=lambda: tokenizer)
+
+
+def require_fit(config: ModelSection, tensors: Tensors, folder: Path, source: Path) -> None:
+    """Raise a UserError unless the tensors in `folder` are those of the model that `source` describes."""
     try:
         model = described_model(config)
     except ValueError as error:
@@ -110,9 +119,6 @@ def open_folder(
     check_fit(model, tensors, str(folder))
     if fault := tau_fault(model, tensors):
         raise UserError(f"{folder} {fault}; give a model that is whole")
-    file = folder / TOKENIZER
-    tokenizer = TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(file)) if file.is_file() else None
-    return Checkpoint(folder, config, tensors, find_tokenizer=lambda: tokenizer)
 
 
 def _validated(keys: Mapping[str, Any], source: Path) -> ModelConfig:

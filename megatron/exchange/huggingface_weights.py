@@ -13,20 +13,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron.errors import UserError
-from megatron.exchange.torch_file import read_flat_file
+from megatron.exchange.torch_file import read_flat_file, read_state_dict
 from megatron.files import read_text
 
 WEIGHTS, _OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
+_METADATA = {"format": "pt"}
 _Answer = TypeVar("_Answer")
 
 
 class Weights:
-    """The tensors of a folder, in one file or several, safetensors or PyTorch's."""
+    """The tensors of a folder, in one file or several, safetensors or PyTorch's; or those of a single file."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, path: Path) -> None:
         self._open: dict[str, Any] = {}
-        self.files = self._find()
+        self.folder = path.parent if path.is_file() else path
+        self.files = self._in(path.name) if path.is_file() else self._find()
 
     def _find(self) -> dict[str, str]:
         """Tensor name -> file name."""
@@ -35,9 +36,11 @@ class Weights:
             if index.is_file():
                 return self._indexed(index)
             if (self.folder / name).is_file():
-                self._open[name] = self._read(name)
-                return dict.fromkeys(self._open[name].keys(), name)
+                return self._in(name)
         raise UserError(f"{self.folder}: has neither {WEIGHTS} nor {_OLD_WEIGHTS}, nor an index of several such files")
+
+    def _in(self, file: str) -> dict[str, str]:
+        return dict.fromkeys(self._file(file).keys(), file)
 
     def _indexed(self, index: Path) -> dict[str, str]:
         files = read_json(index).get("weight_map")
@@ -53,14 +56,13 @@ class Weights:
     def _read(self, file: str) -> Any:
         path = self.folder / file
         if not file.endswith(".safetensors"):
-            return read_flat_file(path, "load")
+            return (read_state_dict if file.endswith((".pth", ".pt")) else read_flat_file)(path, "load")
         try:
             return safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
-    def _file(self, name: str) -> Any:
-        file = self.files[name]
+    def _file(self, file: str) -> Any:
         if file not in self._open:
             self._open[file] = self._read(file)
         return self._open[file]
@@ -76,7 +78,7 @@ class Weights:
 
     def _ask(self, name: str, question: Callable[[Any], _Answer]) -> _Answer:
         """What the file of this tensor says."""
-        file = self._file(name)
+        file = self._file(self.files[name])
         if name not in file.keys():  # noqa: SIM118 -- a safetensors file is no dictionary
             raise UserError(f"{self.folder / self.files[name]}: lacks the tensor {name[:100]!r} of the index")
         try:
@@ -86,14 +88,19 @@ class Weights:
             raise UserError(f"{self.folder / self.files[name]}: {name[:100]!r} cannot be read ({reason})") from None
 
 
-def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """Write tensors into files of at most `shard_bytes`, or of one tensor, and for several an index."""
+def write_weights(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int, metadata: dict[str, str] | None = _METADATA
+) -> None:
+    """Write tensors into files of at most `shard_bytes`, or of one tensor, and for several an index.
+
+    metadata: of each file; transformers asks for the default.
+    """
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     total = filled = 0
 
     def finish() -> None:
-        _write_tensors(folder / f"{len(shards)}.part", shard)
+        _write_tensors(folder / f"{len(shards)}.part", shard, metadata)
         shards.append(list(shard))
         shard.clear()
 
@@ -115,10 +122,10 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     write_json(folder / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> None:
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)  # what the umask gives; safetensors lets only the owner read
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
     path.chmod(mode)
 
 

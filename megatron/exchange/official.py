@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron.checkpoint.new_folder import new_folder
 from megatron.config.schema import RunConfig
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import ModelConfig, ModelSection, language_section
 from megatron.errors import UserError
 from megatron.exchange.checkpoint import CheckedTensors, Checkpoint, weight_fault
 from megatron.exchange.joined import JoinedTensors, joined_config
@@ -46,7 +46,7 @@ def matches(path: Path, iteration: int | None = None, key: str = "load") -> Path
     return path if os.path.isfile(path) else find_official_folder(path, iteration)
 
 
-def open(path: Path, config: RunConfig | ModelConfig | None = None, key: str = "load") -> Checkpoint:
+def open(path: Path, config: RunConfig | ModelSection | None = None, key: str = "load") -> Checkpoint:
     """An official model, in the dtype of its file.
 
     Args:
@@ -58,7 +58,7 @@ def open(path: Path, config: RunConfig | ModelConfig | None = None, key: str = "
         raise UserError(
             f"{key}: {path} holds tensors only; give the YAML configuration of its model too (--config YAML)"
         )
-    described = config.language if isinstance(config, RunConfig) else config
+    described = language_section(config.model if isinstance(config, RunConfig) else config)
     flat = read_flat_file(path, key) if path.is_file() else read_official_folder(path, key)
     if any(_NEOX_ONLY in name for name in flat):
         raise UserError(

@@ -29,7 +29,18 @@ def read_flat_file(path: str | Path, key: str) -> dict[str, Tensor]:
 
     `key` is what names the path, for messages; so it is in the functions below.
     """
-    found = check_flat(load_file(path, key), path, key)
+    return _flat(load_file(path, key), path, key)
+
+
+def read_state_dict(path: str | Path, key: str) -> dict[str, Tensor]:
+    """A flat file, or what a training script has saved under `model` or `state_dict`; UserError when it is neither."""
+    content = load_file(path, key)
+    found = [content.get(name) for name in ("model", "state_dict")] if isinstance(content, dict) else []
+    return _flat(next((inner for inner in found if isinstance(inner, dict)), content), path, key)
+
+
+def _flat(content: Any, path: str | Path, key: str) -> dict[str, Tensor]:
+    found = check_flat(content, path, key)
     if not found:
         raise UserError(f"{key}: {path} holds no tensors; give the file of a model")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -272,6 +273,8 @@ def test_a_pipeline_generates_what_generate_does(tmp_path: Path, tokenizer_file:
 @pytest.mark.launches
 def test_an_export_runs_where_this_package_is_missing(tmp_path: Path, tokenizer_file: Path) -> None:
     """With standard input open: a question would be waited for."""
+    if importlib.util.find_spec("torchvision") and torch.version.cuda is None:
+        pytest.skip("transformers cannot be imported beside PyPI's torchvision, a CUDA build: requirements-vision-dev")
     with_tokenizer(tmp_path / "HF_FOLDER", tokenizer_file)
     code = "import sys\n" + snippets("exchange.md")[1] + "assert 'megatron' not in sys.modules\n"
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}

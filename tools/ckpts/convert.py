@@ -1,6 +1,7 @@
-"""Convert checkpoints between this program, Hugging Face's form and the official code's flat file.
+"""Convert checkpoints between this program, Hugging Face's form, the official code's flat file and timm's folders.
 
-to-hf IN OUT, from-hf IN OUT, to-official IN OUT, from-official IN OUT --config YAML...; see docs/exchange.md.
+to-hf IN OUT, from-hf IN OUT, to-official IN OUT, from-official IN OUT --config YAML..., to-timm IN OUT,
+from-timm IN OUT; see docs/exchange.md.
 """
 
 from __future__ import annotations
@@ -22,20 +23,25 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "to-official": "any checkpoint to the official code's pytorch_model.bin",
         "from-official": "an official pytorch_model.bin to a training checkpoint",
         "from-transformer": "a trained Transformer to a TokenFormer that starts near it, fitted on a text",
+        "to-timm": "an image model of Transformer blocks to a folder that timm loads",
+        "from-timm": "a Vision Transformer of timm, a folder or a file, to a training checkpoint",
     }
+    configured = {"to-hf": ", for a pytorch_model.bin", "from-official": "", "from-timm": ", for a file of weights"}
     for name, text in descriptions.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("input", metavar="IN", help="checkpoint to read")
         command.add_argument("output", metavar="OUT", help="folder to write; new or empty")
-        if name in ("to-hf", "from-official"):
-            what = "YAML files of the model" + (", for a pytorch_model.bin" if name == "to-hf" else "")
+        if name in configured:
+            what = f"YAML files of the model{configured[name]}"
             command.add_argument("--config", nargs="+", metavar="YAML", required=name == "from-official", help=what)
         if name == "from-transformer":
             from_transformer.add_flags(command)
         if name.startswith("to-"):
             command.add_argument("--iteration", type=int, help="which of a run's checkpoints; default the latest")
-        if name == "to-hf":
+        if name in ("to-hf", "to-timm"):
             command.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights")
+        if name == "to-timm":
+            command.add_argument("--classes", metavar="FILE", help="names of the classes, one a line")
     words = sys.argv[1:] if arguments is None else arguments
     if words and words[0].replace("-", "_").removesuffix(".py") == "zero_to_fp32":
         from megatron.errors import UserError
@@ -64,6 +70,10 @@ def main(arguments: list[str] | None = None) -> None:
         from_transformer.convert(args)
     elif args.command == "to-official":
         convert.to_official(args.input, args.output, args.iteration)
+    elif args.command == "to-timm":
+        convert.to_timm(args.input, args.output, args.dtype, args.iteration, args.classes)
+    elif args.command == "from-timm":
+        convert.from_timm(args.input, args.output, config)
     else:
         assert config is not None, "the parser requires it"
         convert.from_official(args.input, args.output, config)
