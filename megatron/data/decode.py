@@ -40,7 +40,7 @@ def decode(content: bytes, channels: int = 3) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content), formats=FORMATS)
             image.load()
-            return _converted(image, MODES[channels])
+            return converted(image, MODES[channels])
     except UserError:
         raise
     except Image.UnidentifiedImageError:
@@ -53,7 +53,8 @@ def decode(content: bytes, channels: int = 3) -> Image.Image:
         raise BrokenImageError(f"cannot be decoded ({shortened(error, 120) or type(error).__name__})") from None
 
 
-def _converted(image: Image.Image, mode: str) -> Image.Image:
+def converted(image: Image.Image, mode: str) -> Image.Image:
+    """An opened image upright, in this mode. Raises BrokenImageError for one of more than 8 bits a channel."""
     if image.mode == "F" or image.mode.startswith("I"):
         raise BrokenImageError("has more than 8 bits a channel; convert it to 8")
     image = _upright(image)

@@ -14,11 +14,12 @@ import torch
 from megatron.checkpoint.new_folder import require_new
 from megatron.checkpoint.tensors import TensorView
 from megatron.config.schema import RunConfig
-from megatron.config.sections.model import ModelSection
+from megatron.config.sections.model import ModelConfig, ModelSection
 from megatron.config.sections.tokenizer import TokenizerConfig
+from megatron.config.sections.vision import ImageConfig
 from megatron.data.classes import read_classes
 from megatron.errors import UserError
-from megatron.exchange import canonical, gpt_neox, huggingface, official, timm_vit
+from megatron.exchange import canonical, gpt_neox, huggingface, huggingface_image, official, timm_vit
 from megatron.exchange.checkpoint import Checkpoint, of_model
 from megatron.exchange.huggingface_folder import CONFIG, SHARD_BYTES
 from megatron.exchange.images import image_section
@@ -35,6 +36,8 @@ def to_huggingface(
     config: RunConfig | None = None,
     dtype: str = "fp32",
     iteration: int | None = None,
+    *,
+    classes: str | Path | None = None,
 ) -> None:
     """Any checkpoint to a folder that transformers loads.
 
@@ -44,12 +47,14 @@ def to_huggingface(
         config: of an official flat file; it names the tokenizer too.
         dtype: fp32, bf16 or fp16.
         iteration: which of a run's checkpoints; default the latest.
+        classes: a file with the names of an image model's classes.
     """
-    checkpoint = open_checkpoint(source, config, iteration)
+    checkpoint = _named(open_checkpoint(source, config, iteration), classes)
     _check_same(None if config is None else config.model, checkpoint)
     checkpoint.verify("model")
-    tokenizer = _present(checkpoint.tokenizer if config is None else config.tokenizer)
-    checkpoint = replace(checkpoint, find_tokenizer=lambda: tokenizer)
+    if isinstance(checkpoint.model_config, ModelConfig):
+        tokenizer = _present(checkpoint.tokenizer if config is None else config.tokenizer)
+        checkpoint = replace(checkpoint, find_tokenizer=lambda: tokenizer)
     _write_huggingface(folder, checkpoint, DTYPES[dtype])
 
 
@@ -68,6 +73,9 @@ def _write_huggingface(
     folder: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """As GPTNeoXForCausalLM, which needs no code of its own, where that computes the model."""
+    if isinstance(checkpoint.model_config, ImageConfig):
+        huggingface_image.write(folder, checkpoint, dtype, shard_bytes)
+        return
     form = gpt_neox if gpt_neox.is_expressible(checkpoint.language) else huggingface
     form.write(folder, checkpoint, dtype, shard_bytes)
 

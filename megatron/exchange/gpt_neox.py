@@ -32,11 +32,12 @@ from megatron.exchange.huggingface_folder import (
     SHARD_BYTES,
     architectures,
     is_tied,
+    language_files,
     open_folder,
     write_folder,
 )
 from megatron.exchange.huggingface_weights import read_json
-from megatron.exchange.names import in_model_order
+from megatron.exchange.names import EMBEDDING, in_model_order
 
 ARCHITECTURE = "GPTNeoXForCausalLM"
 _LAYER_PARTS = {
@@ -79,7 +80,8 @@ def write(
     """
     config = checkpoint.language
     tensors = neox_tensors(checkpoint.tensors, config.num_attention_heads)
-    write_folder(target, checkpoint, tensors, neox_config(config), dtype, shard_bytes)
+    dtype = dtype or checkpoint.tensors.tensor("model", EMBEDDING).dtype
+    write_folder(target, tensors, dtype, shard_bytes, language_files(checkpoint, neox_config(config), dtype))
 
 
 def neox_name(canonical: str) -> str:

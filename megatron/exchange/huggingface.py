@@ -21,19 +21,14 @@ from megatron.exchange.huggingface_folder import (
     SHARD_BYTES,
     architectures,
     is_tied,
+    language_files,
     open_folder,
     write_folder,
 )
-from megatron.exchange.huggingface_source import (
-    CONFIGURATION,
-    EXPORT_NAMES,
-    MODELING,
-    configuration_source,
-    modeling_source,
-)
+from megatron.exchange.huggingface_source import LANGUAGE, configuration_source, modeling_source
 from megatron.exchange.huggingface_weights import read_json
 from megatron.exchange.joined import JoinedTensors, joined_config
-from megatron.exchange.names import HEAD
+from megatron.exchange.names import EMBEDDING, HEAD
 
 ARCHITECTURE = "TokenFormerForCausalLM"
 
@@ -50,7 +45,7 @@ def open(path: Path, config: object = None, key: str = "load") -> Checkpoint:
     if ARCHITECTURE not in (named := architectures(found)):
         raise UserError(
             f"{source}: architecture {', '.join(named) or 'unknown'} is not supported; "
-            f"{ARCHITECTURE} and GPTNeoXForCausalLM are"
+            f"{ARCHITECTURE}, GPTNeoXForCausalLM and TokenFormerForImageClassification are"
         )
     keys = {name: found[name] for name in ModelConfig.model_fields if name in found}
     keys["vocab_size"] = found.get("tokenizer_vocab_size")
@@ -77,8 +72,10 @@ def write(
         checkpoint = replace(checkpoint, model_config=joined_config(checkpoint.language, joined), tensors=joined)
     config, source = checkpoint.language, checkpoint.tensors
     tensors = ((_export_name(name), source.tensor("model", name)) for name in source.names("model"))
-    sources = {f"{MODELING}.py": modeling_source(), f"{CONFIGURATION}.py": configuration_source()}
-    write_folder(target, checkpoint, tensors, _own_config(config), dtype, shard_bytes, sources)
+    dtype = dtype or source.tensor("model", EMBEDDING).dtype
+    sources = {f"{LANGUAGE.modeling}.py": modeling_source(), f"{LANGUAGE.configuration}.py": configuration_source()}
+    files = language_files(checkpoint, _own_config(config), dtype)
+    write_folder(target, tensors, dtype, shard_bytes, sources | files)
 
 
 def _export_name(canonical: str) -> str:
@@ -95,7 +92,7 @@ _BEFORE_NORM = ("seq_length", "max_position_embeddings", "pos_emb", "rotary_pct"
 
 def _own_config(config: ModelConfig) -> dict[str, Any]:
     dumped = config.model_dump(mode="json")
-    names = [name for name in dumped if name not in EXPORT_NAMES and name not in _BEFORE_NORM]
+    names = [name for name in dumped if name not in LANGUAGE.renamed and name not in _BEFORE_NORM]
     place = names.index("norm")
     keys = {name: dumped[name] for name in (*names[:place], *_BEFORE_NORM, *names[place:])}
     if config.segment_norms is not None:
@@ -104,9 +101,9 @@ def _own_config(config: ModelConfig) -> dict[str, Any]:
         "architectures": [ARCHITECTURE],
         "model_type": "tokenformer",
         "auto_map": {
-            "AutoConfig": f"{CONFIGURATION}.TokenFormerConfig",
-            "AutoModel": f"{MODELING}.TokenFormerModel",
-            "AutoModelForCausalLM": f"{MODELING}.{ARCHITECTURE}",
+            "AutoConfig": f"{LANGUAGE.configuration}.{LANGUAGE.config_class}",
+            "AutoModel": f"{LANGUAGE.modeling}.TokenFormerModel",
+            "AutoModelForCausalLM": f"{LANGUAGE.modeling}.{ARCHITECTURE}",
         },
         **keys,
         "max_position_embeddings": config.max_position_embeddings or config.seq_length,

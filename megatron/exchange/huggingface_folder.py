@@ -20,7 +20,7 @@ from megatron.exchange.checkpoint import CheckedTensors, Checkpoint
 from megatron.exchange.huggingface_weights import Weights, write_json, write_weights
 from megatron.exchange.names import EMBEDDING, HEAD
 from megatron.model.compatibility import check_fit, count_layers, described_model, tau_fault
-from megatron.tokenizer import GPT2BPETokenizer, HFTokenizer, Tokenizer, build_tokenizer
+from megatron.tokenizer import GPT2BPETokenizer, HFTokenizer, build_tokenizer
 from megatron.tokenizer.base import END_OF_TEXT
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -40,7 +40,7 @@ def architectures(found: Mapping[str, Any]) -> list[str]:
     return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
 
 
-class _FolderTensors(CheckedTensors):
+class FolderTensors(CheckedTensors):
     """The tensors of a folder under canonical names, read lazily."""
 
     def __init__(self, folder: Path, names_in: NamesIn, split: Split | None) -> None:
@@ -96,7 +96,7 @@ def open_folder(
 
     Raises: UserError for a folder without these files or a damaged one.
     """
-    tensors = _FolderTensors(folder, names_in, split)
+    tensors = FolderTensors(folder, names_in, split)
     source, layers = folder / CONFIG, count_layers(tensors.origins)
     if keys.get("num_layers") != layers:  # seen to before a list of a billion layers is made
         told = str(keys.get("num_layers"))[:40]
@@ -141,55 +141,66 @@ def is_tied(found: Mapping[str, Any], default: bool, source: str) -> bool:
 
 def write_folder(
     target: str | Path,
-    checkpoint: Checkpoint,
     tensors: Iterable[tuple[str, Tensor]],
-    described: Mapping[str, Any],
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     shard_bytes: int,
-    sources: Mapping[str, str] | None = None,
+    texts: Mapping[str, str | Mapping[str, Any]],
 ) -> None:
     """Write a folder that transformers loads; complete or not at all.
 
     Args:
-        checkpoint: of its tokenizers HFTokenizer and GPT2BPETokenizer are written too.
         tensors: under the names that they have there.
-        described: the model's part of config.json.
-        dtype: of the parameters in the files; default the checkpoint's.
+        dtype: of the parameters in the files.
         shard_bytes: size from which weights are spread over several files.
-        sources: text of further files, by name.
+        texts: the other files by name, config.json among them; an object is written as JSON.
+    """
+    with new_folder(target) as folder:
+        for name, text in texts.items():
+            if isinstance(text, str):
+                (folder / name).write_text(text, encoding="utf-8")
+            else:
+                write_json(folder / name, text)
+        write_weights(folder, ((n, t.to(dtype) if t.is_floating_point() else t) for n, t in tensors), shard_bytes)
+
+
+def language_files(
+    checkpoint: Checkpoint, described: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, str | Mapping[str, Any]]:
+    """config.json, generation_config.json and the tokenizer of a language model, by name.
+
+    Rows of the embedding without a token are never generated.
+
+    Args:
+        checkpoint: of its tokenizers HFTokenizer and GPT2BPETokenizer are written.
+        described: the model's part of config.json.
+        dtype: of the parameters in the files.
     """
     config, found = checkpoint.language, checkpoint.tokenizer
-    dtype = dtype or checkpoint.tensors.tensor("model", EMBEDDING).dtype
     tokenizer = build_tokenizer(found) if found else None
-    with new_folder(target) as folder:
-        for name, text in (sources or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
-        write_weights(folder, ((n, t.to(dtype) if t.is_floating_point() else t) for n, t in tensors), shard_bytes)
-        _write_configs(folder, config, described, str(dtype), tokenizer)
-        if isinstance(tokenizer, HFTokenizer | GPT2BPETokenizer):
-            _write_tokenizer(folder, tokenizer, config.seq_length)
-
-
-def _write_configs(
-    folder: Path, config: ModelConfig, described: Mapping[str, Any], dtype: str, tokenizer: Tokenizer | None
-) -> None:
-    """config.json and generation_config.json; rows of the embedding without a token are never generated."""
     eod = None if tokenizer is None else tokenizer.eod_id
     special = {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod}
-    write_json(folder / CONFIG, {**described, "dtype": dtype.removeprefix("torch."), **special})
     generation: dict[str, Any] = {"do_sample": False, **special}
     used = tokenizer.vocab_size if tokenizer is not None else config.vocab_size
     rows = config.padded_vocab_size or 0
     if used is not None and 0 < rows - used <= _MOST_SUPPRESSED:
         generation["suppress_tokens"] = list(range(used, rows))
-    write_json(folder / "generation_config.json", generation)
+    files: dict[str, str | Mapping[str, Any]] = {
+        CONFIG: {**described, "dtype": dtype_name(dtype), **special}, "generation_config.json": generation,
+    }  # fmt: skip
+    if isinstance(tokenizer, HFTokenizer | GPT2BPETokenizer):
+        files |= _tokenizer_files(tokenizer, config.seq_length)
+    return files
 
 
-def _write_tokenizer(folder: Path, tokenizer: HFTokenizer | GPT2BPETokenizer, seq_length: int) -> None:
-    tokenizer._backend.save(str(folder / "tokenizer.json"))
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` and so on, as config.json says it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _tokenizer_files(tokenizer: HFTokenizer | GPT2BPETokenizer, seq_length: int) -> dict[str, str | Mapping[str, Any]]:
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT, "pad_token": END_OF_TEXT,
         "padding_side": "left", "model_max_length": seq_length, "clean_up_tokenization_spaces": False,
     }  # fmt: skip
-    write_json(folder / "tokenizer_config.json", settings)
+    return {TOKENIZER: tokenizer._backend.to_str(pretty=True), "tokenizer_config.json": settings}

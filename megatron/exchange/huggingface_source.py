@@ -1,6 +1,6 @@
-"""The two source files of an export, made from the one implementation.
+"""The source files of an export, made from the one implementation.
 
-A file is bundled from roots: their definitions, and every definition of this package that these use, directly or not,
+A file is bundled from a root: its definitions, and every definition of this package that these use, directly or not,
 each before its users. What is used from other packages becomes an import. Nothing is copied by hand, so an export
 computes what the model computes.
 """
@@ -10,25 +10,60 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from megatron.config.sections.model import BlocksSection, ModelConfig, ModelSection
+from megatron.config.sections.model import ModelConfig, ModelSection
 from megatron.config.sections.mup import MupKeys
+from megatron.config.sections.vision import ImageConfig
 
 _PACKAGE = "megatron"
-_MODEL, _CONFIG = "megatron.exchange.huggingface_model", ModelConfig.__module__
-_CONFIG_CLASS = "TokenFormerConfig"
-_SECTIONS = (ModelConfig.__name__, BlocksSection.__name__)  # in whose place the export's class is put
-CONFIGURATION, MODELING = "configuration_tokenformer", "modeling_tokenformer"
+_ONE_PROCESS = "megatron.exchange.huggingface_one_process"
+_PROCESSOR = "megatron.exchange.huggingface_image_processor"
 
-# Names that transformers has a word of its own for; None: not in the export's configuration.
-EXPORT_NAMES = {
-    "vocab_size": "tokenizer_vocab_size", "no_weight_tying": None, "token_segments": None, "segment_norms": None,
-    **dict.fromkeys(MupKeys.model_fields),
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Kind:
+    """What the files of one kind of model are made from."""
+
+    what: str
+    """The model, in the first line of a file."""
+    root: str
+    """Module whose definitions the model's file is made of."""
+    section: type[ModelSection]
+    """In whose place the configuration's class is put."""
+    config_class: str
+    config_head: str
+    """Begin of that class."""
+    renamed: Mapping[str, str | None]
+    """Keys that transformers has a word of its own for; None: not in the export's configuration."""
+    methods: Collection[str]
+    """Of the section, needed by the model, besides its properties."""
+    file_ending: str
+    """Of `configuration_` and `modeling_`."""
+
+    @property
+    def configuration(self) -> str:
+        """Name of the configuration's module."""
+        return f"configuration_{self.file_ending}"
+
+    @property
+    def modeling(self) -> str:
+        """Name of the model's module."""
+        return f"modeling_{self.file_ending}"
+
+    @property
+    def sections(self) -> list[type[ModelSection]]:
+        """The section and what it is made of, the most general first."""
+        return [cls for cls in reversed(self.section.__mro__) if issubclass(cls, ModelSection)]
+
+    @property
+    def replaced(self) -> list[str]:
+        """Names of the sections in whose place the configuration's class is put."""
+        return [cls.__name__ for cls in self.sections]
+
 
 _HEADER = '''"""{title}
 
@@ -39,7 +74,14 @@ from __future__ import annotations
 
 '''
 
-_CONFIG_HEAD = '''class TokenFormerConfig(PreTrainedConfig):
+_GROWN = dict.fromkeys(("token_segments", "segment_norms"))
+
+LANGUAGE = Kind(
+    "TokenFormer",
+    "megatron.exchange.huggingface_model",
+    ModelConfig,
+    "TokenFormerConfig",
+    '''class TokenFormerConfig(PreTrainedConfig):
     """A TokenFormer model; the fields are the keys of the training configuration.
 
     vocab_size is the number of rows of the embedding (padded_vocab_size), tokenizer_vocab_size that of token ids.
@@ -54,7 +96,36 @@ _CONFIG_HEAD = '''class TokenFormerConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     use_cache: bool = True
     tokenizer_vocab_size: Any = None
-'''
+''',
+    {
+        "vocab_size": "tokenizer_vocab_size", "no_weight_tying": None, **_GROWN,
+        **dict.fromkeys(MupKeys.model_fields),
+    },
+    (),
+    "tokenformer",
+)  # fmt: skip
+
+IMAGES = Kind(
+    "TokenFormer on images",
+    "megatron.exchange.huggingface_image_model",
+    ImageConfig,
+    "TokenFormerImageConfig",
+    '''class TokenFormerImageConfig(PreTrainedConfig):
+    """A model that classifies images; the fields are the keys of the training configuration.
+
+    num_labels, the length of id2label, is the number of classes.
+    """
+
+    model_type = "tokenformer_image"
+    attribute_map = {"num_hidden_layers": "num_layers", "num_channels": "in_channels"}
+
+    token_segments = None
+    segment_norms = None
+''',
+    {"num_classes": None, **_GROWN},
+    ("tokens_per_sample", "drop_path"),
+    "tokenformer_image",
+)
 
 
 @dataclass(frozen=True)
@@ -121,20 +192,23 @@ class _Bundle:
     """Definitions in order, and the imports they need.
 
     Args:
-        root: module whose definitions win over those of the same name elsewhere.
+        roots: modules whose definitions win over those of the same name elsewhere.
+        kind: of the model; None for a file without one.
     """
 
-    root: str
+    roots: Sequence[str]
+    kind: Kind | None = None
     origins: dict[str, str] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
     imports: set[str] = field(default_factory=set)
 
     def add(self, module: str, name: str) -> None:
         """Add what `name` means in `module`, after what it uses."""
-        if name in _parse(self.root).definitions:
-            module = self.root
+        module = next((root for root in self.roots if name in _parse(root).definitions), module)
         parsed = _parse(module)
-        if name in _SECTIONS or (name not in parsed.definitions and name not in parsed.imports):
+        if (self.kind and name in self.kind.replaced) or (
+            name not in parsed.definitions and name not in parsed.imports
+        ):
             return  # the export's own class, a builtin or a local name
         if name not in parsed.definitions:
             self._add_import(name, *parsed.imports[name])
@@ -167,33 +241,51 @@ class _Bundle:
         """The file."""
         imports = sorted(self.imports, key=lambda line: (line.startswith("from"), line))
         body = "\n".join(imports) + "\n\n\n" + "\n\n\n".join(self.texts) + "\n"
-        return _HEADER.format(title=title) + re.sub(rf"\b({'|'.join(_SECTIONS)})\b", _CONFIG_CLASS, body)
+        if self.kind:
+            body = re.sub(rf"\b({'|'.join(self.kind.replaced)})\b", self.kind.config_class, body)
+        return _HEADER.format(title=title) + body
 
 
-def modeling_source() -> str:
-    """Text of modeling_tokenformer.py."""
-    bundle = _Bundle(_MODEL)
-    for name in _parse(_MODEL).definitions:
-        bundle.add(_MODEL, name)
-    bundle.imports.add(f"from .{CONFIGURATION} import {_CONFIG_CLASS}")
-    return bundle.text("TokenFormer for transformers.")
+def modeling_source(kind: Kind = LANGUAGE) -> str:
+    """Text of the file with the model."""
+    bundle = _Bundle((kind.root, _ONE_PROCESS), kind)
+    for name in _parse(kind.root).definitions:
+        bundle.add(kind.root, name)
+    bundle.imports.add(f"from .{kind.configuration} import {kind.config_class}")
+    return bundle.text(f"{kind.what} for transformers.")
 
 
-def configuration_source() -> str:
-    """Text of configuration_tokenformer.py: the fields and the derived properties of ModelConfig."""
-    bundle, section = _Bundle(_CONFIG), _parse(_CONFIG)
+def processing_source() -> str:
+    """Text of the file with the image processor."""
+    bundle = _Bundle((_PROCESSOR,))
+    for name in _parse(_PROCESSOR).definitions:
+        bundle.add(_PROCESSOR, name)
+    return bundle.text("Images made ready for TokenFormer, for transformers.")
+
+
+def configuration_source(kind: Kind = LANGUAGE) -> str:
+    """Text of the file with the configuration: the fields of the model section, and what is derived from them."""
+    home = kind.section.__module__
+    bundle = _Bundle((home,), kind)
     bundle.imports |= {"from typing import Any", "from transformers import PreTrainedConfig"}
-    parts = [_CONFIG_HEAD + "\n".join(_field_lines())]
-    classes = (ModelSection, BlocksSection, ModelConfig)
-    for node in (node for cls in classes for node in ast.walk(section.definitions[cls.__name__])):
-        if isinstance(node, ast.FunctionDef) and "property" in map(ast.unparse, node.decorator_list):
-            bundle.add_used(_CONFIG, node)
-            parts.append(section.text(node))
+    derived: dict[str, tuple[str, ast.FunctionDef]] = {}
+    for section in kind.sections:
+        for node in ast.walk(_parse(section.__module__).definitions[section.__name__]):
+            if isinstance(node, ast.FunctionDef) and _is_derived(node, kind):
+                derived[node.name] = section.__module__, node  # of the section itself, where there are several
+    parts = [kind.config_head + "\n".join(_field_lines(kind))]
+    for module, node in derived.values():
+        bundle.add_used(module, node)
+        parts.append(_parse(module).text(node))
     bundle.texts.append("\n\n".join(parts))
-    return bundle.text("Configuration of TokenFormer for transformers.")
+    return bundle.text(f"Configuration of {kind.what} for transformers.")
 
 
-def _field_lines() -> Iterator[str]:
-    for name, info in ModelConfig.model_fields.items():
-        if name not in EXPORT_NAMES:
+def _is_derived(node: ast.FunctionDef, kind: Kind) -> bool:
+    return "property" in map(ast.unparse, node.decorator_list) or node.name in kind.methods
+
+
+def _field_lines(kind: Kind) -> Iterator[str]:
+    for name, info in kind.section.model_fields.items():
+        if name not in kind.renamed:
             yield f"    {name}: Any = {None if info.is_required() else info.default!r}"

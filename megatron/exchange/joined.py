@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from megatron.checkpoint.tensors import Tensors, TensorView
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.model import ModelSection
 from megatron.errors import UserError
 from megatron.exchange.names import SEGMENT, in_model_order, projection_of
+
+Config = TypeVar("Config", bound=ModelSection)
 
 
 class JoinedTensors(TensorView):
@@ -41,7 +45,7 @@ class JoinedTensors(TensorView):
         return {name.removesuffix(".key_tokens_0"): self.shape("model", name)[0] for name in keys}
 
 
-def joined_config(config: ModelConfig, tensors: JoinedTensors) -> ModelConfig:
+def joined_config(config: Config, tensors: JoinedTensors) -> Config:
     """The configuration of such a model; UserError where layers of a kind have different numbers of tokens."""
     counts: dict[str, set[int]] = {"qkv_slot_num": set(), "proj_slot_num": set(), "ffn_slot_num": set()}
     for layer, count in tensors.token_counts().items():

@@ -8,7 +8,7 @@ from typing import Protocol
 from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelSection
 from megatron.errors import UserError
-from megatron.exchange import canonical, gpt_neox, huggingface, official, timm_vit
+from megatron.exchange import canonical, gpt_neox, huggingface, huggingface_image, official, timm_vit
 from megatron.exchange.checkpoint import Checkpoint
 from megatron.files import read_errors
 
@@ -24,7 +24,7 @@ class Format(Protocol):
 
 
 # A folder of weights with a config.json is Hugging Face's, though its files may have the official names.
-FORMATS: tuple[Format, ...] = (gpt_neox, timm_vit, huggingface, official, canonical)
+FORMATS: tuple[Format, ...] = (gpt_neox, timm_vit, huggingface_image, huggingface, official, canonical)
 
 
 def open_checkpoint(

@@ -40,8 +40,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             command.add_argument("--iteration", type=int, help="which of a run's checkpoints; default the latest")
         if name in ("to-hf", "to-timm"):
             command.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights")
-        if name == "to-timm":
-            command.add_argument("--classes", metavar="FILE", help="names of the classes, one a line")
+            command.add_argument("--classes", metavar="FILE", help="names of an image model's classes, one a line")
     words = sys.argv[1:] if arguments is None else arguments
     if words and words[0].replace("-", "_").removesuffix(".py") == "zero_to_fp32":
         from megatron.errors import UserError
@@ -63,7 +62,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     config = load_config(args.config) if getattr(args, "config", None) else None
     if args.command == "to-hf":
-        convert.to_huggingface(args.input, args.output, config, args.dtype, args.iteration)
+        convert.to_huggingface(
+            args.input, args.output, config, args.dtype, args.iteration,
+            classes=args.classes,
+        )  # fmt: skip
     elif args.command == "from-hf":
         convert.from_huggingface(args.input, args.output)
     elif args.command == "from-transformer":
