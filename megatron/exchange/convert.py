@@ -6,6 +6,7 @@ What does not fit its own configuration is refused with the tensor's name when i
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from megatron.data.classes import read_classes
 from megatron.errors import UserError
 from megatron.exchange import canonical, gpt_neox, huggingface, huggingface_image, official, timm_vit
 from megatron.exchange.checkpoint import Checkpoint, of_model
+from megatron.exchange.evaluations import found_results, read_results
 from megatron.exchange.huggingface_folder import CONFIG, SHARD_BYTES
 from megatron.exchange.images import image_section
+from megatron.exchange.model_card import NO_CARD, Card
 from megatron.exchange.opening import open_checkpoint
 from megatron.log import get_logger
 from megatron.model.compatibility import check_same_model, described_model
@@ -37,9 +40,11 @@ def to_huggingface(
     dtype: str = "fp32",
     iteration: int | None = None,
     *,
+    licence: str | None = None,
+    results: Sequence[str | Path] = (),
     classes: str | Path | None = None,
 ) -> None:
-    """Any checkpoint to a folder that transformers loads.
+    """Any checkpoint to a folder that transformers loads, with a model card.
 
     Args:
         source: whatever open_checkpoint takes.
@@ -47,15 +52,19 @@ def to_huggingface(
         config: of an official flat file; it names the tokenizer too.
         dtype: fp32, bf16 or fp16.
         iteration: which of a run's checkpoints; default the latest.
+        licence: that the card names, an identifier of the Hub.
+        results: files of eval.py about this checkpoint; those beside it are found.
         classes: a file with the names of an image model's classes.
     """
+    card = Card(licence)
     checkpoint = _named(open_checkpoint(source, config, iteration), classes)
+    card = replace(card, measured=read_results([*found_results(checkpoint), *results], checkpoint))
     _check_same(None if config is None else config.model, checkpoint)
     checkpoint.verify("model")
     if isinstance(checkpoint.model_config, ModelConfig):
         tokenizer = _present(checkpoint.tokenizer if config is None else config.tokenizer)
         checkpoint = replace(checkpoint, find_tokenizer=lambda: tokenizer)
-    _write_huggingface(folder, checkpoint, DTYPES[dtype])
+    _write_huggingface(folder, checkpoint, DTYPES[dtype], card=card)
 
 
 def export_huggingface(
@@ -70,14 +79,18 @@ def export_huggingface(
 
 
 def _write_huggingface(
-    folder: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None, shard_bytes: int = SHARD_BYTES
+    folder: str | Path,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    shard_bytes: int = SHARD_BYTES,
+    card: Card = NO_CARD,
 ) -> None:
     """As GPTNeoXForCausalLM, which needs no code of its own, where that computes the model."""
     if isinstance(checkpoint.model_config, ImageConfig):
-        huggingface_image.write(folder, checkpoint, dtype, shard_bytes)
+        huggingface_image.write(folder, checkpoint, dtype, shard_bytes, card)
         return
     form = gpt_neox if gpt_neox.is_expressible(checkpoint.language) else huggingface
-    form.write(folder, checkpoint, dtype, shard_bytes)
+    form.write(folder, checkpoint, dtype, shard_bytes, card)
 
 
 def _named(checkpoint: Checkpoint, classes: str | Path | None) -> Checkpoint:

@@ -30,6 +30,7 @@ from megatron.exchange.checkpoint import Checkpoint
 from megatron.exchange.huggingface_folder import (
     CONFIG,
     SHARD_BYTES,
+    TOKENIZER,
     architectures,
     is_tied,
     language_files,
@@ -37,6 +38,7 @@ from megatron.exchange.huggingface_folder import (
     write_folder,
 )
 from megatron.exchange.huggingface_weights import read_json
+from megatron.exchange.model_card import NO_CARD, README, Card, Loading, model_card
 from megatron.exchange.names import EMBEDDING, in_model_order
 
 ARCHITECTURE = "GPTNeoXForCausalLM"
@@ -72,7 +74,11 @@ def open(path: Path, config: object = None, key: str = "load") -> Checkpoint:
 
 
 def write(
-    target: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+    target: str | Path,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    card: Card = NO_CARD,
 ) -> None:
     """Write a folder that GPTNeoXForCausalLM loads, for a model that `is_expressible`; complete or not at all.
 
@@ -81,7 +87,10 @@ def write(
     config = checkpoint.language
     tensors = neox_tensors(checkpoint.tensors, config.num_attention_heads)
     dtype = dtype or checkpoint.tensors.tensor("model", EMBEDDING).dtype
-    write_folder(target, tensors, dtype, shard_bytes, language_files(checkpoint, neox_config(config), dtype))
+    files = language_files(checkpoint, neox_config(config), dtype)
+    loading = Loading("AutoModelForCausalLM", False, "AutoTokenizer" if TOKENIZER in files else None)
+    readme = model_card(checkpoint, config, Path(target).name, dtype, loading, card)
+    write_folder(target, tensors, dtype, shard_bytes, {**files, README: readme})
 
 
 def neox_name(canonical: str) -> str:

@@ -19,6 +19,7 @@ from megatron.exchange.checkpoint import Checkpoint
 from megatron.exchange.huggingface_folder import (
     CONFIG,
     SHARD_BYTES,
+    TOKENIZER,
     architectures,
     is_tied,
     language_files,
@@ -28,6 +29,7 @@ from megatron.exchange.huggingface_folder import (
 from megatron.exchange.huggingface_source import LANGUAGE, configuration_source, modeling_source
 from megatron.exchange.huggingface_weights import read_json
 from megatron.exchange.joined import JoinedTensors, joined_config
+from megatron.exchange.model_card import NO_CARD, README, Card, Loading, model_card
 from megatron.exchange.names import EMBEDDING, HEAD
 
 ARCHITECTURE = "TokenFormerForCausalLM"
@@ -54,7 +56,11 @@ def open(path: Path, config: object = None, key: str = "load") -> Checkpoint:
 
 
 def write(
-    target: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+    target: str | Path,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    card: Card = NO_CARD,
 ) -> None:
     """Write a folder that transformers loads; complete or not at all.
 
@@ -64,6 +70,7 @@ def write(
             only the end-of-document id is.
         dtype: of the parameters in the files; default the checkpoint's, bit for bit.
         shard_bytes: size from which weights are spread over several files.
+        card: what its README.md says besides.
 
     Raises: UserError when the folder is not empty or cannot be written, and for tensors without usable values.
     """
@@ -75,7 +82,9 @@ def write(
     dtype = dtype or source.tensor("model", EMBEDDING).dtype
     sources = {f"{LANGUAGE.modeling}.py": modeling_source(), f"{LANGUAGE.configuration}.py": configuration_source()}
     files = language_files(checkpoint, _own_config(config), dtype)
-    write_folder(target, tensors, dtype, shard_bytes, sources | files)
+    loading = Loading("AutoModelForCausalLM", True, "AutoTokenizer" if TOKENIZER in files else None)
+    readme = model_card(checkpoint, config, Path(target).name, dtype, loading, card)
+    write_folder(target, tensors, dtype, shard_bytes, {**sources, **files, README: readme})
 
 
 def _export_name(canonical: str) -> str:

@@ -32,6 +32,7 @@ from megatron.exchange.huggingface_source import IMAGES, configuration_source, m
 from megatron.exchange.huggingface_weights import read_json
 from megatron.exchange.images import class_names_in, image_section, image_settings, samples_of
 from megatron.exchange.joined import JoinedTensors, joined_config
+from megatron.exchange.model_card import NO_CARD, README, Card, Loading, model_card
 from megatron.model.compatibility import count_layers
 
 ARCHITECTURE = "TokenFormerForImageClassification"
@@ -39,6 +40,7 @@ PROCESSOR = "preprocessor_config.json"
 _PROCESSING = "image_processing_tokenformer"
 _PROCESSOR_CLASS = "TokenFormerImageProcessor"
 _HEAD = {"head.linear": "classifier"}
+_LOADING = Loading("AutoModelForImageClassification", True, "AutoImageProcessor")
 
 
 def matches(path: Path, iteration: int | None = None, key: str = "load") -> Path | None:
@@ -81,7 +83,11 @@ def _images(folder: Path) -> ImagesConfig:
 
 
 def write(
-    target: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+    target: str | Path,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    card: Card = NO_CARD,
 ) -> None:
     """Write a folder that transformers loads, with its image processor; complete or not at all.
 
@@ -101,6 +107,7 @@ def write(
         f"{_PROCESSING}.py": processing_source(),
         CONFIG: {**_own_config(config, checkpoint.class_names), "dtype": dtype_name(dtype)},
         PROCESSOR: _processor_config(config, images),
+        README: model_card(checkpoint, config, Path(target).name, dtype, _LOADING, card),
     }
     write_folder(target, tensors, dtype, shard_bytes, files)
 

@@ -41,6 +41,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         if name in ("to-hf", "to-timm"):
             command.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights")
             command.add_argument("--classes", metavar="FILE", help="names of an image model's classes, one a line")
+        if name == "to-hf":
+            command.add_argument("--license", metavar="ID", help="that the model card names, for example apache-2.0")
+            what = "results of eval.py for the model card, besides those beside the checkpoint"
+            command.add_argument("--results", nargs="+", metavar="FILE", default=[], help=what)
     words = sys.argv[1:] if arguments is None else arguments
     if words and words[0].replace("-", "_").removesuffix(".py") == "zero_to_fp32":
         from megatron.errors import UserError
@@ -64,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.command == "to-hf":
         convert.to_huggingface(
             args.input, args.output, config, args.dtype, args.iteration,
-            classes=args.classes,
+            licence=args.license, results=args.results, classes=args.classes,
         )  # fmt: skip
     elif args.command == "from-hf":
         convert.from_huggingface(args.input, args.output)
