@@ -26,7 +26,9 @@ _DTYPES = {
 }  # fmt: skip
 
 
-_KNOWN = ("pretrained", "config", "tokenizer", "dtype", "max_length", "batch_size", "max_batch_size", "device")
+_KNOWN = (
+    "pretrained", "config", "tokenizer", "dtype", "max_length", "batch_size", "max_batch_size", "device", "use_ema",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def load_pretrained(
     batch_size: int | str = 1,
     max_batch_size: int | None = None,
     max_length: int | None = None,
+    use_ema: bool = True,
     **others: Any,
 ) -> Pretrained:
     """A checkpoint, as lm-eval's words describe it.
@@ -62,6 +65,7 @@ def load_pretrained(
         batch_size: a number or auto (lm-eval's auto:N counts as auto).
         max_batch_size: taken for lm-eval's sake; auto finds its limit by itself.
         max_length: context length in tokens; default the model's.
+        use_ema: the average of the weights where there is one; false: the weights.
         others: words of lm-eval's other models; those that would change something are refused.
 
     Raises: UserError for what cannot be found, read or understood.
@@ -74,6 +78,9 @@ def load_pretrained(
     length = None if max_length is None else _positive("max_length", max_length)
     run = load_config(str(config)) if config else None
     checkpoint = open_checkpoint(path, run, key="pretrained")
+    if not isinstance(use_ema, bool):
+        raise UserError(f"use_ema: expected true or false, got {use_ema!r}")
+    checkpoint = checkpoint.averaged() if use_ema else checkpoint
     model = language_model_of(checkpoint, run, _DTYPES[dtype], _place(device))
     if tokenizer:
         described = TokenizerConfig(tokenizer_type="HFTokenizer", vocab_file=str(tokenizer))

@@ -47,10 +47,11 @@ def make_model(
     return LanguageModel(config.model, seed=3, dtype=dtype, layout=layout).eval()
 
 
-def save_random_models(root: Path, config: RunConfig, iterations: tuple[int, ...]) -> None:
-    """A run's checkpoints, each with random weights of its own."""
+def save_random_models(root: Path, config: RunConfig, iterations: tuple[int, ...], ema: bool = False) -> None:
+    """A run's checkpoints, each with random weights of its own; with `ema` their averages are random too."""
     for iteration in iterations:
-        network = build_model(config.model, seed=iteration)
-        pieces = whole_pieces({"model": network.state_dict().items()})
+        network, averages = (build_model(config.model, seed=seed) for seed in (iteration, iteration + 1000))
+        tensors = {"model": network.state_dict().items(), "ema": averages.named_parameters() if ema else ()}
+        pieces = whole_pieces(tensors)
         state = CanonicalState(iteration, {}, config.flat(), pieces)
         RunFolder(root).save(state)

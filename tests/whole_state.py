@@ -12,10 +12,10 @@ from megatron.mpu.collectives import gather_objects
 
 
 class Whole(Tensors):
-    """Tensors of kinds model and optimizer, by kind and name."""
+    """Tensors of kinds model, optimizer and ema, by kind and name."""
 
     def __init__(self, state: EngineState) -> None:
-        self.tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        self.tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "ema": {}}
         mine = [(p.kind, p.name, p.shape, p.offset, p.tensor.detach().cpu().clone()) for p in state.pieces()]
         places: dict[tuple[str, str], list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
         for of_rank in gather_objects(mine, state.layout.world):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.pieces import coverage_fault
-from megatron.checkpoint.state import SMALL_FILES, TENSOR_KINDS
+from megatron.checkpoint.state import EMA, SMALL_FILES, TENSOR_KINDS
 
 CHECKSUM = "sha256"
 """The manifest's key for the SHA-256 of everything else in it. Every version of the format is to keep it."""
@@ -112,7 +112,10 @@ def _tensors_fault(tensors: Any, files: Mapping[str, Any]) -> str | None:
     unused = [name for name in files if name.endswith(".safetensors") and name not in named]
     if unused:
         return f"lists no tensor of {unused[0]}"
-    return _model_fault(tensors["model"]) or _optimizer_fault(tensors["optimizer"], tensors["model"])
+    model = tensors["model"]
+    return (
+        _model_fault(model) or _optimizer_fault(tensors["optimizer"], model) or _ema_fault(tensors.get(EMA, {}), model)
+    )
 
 
 def _is_entry(entry: Any) -> bool:
@@ -163,6 +166,19 @@ def _optimizer_fault(optimizer: Mapping[str, Any], model: Mapping[str, Any]) -> 
         if moment in _MOMENTS and dtype != "float32":
             return f"makes {full_name[:80]} {dtype}"
     return None
+
+
+def _ema_fault(ema: Mapping[str, Any], model: Mapping[str, Any]) -> str | None:
+    """Is there the average of every parameter, or of none?"""
+    parameters = {name: entry[1:] for name, entry in model.items() if not name.endswith(".tau_tokens")}
+    averages = {name: entry[1:] for name, entry in ema.items()}
+    if not averages or averages == parameters:
+        return None
+    name = min(n for n in parameters.keys() | averages.keys() if parameters.get(n) != averages.get(n))
+    if name not in averages:
+        return f"lacks the average of {name[:80]}"
+    dtype, shape = averages[name]
+    return f"makes the average of {name[:80]} {dtype} of shape {shape}, unlike the parameter"
 
 
 _COUNTS = ("iteration", "skipped_iterations", "consumed_samples", "consumed_tokens")
@@ -250,7 +266,7 @@ def _is_growth(entry: Any) -> bool:
         and all(slot is None or _is_count(slot) for slot in slots)
         and isinstance(entry.get("added"), str)
         and all(isinstance(entry.get(key, ""), str) for key in ("new_keys", "row_norm"))
-        and _is_finite(entry.get("logit_difference", 0.0))
+        and all(_is_finite(entry.get(key, 0.0)) for key in ("logit_difference", "ema_logit_difference"))
         and isinstance(decays, dict)
         and all(map(_is_count, decays.values()))
     )
@@ -284,8 +300,8 @@ def _values(value: Any, depth: int, most: int) -> Any:
 
 
 def value_fault(kind: str, name: str, tensor: Tensor) -> str | None:
-    """What is wrong with the values of a tensor of kind model or optimizer: no run can go on from them."""
-    if kind not in ("model", "optimizer") or not tensor.numel():
+    """What is wrong with the values of a tensor of kind model, optimizer or ema: no run can go on from them."""
+    if kind not in ("model", "optimizer", EMA) or not tensor.numel():
         return None
     if tensor.is_floating_point():
         lowest, highest = (extreme.item() for extreme in torch.aminmax(tensor.detach()))

@@ -8,6 +8,7 @@ A checkpoint is a folder `global_step{iteration}`:
 |                         | tensor, and the SHA-256 of all this (megatron.checkpoint.form)                    |
 | model-*.safetensors     | parameters, full shapes, fp32 (masters), and buffers such as tau_tokens (int64)  |
 | optimizer-*.safetensors | moments and step counts, named `{moment}/{parameter}`                            |
+| ema-*.safetensors       | of a run with ema_decay: the average of every parameter, fp32, by its name       |
 | rng-*.safetensors       | random-number states of every rank, named `rank{r}/{generator}`                  |
 | {kind}-*.safetensors    | tensors of further kinds; who does not know a kind leaves it alone               |
 | train_state.json        | iteration, consumed samples, data order, lineage                                 |
@@ -34,6 +35,8 @@ FORMAT_VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
 TENSOR_KINDS = ("model", "optimizer", "rng")
 """Kinds of tensors that every checkpoint has a table of, be it empty. There may be more."""
+EMA = "ema"
+"""The kind that the average of the weights is."""
 SMALL_FILES = ("train_state.json", "config.yml")
 
 

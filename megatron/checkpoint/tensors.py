@@ -11,7 +11,8 @@ class Tensors(Protocol):
     """Tensors of a checkpoint, of a model in memory, or yet to be made.
 
     Kinds are `model` (parameters and buffers under the names they have in the model), `optimizer`
-    (`{moment}/{parameter}`), `rng`, and any further ones; there are no names of a kind that is not there.
+    (`{moment}/{parameter}`), `ema` (parameters), `rng`, and any further ones; there are no names of a kind that is not
+    there.
     """
 
     def names(self, kind: str) -> list[str]:
@@ -26,6 +27,10 @@ class Tensors(Protocol):
     def part(self, kind: str, name: str, *ranges: slice) -> Tensor:
         """A range of the first dimensions of a tensor; no more than that is read where the file allows it."""
         return self.tensor(kind, name)[ranges]
+
+    def verify(self, *kinds: str) -> None:
+        """Compare files with their checksums, and look at all values, of these kinds or all, where there are any."""
+        return  # what is not said to be in files has none
 
 
 class TensorView(Tensors):
@@ -45,3 +50,7 @@ class TensorView(Tensors):
     def tensor(self, kind: str, name: str) -> Tensor:
         """A whole tensor."""
         return self.source.tensor(kind, name)
+
+    def verify(self, *kinds: str) -> None:
+        """What the source does."""
+        self.source.verify(*kinds)

@@ -9,6 +9,7 @@ import gc
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,8 @@ class Engine(ABC):
         self.state = EngineState(model, self._engine.optimizer, self.zero_stage, layout, frozen)
         if settings.dtype != "fp32":
             self.state.write_masters(tensors)
+        if settings.ema_decay is not None:
+            self.state.keep_average(settings.ema_decay)
         self.new_keys = NewKeys(self.state, self._engine.optimizer.param_groups, settings)
         if settings.compile_blocks:
             compile_blocks(self._blocks(), self.device, settings.model.tokens_per_sample())
@@ -150,9 +153,12 @@ class Engine(ABC):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
-        """The task's measures, added up over the micro-batches of all data ranks. Collective."""
+        """The task's measures, added up over the micro-batches of all data ranks, of the average of the weights if one
+        is kept and to be used. Collective."""
         sums = torch.zeros(len(self.task.measures), dtype=torch.float64, device=self.device)
-        self._add_measures(batches, sums)
+        average = self.state.average if self.settings.use_ema else None
+        with nullcontext() if average is None else average.in_model():
+            self._add_measures(batches, sums)
         for group in (self.layout.data.group, self.layout.pipeline.group):
             if group is not None:
                 dist.all_reduce(sums, group=group)
@@ -183,6 +189,8 @@ class Engine(ABC):
             # ZeRO skips updates that are not finite, which only fp16 recovers from.
             norm = None if self.settings.dtype == "fp16" else float("inf")
         withheld = self._gate is not None and self._gate.close_step(loss, norm)
+        if self.state.average is not None and not (skipped or withheld):
+            self.state.average.update()
         return StepResult(loss, norm, skipped and not withheld, withheld)
 
     def _set_learning_rate(self, learning_rate: float, age: float) -> None:

@@ -56,7 +56,7 @@ class NewKeys:
         """
         sums = torch.zeros(len(_KINDS), 2, 2, dtype=torch.float64, device=process_device())
         for piece in self._state.pieces(with_optimizer=False):  # those of all processes are every value once
-            kind, part = self._parts.get(piece.name, ("", ""))
+            kind, part = self._parts.get(piece.name, ("", "")) if piece.kind == "model" else ("", "")
             if kind and part in ("new_keys", "old_keys"):
                 sums[_KINDS.index(kind), int(part == "old_keys")] += _squares(piece.tensor, sums)
         if self._state.layout.world_size > 1:

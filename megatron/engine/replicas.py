@@ -1,7 +1,7 @@
 """Do the data ranks still hold the same bits? What memory or a processor got wrong in silence shows here.
 
-With ZeRO 0 every data rank has the same weights, moments and buffers, with ZeRO 1 and 2 the same weights and buffers;
-the rest is there once. Each rank makes a number of every tensor's bits, and the ranks compare these.
+With ZeRO 0 every data rank has the same weights, their average, moments and buffers, with ZeRO 1 and 2 the same weights
+and buffers; the rest is there once. Each rank makes a number of every tensor's bits, and the ranks compare these.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ class ReplicaCheck:
                 for moment, value in sorted(entries.items()):
                     if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
                         yield f"{moment}/{name}", value
+                if state.average is not None:
+                    yield f"ema/{name}", state.average.of(parameter)
 
 
 def _odd_ranks(found: Mapping[str, Sequence[int]]) -> list[int]:

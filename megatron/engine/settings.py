@@ -42,6 +42,10 @@ class EngineSettings:
     """Compile each block with torch.compile."""
     allow_nonfinite_loss: bool
     """Go on after a loss or gradient norm that is not finite."""
+    ema_decay: float | None
+    """Decay of the average of the weights; None: none is kept."""
+    use_ema: bool
+    """Evaluate the average."""
 
     def __init__(self, config: RunConfig, update: UpdateSize) -> None:
         training = config.training
@@ -54,6 +58,7 @@ class EngineSettings:
         self.checkpoint_layers = training.checkpoint_num_layers if training.checkpoint_activations else 0
         self.compile_blocks = training.compile == "blocks"
         self.allow_nonfinite_loss = training.allow_nonfinite_loss
+        self.ema_decay, self.use_ema = training.ema_decay, config.evaluation.use_ema
 
     @property
     def growths(self) -> int:

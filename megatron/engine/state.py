@@ -1,4 +1,4 @@
-"""What a process holds of the tensors behind a DeepSpeed engine: fp32 masters, optimizer state and buffers.
+"""What a process holds of the tensors behind a DeepSpeed engine: fp32 masters, their average, optimizer state, buffers.
 
 DeepSpeed keeps the fp32 values of a parameter in one of three places: in the parameter itself (fp32 without ZeRO), in a
 slice of a flat partition (ZeRO 1 and 2), or in a slice of a flat sub-group (ZeRO 3). `_locate` finds this rank's slice;
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron.checkpoint.pieces import Piece, flat_boxes
+from megatron.checkpoint.state import EMA
 from megatron.checkpoint.tensors import Tensors
+from megatron.engine.ema import WeightAverage
 from megatron.engine.ownership import Ownership
 from megatron.errors import UserError
 from megatron.mpu import SINGLE, Layout
@@ -51,6 +53,9 @@ class EngineState:
         layout: the grid. With a pipeline, making an EngineState is collective.
         frozen: fp32 values of the parameters that are not trained, by name, this tensor rank's share.
     """
+
+    average: WeightAverage | None = None
+    """Of the weights, where one is kept."""
 
     def __init__(
         self,
@@ -98,7 +103,7 @@ class EngineState:
                     )
 
     def pieces(self, with_optimizer: bool = True) -> Iterator[Piece]:
-        """What this process writes into a checkpoint, where it is: masters, buffers, and moments and step counts.
+        """What this process writes into a checkpoint, where it is: masters, buffers, averages, moments and step counts.
 
         Those of all processes are every tensor once. Moments are named `{moment}/{parameter}`, step counts, which are
         scalars, alike; there are none before the first update.
@@ -109,6 +114,8 @@ class EngineState:
         for name, buffer in self.model.named_buffers():
             if self._ownership.writes_buffer(name):
                 yield Piece("model", name, tuple(buffer.shape), (0,) * buffer.dim(), buffer)
+        for name, (start, stop) in owned.items() if self.average is not None else ():
+            yield from self._cut(EMA, name, name, self._averaged(name), start, stop)
         for name in self._slices if with_optimizer else ():
             yield from self._pieces_of_state(name, *owned[name])
 
@@ -124,6 +131,11 @@ class EngineState:
     def _master(self, name: str) -> _Slice:
         place = self._slices.get(name)
         return place or _Slice(self._frozen[name], 0, 0, self._frozen[name].numel())
+
+    def _averaged(self, name: str) -> _Slice:
+        assert self.average is not None, "an average is kept"
+        place = self._master(name)
+        return replace(place, flat=self.average.of(place.flat))
 
     def _cut(self, kind: str, full_name: str, name: str, place: _Slice, start: int, stop: int) -> Iterator[Piece]:
         """The pieces that [start, stop) of the memory of a share are, which `place` has."""
@@ -171,9 +183,23 @@ class EngineState:
         for name, place in self._slices.items():
             place.of(place.flat).copy_(self._mine(tensors, "model", name, name))
 
+    def keep_average(self, decay: float) -> None:
+        """Keep an average of the weights from now on, which starts as these."""
+        flats = [place.flat for place in self._slices.values()]
+        frozen = {self._of_model[name]: values for name, values in self._frozen.items()}
+        rank = self.layout.data.rank
+        self.average = WeightAverage(decay, flats, frozen, self.optimizer, self.zero_stage, rank)
+
+    @torch.no_grad()
+    def write_average(self, tensors: Tensors) -> None:
+        """Set the average that is kept."""
+        for name in self._of_model:
+            place = self._averaged(name)
+            place.of(place.flat).copy_(self._mine(tensors, EMA, name, name))
+
     def _mine(self, tensors: Tensors, kind: str, full_name: str, name: str) -> Tensor:
         """What this process holds of a tensor shaped like a parameter, [size of its slice]; no more rows are read."""
-        place, parameter, spec = self._slices[name], self.parameters[name], shard_spec(self.parameters[name])
+        place, parameter, spec = self._master(name), self._of_model[name], shard_spec(self._of_model[name])
         rows, row_size = _rows(_share_shape(parameter))
         first = min(place.start // max(row_size, 1), rows)
         last = -(-(place.start + place.size) // max(row_size, 1))

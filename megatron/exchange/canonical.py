@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron.checkpoint.new_folder import new_folder
 from megatron.checkpoint.pieces import whole_pieces
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.checkpoint.state import TENSOR_KINDS, CanonicalState
+from megatron.checkpoint.state import EMA, TENSOR_KINDS, CanonicalState
 from megatron.checkpoint.store import RunFolder
 from megatron.config.sections.data import DataConfig
 from megatron.config.sections.model import ModelConfig, ModelSection, model_section
@@ -123,7 +123,7 @@ def write(target: str | Path, checkpoint: Checkpoint, environment: Mapping[str, 
             checkpoint = _with_tokenizer(checkpoint, checkpoint.tokenizer, temporary, Path(target))
         if (names := checkpoint.class_names) is not None:
             (temporary / CLASSES_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
-        pieces = whole_pieces({kind: _whole(checkpoint, kind) for kind in TENSOR_KINDS})
+        pieces = whole_pieces({kind: _whole(checkpoint, kind) for kind in (*TENSOR_KINDS, EMA)})
         state = CanonicalState(
             checkpoint.iteration or 0, checkpoint.train_state, checkpoint.resolved(), pieces, environment or {}
         )

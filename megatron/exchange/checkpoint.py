@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.form import dtype_name, value_fault
-from megatron.checkpoint.reader import CheckpointReader
+from megatron.checkpoint.state import EMA
 from megatron.checkpoint.tensors import Tensors
 from megatron.config.schema import RunConfig
 from megatron.config.sections.model import ModelConfig, ModelSection, language_section
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
+from megatron.exchange.averaged import AveragedTensors
 from megatron.exchange.names import TAU, is_parameter
 from megatron.model.compatibility import check_fit, check_same_model, described_model
 from megatron.model.layered import LayeredModel
@@ -68,13 +69,21 @@ class Checkpoint:
         names = filter(is_parameter, self.tensors.names("model"))
         return sum(math.prod(self.tensors.shape("model", name)) for name in names)
 
+    @property
+    def has_ema(self) -> bool:
+        """Has its run kept an average of the weights?"""
+        return bool(self.tensors.names(EMA))
+
+    def averaged(self) -> Checkpoint:
+        """The model with the average of its weights in their place, where its run has kept one; else as it is."""
+        return replace(self, tensors=AveragedTensors(self.tensors)) if self.has_ema else self
+
     def verify(self, *kinds: str) -> None:
         """Compare all files with their checksums, and look at all values, of these kinds or all; DamagedCheckpoint.
 
         Only training checkpoints have checksums; the values of other forms are looked at when they are read.
         """
-        if isinstance(self.tensors, CheckpointReader):
-            self.tensors.verify(*kinds)
+        self.tensors.verify(*kinds)
 
     def as_model(self, model: ModelSection, key: str = "load") -> Checkpoint:
         """The checkpoint as this model: lengths and dropout may be others than it was trained with.

@@ -43,6 +43,7 @@ def to_huggingface(
     licence: str | None = None,
     results: Sequence[str | Path] = (),
     classes: str | Path | None = None,
+    ema: bool = False,
 ) -> None:
     """Any checkpoint to a folder that transformers loads, with a model card.
 
@@ -55,9 +56,10 @@ def to_huggingface(
         licence: that the card names, an identifier of the Hub.
         results: files of eval.py about this checkpoint; those beside it are found.
         classes: a file with the names of an image model's classes.
+        ema: the average of the weights instead of these.
     """
     card = Card(licence)
-    checkpoint = _named(open_checkpoint(source, config, iteration), classes)
+    checkpoint = _named(_exported(open_checkpoint(source, config, iteration), ema), classes)
     card = replace(card, measured=read_results([*found_results(checkpoint), *results], checkpoint))
     _check_same(None if config is None else config.model, checkpoint)
     checkpoint.verify("model")
@@ -167,14 +169,26 @@ def _write_run(root: str | Path, checkpoint: Checkpoint) -> Path:
     return canonical.write(root, replace(checkpoint, tensors=_InModelOrder(checkpoint)))
 
 
-def to_official(source: str | Path, target: str | Path, iteration: int | None = None) -> Path:
+def to_official(source: str | Path, target: str | Path, iteration: int | None = None, ema: bool = False) -> Path:
     """Any checkpoint to the official code's flat file, at `target`/pytorch_model.bin.
+
+    Args:
+        ema: the average of the weights instead of these.
 
     Raises: UserError for what that file cannot say; see megatron.exchange.official.write.
     """
-    checkpoint = open_checkpoint(source, iteration=iteration)
+    checkpoint = _exported(open_checkpoint(source, iteration=iteration), ema)
     checkpoint.verify("model")
     return official.write(target, checkpoint)
+
+
+def _exported(checkpoint: Checkpoint, ema: bool) -> Checkpoint:
+    """What is written of a checkpoint: its weights, with a line where there is an average of them too, or that."""
+    if ema and not checkpoint.has_ema:
+        raise UserError(f"--ema: {checkpoint.folder} has no average of its weights (ema_decay); leave the flag off")
+    if checkpoint.has_ema and not ema:
+        get_logger().info("%s: its weights are written; --ema writes their average (EMA)", checkpoint.folder)
+    return checkpoint.averaged() if ema else checkpoint
 
 
 def _check_same(model: ModelSection | None, checkpoint: Checkpoint) -> None:

@@ -66,11 +66,17 @@ def grow_checkpoint(
     after = grown_config(before, counts)
     seed = int(settings["seed"]) if seed is None else seed
     grown = grown_checkpoint(base, after, seed, counts.keys, new_moments)
-    difference = compare_logits(base, grown, task_of(before).example_inputs(before, settings, _PROOF_SAMPLES))
+    inputs = task_of(before).example_inputs(before, settings, _PROOF_SAMPLES)
+    difference = compare_logits(base, grown, inputs)
+    of_average = compare_logits(base.averaged(), grown.averaged(), inputs) if base.has_ema else None
     if counts.keys != "official":
         difference.check(describe(before, after))
+        if of_average is not None:
+            of_average.check(f"{describe(before, after)} with averaged weights")
     entry = lineage_entry(base, grown, base.train_state, counts.keys, scheduled=False)
     entry["logit_difference"] = difference.largest
+    if of_average is not None:
+        entry["ema_logit_difference"] = of_average.largest
     lineage = [*past_growths(base.train_state.get("lineage", [])), entry]
     grown = replace(
         grown,

@@ -58,7 +58,10 @@ def describe_checkpoint(path: str | Path, verify: bool = False) -> dict[str, Any
         "tau_tokens": _tau_tokens(checkpoint),
         "lineage": state.get("lineage", []),
         "optimizer": {"type": (settings.get("optimizer") or {}).get("type"), **_moments(checkpoint.tensors)},
-        "bytes": {kind: sum(f.stat().st_size for f in folder.glob(f"{kind}*")) for kind in ("model", "optimizer", "")},
+        "ema_decay": settings.get("ema_decay") if checkpoint.has_ema else None,
+        "bytes": {
+            kind: sum(f.stat().st_size for f in folder.glob(f"{kind}*")) for kind in ("model", "optimizer", "ema", "")
+        },
         "checksums": "hold" if verify else "not checked",
     }
 
@@ -130,8 +133,9 @@ def as_text(facts: dict[str, Any]) -> str:
         *_token_lines(facts),
         *_lineage_lines(facts["lineage"]),
         f"  optimizer    {_optimizer_text(optimizer)}",
+        *([f"  EMA          of every parameter, decay {facts['ema_decay']}"] if size["ema"] else []),
         f"  on disk      {_megabytes(size[''])}: model {_megabytes(size['model'])}, optimizer "
-        f"{_megabytes(size['optimizer'])}",
+        f"{_megabytes(size['optimizer'])}" + (f", EMA {_megabytes(size['ema'])}" if size["ema"] else ""),
         f"  checksums    {facts['checksums']}" + ("" if facts["checksums"] == "hold" else " (--verify)"),
     ]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.state import EMA
 from megatron.checkpoint.tensors import Tensors, TensorView
 from megatron.config.sections.model import ModelSection, RowNorm
 from megatron.config.sections.scaling import NewKeys, NewMoments, Tower
@@ -26,7 +27,8 @@ from megatron.mpu.roles import role_of
 class GrownTensors(TensorView):
     """The tensors of a checkpoint after one growth: the old ones as they are, and those of the new tokens.
 
-    Optimizer state is that of the old tokens; new ones start without.
+    An average of the weights (EMA) grows as a model of its own, whose new keys are made of its own old ones. Optimizer
+    state is that of the old tokens; new ones start without.
 
     Args:
         source: tensors before.
@@ -38,39 +40,43 @@ class GrownTensors(TensorView):
         self._recipe = recipe
         self._new, added = _new_parameters(recipe.after)
         self._taus = {name: count for name, count in added.items() if count and recipe.has_weights}
+        self._grows = ("model", EMA) if source.names(EMA) else ("model",)
 
     def names(self, kind: str) -> list[str]:
         """Names of a kind."""
-        return [*self.source.names(kind), *(self._new if kind == "model" else ())]
+        return [*self.source.names(kind), *(self._new if kind in self._grows else ())]
 
     def shape(self, kind: str, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
         if kind == "model" and name in self._taus:
             return tuple(self.tensor(kind, name).shape)
-        return tuple(self._new[name].shape) if kind == "model" and name in self._new else self.source.shape(kind, name)
+        return tuple(self._new[name].shape) if self._is_new(kind, name) else self.source.shape(kind, name)
 
     def tensor(self, kind: str, name: str) -> Tensor:
         """A tensor, on the CPU."""
         if kind == "model" and name in self._taus:
             return self._recipe.tau_tokens(self.source.tensor(kind, name), self._taus[name])
-        if kind != "model" or name not in self._new:
+        if not self._is_new(kind, name):
             return self.source.tensor(kind, name)
         new = self._new[name]
         if role_of(new).what != "key_tokens":
             return self._recipe.values(name, new)
-        return self._new_keys(name, new) if self._recipe.has_weights else torch.zeros(new.shape)
+        return self._new_keys(kind, name, new) if self._recipe.has_weights else torch.zeros(new.shape)
 
     def part(self, kind: str, name: str, *ranges: slice) -> Tensor:
         """A range of the first dimensions of a tensor; of one that was there, it is read alone."""
-        if kind == "model" and (name in self._new or name in self._taus):
+        if self._is_new(kind, name) or (kind == "model" and name in self._taus):
             return self.tensor(kind, name)[ranges]
         return self.source.part(kind, name, *ranges)
 
-    def _new_keys(self, name: str, new: Tensor) -> Tensor:
+    def _is_new(self, kind: str, name: str) -> bool:
+        return kind in self._grows and name in self._new
+
+    def _new_keys(self, kind: str, name: str, new: Tensor) -> Tensor:
         prefix, known = name.rpartition("_")[0], set(self.source.names("model"))
         segments = [f"{prefix}_{i}" for i in range(role_of(new).segment)]
         sizes = [self.source.shape("model", segment)[0] if segment in known else 0 for segment in segments]
-        old = torch.cat([self.source.tensor("model", segments[i]).float() for i in self._recipe.sources(sizes)])
+        old = torch.cat([self.source.tensor(kind, segments[i]).float() for i in self._recipe.sources(sizes)])
         tau_tokens = self.source.tensor("model", f"{name.rpartition('.')[0]}.tau_tokens")
         return self._recipe.keys(new, old, len(new), tau_tokens, name)
 

@@ -34,6 +34,7 @@ def load_model(
     iteration: int | None = None,
     attention_backend: str = "sdpa",
     layout: Layout = SINGLE,
+    use_ema: bool = True,
 ) -> LanguageModel:
     """A model in eval mode.
 
@@ -46,11 +47,14 @@ def load_model(
         device: default the CPU.
         iteration: which of a run's checkpoints; default the latest.
         layout: the grid; each tensor rank holds its share of the model, and gets whole logits.
+        use_ema: the average of the weights where the run has kept one (ema_decay); False: the weights.
 
     Raises: UserError when there is no checkpoint, it is damaged, it does not fit the configuration, or a tensor has
         values that are not finite, as saved or in `dtype`.
     """
     checkpoint = open_checkpoint(path, config, iteration)
+    if use_ema:
+        checkpoint = checkpoint.averaged()
     return language_model_of(checkpoint, config, dtype, device, attention_backend=attention_backend, layout=layout)
 
 

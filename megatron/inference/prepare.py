@@ -51,14 +51,18 @@ def _open(config: RunConfig) -> Checkpoint:
 
 
 def _load(checkpoint: Checkpoint, config: RunConfig, layout: Layout) -> LayeredModel:
+    averages = config.evaluation.use_ema and checkpoint.has_ema
+    if averages:
+        checkpoint = checkpoint.averaged()
     device = process_device()
     dtype = inference_dtype(config.precision.dtype, device)
     attention = config.training.attention_backend
     model = model_of(checkpoint, config, dtype, device, attention_backend=attention, layout=layout)
     name = str(dtype).removeprefix("torch.")
     get_logger().info(
-        "model of %s: %s parameters, %s on %s", checkpoint.folder, f"{model.num_parameters():,}", name, device
-    )
+        "model of %s: %s parameters%s, %s on %s", checkpoint.folder, f"{model.num_parameters():,}",
+        ", the average of the weights (use_ema)" * averages, name, device,
+    )  # fmt: skip
     return model
 
 

@@ -40,6 +40,8 @@ class Memory:
     """fp32 copies of 16-bit (or ZeRO) parameters."""
     moments: float
     """Optimizer moments."""
+    average: float
+    """The average of the weights (ema_decay)."""
     gradients: float
     """Accumulated gradients."""
     buckets: float
@@ -56,7 +58,7 @@ class Memory:
     @property
     def states(self) -> float:
         """What is held all the time."""
-        return self.weights + self.master + self.moments + self.gradients + self.buckets
+        return self.weights + self.master + self.moments + self.average + self.gradients + self.buckets
 
     @property
     def total(self) -> float:
@@ -82,7 +84,7 @@ def _stage_memory(work: Workload, choice: Choice, index: int, stage: Stage) -> M
 
 
 def state_bytes(work: Workload, choice: Choice, w: int) -> dict[str, float]:
-    """weights, master, moments, gradients, buckets and update of `w` parameters (W), as DeepSpeed 0.19 holds them."""
+    """What `w` parameters (W) take all the time, and their update, as DeepSpeed 0.19 holds them; keys as in Memory."""
     e, stage = work.element_bytes, choice.zero_stage
     partition = w / choice.data if stage else float(w)
     offloaded = stage > 0 and _offloads(work.parallel.zero_optimization)
@@ -90,6 +92,7 @@ def state_bytes(work: Workload, choice: Choice, w: int) -> dict[str, float]:
         "weights": e * (partition if stage == 3 else w),
         "master": 0.0 if stage == 0 or offloaded else 4 * partition,
         "moments": 0.0 if offloaded else 4 * _moments(work.optimizer) * partition,
+        "average": 0.0 if offloaded or work.training.ema_decay is None else 4 * partition,
         # Stage 1 holds all gradients and a copy of the rank's partition; stage 2 the sum so far and the newest one.
         "gradients": e * {0: w, 1: w + partition, 2: 2 * partition, 3: partition}[stage],
         "buckets": _bucket_bytes(work, choice, w),

@@ -45,9 +45,10 @@ def report(settings: EngineSettings, layout: Layout, parameters: int, update: Up
     log, device = get_logger(), process_device()
     backend, _ = select_backend(settings.pattention_backend, device.type, settings.recompute_scores)
     log.info(
-        "%s parameters in %s on %d x %s%s, ZeRO %d, pattention %s, attention %s%s",
+        "%s parameters in %s on %d x %s%s, ZeRO %d, pattention %s, attention %s%s%s",
         f"{parameters:,}", settings.dtype, layout.world_size, device.type, _grid(layout),
         settings.zero_stage, backend, settings.attention_backend, ", blocks compiled" * settings.compile_blocks,
+        "" if settings.ema_decay is None else f", EMA of decay {settings.ema_decay}",
     )  # fmt: skip
     log.info("%d samples x %d tokens an update; %s", update.samples, update.tokens // update.samples, measure)
 

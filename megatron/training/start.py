@@ -7,7 +7,7 @@ A run killed around a growth therefore finds itself before it or after it, and d
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -167,30 +167,45 @@ class Start:
 
         Raises: UserError on every rank when rounding does not explain it; nothing has been written by then.
         """
-        device, layout = process_device(), self._layout
+        keeps_average = self.config.training.ema_decay is not None
         for number, (before, after) in enumerate(self._growths):
-            numbers = torch.zeros(2, device=device)
-            compare = partial(compare_logits, before, after, [x.to(device) for x in inputs], layout)
-            found = compare() if layout.rank and layout.data.rank == layout.pipeline.rank == 0 else None
-            # The whole model is read twice: ranks that take no part wait where there is no limit of time.
-            found = first_rank_does(compare, layout) or found
-            if found is not None:
-                numbers = torch.tensor([found.largest, found.scale], device=device)
-            if layout.world_size > 1:
-                dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-            difference = Difference(*numbers.tolist())
-            get_logger().info(
-                "growth: logits of a held-out batch differ by %.2e (largest logit %.2e)",
-                difference.largest, difference.scale,
-            )  # fmt: skip
             entry = self.state.lineage[len(self.state.lineage) - len(self._growths) + number]
-            if entry["new_keys"] != "official":
-                difference.check(entry["added"])
-            entry["logit_difference"] = difference.largest
+            entry["logit_difference"] = self._difference(before, after, inputs, entry)
+            if keeps_average and before.has_ema:
+                before, after = before.averaged(), after.averaged()
+                entry["ema_logit_difference"] = self._difference(before, after, inputs, entry, " with averaged weights")
         self._growths.clear()  # the models before need not be kept
 
+    def _difference(
+        self, before: Checkpoint, after: Checkpoint, inputs: Sequence[Tensor], entry: Mapping[str, Any], which: str = ""
+    ) -> float:
+        """How far apart the logits of two models are, printed; rounding explains it if the growth is exact. Collective.
+
+        Args:
+            entry: of the growth in the lineage.
+            which: what the message says of the models.
+        """
+        device, layout = process_device(), self._layout
+        numbers = torch.zeros(2, device=device)
+        compare = partial(compare_logits, before, after, [x.to(device) for x in inputs], layout)
+        found = compare() if layout.rank and layout.data.rank == layout.pipeline.rank == 0 else None
+        # The whole model is read twice: ranks that take no part wait where there is no limit of time.
+        found = first_rank_does(compare, layout) or found
+        if found is not None:
+            numbers = torch.tensor([found.largest, found.scale], device=device)
+        if layout.world_size > 1:
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        difference = Difference(*numbers.tolist())
+        get_logger().info(
+            "growth: logits of a held-out batch%s differ by %.2e (largest logit %.2e)",
+            which, difference.largest, difference.scale,
+        )  # fmt: skip
+        if entry["new_keys"] != "official":
+            difference.check(entry["added"] + which)
+        return difference.largest
+
     def restore(self, engine: Engine) -> None:
-        """Give an engine whose model has the checkpoint's weights the rest: moments, loss scale, generators' states.
+        """Give an engine whose model has the checkpoint's weights the rest: moments, average, loss scale, generators.
 
         There is nothing to go on from in a model that was no training checkpoint.
         """
@@ -203,6 +218,7 @@ class Start:
             return
         if not options.no_load_optim:
             _restore_optimizer(config.optimization.optimizer.type, engine, checkpoint)
+        _restore_average(engine, checkpoint)
         engine.loss_scaler = self.state.loss_scaler
         if not options.no_load_rng:
             restore_random_states(config.training.seed, checkpoint, engine.layout)
@@ -238,3 +254,14 @@ def _restore_optimizer(now: str, engine: Engine, checkpoint: Checkpoint) -> None
             f"load: {checkpoint.folder} has no optimizer state; set no_load_optim: true to go on without it"
         )
     engine.state.write_optimizer_state(checkpoint.tensors)
+
+
+def _restore_average(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Take over the average of the weights, where the checkpoint has one and the run keeps one; else say so."""
+    keeps, log = engine.state.average is not None, get_logger()
+    if keeps and checkpoint.has_ema:
+        engine.state.write_average(checkpoint.tensors)
+    elif keeps:
+        log.info("ema_decay: %s has no average of the weights, it starts as these", checkpoint.folder)
+    elif checkpoint.has_ema:
+        log.info("ema_decay is not given: the average of the weights in %s is dropped", checkpoint.folder)

@@ -51,7 +51,7 @@ def test_the_disk_begins_while_a_file_is_being_written(tmp_path: Path, monkeypat
 
 def state(iteration: int, kind: str, name: str, tensor: Tensor) -> CanonicalState:
     tensors = {"model": [("w", torch.ones(3))], "optimizer": [("exp_avg/w", torch.ones(3))]}
-    tensors[kind] = [*tensors[kind], (name, tensor)]
+    tensors[kind] = [*tensors.get(kind, []), (name, tensor)]
     return CanonicalState(iteration, {}, {}, whole_pieces(tensors))
 
 
@@ -64,8 +64,9 @@ def state(iteration: int, kind: str, name: str, tensor: Tensor) -> CanonicalStat
         ("optimizer", "exp_avg_sq/w", torch.tensor([1.0, -1e-30, 0.0])),
         ("optimizer", "step/w", torch.tensor(math.nan)),
         ("model", "x.tau_tokens", torch.tensor(0)),
+        ("ema", "v", torch.tensor([1.0, math.nan, 0.0])),
     ],
-    ids=["nan", "inf", "moment", "negative", "step", "tau"],
+    ids=["nan", "inf", "moment", "negative", "step", "tau", "average"],
 )
 def test_values_to_go_on_from_are_all_that_is_saved(tmp_path: Path, kind: str, name: str, tensor: Tensor) -> None:
     RunFolder(tmp_path).save(state(1, "model", "v", torch.ones(3)))
@@ -119,20 +120,20 @@ def test_tensors_of_a_further_kind_are_saved_read_and_left_alone(tmp_path: Path)
     odd = torch.tensor([math.nan, 1.0])
     pieces = [
         *quarters("w"),
-        *quarters("w", "ema"),
-        *whole_pieces({"ema": [("odd", odd)], "rng": [("r", torch.ones(1))]}),
+        *quarters("w", "sums"),
+        *whole_pieces({"sums": [("odd", odd)], "rng": [("r", torch.ones(1))]}),
     ]
     folder = RunFolder(tmp_path).save(CanonicalState(1, {}, {}, pieces))
     reader = CheckpointReader(folder)
-    assert reader.names("ema") == ["w", "odd"] and reader.names("of nothing") == []
-    assert torch.equal(reader.tensor("ema", "w"), reader.tensor("model", "w"))
-    assert torch.equal(reader.part("ema", "w", slice(1, 3), slice(2, 4)), torch.tensor([[8.0, 9.0], [14.0, 15.0]]))
+    assert reader.names("sums") == ["w", "odd"] and reader.names("of nothing") == []
+    assert torch.equal(reader.tensor("sums", "w"), reader.tensor("model", "w"))
+    assert torch.equal(reader.part("sums", "w", slice(1, 3), slice(2, 4)), torch.tensor([[8.0, 9.0], [14.0, 15.0]]))
     assert sorted(path.name for path in folder.glob("*-*")) == [
-        f"{k}-00000.safetensors" for k in ("ema", "model", "rng")
+        f"{k}-00000.safetensors" for k in ("model", "rng", "sums")
     ]
-    (folder / "ema-00000.safetensors").write_bytes(b"")
+    (folder / "sums-00000.safetensors").write_bytes(b"")
     CheckpointReader(folder, verify=False).verify("model", "rng")
-    with pytest.raises(UserError, match=r"ema-00000\.safetensors has 0 bytes"):
+    with pytest.raises(UserError, match=r"sums-00000\.safetensors has 0 bytes"):
         CheckpointReader(folder)
 
 

@@ -23,7 +23,7 @@ MakeConfig = Callable[..., RunConfig]
 
 # ZeRO 3 first sees the order of the modules, then plans by it and keeps the plan for each module.
 UPDATES = 3
-FAST = {"eval_iters": 0, "peak_tflops": 1.0}
+FAST = {"eval_iters": 0, "peak_tflops": 1.0, "ema_decay": 0.9}
 # The state of generators, a batch, a loss: far less than a parameter's fp32 values.
 SMALL = 2_000
 

@@ -47,10 +47,16 @@ def test_positions_count() -> None:
 def flipped(engine: Engine, kind: str) -> str:
     """Flip the lowest bit of one number that this rank holds; its name."""
     name, parameter = list(engine.state.parameters.items())[-1]
-    tensor = parameter if kind == "weight" else engine.state.inner.state[parameter]["exp_avg"]
+    average = engine.state.average
+    if kind == "average":
+        assert average is not None
+        tensor, name = average.of(parameter), f"ema/{name}"
+    else:
+        tensor = parameter if kind == "weight" else engine.state.inner.state[parameter]["exp_avg"]
+        name = name if kind == "weight" else f"exp_avg/{name}"
     with torch.no_grad():
         tensor.view(-1).view(torch.uint8)[1] ^= 1
-    return name if kind == "weight" else f"exp_avg/{name}"
+    return name
 
 
 def trained(config: RunConfig, rank: int, at: int, kind: str) -> tuple[str, str, int, bool]:
@@ -70,6 +76,7 @@ def trained(config: RunConfig, rank: int, at: int, kind: str) -> tuple[str, str,
             return str(error), name[0], count[0], error.is_here
 
 
+AT_THREE = {"extra_save_iters": [3], "ema_decay": 0.9}
 # Data ranks, keys, the rank that goes wrong, in which iteration, in what, and the iteration that tells.
 CASES: dict[str, tuple[int, dict[str, Any], int, int, str, int]] = {
     "dp2-weight": (2, {}, 1, 3, "weight", 4),
@@ -77,7 +84,7 @@ CASES: dict[str, tuple[int, dict[str, Any], int, int, str, int]] = {
     "dp2-zero1-bf16": (2, {"zero_optimization": {"stage": 1}, "precision": "bf16"}, 1, 4, "weight", 4),
     "pp2-dp2": (4, {"pipe_parallel_size": 2}, 3, 1, "weight", 2),
     "dp4": (4, {}, 2, 2, "weight", 2),
-    "before a save": (4, {"check_replicas_interval": 100, "extra_save_iters": [3]}, 2, 2, "moment", 3),
+    "before a save": (4, {"check_replicas_interval": 100, **AT_THREE}, 2, 2, "average", 3),
     "all is well": (2, {"zero_optimization": {"stage": 2}}, 9, 1, "weight", 0),
 }
 

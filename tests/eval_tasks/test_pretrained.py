@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from eval_tasks.__main__ import main
 from eval_tasks.adapter import TokenFormerLM
@@ -26,7 +27,7 @@ FIXTURES = ROOT / "tests" / "fixtures" / "eval"
 @pytest.fixture
 def run_folder(tmp_path: Path, tokenizer_file: Path) -> Path:
     config = make_config(padded_vocab_size=384, tokenizer_type="HFTokenizer", vocab_file=str(tokenizer_file))
-    save_random_models(tmp_path / "run", config, (7,))
+    save_random_models(tmp_path / "run", config, (7,), ema=True)
     return tmp_path / "run"
 
 
@@ -74,12 +75,20 @@ def test_every_form_of_a_model_brings_its_tokenizer(run_folder: Path, tmp_path: 
         ({"config": "absent.yml"}, "absent.yml"),
         ({"tokenizer": "absent.json"}, "absent.json"),
         ({"dtype": "int8"}, "dtype: 'int8' is not supported"),
+        ({"use_ema": "maybe"}, "use_ema: expected true or false, got 'maybe'"),
     ],
 )
 def test_model_args_work_or_say_in_one_line_why_not(run_folder: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         TokenFormerLM.create_from_arg_obj({"pretrained": str(run_folder), **arguments} if arguments else {})
     assert "\n" not in str(error.value)
+
+
+def test_the_average_of_the_weights_is_evaluated_unless_told_otherwise(run_folder: Path) -> None:
+    saved, name = open_checkpoint(run_folder).tensors, "layers.0.mlp.key_tokens_0"
+    for more, kind in (("", "ema"), (",use_ema=True", "ema"), (",use_ema=False", "model")):
+        lm = TokenFormerLM.create_from_arg_string(f"pretrained={run_folder}{more}")
+        assert torch.equal(lm.model.get_parameter(name), saved.tensor(kind, name))
 
 
 def test_words_of_other_models_that_change_nothing_are_taken(run_folder: Path) -> None:

@@ -58,7 +58,7 @@ def checkpoint(folder: Path, iteration: int | None = None) -> CheckpointReader:
 
 
 def tensors(
-    folder: Path, iteration: int | None = None, kinds: tuple[str, ...] = ("model", "optimizer")
+    folder: Path, iteration: int | None = None, kinds: tuple[str, ...] = ("model", "optimizer", "ema")
 ) -> dict[str, Tensor]:
     reader = checkpoint(folder, iteration)
     return {f"{kind}/{n}": reader.tensor(kind, n) for kind in kinds for n in reader.names(kind)}

@@ -28,14 +28,14 @@ AGES = {
 }  # fmt: skip
 KEYS = {
     "train_iters": LAST, "hidden_dropout": 0.1, "checkpoint_factor": 4, "eval_interval": GROWTH, "eval_iters": 1,
-    "lr_decay_style": "WSD", "lr_wsd_decay_iters": 8,
+    "lr_decay_style": "WSD", "lr_wsd_decay_iters": 8, "ema_decay": 0.9,
 }  # fmt: skip
 GROWTHS: dict[str, tuple[dict[str, Any], int, int]] = {
     "zero keys": (AGES, 6, 16), "rotated keys": ({**AGES, "new_keys": "rotated", "proj_slot_num": 48}, 4, 6),
     "own row norm": ({**AGES, "row_norm": "segment"}, 4, 6),
 }  # fmt: skip
 """What a growth says, how often it is killed, and in which update its keys are as large as the old ones and decay."""
-KINDS = ("model", "optimizer", "rng")
+KINDS = ("model", "optimizer", "ema", "rng")
 
 
 def poll(seconds: float = 60.0) -> Iterator[None]:

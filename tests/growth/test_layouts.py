@@ -62,11 +62,13 @@ RUN = {
     **STEADY, "train_batch_size": 4, "train_iters": 9, "lr_decay_iters": 40, "eval_interval": 9, "weight_decay": 0.1,
     "gradient_clipping": 0.5, "norm": "layernorm",
 }  # fmt: skip
+# An average of the weights, which validations put in their place.
+AVERAGED = {"ema_decay": 0.8, "eval_interval": 6}
 MODELS: dict[str, dict[str, Any]] = {
     "chain": {"growth": CHAIN},
-    "frozen": {"growth": FROZEN},
+    "frozen": {"growth": FROZEN, **AVERAGED},
     "rotated": {"growth": ROTATED},
-    "norms": {"growth": OWN_NORMS},
+    "norms": {"growth": OWN_NORMS, **AVERAGED},
     "softmax": {"growth": SOFTMAX, "norm_activation_type": "softmax"},
     "ungrown": {},
 }
@@ -100,7 +102,7 @@ def runs(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory, sing
     """Every case on two processes, and every model on one."""
     root = tmp_path_factory.mktemp("layouts")
     for model, keys in MODELS.items():
-        run(tiny_config, root / model, **RUN, **keys)
+        run(tiny_config, root / model, **{**RUN, **keys})
     configs = [
         tiny_config(**{**RUN, **MODELS[m], **LAYOUTS[n]}, save=str(root / f"{n}-{m}"), load=str(root / f"{n}-{m}"))
         for n, m in CASES
@@ -123,7 +125,8 @@ def test_a_layout_grows_as_one_process_does(runs: Path, layout: str, model: str)
     here, there = state(found)["lineage"], state(expected)["lineage"]
     assert len(here) == len(MODELS[model]["growth"])
     for entry, other in zip(here, there, strict=True):
-        assert entry.pop("logit_difference") < TOLERANCE and other.pop("logit_difference") < TOLERANCE
+        for key in ("logit_difference", *(["ema_logit_difference"] if "ema_decay" in MODELS[model] else [])):
+            assert entry.pop(key) < TOLERANCE and other.pop(key) < TOLERANCE
         assert entry == other
 
 
@@ -167,6 +170,10 @@ def test_frozen_tokens_are_bit_identical_on_every_layout(runs: Path) -> None:
         if model == "frozen":
             before, after = (tensors(runs / f"{layout}-{model}", at, ("model",)) for at in (3, 9))
             assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), layout
+            began, ended = (tensors(runs / f"{layout}-{model}", at, ("ema",)) for at in (3, 9))
+            for name, average in began.items():  # it comes closer to what is frozen, too
+                weight = before[name.replace("ema/", "model/")]
+                assert worst(ended[name], weight.lerp(average, 0.8**6)) < 1e-6, (layout, name)
             assert all(is_new(name) for name in checkpoint(runs / f"{layout}-{model}").names("optimizer")), layout
 
 
@@ -225,5 +232,5 @@ def test_one_layout_grows_alike_twice(tiny_config: MakeConfig, runs: Path, tmp_p
         configs += [tiny_config(**keys, **folder, exit_interval=interval) for interval in intervals]
     run_ranks(2, train_all, configs)
     assert metric(tmp_path / "parts") == metric(tmp_path / "whole")
-    kinds = ("model", "optimizer", "rng")
+    kinds = ("model", "optimizer", "ema", "rng")
     assert_equal(tensors(tmp_path / "parts", kinds=kinds), tensors(tmp_path / "whole", kinds=kinds))

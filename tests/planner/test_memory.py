@@ -15,7 +15,7 @@ from megatron.ops import linear_cross_entropy as loss_in_chunks
 from megatron.ops.cross_entropy import cross_entropy
 from megatron.ops.linear_cross_entropy import linear_cross_entropy
 from megatron.planner import Choice, Workload, predict
-from megatron.planner.counts import stages
+from megatron.planner.counts import num_parameters, stages
 from megatron.planner.ends import LanguageEnds, stream_bytes
 from megatron.planner.memory import block_bytes, kept_bytes, state_bytes
 from megatron.planner.step_time import tensor_elements
@@ -156,7 +156,17 @@ def test_states_of_adam_in_16_bits_are_the_known_numbers() -> None:
     assert [states(1)[part] for part in parts] == [800, 400, 800, 800 + 200]
     assert [states(2)[part] for part in parts] == [800, 400, 800, 400]
     assert [states(3)[part] for part in parts] == [200, 400, 800, 200]
-    assert states(1)["buckets"] == 2000
+    assert states(1)["buckets"] == 2000 and states(1)["average"] == 0
+
+
+def test_an_average_of_the_weights_takes_as_much_as_their_fp32_values() -> None:
+    choices = [Choice(1, 1, 4, False, stage, 2, 1, False) for stage in (0, 1, 3)]
+    plain, averaged = (small(precision="fp32", **keys) for keys in ({}, {"ema_decay": 0.9999}))
+    assert [state_bytes(averaged, choice, 400)["average"] for choice in choices] == [1600, 400, 400]
+    totals = [predict(work, H200, choices[1]).memory.total for work in (plain, averaged)]
+    assert totals[1] - totals[0] == pytest.approx(4 * num_parameters(plain.model) / 4)
+    offloaded = small(ema_decay=0.9999, zero_optimization={"stage": 1, "cpu_offload": True})
+    assert state_bytes(offloaded, choices[1], 400)["average"] == 0
 
 
 def test_the_first_stage_of_a_pipeline_holds_the_most_micro_batches() -> None:

@@ -34,9 +34,10 @@ from tools.ckpts.grow import main as grow_main
 NAMES = ("loss", "valid_loss", "valid_acc1", "valid_acc5", "test_loss", "test_acc1")
 PATCHES_ALONE = {"class_token": False, "global_pool": "avg"}
 GROWTH = [{"at_iteration": 60, "qkv_slot_num": 32, "proj_slot_num": 32, "ffn_slot_num": 56, "lr_policy": "continue"}]
+DECAY = 0.9
 EVERYTHING = {
     "auto_augment": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "hflip": 0.5, "scale": [0.3, 1], "mixup": 0.8,
-    "cutmix": 1.0, "label_smoothing": 0.1, "drop_path_rate": 0.3, "hidden_dropout": 0.1,
+    "cutmix": 1.0, "label_smoothing": 0.1, "drop_path_rate": 0.3, "hidden_dropout": 0.1, "ema_decay": 0.8,
 }  # fmt: skip
 
 
@@ -47,14 +48,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def trained(images: str, tmp_path_factory: pytest.TempPathFactory, single_process: None) -> Path:
-    """A run of one process that has learned something."""
+    """A run of one process that has learned something, with an average of its weights."""
     folder = tmp_path_factory.mktemp("trained")
-    train(config_of(images, folder, train_iters=60, lr_decay_iters=60, eval_interval=60))
+    train(config_of(images, folder, train_iters=60, lr_decay_iters=60, eval_interval=60, ema_decay=DECAY))
     return folder
 
 
-def logits_of(folder: Path, inputs: torch.Tensor) -> torch.Tensor:
+def logits_of(folder: Path, inputs: torch.Tensor, use_ema: bool = False) -> torch.Tensor:
     checkpoint = open_checkpoint(folder)
+    checkpoint = checkpoint.averaged() if use_ema else checkpoint
     model = build_model(checkpoint.model_config)
     fill(model, checkpoint.tensors, SINGLE)
     with torch.no_grad():
@@ -69,11 +71,12 @@ def test_it_learns_and_every_image_is_evaluated_once(images: str, trained: Path)
     valid = task.datasets([8, 8, 8], {}).valid
     batch = task.collate([valid[i] for i in range(len(valid))], len(valid))
     (inputs,), (labels,) = task.split(batch, torch.device("cpu"))
-    logits = logits_of(trained, inputs)
+    logits = logits_of(trained, inputs, use_ema=True)
     assert len(labels) == IMAGES // 10 and metrics(trained, "valid_acc5") == [1.0]  # of four classes
     assert metrics(trained, "valid_acc1") == pytest.approx([(logits.argmax(1) == labels).float().mean().item()])
     expected = torch.nn.functional.cross_entropy(logits, labels).item()
-    assert metrics(trained, "valid_loss") == pytest.approx([expected], rel=1e-5)
+    assert metrics(trained, "valid_loss") == pytest.approx([expected], rel=1e-5), "evaluation takes the average"
+    assert (logits - logits_of(trained, inputs)).abs().max() > 1e-2, "which is another model than the weights"
     assert metrics(trained, "valid_acc1")[0] > 0.8
 
 
@@ -106,7 +109,7 @@ def test_it_resumes_bit_for_bit_with_everything_random(images: str, tmp_path: Pa
     train(config_of(images, tmp_path / "whole", **EVERYTHING))
     whole, parts = (CheckpointReader(tmp_path / name / "global_step5") for name in ("whole", "parts"))
     assert metrics(tmp_path / "whole", "loss") == metrics(tmp_path / "parts", "loss")
-    for kind in ("model", "optimizer"):
+    for kind in ("model", "optimizer", "ema"):
         assert whole.names(kind) == parts.names(kind)
         assert all(whole.tensor(kind, name).equal(parts.tensor(kind, name)) for name in whole.names(kind))
 
@@ -143,7 +146,7 @@ def keys_of(case: Case) -> dict[str, Any]:
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     reader = CheckpointReader(folder / "global_step5")
-    return {f"{kind}/{n}": reader.tensor(kind, n) for kind in ("model", "optimizer") for n in reader.names(kind)}
+    return {f"{kind}/{n}": reader.tensor(kind, n) for kind in ("model", "optimizer", "ema") for n in reader.names(kind)}
 
 
 def assert_same_run(found: Path, expected: Path, case: str) -> None:
@@ -190,13 +193,14 @@ def test_a_trained_model_grows_in_every_layout(images: str, trained: Path, tmp_p
     }  # fmt: skip
     for name in axes:
         shutil.copytree(trained, tmp_path / name)
-    more = {"train_iters": 62, "lr_decay_iters": 60, "growth": GROWTH}
+    more = {"train_iters": 62, "lr_decay_iters": 60, "growth": GROWTH, "ema_decay": DECAY}
     configs = [config_of(images, tmp_path / name, **more, **keys) for name, keys in axes.items()]
     train(configs[0])
     run_ranks(2, train_all, configs[1:])
     for name in axes:
         [entry] = open_checkpoint(tmp_path / name).train_state["lineage"]
         assert entry["added"].startswith("qkv 24 -> 32") and entry["logit_difference"] < 1e-6, name
+        assert entry["ema_logit_difference"] < 1e-6, name
         assert metrics(tmp_path / name, "loss") == pytest.approx(metrics(tmp_path / "one", "loss"), abs=TOLERANCE), name
 
 
@@ -205,8 +209,8 @@ COUNTS = {"qkv_slot_num": 48, "proj_slot_num": 48, "ffn_slot_num": 80}
 NEW_KEYS: dict[str, dict[str, Any]] = {
     "zero": {"new_keys": "zero"}, "rotated": {"new_keys": "rotated"}, "random": {"row_norm": "segment"},
 }  # fmt: skip
-STILL = {"lr": 1e-30, "warmup": 0.0}
-"""A schedule that moves no weight: what is saved after an update is the model that has just grown."""
+STILL, NO_STEP = {"lr": 1e-30, "warmup": 0.0}, {"ema_decay": 1 - 1e-12}
+"""What moves no weight, and no average: what is saved after an update is the model that has just grown."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"model_parallel_size": 2}, "pipeline": {"pipe_parallel_size": 2},
     "zero": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
@@ -215,7 +219,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def computed(images: str, trained: Path) -> Computed:
-    """Of a checkpoint: logits of noise, the classes that all images are taken for, and the number of its parameters."""
+    """Of a checkpoint: logits of noise by its weights and by their average, the classes that all images are taken for,
+    and the number of its parameters."""
     inputs = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     task = build_task(config_of(images, trained, data_path=None, train_data_paths=[images], valid_data_paths=[images]))
     dataset = task.datasets([8, 8, 0], {}).valid
@@ -224,7 +229,8 @@ def computed(images: str, trained: Path) -> Computed:
     def compute(folder: Path) -> tuple[torch.Tensor, list[int], int]:
         checkpoint = open_checkpoint(folder)
         classes = classify(model_of(checkpoint), task, dataset, Batches(IMAGES)).classes
-        return logits_of(folder, inputs), classes.tolist(), checkpoint.num_parameters
+        logits = torch.stack([logits_of(folder, inputs, use_ema) for use_ema in (False, True)])
+        return logits, classes.tolist(), checkpoint.num_parameters
 
     return compute
 
@@ -257,11 +263,11 @@ def test_a_trained_model_is_the_same_after_its_growth_in_every_layout(
             shutil.copytree(trained, folder)
             growth = [{"at_iteration": 60, **COUNTS, **new_keys, **STILL, "lr_policy": "restart"}]
             keys = {"train_iters": 61, "lr_decay_iters": 60, "eval_interval": 61}
-            runs[folder] = kind, config_of(images, folder, **keys, **axes, growth=growth)
+            runs[folder] = kind, config_of(images, folder, **keys, **axes, **NO_STEP, growth=growth)
         folder = tmp_path / f"{layout}-from-{other}"
         smaller = {"pretrain_partial_init": str(trained), **COUNTS, **NEW_KEYS[other]}
         still = {"optimizer": {**KEYS["optimizer"], "params": {"lr": STILL["lr"]}}, "train_iters": 1}
-        runs[folder] = other, config_of(images, folder, **smaller, **axes, **still, eval_interval=1)
+        runs[folder] = other, config_of(images, folder, **smaller, **axes, **still, **NO_STEP, eval_interval=1)
     run_ranks(2, train_all, [config for _, config in runs.values()])
     for folder, (kind, _) in runs.items():
         assert_same_function(computed, trained, folder, kind)

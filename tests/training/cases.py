@@ -9,8 +9,8 @@ from typing import Any
 
 CLIP, TOLERANCE = 0.5, 1e-5
 RUN = {
-    "train_iters": 5, "eval_interval": 5, "eval_iters": 1, "lr_decay_iters": 40, "gradient_clipping": CLIP,
-    "train_batch_size": 8, "weight_decay": 0.1, "split": "80,10,10", "peak_tflops": 1,
+    "train_iters": 5, "eval_interval": 3, "eval_iters": 1, "lr_decay_iters": 40, "gradient_clipping": CLIP,
+    "ema_decay": 0.8, "train_batch_size": 8, "weight_decay": 0.1, "split": "80,10,10", "peak_tflops": 1,
     # The usual epsilon of 1e-8 would turn rounding errors of gradients near zero into different updates.
     "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-6}},
 }  # fmt: skip

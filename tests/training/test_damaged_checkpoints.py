@@ -41,7 +41,8 @@ SECONDS_A_FILE = 20.0
 def whole_run(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints 1 and 2."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    train(tiny_config(save=str(folder), train_iters=2, checkpoint_factor=1, eval_iters=0, hidden_dropout=0.1))
+    keys = {"train_iters": 2, "checkpoint_factor": 1, "eval_iters": 0, "hidden_dropout": 0.1, "ema_decay": 0.9}
+    train(tiny_config(save=str(folder), **keys))
     return folder
 
 
@@ -74,8 +75,8 @@ def draws(kind: str, count: int) -> list[random.Random]:
 
 
 def content(reader: CheckpointReader) -> tuple[Any, ...]:
-    tensors = {f"{k}/{n}": reader.tensor(k, n).numpy().tobytes() for k in ("model", "optimizer", "rng") for n in
-               reader.names(k)}  # fmt: skip
+    kinds = ("model", "optimizer", "ema", "rng")
+    tensors = {f"{k}/{n}": reader.tensor(k, n).numpy().tobytes() for k in kinds for n in reader.names(k)}
     return reader.iteration, reader.train_state, reader.config, tensors
 
 
@@ -189,6 +190,11 @@ FORGERIES: dict[str, Change] = {
     "a negative second moment": tensors("optimizer", lambda t: t[f"exp_avg_sq/{NORM}"].neg_().sub_(1)),
     "a moment of no parameter": tensors("optimizer", lambda t: t.update({"exp_avg/x": torch.ones(5)})),
     "an infinite moment": tensors("optimizer", lambda t: t[f"exp_avg/{NORM}"].fill_(float("inf"))),
+    "an average less": tensors("ema", lambda t: t.pop(KEYS)),
+    "an average more": tensors("ema", lambda t: t.update({TAU: torch.tensor(20)})),
+    "an average of another shape": tensors("ema", lambda t: t.update({KEYS: torch.ones(40, 31)})),
+    "an average in half precision": tensors("ema", lambda t: t.update({KEYS: t[KEYS].half()})),
+    "an average that is NaN": tensors("ema", lambda t: t[NORM].fill_(float("nan"))),
     "a weight that is NaN": tensors("model", lambda t: t[NORM].fill_(float("nan"))),
     "a parameter less": tensors("model", lambda t: t.pop(KEYS)),
     "a parameter more": tensors("model", lambda t: t.update(x=torch.ones(2))),

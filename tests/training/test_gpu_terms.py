@@ -50,6 +50,7 @@ RUN: dict[str, Any] = {
     "train_batch_size": 4, "train_iters": ITERATIONS, "eval_interval": 4, "eval_iters": 1,
     "extra_save_iters": [1, 2, 4, 5], "lr_decay_iters": 40, "weight_decay": 0.1, "gradient_clipping": 0.5,
     "norm": "layernorm", "split": "80,10,10", "peak_tflops": 1, "pattention_backend": "fused", "growth": GROWTHS,
+    "ema_decay": 0.9,
 }  # fmt: skip
 # The scale doubles with the second update in a row and each one after it.
 FP16 = {"precision": "fp16", "fp16": {"initial_scale_power": 10, "loss_scale_window": 1, "hysteresis": 1}}
@@ -192,6 +193,10 @@ def test_a_skipped_update_counts_in_state_scale_and_schedule(runs: Runs, name: s
     for iteration, skipped, scale in steps:
         saved = state(folder, iteration)
         assert (saved["skipped_iterations"], saved["loss_scaler"]["cur_scale"]) == (skipped, scale)
+    averages = [tensors(folder, iteration, ("ema",)) for iteration in (4, 5)]
+    assert_equal(*averages)
+    weights = tensors(folder, 4, ("model",))
+    assert not torch.equal(averages[0]["ema/final_norm.weight"], weights["model/final_norm.weight"])
     rates = metric(folder, "learning_rate")
     for iteration in OVERFLOWS:
         assert rates[iteration + 1] == rates[iteration] > 0
@@ -205,7 +210,7 @@ def test_fp16_resumes_bit_for_bit_through_overflow_and_growth(runs: Runs, name: 
     for key in ("lm_loss", "learning_rate", "grad_norm", "loss_scale"):
         expected = {at: value for at, value in metric(whole, key).items() if at > RESUMED_FROM}
         assert metric(resumed, key) == expected, key
-    kinds = ("model", "optimizer", "rng")
+    kinds = ("model", "optimizer", "ema", "rng")
     assert_equal(tensors(resumed, ITERATIONS, kinds), tensors(whole, ITERATIONS, kinds))
     assert state(resumed, ITERATIONS) == {**state(whole, ITERATIONS), "rollbacks": [RESUMED_FROM]}
 

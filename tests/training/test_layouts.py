@@ -1,4 +1,4 @@
-"""Every layout does what one process does on the same batches: losses, gradient norms, weights, optimizer state."""
+"""Every layout does what one process does on the same batches: losses, norms, weights, their average, moments."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def train_all(configs: list[RunConfig]) -> list[int]:
 
 def tensors(folder: Path, iteration: int = 5) -> dict[str, torch.Tensor]:
     reader = CheckpointReader(folder / f"global_step{iteration}")
-    return {f"{kind}/{n}": reader.tensor(kind, n) for kind in ("model", "optimizer") for n in reader.names(kind)}
+    return {f"{kind}/{n}": reader.tensor(kind, n) for kind in ("model", "optimizer", "ema") for n in reader.names(kind)}
 
 
 def assert_same_run(found: Path, expected: Path, case: str, iteration: int = 5) -> None:
@@ -102,8 +102,9 @@ def test_a_layout_trains_as_one_process_does(
     for case in cases:
         assert_same_run(tmp_path / case.name, one_process[case.model], case.name)
         start, end = tensors(one_process[case.model], 0), tensors(one_process[case.model])
-        moved = max((end[name] - start[name]).abs().max().item() for name in start if name.startswith("model/"))
-        assert moved > 1e-3, case.model
+        for kind in ("model/", "ema/"):
+            moved = max((end[name] - start[name]).abs().max().item() for name in start if name.startswith(kind))
+            assert moved > 1e-3, (case.model, kind)
     assert min(metrics(one_process["tokenformer"], "grad_norm")) > CLIP, "clipping has to be at work"
 
 

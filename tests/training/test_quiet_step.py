@@ -45,6 +45,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero0-watched": (1, {**STAGES["zero0-fp32"], **WATCHED}),
     "dp2-zero0-watched": (2, {**STAGES["zero0-fp32"], **WATCHED}),
     "zero0-accumulated": (1, {**STAGES["zero0-fp32"], "gradient_accumulation_steps": 2}),
+    "zero0-averaged": (1, {**STAGES["zero0-fp32"], "ema_decay": 0.9}),
+    "dp2-zero3-averaged": (2, {**STAGES["zero3-bf16"], "ema_decay": 0.9}),
     "zero0-masked": (1, {**STAGES["zero0-fp32"], "eod_mask_loss": True, "hidden_dropout": 0.1}),
     **{f"dp2-{name}": (2, keys) for name, keys in STAGES.items()},
     **{name: (2, keys) for name, keys in AXES.items()},

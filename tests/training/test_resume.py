@@ -30,7 +30,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     latest = RunFolder(folder).find()
     assert latest is not None
     reader = CheckpointReader(latest)
-    return {f"{kind}/{n}": reader.tensor(kind, n) for kind in ("model", "optimizer", "rng") for n in reader.names(kind)}
+    kinds = ("model", "optimizer", "ema", "rng")
+    return {f"{kind}/{n}": reader.tensor(kind, n) for kind in kinds for n in reader.names(kind)}
 
 
 def run(config: MakeConfig, folder: Path, **keys: Any) -> None:
@@ -48,7 +49,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_ten_and_ten_iterations_equal_twenty(tiny_config: MakeConfig, tmp_path: Path, settings: dict[str, Any]) -> None:
-    keys = {**settings, "hidden_dropout": 0.1, "checkpoint_factor": 10}
+    keys = {**settings, "hidden_dropout": 0.1, "checkpoint_factor": 10, "ema_decay": 0.9}
     run(tiny_config, tmp_path / "whole", **keys)
     run(tiny_config, tmp_path / "parts", **keys, exit_interval=10)
     first = losses(tmp_path / "parts")
@@ -56,7 +57,8 @@ def test_ten_and_ten_iterations_equal_twenty(tiny_config: MakeConfig, tmp_path: 
     run(tiny_config, tmp_path / "parts", **keys)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
-    assert whole.keys() == parts.keys() and any(name.startswith("optimizer/exp_avg_sq/") for name in whole)
+    assert whole.keys() == parts.keys()
+    assert {"optimizer/exp_avg_sq/final_norm.weight", "ema/final_norm.weight"} <= whole.keys()
     for name in whole:
         assert torch.equal(whole[name], parts[name]), name
 

@@ -211,6 +211,7 @@ def test_each_of_four_ranks_writes_and_reads_its_part(
 ) -> None:
     config = tiny_config(
         train_iters=2, save=str(tmp_path), load=str(tmp_path), zero_optimization={"stage": 1}, eval_iters=0,
+        ema_decay=0.9,
         hidden_size=256, qkv_slot_num=256, proj_slot_num=256, ffn_slot_num=512, num_attention_heads=4, **axes,
     )  # fmt: skip
     for written, read, whole in run_ranks(4, shares, config):

@@ -30,7 +30,7 @@ MakeConfig = Callable[..., RunConfig]
 LAST, BAD = 12, 10
 RUN = {
     "train_iters": LAST, "checkpoint_factor": 3, "eval_iters": 0, "log_interval": 1, "gradient_clipping": 0.5,
-    "train_batch_size": 8, "lr_decay_iters": 40, "warmup": 0.2,
+    "train_batch_size": 8, "lr_decay_iters": 40, "warmup": 0.2, "ema_decay": 0.9,
 }  # fmt: skip
 SPIKES = {"window": 8, "threshold": 25.0, "limit": 2}
 NAN, HIGH = float("nan"), 60.0

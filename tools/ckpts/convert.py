@@ -38,6 +38,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             from_transformer.add_flags(command)
         if name.startswith("to-"):
             command.add_argument("--iteration", type=int, help="which of a run's checkpoints; default the latest")
+        if name in ("to-hf", "to-official"):
+            command.add_argument("--ema", action="store_true", help="the average of the weights (ema_decay), not these")
         if name in ("to-hf", "to-timm"):
             command.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights")
             command.add_argument("--classes", metavar="FILE", help="names of an image model's classes, one a line")
@@ -68,14 +70,14 @@ def main(arguments: list[str] | None = None) -> None:
     if args.command == "to-hf":
         convert.to_huggingface(
             args.input, args.output, config, args.dtype, args.iteration,
-            licence=args.license, results=args.results, classes=args.classes,
+            licence=args.license, results=args.results, classes=args.classes, ema=args.ema,
         )  # fmt: skip
     elif args.command == "from-hf":
         convert.from_huggingface(args.input, args.output)
     elif args.command == "from-transformer":
         from_transformer.convert(args)
     elif args.command == "to-official":
-        convert.to_official(args.input, args.output, args.iteration)
+        convert.to_official(args.input, args.output, args.iteration, args.ema)
     elif args.command == "to-timm":
         convert.to_timm(args.input, args.output, args.dtype, args.iteration, args.classes)
     elif args.command == "from-timm":

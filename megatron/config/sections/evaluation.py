@@ -29,6 +29,9 @@ class EvaluationConfig(Section):
     """Most documents evaluated per task, or images per set. Default: all."""
     include_path: str | None = None
     """Folder with additional task YAMLs."""
+    use_ema: bool = True
+    """Evaluation, generation and the validations of a run take the average of the weights (ema_decay) where there is
+    one. false: the weights."""
     perplexity_data: str | None = None
     """Text whose perplexity eval.py measures: the prefix of a .bin/.idx pair, or a .txt or .jsonl file."""
     perplexity_stride: int | None = Field(default=None, gt=0)

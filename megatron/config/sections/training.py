@@ -47,6 +47,9 @@ class TrainingConfig(Section):
     """Micro-batches accumulated for one update. Default: from train_batch_size, else 1."""
     train_batch_size: int | None = Field(default=None, gt=0, le=MAX_SIZE)
     """Samples of one update over all data-parallel processes; follows from the other two if it is not given."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keep an exponential moving average (EMA) of the weights, which validation, evaluation and generation use: after
+    every update it becomes ema_decay of itself and 1 - ema_decay of the weights, for example 0.9999. Default: none."""
     seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seed of initialisation, data order and dropout, below 2^32."""
     eval_interval: int = Field(default=1000, gt=0)
@@ -99,8 +102,8 @@ class TrainingConfig(Section):
     """Spans [first, last] of iterations that read no data and make no update, for example [[1200, 1210]]; what they
     would have read is skipped, and the learning rate goes on by iteration."""
     check_replicas_interval: int | None = Field(default=None, gt=0)
-    """Iterations between checks that all data ranks hold the same weights, and with ZeRO 0 the same moments, bit for
-    bit; also before every checkpoint. Default: no checks."""
+    """Iterations between checks that all data ranks hold the same weights, and with ZeRO 0 the same moments and average
+    of the weights, bit for bit; also before every checkpoint. Default: no checks."""
 
     @field_validator("skip_iterations")
     @classmethod

@@ -25,10 +25,10 @@ from tools.ckpts import branch as branch_tool
 
 pytestmark = pytest.mark.usefixtures("single_process")
 ROOT = Path(__file__).parents[3]
-EVERYTHING = ("model", "optimizer", "rng")
+EVERYTHING = ("model", "optimizer", "ema", "rng")
 TRUNK = {
     "lr_decay_style": "WSD", "lr_warmup_iters": 2, "hidden_dropout": 0.1, "checkpoint_factor": 3, "train_iters": 9,
-    "eval_iters": 1, "zero_optimization": {"stage": 1},
+    "eval_iters": 1, "zero_optimization": {"stage": 1}, "ema_decay": 0.9,
 }  # fmt: skip
 DECAY = {"lr_wsd_decay_style": "minus_sqrt", "lr_wsd_decay_iters": 4}
 

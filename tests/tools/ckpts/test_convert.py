@@ -71,6 +71,21 @@ def test_a_runs_checkpoint_keeps_its_tokenizer(tmp_path: Path, tokenizer_file: P
     assert torch.equal(saved.tensor("model", name), source.tensor("model", name).bfloat16().float())
 
 
+@pytest.mark.parametrize("command", ["to-hf", "to-official"])
+def test_weights_are_exported_or_on_demand_their_average(
+    command: str, tmp_path: Path, package_log: pytest.LogCaptureFixture
+) -> None:
+    save_random_models(tmp_path / "run", make_config(), (5,), ema=True)
+    for flags, kind in (([], "model"), (["--ema"], "ema")):
+        package_log.clear()
+        main([command, str(tmp_path / "run"), str(tmp_path / kind), *flags])
+        assert ("--ema writes their average" in package_log.text) == (kind == "model")
+        source = tmp_path / kind / ("pytorch_model.bin" if command == "to-official" else "")
+        exported = load_model(source, make_config().language)
+        saved = CheckpointReader(tmp_path / "run" / "global_step5")
+        assert all(torch.equal(p, saved.tensor(kind, name)) for name, p in exported.named_parameters())
+
+
 @pytest.mark.parametrize("umask", [0o002, 0o027])
 def test_files_have_the_mode_that_the_umask_gives(umask: int, tmp_path: Path, tokenizer_file: Path) -> None:
     config = make_config(tokenizer_type="HFTokenizer", vocab_file=str(tokenizer_file), padded_vocab_size=384)
@@ -116,6 +131,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
         (["from-official", str(tmp_path / "none"), new, "--config", config], "no such file"),
         (["from-official", flat, str(taken), "--config", config], "exists already"),
         (["to-official", str(tmp_path / "transformer"), new], "holds TokenFormer blocks only"),
+        (["to-hf", str(tmp_path / "transformer"), new, "--ema"], "has no average of its weights (ema_decay)"),
     ):
         assert run_command(lambda arguments=arguments: main(arguments)) == 2  # type: ignore[misc]
         error = capsys.readouterr().err

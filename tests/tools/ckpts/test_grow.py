@@ -270,7 +270,7 @@ def test_inspect_says_what_is_in_a_checkpoint(
     tiny_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     growth = [stage(2, **CONTINUE), stage(4, layers=[1], ffn_slot_num=100, freeze_old_tokens=True, **CONTINUE)]
-    run(tiny_config, tmp_path, train_iters=5, growth=growth)
+    run(tiny_config, tmp_path, train_iters=5, growth=growth, ema_decay=0.95)
     capsys.readouterr()
     describe_tool.main([str(tmp_path), "--json", "--verify"])
     facts = json.loads(capsys.readouterr().out)
@@ -292,7 +292,7 @@ def test_inspect_says_what_is_in_a_checkpoint(
     for words in (
         "iteration    5; 320 tokens", f"{facts['parameters']:,}", "40 + 32 + 28 (tau^2 40), layer 1",
         "growth 2     at iteration 4 (256 tokens): ffn 72 -> 100 in layer 1", "not checked (--verify)",
-        "Adam: exp_avg, exp_avg_sq, step of",
+        "Adam: exp_avg, exp_avg_sq, step of", "EMA          of every parameter, decay 0.95", "EMA 0.",
     ):  # fmt: skip
         assert words in text, (words, text)
     assert max(map(len, text.splitlines()[1:])) < 200
