@@ -9,14 +9,16 @@ from typing import Any
 from eval_tasks.confusion import check_drawable, draw_confusion
 from megatron.config.schema import RunConfig
 from megatron.config.sections.images import ImagesConfig
-from megatron.config.sections.vision import ImageConfig
+from megatron.config.sections.vision import ImageConfig, ImageTowerSection
 from megatron.data.evaluated_images import EvaluatedSet, evaluated_sets
 from megatron.data.image_batch import ImageShape
 from megatron.evaluation.batching import Batches
 from megatron.evaluation.images import Predictions, classify
+from megatron.evaluation.zero_shot import ZeroShotClassifier
 from megatron.files import write_output
 from megatron.inference.prepare import checkpoint_source, load_image_model
 from megatron.log import get_logger
+from megatron.model.vision_model import VisionModel
 from megatron.mpu import Layout
 from megatron.tasks import ImageClassificationTask
 
@@ -35,36 +37,61 @@ def evaluate_images(config: RunConfig, layout: Layout, results_file: Path) -> di
     """
     model, images, options = config.model, config.images, config.evaluation
     assert isinstance(model, ImageConfig) and isinstance(images, ImagesConfig)
+    results = ImageResults(config, layout, results_file)
     if options.confusion:
         check_drawable(model.num_classes)
-    path = checkpoint_source(config.checkpoint)
     shape = ImageShape(model.in_channels, model.image_size, model.num_classes)
     sets = evaluated_sets(config.data, images, shape, options)
-    results: dict[str, Any] = {"results": {}, "configs": {}, "checkpoint": str(path)}
-    for evaluated, found in zip(sets, _classified(config, layout, sets), strict=True):
-        name = evaluated.name
-        means = {f"{metric},none": value for metric, value in found.metrics().items()}
-        results["results"][name] = {"alias": name, **means, "num_images": len(found.labels)}
-        how = {"image_size": model.image_size, "crop_pct": images.crop_pct, "limit": options.eval_limit}
-        results["configs"][name] = {"data": evaluated.prefix, **how}
-        if options.per_class:
-            results.setdefault("classes", {})[name] = _of_classes(found, evaluated.class_names)
-        if options.confusion:
-            picture = results_file.with_name(f"{results_file.stem}_{name}_confusion.png")
-            results.setdefault("pictures", {})[name] = str(picture)
-            if layout.rank == 0:
+    classifier, task = load_image_model(config, layout), ImageClassificationTask(config)
+    for evaluated in sets:
+        results.classify(classifier, task, evaluated)
+    return results.values
+
+
+class ImageResults:
+    """Results of sets of images, in the form of evaluate_images, by processes that share them.
+
+    Raises: UserError when there is no checkpoint.
+    """
+
+    values: dict[str, Any]
+
+    def __init__(self, config: RunConfig, layout: Layout, results_file: Path) -> None:
+        self._config, self._layout, self._file = config, layout, results_file
+        self.values = {"results": {}, "configs": {}, "checkpoint": str(checkpoint_source(config.checkpoint))}
+
+    def classify(
+        self,
+        model: VisionModel | ZeroShotClassifier,
+        task: ImageClassificationTask,
+        evaluated: EvaluatedSet,
+        **how: Any,
+    ) -> None:
+        """Add what a model takes the images of a set for, and how that was found out. Collective."""
+        config, name, reports = self._config, evaluated.name, self._layout.rank == 0
+        device, alone = next(model.parameters()).device.type, self._layout.tensor.size == 1
+        batches = Batches(config.evaluation.eval_batch_size, device, alone, what="images")
+        workers, bar = config.data.num_workers, name if reports else ""
+        found = classify(model, task, evaluated.images, batches, self._layout.data, workers, bar)
+        self.add(name, evaluated.prefix, found.metrics(), {"num_images": len(found.labels)}, how)
+        if config.evaluation.per_class:
+            self.values.setdefault("classes", {})[name] = _of_classes(found, evaluated.class_names)
+        if config.evaluation.confusion:
+            picture = self._file.with_name(f"{self._file.stem}_{name}_confusion.png")
+            self.values.setdefault("pictures", {})[name] = str(picture)
+            if reports:
                 _draw(found, evaluated, picture)
-    return results
 
-
-def _classified(config: RunConfig, layout: Layout, sets: Sequence[EvaluatedSet]) -> list[Predictions]:
-    model, task = load_image_model(config, layout), ImageClassificationTask(config)
-    device = next(model.parameters()).device.type
-    batches = Batches(config.evaluation.eval_batch_size, device, layout.tensor.size == 1, what="images")
-    workers, reports = config.data.num_workers, layout.rank == 0
-    return [
-        classify(model, task, each.images, batches, layout.data, workers, each.name if reports else "") for each in sets
-    ]
+    def add(
+        self, name: str, prefix: str, metrics: Mapping[str, float], counts: Mapping[str, int], how: Mapping[str, Any]
+    ) -> None:
+        """Add the metrics of a set whose image pair has this prefix, and how they were found out."""
+        model, images, options = self._config.model, self._config.images, self._config.evaluation
+        assert isinstance(model, ImageTowerSection) and isinstance(images, ImagesConfig)
+        of_filter = {f"{metric},none": value for metric, value in metrics.items()}
+        self.values["results"][name] = {"alias": name, **of_filter, **counts}
+        sizes = {"image_size": model.image_size, "crop_pct": images.crop_pct, "limit": options.eval_limit}
+        self.values["configs"][name] = {"data": prefix, **sizes, **how}
 
 
 def _of_classes(found: Predictions, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from eval_tasks.faults import explained
 from eval_tasks.results import flat_metrics, log_to_boards, results_path, write_results
 from eval_tasks.tables import format_classes, format_summary, format_table, paper_summary
 from megatron.config.schema import RunConfig
+from megatron.config.sections.clip import ClipConfig
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.config.sections.vision import ImageConfig
 from megatron.data.pillow import pillow_needed
@@ -34,15 +35,15 @@ BOOTSTRAP_ITERS = 100
 
 def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]:
     """Evaluate the checkpoint of `config`: a language model on eval_tasks and perplexity_data, an image classifier on
-    its images. Rank 0 prints tables, writes the results file and logs to TensorBoard and Weights & Biases where
-    configured.
+    its images, a model of images and texts on both. Rank 0 prints tables, writes the results file and logs to
+    TensorBoard and Weights & Biases where configured.
 
     Args:
         layout: of all processes, which call this together; the data axis shares the work, the tensor axis the model.
 
     Returns: lm-eval's results, `results[task]["acc,none"]` and so on, with `checkpoint` and `tokenizer`; the
         perplexities are those of the task `perplexity`; `summary` is the paper's table if all its tasks were run. Of
-        images: see evaluate_images.
+        images: see evaluate_images and evaluate_pairs.
 
     Raises: UserError when tasks, checkpoint, tokenizer, data or the lm_eval package are missing.
     """
@@ -54,6 +55,10 @@ def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]
         with pillow_needed():
             from eval_tasks.images import evaluate_images
         results = evaluate_images(config, layout, results_file)
+    elif isinstance(config.model, ClipConfig):
+        with pillow_needed():
+            from eval_tasks.pairs import evaluate_pairs
+        results = evaluate_pairs(config, layout, results_file)
     else:
         results = _evaluate_language(config, layout)
     if reports:

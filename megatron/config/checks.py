@@ -9,7 +9,8 @@ from typing import Any
 from megatron.config.schema import RunConfig
 from megatron.config.sections.base import Section
 from megatron.config.sections.checkpoint import CheckpointConfig
-from megatron.config.sections.evaluation import OF_IMAGES, OF_LANGUAGE, EvaluationConfig
+from megatron.config.sections.clip import ClipConfig
+from megatron.config.sections.evaluation import OF_IMAGES, OF_LANGUAGE, OF_PAIRS, EvaluationConfig
 from megatron.config.sections.images import ImagesConfig
 from megatron.config.sections.model import ModelConfig, ModelSection
 from megatron.config.sections.mup import MupKeys
@@ -95,7 +96,8 @@ def find_evaluation_mistakes(config: RunConfig) -> Iterator[ConfigError]:
     options, defaults = config.evaluation, EvaluationConfig()
     for keys, of, kind in (
         (OF_LANGUAGE, ModelConfig, "language models"),
-        (OF_IMAGES, ImageConfig, "image classifiers"),
+        (OF_IMAGES, (ImageConfig, ClipConfig), "models of images"),
+        (OF_PAIRS, ClipConfig, "models of images and texts"),
     ):
         for key in keys if not isinstance(config.model, of) else ():
             if getattr(options, key) != getattr(defaults, key):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,39 +22,52 @@ from megatron.errors import ConfigError
 class EvaluatedSet:
     """A set of images, and what is known of it."""
 
+    name: str
+    """What results call it."""
     prefix: str
     """Of its image pair."""
     images: ImageDataset
     """Every image once, in order."""
-    class_names: list[str]
+    class_names: Sequence[str]
     """What the classes are called; their numbers, where no file beside the pair says."""
-
-    @property
-    def name(self) -> str:
-        """What results call it: `digits` of data/digits/digits_image_document."""
-        return Path(self.prefix).name.removesuffix(IMAGE_SUFFIX)
 
 
 def evaluated_sets(
     data: DataConfig, images: ImagesConfig, shape: ImageShape, evaluation: EvaluationConfig
 ) -> list[EvaluatedSet]:
-    """The sets of eval_data_paths, else what the data section gives to eval_split; of each the first eval_limit images.
+    """The images of `evaluated_parts` with their labels.
 
     Raises: UserError when data is missing, damaged or does not fit the shape, and for two sets of one name.
     """
+    sets = []
+    for name, part in evaluated_parts(data, shape, evaluation).items():
+        names = class_names(part.indexed.prefix) or [str(number) for number in range(shape.num_classes)]
+        sets.append(labelled_set(name, part, names, images, shape))
+    return sets
+
+
+def labelled_set(name: str, part: Part, names: Sequence[str], images: ImagesConfig, shape: ImageShape) -> EvaluatedSet:
+    """The images of a part with their labels, whose classes have these names."""
+    dataset = ImageDataset([LabelledImages(part, shape.num_classes)], shape, images)
+    return EvaluatedSet(name, part.indexed.prefix, dataset, names)
+
+
+def evaluated_parts(data: DataConfig, shape: ImageShape, evaluation: EvaluationConfig) -> dict[str, Part]:
+    """The sets of eval_data_paths, else what the data section gives to eval_split; of each the first eval_limit images.
+
+    By what results call them: `digits` of data/digits/digits_image_document. Raises: see evaluated_sets.
+    """
     if shape.channels not in MODES:
         raise ConfigError("in_channels", "images are grey (1) or coloured (3)", value=shape.channels)
-    sets: dict[str, EvaluatedSet] = {}
+    found: dict[str, Part] = {}
     for part in _parts(data, evaluation):
         first, end = part.documents
         limited = Part(part.indexed, (first, min(end, first + (evaluation.eval_limit or end))))
-        dataset = ImageDataset([LabelledImages(limited, shape.num_classes)], shape, images)
-        prefix = part.indexed.prefix
-        found = EvaluatedSet(prefix, dataset, _class_names(prefix, shape.num_classes))
-        if sets.setdefault(found.name, found) is not found:
+        name = Path(part.indexed.prefix).name.removesuffix(IMAGE_SUFFIX)
+        if found.setdefault(name, limited) is not limited:
             key = "eval_data_paths" if evaluation.eval_data_paths else f"{evaluation.eval_split}_data_paths"
-            raise ConfigError(key, f"two sets are called {found.name}", "evaluate one after the other")
-    return list(sets.values())
+            raise ConfigError(key, f"two sets are called {name}", "evaluate one after the other")
+    return found
 
 
 def _parts(data: DataConfig, evaluation: EvaluationConfig) -> list[Part]:
@@ -70,6 +84,12 @@ def _parts(data: DataConfig, evaluation: EvaluationConfig) -> list[Part]:
     return parts
 
 
-def _class_names(prefix: str, num_classes: int) -> list[str]:
+def class_names(prefix: str) -> list[str] | None:
+    """What the file beside an image pair calls the classes; None where there is none."""
     names = classes_file(prefix)
-    return class_lines(names) if names.exists() else [str(number) for number in range(num_classes)]
+    return class_lines(names) if names.exists() else None
+
+
+def has_document(part: Part, suffix: str) -> bool:
+    """Is there a pair `NAME{suffix}` beside the image pair of a part?"""
+    return Path(f"{part.indexed.prefix.removesuffix(IMAGE_SUFFIX)}{suffix}.idx").exists()

@@ -18,6 +18,7 @@ from megatron.data.image_batch import PADDING
 from megatron.data.images import ImageDataset
 from megatron.data.loader import batches as micro_batches
 from megatron.evaluation.batching import Batches
+from megatron.evaluation.zero_shot import ZeroShotClassifier
 from megatron.model.forward_only import evaluating, overflow
 from megatron.model.vision_model import VisionModel
 from megatron.mpu import ALONE, Axis
@@ -91,7 +92,7 @@ def mean_and_error(values: npt.NDArray[np.generic]) -> tuple[float, float]:
 
 
 def classify(
-    model: VisionModel,
+    model: VisionModel | ZeroShotClassifier,
     task: ImageClassificationTask,
     dataset: ImageDataset,
     batches: Batches | None = None,
@@ -102,7 +103,7 @@ def classify(
     """What `model` takes every image of `dataset` for, on every rank of `axis`. Collective.
 
     Args:
-        task: that the model has learned; it normalises the images.
+        task: of such a model; it normalises the images.
         batches: how many images are computed together; default 8. More are loaded together, and never fewer.
         axis: processes that share the images.
         num_workers: loader processes; 0 loads in this one.
@@ -127,7 +128,7 @@ def classify(
 
 
 def _outcomes(
-    model: VisionModel, task: ImageClassificationTask, batch: dict[str, Tensor], rows: list[int]
+    model: VisionModel | ZeroShotClassifier, task: ImageClassificationTask, batch: dict[str, Tensor], rows: list[int]
 ) -> list[list[float]]:
     """(label, most likely class, is the label among the five most likely, loss) of these rows of a micro-batch."""
     device = next(model.parameters()).device

@@ -17,6 +17,7 @@ from megatron.exchange.opening import checkpoint_path
 from megatron.inference.load import model_of
 from megatron.log import get_logger
 from megatron.model import LanguageModel
+from megatron.model.clip_model import ClipModel
 from megatron.model.layered import LayeredModel
 from megatron.model.vision_model import VisionModel
 from megatron.mpu import SINGLE, Layout
@@ -42,6 +43,14 @@ def load_image_model(config: RunConfig, layout: Layout = SINGLE) -> VisionModel:
     """The image classifier of eval_ckpt, else of load, as `load_for_inference` loads a language model."""
     model = _load(_open(config), config, layout)
     assert isinstance(model, VisionModel), "only such a one has been found to fit the configuration"
+    return model
+
+
+def load_pair_model(config: RunConfig, layout: Layout = SINGLE) -> ClipModel:
+    """The model of images and texts, likewise. Raises UserError where the tokenizer does not fit it."""
+    model = _load(_open(config), config, layout)
+    assert isinstance(model, ClipModel), "only such a one has been found to fit the configuration"
+    check_vocabulary(build_tokenizer(config.tokenizer), model)
     return model
 
 
@@ -95,10 +104,10 @@ def inference_dtype(name: Literal["fp32", "bf16", "fp16"], device: torch.device)
     return DTYPES[name]
 
 
-def check_vocabulary(tokenizer: Tokenizer, model: LanguageModel) -> None:
+def check_vocabulary(tokenizer: Tokenizer, model: LanguageModel | ClipModel) -> None:
     """Raise a UserError for a tokenizer with more ids than the model has rows."""
     rows = model.config.padded_vocab_size
-    assert rows is not None, "LanguageModel checks the vocabulary"
+    assert rows is not None, "a model's vocabulary is known"
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"tokenizer_type: the tokenizer has {tokenizer.vocab_size} ids, the model's embedding {rows} rows; use the "

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from megatron.errors import RankError, UserError
-from megatron.model.layered import LayeredModel
 
 
 @contextmanager
-def evaluating(model: LayeredModel) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards the model is in the mode it was in before."""
     was_training = model.training
     model.eval()

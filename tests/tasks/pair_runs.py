@@ -30,7 +30,13 @@ KEYS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write_pairs(prefix: Path) -> str:
+def captions_of(number: int, numbered: bool = False) -> list[str]:
+    """The two captions of an image; numbered ones are no other image's."""
+    start = f"{number} " if numbered else ""
+    return [start + template.format(CORNERS[number % len(CORNERS)]) for template in TEMPLATES]
+
+
+def write_pairs(prefix: Path, numbered: bool = False) -> str:
     """Noise with a bright corner, two captions that say which, and the corner as a label; the prefix of the images."""
     random, tokenizer = np.random.default_rng(0), CharLevelTokenizer()
     with (
@@ -47,7 +53,7 @@ def write_pairs(prefix: Path) -> str:
             Image.fromarray(pixels).save(file, "PNG")
             images.add_document(np.frombuffer(file.getvalue(), np.uint8))
             labels.add_document([label])
-            captions = [template.format(CORNERS[label]) for template in TEMPLATES]
+            captions = captions_of(number, numbered)
             texts.add_sequences([[*tokenizer.encode(caption), tokenizer.eod_id] for caption in captions])
         for builder in (images, labels, texts):
             builder.finalize()

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,7 @@ from tests.ranks import run_ranks
 from tests.tasks.pair_runs import KEYS, config_of, write_pairs
 from tests.training.cases import TOLERANCE, metrics
 from tests.training.test_layouts import train_all
+from tools.demo.captioned_digits import TEMPLATES, UNSEEN_TEMPLATES, write_digits
 
 NAMES = ("loss", "valid_loss", "valid_image_to_text", "valid_text_to_image", "test_loss")
 TRANSFORMER = {**dict.fromkeys(("qkv_slot_num", "proj_slot_num", "ffn_slot_num")), "norm": "layernorm"}
@@ -76,15 +78,11 @@ def test_it_learns_and_evaluates_whole_updates(pairs: str, trained: Path) -> Non
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "accumulation": {"train_micro_batch_size_per_gpu": 2},
-    "data": {},
     "data, accumulation": {"train_micro_batch_size_per_gpu": 1, "checkpoint_activations": True},
     "ZeRO 2, accumulation": {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 2},
-    "ZeRO 3": {"zero_optimization": ALL_IN_PARTS},
     "ZeRO 3, accumulation": {"zero_optimization": ALL_IN_PARTS, "train_micro_batch_size_per_gpu": 1},
     "tensor, Transformer": {"model_parallel_size": 2, **TRANSFORMER},
-    "tensor, ZeRO 3, accumulation": {
-        "model_parallel_size": 2, "zero_optimization": ALL_IN_PARTS, "train_micro_batch_size_per_gpu": 4,
-    },
+    "tensor, ZeRO 3": {"model_parallel_size": 2, "zero_optimization": ALL_IN_PARTS},
     "data x4": {},
     "data x2, tensor, ZeRO 1, accumulation": {
         "model_parallel_size": 2, "zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 2,
@@ -136,6 +134,13 @@ def test_a_layout_trains_as_one_process_does(
         assert_same_run(tmp_path / name, one_process["Transformer" in name], name)
 
 
+def test_sixteen_bits_with_accumulation_are_near_fp32(
+    pairs: str, one_process: dict[bool, Path], tmp_path: Path, single_process: None
+) -> None:
+    train(config_of(pairs, tmp_path, precision="bf16", train_micro_batch_size_per_gpu=2, train_iters=3, eval_iters=0))
+    assert metrics(tmp_path, "loss") == pytest.approx(metrics(one_process[False], "loss")[:3], rel=0.02)
+
+
 def test_it_resumes_bit_for_bit_with_dropout_and_accumulation(pairs: str, tmp_path: Path, single_process: None) -> None:
     keys = {
         "hidden_dropout": 0.1, "drop_path_rate": 0.3, "hflip": 0.5, "scale": [0.5, 1],
@@ -149,36 +154,27 @@ def test_it_resumes_bit_for_bit_with_dropout_and_accumulation(pairs: str, tmp_pa
     assert whole.keys() == parts.keys() and all(whole[name].equal(parts[name]) for name in whole)
 
 
-GROWTHS = {
-    "both": [{"tower": "both", "qkv_slot_num": 28, "proj_slot_num": 28, "ffn_slot_num": 44}],
-    "one after the other": [{"tower": "text", "ffn_slot_num": 40}, {"tower": "image", "qkv_slot_num": 28}],
-}
-
-
 @pytest.mark.processes
 def test_either_tower_grows_in_every_layout(pairs: str, trained: Path, tmp_path: Path) -> None:
     """What a run records is the largest difference of features on held-out pairs."""
     axes: dict[str, dict[str, Any]] = {
         "one": {}, "tensor": {"model_parallel_size": 2}, "ZeRO 3": {"zero_optimization": ALL_IN_PARTS},
     }  # fmt: skip
-    folders = {(axis, what): tmp_path / axis / what for axis in axes for what in GROWTHS}
-    configs = dict[str, list[Any]]()
-    for (axis, what), folder in folders.items():
-        shutil.copytree(trained, folder)
-        growth = [{"at_iteration": 60, "lr_policy": "continue", **entry} for entry in GROWTHS[what]]
-        keys = {"train_iters": 61, "lr_decay_iters": 60, "growth": growth, **axes[axis]}
-        configs.setdefault("one" if axis == "one" else "two", []).append(config_of(pairs, folder, **keys))
-    train_all(configs["one"])
-    run_ranks(2, train_all, configs["two"])
-    for (axis, what), folder in folders.items():
-        checkpoint = open_checkpoint(folder)
-        entries = checkpoint.train_state["lineage"]
-        assert len(entries) == len(GROWTHS[what]), (axis, what)
-        assert max(entry["logit_difference"] for entry in entries) < 1e-6, (axis, what)
-        assert metrics(folder, "loss") == pytest.approx(metrics(tmp_path / "one" / what, "loss"), abs=TOLERANCE)
-    assert entries[0]["added"] == "text ffn 20 -> 40 in layer 0"
-    assert entries[1]["added"] == "image qkv 12 -> 28 in layers 0 to 1"
-    facts = describe_checkpoint(tmp_path / "one" / "one after the other")
+    sizes = {"text": {"ffn_slot_num": 40}, "image": {"qkv_slot_num": 28, "proj_slot_num": 28, "ffn_slot_num": 44}}
+    growth = [{"at_iteration": 60, "lr_policy": "continue", "tower": tower, **new} for tower, new in sizes.items()]
+    for name in axes:
+        shutil.copytree(trained, tmp_path / name)
+    keys = {"train_iters": 61, "lr_decay_iters": 60, "growth": growth}
+    configs = [config_of(pairs, tmp_path / name, **keys, **axes[name]) for name in axes]
+    train(configs[0])
+    run_ranks(2, train_all, configs[1:])
+    for name in axes:
+        first, second = open_checkpoint(tmp_path / name).train_state["lineage"]
+        assert first["added"] == "text ffn 20 -> 40 in layer 0"
+        assert second["added"] == "image qkv 12 -> 28, proj 12 -> 28, ffn 20 -> 44 in layers 0 to 1"
+        assert max(entry["logit_difference"] for entry in (first, second)) < 1e-6, name
+        assert metrics(tmp_path / name, "loss") == pytest.approx(metrics(tmp_path / "one", "loss"), abs=TOLERANCE), name
+    facts = describe_checkpoint(tmp_path / "tensor")
     assert facts["segments"]["text ffn"] == [[20, 20, 0]] and facts["segments"]["image qkv"] == [[12, 0, 16]] * 2
     assert "text ffn tokens  20 + 20 + 0 (tau^2 20), layer 0" in as_text(facts)
 
@@ -263,6 +259,18 @@ def test_other_runs_do_not_know_the_text_tower() -> None:
 def test_a_batch_that_the_model_cannot_take_is_one_line(batch: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_task(load_config([], KEYS)).check(batch)
+
+
+def test_the_demo_asks_with_the_templates_that_its_captions_are_made_of(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: requirements/requirements-eval.txt")
+    write_digits(tmp_path / "digits.npz")
+    digits = np.load(tmp_path / "digits.npz")
+    templates = load_config(CONFIGS / "demo_digits.yml").evaluation.zero_shot_templates
+    assert templates == list(TEMPLATES) and not set(templates) & set(UNSEEN_TEMPLATES)
+    for number in (0, 1796):
+        word = digits["classes"][digits["labels"][number]]
+        assert digits["text"][number].tolist() == [template.replace("{}", word) for template in templates]
+    assert digits["images"].shape == (1797, 8, 8) and digits["images"].max() == 255
 
 
 CONFIGS = Path(__file__).parents[2] / "configs/clip"

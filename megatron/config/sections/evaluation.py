@@ -1,21 +1,22 @@
-"""Section `evaluation`: zero-shot evaluation and perplexity of language models, accuracy of image classifiers."""
+"""Section `evaluation`: what models of language, of images, and of images and texts are evaluated by."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from megatron.config.sections.base import Section
-from megatron.text import yaml_form
+from megatron.text import shortened, yaml_form
 
 OF_LANGUAGE = ("eval_tasks", "num_fewshot", "include_path", "perplexity_data", "perplexity_stride")
 OF_IMAGES = ("eval_data_paths", "eval_split", "per_class", "confusion")
-"""Keys that only models of language, and only image classifiers, are evaluated by."""
+OF_PAIRS = ("zero_shot_classes", "zero_shot_templates")
+"""Keys that only models of language, only models of images, and only those of images and texts are evaluated by."""
 
 
 class EvaluationConfig(Section):
-    """Zero-shot evaluation with lm-eval, perplexity, and the accuracy of image classifiers."""
+    """Zero-shot evaluation with lm-eval and perplexity; accuracy of image classifiers, zero-shot too, and retrieval."""
 
     eval_tasks: list[str] | None = None
     """Names of lm-eval tasks."""
@@ -45,6 +46,23 @@ class EvaluationConfig(Section):
     """Image models: tell the accuracy of each class, and what it is most often taken for."""
     confusion: bool = False
     """Image models: draw which classes are taken for which, a PNG beside the results file."""
+    zero_shot_classes: list[str] | None = None
+    """Models of images and texts: names of the classes that images are told apart by, in the order of their numbers.
+    Default: those that a file beside the data says."""
+    zero_shot_templates: list[str] = ["a photo of a {}."]
+    """Models of images and texts: texts about a class, with {} for its name. A class is the mean of their vectors."""
+
+    @field_validator("zero_shot_classes", "zero_shot_templates")
+    @classmethod
+    def _enough(cls, values: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        fewest = 2 if info.field_name == "zero_shot_classes" else 1
+        if values is not None and len(values) < fewest:
+            raise ValueError(f"{len(values)} of them; give at least {fewest}")
+        if info.field_name == "zero_shot_templates":
+            for template in values or ():
+                if "{}" not in template:
+                    raise ValueError(f"'{shortened(template)}' has no {{}} for the name of a class")
+        return values
 
     @field_validator("eval_batch_size", mode="before")
     @classmethod
