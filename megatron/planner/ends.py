@@ -144,8 +144,9 @@ class ImageEnds(Ends):
     """Patches and positions; a pooled vector, and the head over the classes."""
 
     def kept_bytes(self, work: Workload, choice: Choice) -> float:
-        """The images, and their pixels as the patches' matrix takes them, whole on every tensor rank."""
-        return (_PIXEL_BYTES + work.element_bytes) * _pixels(work, choice)
+        """The images, their pixels as the patches' matrix takes them, whole on every rank; a first norm's input."""
+        pixels = (_PIXEL_BYTES + work.element_bytes) * _pixels(work, choice)
+        return pixels + (stream_bytes(work, choice) if _image(work).pre_norm else 0.0)
 
     def head_bytes(self, work: Workload, choice: Choice) -> float:
         """The stream, one vector of which is read, and its gradient; logits, theirs, and fp32 copies of both."""

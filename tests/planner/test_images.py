@@ -70,7 +70,7 @@ def test_the_largest_share_and_the_stages_are_counted_exactly(keys: dict[str, An
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("keys", [{}, TRANSFORMER, {"class_token": False, "global_pool": "avg"}])
+@pytest.mark.parametrize("keys", [{"pre_norm": True}, TRANSFORMER, {"class_token": False, "global_pool": "avg"}])
 def test_a_model_keeps_the_predicted_bytes_within_3_percent(keys: dict[str, Any], dtype: str) -> None:
     work = small(pattention_backend="fused", precision=dtype, **keys)
     entry = torch.float32 if dtype == "fp32" else torch.bfloat16
