@@ -13,6 +13,7 @@ from eval_tasks.tables import format_classes, format_summary, format_table, pape
 from megatron.config.schema import RunConfig
 from megatron.config.sections.clip import ClipConfig
 from megatron.config.sections.evaluation import EvaluationConfig
+from megatron.config.sections.image_text import ImageTextConfig
 from megatron.config.sections.vision import ImageConfig
 from megatron.data.pillow import pillow_needed
 from megatron.errors import UserError
@@ -34,8 +35,8 @@ BOOTSTRAP_ITERS = 100
 
 
 def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]:
-    """Evaluate the checkpoint of `config`: a language model on eval_tasks and perplexity_data, an image classifier on
-    its images, a model of images and texts on both. Rank 0 prints tables, writes the results file and logs to
+    """Evaluate the checkpoint of `config`: a language model on eval_tasks and perplexity_data, a model of images on
+    sets of them, with their texts where it learns these. Rank 0 prints tables, writes the results file and logs to
     TensorBoard and Weights & Biases where configured.
 
     Args:
@@ -43,7 +44,7 @@ def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]
 
     Returns: lm-eval's results, `results[task]["acc,none"]` and so on, with `checkpoint` and `tokenizer`; the
         perplexities are those of the task `perplexity`; `summary` is the paper's table if all its tasks were run. Of
-        images: see evaluate_images and evaluate_pairs.
+        images: see evaluate_images, evaluate_pairs and evaluate_captions.
 
     Raises: UserError when tasks, checkpoint, tokenizer, data or the lm_eval package are missing.
     """
@@ -59,6 +60,10 @@ def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]
         with pillow_needed():
             from eval_tasks.pairs import evaluate_pairs
         results = evaluate_pairs(config, layout, results_file)
+    elif isinstance(config.model, ImageTextConfig):
+        with pillow_needed():
+            from eval_tasks.captions import evaluate_captions
+        results = evaluate_captions(config, layout)
     else:
         results = _evaluate_language(config, layout)
     if reports:

@@ -8,9 +8,9 @@ from typing import Any
 
 from megatron.config.schema import RunConfig
 from megatron.config.sections.base import Section
-from megatron.config.sections.checkpoint import CheckpointConfig
+from megatron.config.sections.checkpoint import TOWER_KEYS, CheckpointConfig
 from megatron.config.sections.clip import ClipConfig
-from megatron.config.sections.evaluation import OF_IMAGES, OF_LANGUAGE, OF_PAIRS, EvaluationConfig
+from megatron.config.sections.evaluation import OF_CLASSES, OF_IMAGES, OF_LANGUAGE, OF_PAIRS, EvaluationConfig
 from megatron.config.sections.images import ImagesConfig
 from megatron.config.sections.model import ModelConfig, ModelSection
 from megatron.config.sections.mup import MupKeys
@@ -86,6 +86,7 @@ def find_training_mistakes(config: RunConfig) -> Iterator[ConfigError]:
         reason = "continue goes on from a smaller model, and pretrain_partial_init is not given"
         beside = ["pretrain_partial_init"]
         yield ConfigError("partial_init_policy", reason, "name one, or remove it", beside=beside)
+    yield from _towers(config)
     if config.launch.max_restarts:
         yield from _restarting(options)
     yield from find_setting_mistakes(config)
@@ -93,16 +94,29 @@ def find_training_mistakes(config: RunConfig) -> Iterator[ConfigError]:
 
 def find_evaluation_mistakes(config: RunConfig) -> Iterator[ConfigError]:
     """What the model of a run is not evaluated by."""
-    options, defaults = config.evaluation, EvaluationConfig()
-    for keys, of, kind in (
-        (OF_LANGUAGE, ModelConfig, "language models"),
-        (OF_IMAGES, (ImageConfig, ClipConfig), "models of images"),
-        (OF_PAIRS, ClipConfig, "models of images and texts"),
+    options, defaults, model = config.evaluation, EvaluationConfig(), config.model
+    for keys, fits, kind in (
+        (OF_LANGUAGE, model.task == ModelConfig.task, "language models"),
+        (OF_IMAGES, model.samples is ImagesConfig, "models of images"),
+        (OF_CLASSES, isinstance(model, (ImageConfig, ClipConfig)), "image classifiers"),
+        (OF_PAIRS, isinstance(model, ClipConfig), "models of images and texts"),
     ):
-        for key in keys if not isinstance(config.model, of) else ():
+        for key in keys if not fits else ():
             if getattr(options, key) != getattr(defaults, key):
                 reason = f"this is for {kind}, and not for what learns '{config.model.task}'"
                 yield ConfigError(key, reason, "remove it", beside=["task"])
+
+
+def _towers(config: RunConfig) -> Iterator[ConfigError]:
+    options = config.checkpoint
+    for key, prefix in TOWER_KEYS.items():
+        if getattr(options, key) is None:
+            continue
+        if prefix not in config.model.towers():
+            reason = f"a model that learns {config.model.task} has no {prefix.rstrip('.')} tower"
+            yield ConfigError(key, reason, "remove it; pretrain_partial_init is for whole models")
+        elif options.pretrain_partial_init is not None:
+            yield ConfigError(key, "pretrain_partial_init is given too", "keep one", beside=["pretrain_partial_init"])
 
 
 def broken_promises(options: CheckpointConfig, missing: str) -> Iterator[ConfigError]:

@@ -1,9 +1,9 @@
 """From YAML files and overrides to one validated, frozen RunConfig, or all mistakes in them, each as one line.
 
 Merging: the files in the order given, the includes of a file before its own keys, overrides last; the later value
-wins. Tables (optimizer, optimizer.params, fp16, bf16, zero_optimization, spikes, text_tower) are merged key by key,
-lists and plain values are replaced, null takes an earlier value back. Paths inside a file are relative to the working
-directory, not to the file; `~` and environment variables in them are replaced.
+wins. Tables (optimizer, optimizer.params, fp16, bf16, zero_optimization, spikes, text_tower, image_tower) are merged
+key by key, lists and plain values are replaced, null takes an earlier value back. Paths inside a file are relative
+to the working directory, not to the file; `~` and environment variables in them are replaced.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from megatron.config.paths import MAY_BE_EMPTY, PATH_KEYS, expand
 from megatron.config.schema import RunConfig
 from megatron.config.sections.base import Section
 from megatron.config.sections.clip import TextTower
+from megatron.config.sections.image_text import ImageTower
 from megatron.config.sections.model import MODEL_SECTIONS, ModelConfig, ModelSection, model_section
 from megatron.config.sections.optimization import OptimizerParams, OptimizerSpec
 from megatron.config.sections.precision import Bf16, Fp16
@@ -55,6 +56,7 @@ _TABLE_MODELS: dict[str, type[Section]] = {
     "watchdog": WatchdogConfig,
     "watchdog.limits": WatchdogLimits,
     "text_tower": TextTower,
+    "image_tower": ImageTower,
 }
 
 

@@ -10,7 +10,8 @@ from megatron.text import shortened
 
 PATH_KEYS = frozenset({
     "data_path", "train_data_paths", "valid_data_paths", "test_data_paths", "data_cache_dir", "vocab_file",
-    "merge_file", "save", "load", "eval_ckpt", "pretrain_partial_init", "log_dir", "tensorboard_dir", "hostfile",
+    "merge_file", "save", "load", "eval_ckpt", "pretrain_partial_init",
+    "pretrain_image_tower", "pretrain_text_tower", "log_dir", "tensorboard_dir", "hostfile",
     "eval_results_prefix", "include_path", "perplexity_data", "eval_data_paths", "sample_input_file",
     "sample_output_file",
 })  # fmt: skip

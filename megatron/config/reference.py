@@ -25,11 +25,14 @@ from megatron.config.build import section_class
 from megatron.config.neox_keys import ALIASES, IGNORED, REFUSED, Rule
 from megatron.config.schema import SECTIONS
 from megatron.config.sections.clip import ClipConfig
+from megatron.config.sections.image_text import ImageTextConfig
 from megatron.config.sections.images import ImagesConfig
 from megatron.config.sections.vision import ImageConfig
 from megatron.files import write_output
 
-_OTHER_MODELS: dict[str, type[BaseModel]] = {"vision": ImageConfig, "clip": ClipConfig}
+_OTHER_MODELS: dict[str, type[BaseModel]] = {
+    "vision": ImageConfig, "clip": ClipConfig, "image_to_text": ImageTextConfig,
+}  # fmt: skip
 SHOWN_SECTIONS = (SECTIONS[0], *_OTHER_MODELS, *SECTIONS[1:])
 """Those of a configuration, and what the model section has besides of runs that learn from images."""
 
@@ -44,13 +47,15 @@ A run is described by YAML files with one `key: value` a line (JSON with # comme
 underscores are equal (`vocab-file`, `vocab_file`), `.yml` may be left off on the command line.
 
 - Several files are merged, the later one wins: `python deepy.py train.py configs/tokenformer/150M_train_pile.yml
-  configs/bf16.yml`. The tables `optimizer`, `optimizer.params`, `fp16`, `bf16`, `zero_optimization`, `spikes` and
-  `text_tower` are merged key by key; lists and plain values are replaced; `key: null` takes an earlier value back.
+  configs/bf16.yml`. The tables `optimizer`, `optimizer.params`, `fp16`, `bf16`, `zero_optimization`, `spikes`,
+  `text_tower` and `image_tower` are merged key by key; lists and plain values are replaced; `key: null` takes an
+  earlier value back.
 - `include: base.yml` (or a list) merges other files first; paths are relative to the including file, and a file that
   was merged before is not merged again. An `include` that names no YAML file is the launcher's (nodes to use).
 - `task` says what a run learns: `language`, which needs not be said; `image_classification`, whose keys `vision` and
-  `images` below list; `clip`, which has those of `clip` besides; or a task of your own (see CONTRIBUTING.md), whose
-  model section is in the place of these.
+  `images` below list; `clip`, which has those of `clip` besides; `image_to_text`, which has those of language, of
+  `image_to_text` and `images`; or a task of your own (see CONTRIBUTING.md), whose model section is in the place of
+  these.
 - `--set key=value` overrides everything; the value is YAML and the key may be dotted: `--set optimizer.params.lr=1e-3`.
 - `--explain` prints every value with the file and line it came from, what is ignored and why.
 - Paths of data, checkpoints and tokenizers are relative to the working directory. `~`, `$NAME` and `${NAME}` in them,

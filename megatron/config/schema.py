@@ -17,6 +17,7 @@ from megatron.config.sections.clip import ClipConfig
 from megatron.config.sections.data import DataConfig
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.config.sections.generation import GenerationConfig
+from megatron.config.sections.image_text import ImageTextConfig
 from megatron.config.sections.launch import LaunchConfig
 from megatron.config.sections.logging import LoggingConfig
 from megatron.config.sections.model import (
@@ -43,7 +44,7 @@ SECTIONS = (
 )  # fmt: skip
 
 
-MODEL_SECTIONS |= {section.task: section for section in (ImageConfig, ClipConfig)}
+MODEL_SECTIONS |= {section.task: section for section in (ImageConfig, ClipConfig, ImageTextConfig)}
 
 
 class RunConfig(Section):
@@ -125,6 +126,6 @@ class RunConfig(Section):
 
     def flat(self) -> dict[str, Any]:
         """All keys in the flat form of the YAML files, ready to be dumped and loaded again."""
-        task = {} if isinstance(self.model, ModelConfig) else {"task": self.model.task}
+        task = {} if self.model.task == ModelConfig.task else {"task": self.model.task}
         sections = (getattr(self, name).model_dump(mode="json") for name in SECTIONS)
         return task | {key: value for section in sections for key, value in section.items()}

@@ -24,7 +24,7 @@ from megatron.text import nearest, shortened
 
 TABLES = (
     "optimizer", "optimizer.params", "fp16", "bf16", "zero_optimization", "spikes", "watchdog", "watchdog.limits",
-    "text_tower",
+    "text_tower", "image_tower",
 )  # fmt: skip
 """Keys whose value is a table; tables of several files are merged key by key, everything else is replaced."""
 

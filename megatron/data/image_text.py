@@ -25,14 +25,7 @@ from megatron.config.sections.images import ImagesConfig
 from megatron.data.augment import sample_generator
 from megatron.data.datasets import Datasets, Part
 from megatron.data.image_batch import ImageShape, TextShape
-from megatron.data.image_sets import (
-    Augmentation,
-    EpochOrder,
-    ImageParts,
-    StoredImages,
-    centre,
-    image_parts,
-)
+from megatron.data.image_sets import Augmentation, EpochOrder, ImageParts, StoredImages, centre, image_parts
 from megatron.data.indexed import IndexedDataset
 from megatron.errors import ConfigError, UserError
 
@@ -108,7 +101,9 @@ class ImageTextDataset:
         images: ImagesConfig,
         every_caption: bool = False,
     ) -> None:
-        self._parts, self._shape, self._text, self._options = ImageParts(parts), shape, text, images
+        self._parts, self._shape, self._options = ImageParts(parts), shape, images
+        self.text = text
+        """What becomes of its captions."""
         counts = [part.caption_counts() if every_caption else np.ones(len(part), np.int64) for part in parts]
         self._ends = np.cumsum(np.concatenate(counts))
 
@@ -119,7 +114,7 @@ class ImageTextDataset:
         image, number = self._place(index)
         part, place = self._parts.place(image)
         pixels = centre(part.image(place, self._shape.channels), self._shape, self._options)
-        return {"images": pixels, **part.captions(place)[number].padded(self._text)}
+        return {"images": pixels, **part.captions(place)[number].padded(self.text)}
 
     def _place(self, index: int) -> tuple[int, int]:
         """(image, which of its captions)."""

@@ -14,14 +14,14 @@ from megatron.config.sections.scaling import Part
 from megatron.engine.settings import EngineSettings
 from megatron.engine.state import EngineState
 from megatron.mpu.device import process_device
-from megatron.mpu.roles import Projection, Role, role_of
+from megatron.mpu.roles import BlockProjection, Role, role_of
 
-_KINDS: tuple[Projection, ...] = typing.get_args(Projection)
+_KINDS: tuple[BlockProjection, ...] = typing.get_args(BlockProjection)
 
 
 def part_of(role: Role, newest: int) -> Part:
     """The part of the parameters that a role and the number of growths so far make one of."""
-    if role.what not in ("key_tokens", "value_tokens"):
+    if role.what not in ("key_tokens", "value_tokens") or role.projection == "connector":
         return "other"
     if newest and role.segment == newest:
         return "new_keys" if role.what == "key_tokens" else "new_values"
@@ -49,7 +49,7 @@ class NewKeys:
                 group["weight_decay"] = group["decay"]
 
     @torch.no_grad()
-    def root_mean_squares(self) -> Mapping[Projection, tuple[float, float]]:
+    def root_mean_squares(self) -> Mapping[BlockProjection, tuple[float, float]]:
         """By kind of layer, of all new and of all old keys; kinds that have not grown are left out. Collective.
 
         Waits for the device.

@@ -21,7 +21,7 @@ from megatron.mpu.roles import Role, role_of
 
 
 def freeze_old_parameters(layers: Sequence[nn.Module], growths: int) -> None:
-    """Leave only the tokens of the latest growth to be trained.
+    """Leave only the tokens of the latest growth to be trained, and what connects networks that were trained apart.
 
     Args:
         layers: those of a model, or of this process's stage of it.
@@ -31,7 +31,8 @@ def freeze_old_parameters(layers: Sequence[nn.Module], growths: int) -> None:
     """
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
     for parameter in parameters:
-        parameter.requires_grad_(growths > 0 and role_of(parameter).segment == growths)
+        role = role_of(parameter)
+        parameter.requires_grad_(role.projection == "connector" or (growths > 0 and role.segment == growths))
     idle = torch.tensor(not any(parameter.requires_grad for parameter in parameters), dtype=torch.int32)
     if dist.is_initialized() and dist.get_world_size() > 1:
         idle = idle.to(process_device())

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.checkpoint.new_folder import require_new
 from megatron.config.schema import RunConfig
+from megatron.config.sections.checkpoint import TOWER_KEYS
 from megatron.config.sections.model import ModelSection
 from megatron.config.sections.scaling import NewMoments, ScalingConfig
 from megatron.errors import UserError
@@ -90,4 +91,5 @@ def grow_checkpoint(
 def _settings_of_new_run(flat: Mapping[str, Any], model: ModelSection, folder: str) -> dict[str, Any]:
     """The resolved configuration with the grown model, folders of its own, and no growth behind or before it."""
     folders = {"save": folder, "load": folder, "iteration": None, "pretrain_partial_init": None}
+    folders |= dict.fromkeys(TOWER_KEYS)
     return {**flat, **model.model_dump(mode="json"), **ScalingConfig().model_dump(mode="json"), **folders}

@@ -75,6 +75,14 @@ def grown_to(config: Model, target: ModelSection, new_keys: NewKeys | None, row_
     return _with_growth(config, {prefix: replace(how, **of_tower) for prefix, of_tower in sizes.items()}, how)
 
 
+def adds_tokens(config: ModelSection) -> bool:
+    """Did the last growth of a model add any?"""
+    return any(
+        block[-1] for tower in config.towers().values() for blocks in (tower.token_segments or {}).values()
+        for block in blocks
+    )  # fmt: skip
+
+
 def _growing_towers(config: ModelSection, asked: Tower | None) -> list[str]:
     """Prefixes of the towers that grow: those that are asked for, else all that can."""
     towers = config.towers()

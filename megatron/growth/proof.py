@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,12 +70,14 @@ def compare_logits(
         rounds = torch.tensor(not products_are_exact(device), dtype=torch.int32, device=device)
         if dtype == torch.float32 and max_over_ranks(rounds, plain.tensor):
             dtype = torch.float64
-        lists = (layer_lists(checkpoint.model_config, options).values() for checkpoint in (before, after))
-        for x, old_specs, new_specs in zip(inputs, *lists, strict=True):
+        lists = (layer_lists(checkpoint.model_config, options).items() for checkpoint in (before, after))
+        olds, news = dict[str, Tensor](), dict[str, Tensor]()
+        for x, (name, old_specs), (_, new_specs) in zip(inputs, *lists, strict=True):
             old = new = x
             for old_spec, new_spec in zip(old_specs, new_specs, strict=True):
-                old = _run(old_spec, before.tensors, old, x, plain, dtype)
-                new = _run(new_spec, after.tensors, new, x, plain, dtype)
+                old = _run(old_spec, before.tensors, old, x, olds, plain, dtype)
+                new = _run(new_spec, after.tensors, new, x, news, plain, dtype)
+            olds[name], news[name] = old, new
             found.append(torch.stack([(old - new).abs().max(), old.abs().max()]))
     # Not a number becomes infinite: a maximum over ranks may lose the former.
     extremes = torch.stack(found).nan_to_num(nan=math.inf, posinf=math.inf).amax(0)
@@ -83,10 +85,16 @@ def compare_logits(
     return Difference(largest, scale)
 
 
-def _run(spec: LayerSpec, tensors: Tensors, x: Tensor, of_list: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """The layer's output for x, in a list with the input `of_list`, from tensors that are let go of at once."""
+def _run(
+    spec: LayerSpec, tensors: Tensors, x: Tensor, of_list: Tensor, outputs: Mapping[str, Tensor], layout: Layout,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The layer's output for x, in a list with the input `of_list`, from tensors that are let go of at once.
+
+    outputs: of the lists before.
+    """
     module = spec.build()
     allocate(module, x.device)
     module.to(dtype).eval()
     fill(module, tensors, layout, f"{spec.name}.")
-    return spec.bound(module, of_list)(x)
+    return spec.bound(module, of_list, outputs)(x)

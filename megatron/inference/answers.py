@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import nn
 
 from megatron.errors import UserError
 from megatron.files import find_output, lock, open_own, write_errors
@@ -87,11 +88,12 @@ class Answers:
         return size
 
     def add(self, completions: Mapping[int, Completion]) -> None:
-        """Keep a batch of completions, safe on disk before this returns; `logprobs` only where asked for."""
+        """Keep a batch of completions, safe on disk before this returns; `logprobs` and `image` where there are any."""
         entries = {i: asdict(completion) for i, completion in completions.items()}
         for entry in entries.values():
-            if entry["logprobs"] is None:
-                del entry["logprobs"]
+            for name in ("logprobs", "image"):
+                if entry[name] is None:
+                    del entry[name]
         self._write(b"".join(_line({"index": i, **entry}) for i, entry in entries.items()))
         self.found.update(entries)
 
@@ -127,16 +129,23 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def fingerprint(decoder: Decoder, texts: Sequence[Text]) -> str:
-    """SHA-256 of the texts' prompts and settings, the tokenizer's name and ids, and the model with all its tensors."""
+    """SHA-256 of the texts' prompts, images and settings, the tokenizer's name and ids, and the model with all its
+    tensors."""
     digest = hashlib.sha256()
     common = [decoder.seq_length, decoder.recompute, decoder.logprobs, decoder.stop_at_eod, decoder.tokenizer.name]
     if not decoder.fast:  # the last bits of logits differ
         common.append("plain")
     digest.update(json.dumps([*common, decoder.model.config.model_dump(mode="json")]).encode())
     for text in texts:
-        digest.update(json.dumps([text.context, text.prompt, asdict(text.sampling), text.seed]).encode())
-    for name, tensor in decoder.model.state_dict().items():
+        image = [decoder.images.digest(text.image)] if decoder.images and text.image else []
+        digest.update(json.dumps([text.context, text.prompt, asdict(text.sampling), text.seed, *image]).encode())
+    add_tensors(digest, decoder.model)
+    return digest.hexdigest()
+
+
+def add_tensors(digest: hashlib._Hash, model: nn.Module) -> None:
+    """Add names, kinds and values of a model's tensors to a digest."""
+    for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(memoryview(content.numpy()))
-    return digest.hexdigest()

@@ -63,12 +63,13 @@ class Recorded(Cached):
         model: for prompts and steps.
         slots: of the cache; all are allocated at once.
         recorder: makes the recordings.
+        images: see Cached.
     """
 
     ahead = 1
 
-    def __init__(self, model: LanguageModel, slots: int, recorder: Recorder) -> None:
-        super().__init__(model, slots + self.ahead)
+    def __init__(self, model: LanguageModel, slots: int, recorder: Recorder, images: Tensor | None = None) -> None:
+        super().__init__(model, slots + self.ahead, images)
         self._recorder: Recorder | None = recorder
         self._ids: Tensor | None = None
         self._steps: dict[int, tuple[FixedStep, Callable[[], Any], Tensor]] = {}

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class Text:
     sampling: Sampling
     seed: int | None = None
     """Seed of this text's own draws; None for a greedy one."""
+    image: str | None = None
+    """File of the image that stands before it."""
     messages: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -43,6 +46,16 @@ class Text:
     """Ended by itself: end of document or stop string."""
     ended: bool = False
     seconds: float = 0.0
+
+
+class ReadsImages(Protocol):
+    """Files of images to what stands before texts; megatron.inference.images.ImageReader is one."""
+
+    def __call__(self, files: Sequence[str]) -> Tensor:
+        """[number of files, T, d]."""
+
+    def digest(self, file: str) -> str:
+        """What changes where a file does."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +75,21 @@ class Decoder:
     fast: bool = True
     """Decode with a prepared copy of the model's matrices (megatron.inference.prepared), made when it is first worth
     while. The model must not change while the decoder is in use."""
+    images: ReadsImages | None = None
+    """Of a model that reads an image before each text. The images do not count for `seq_length`."""
 
-    def start(self, prompt: str | Sequence[int], sampling: Sampling, seed: int | None = None) -> Text:
-        """A text to be generated behind `prompt`; an empty one starts from the end-of-document token."""
+    def start(
+        self, prompt: str | Sequence[int], sampling: Sampling, seed: int | None = None, image: str | None = None
+    ) -> Text:
+        """A text to be generated behind `prompt`; an empty one starts from the end-of-document token.
+
+        Behind an image every text does, as in training.
+        """
         context = prompt if isinstance(prompt, str) else self.tokenizer.decode(list(prompt))
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        text = Text(context, ids or [self.tokenizer.eod_id], sampling, seed)
+        if self.images is not None:
+            ids = [self.tokenizer.eod_id, *ids]
+        text = Text(context, ids or [self.tokenizer.eod_id], sampling, seed, image)
         if len(ids) >= self.seq_length:
             kept = max(1, self.seq_length - sampling.maximum_tokens, self.seq_length // 2)
             text.prompt = ids[-kept:]
@@ -103,18 +125,19 @@ class Decoder:
             pass
 
     def _source(self, texts: list[Text]) -> NextLogits:
+        images = None if self.images is None else self.images([text.image or "" for text in texts])
         if self.recompute:
-            return Recomputed(self.model)
+            return Recomputed(self.model, images)
         # The padding to the longest prompt, and the longest text behind it.
         slots = max(len(text.prompt) for text in texts) + max(map(self._room, texts))
         # Decided by the batch alone: an interrupted run computes the others as it would have.
         is_long = max(map(self._room, texts)) >= _WORTH_PREPARING
         if not (self.fast and is_long):
-            return Cached(self.model, slots)
+            return Cached(self.model, slots, images)
         recorder = recorder_for(next(self.model.parameters()).device)
         if recorder is None or self.model.layout.tensor.size > 1:
-            return Cached(self._prepared, slots)
-        return Recorded(self._prepared, slots, recorder)
+            return Cached(self._prepared, slots, images)
+        return Recorded(self._prepared, slots, recorder, images)
 
     @cached_property
     def _prepared(self) -> LanguageModel:

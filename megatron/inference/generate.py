@@ -38,6 +38,8 @@ class Completion:
     logprobs: list[float] | None = None
     """Where asked for, the log-probability of each of the `length` tokens by the model itself, before penalty,
     temperature and filters: the logarithm of a softmax over all rows of the embedding, as in evaluation."""
+    image: str | None = None
+    """File of the image that stands before it, where one does."""
 
 
 def generate(
@@ -99,7 +101,11 @@ def generate(
 
 
 def start_texts(
-    decoder: Decoder, prompts: Sequence[Prompt], settings: Sequence[Sampling], seed: int | None
+    decoder: Decoder,
+    prompts: Sequence[Prompt],
+    settings: Sequence[Sampling],
+    seed: int | None,
+    images: Sequence[str | None] | None = None,
 ) -> list[Text]:
     """All texts of all prompts, each with a seed of its own, so that its draws do not depend on batches.
 
@@ -110,11 +116,11 @@ def start_texts(
     else:
         base = seed * _SEED_STRIDE
     texts: list[Text] = []
-    for prompt, sampling in zip(prompts, settings, strict=True):
+    for prompt, sampling, image in zip(prompts, settings, images or [None] * len(prompts), strict=True):
         own = len(texts) + base if sampling.seed is None else sampling.seed * _SEED_STRIDE
         for number in range(sampling.num_samples):
             text_seed = (own + number) % 2**63 if sampling.temperature > 0 else None
-            texts.append(decoder.start(prompt, sampling, text_seed))
+            texts.append(decoder.start(prompt, sampling, text_seed, image))
     return texts
 
 
@@ -129,5 +135,5 @@ def length_batches(texts: Sequence[Text], batch_size: int) -> list[list[int]]:
 def completion_of(text: Text, logprobs: bool) -> Completion:
     """What is reported of a text that has ended."""
     message = "; ".join(text.messages) or None
-    noted = text.logprobs if logprobs else None
-    return Completion(text.context, text.text, len(text.tokens), text.finished, message, text.seconds, noted)
+    noted, length = text.logprobs if logprobs else None, len(text.tokens)
+    return Completion(text.context, text.text, length, text.finished, message, text.seconds, noted, text.image)

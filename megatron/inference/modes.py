@@ -10,13 +10,14 @@ from tqdm import tqdm
 
 from megatron.config.schema import RunConfig
 from megatron.config.sections.generation import GenerationConfig
+from megatron.config.sections.image_text import ImageTextConfig
 from megatron.errors import UserError
 from megatron.files import find_output, refuse_inputs
 from megatron.inference.answers import Answers, fingerprint
 from megatron.inference.decoding import Decoder, Text
 from megatron.inference.generate import completion_of, length_batches, start_texts
 from megatron.inference.interactive import converse
-from megatron.inference.prepare import checkpoint_source, load_for_inference
+from megatron.inference.prepare import checkpoint_source, load_for_inference, load_with_images
 from megatron.inference.prompts import Request, read_requests, sampling_of
 from megatron.log import get_logger
 from megatron.model.forward_only import evaluating
@@ -40,20 +41,19 @@ def run_generation(config: RunConfig, layout: Layout = SINGLE) -> None:
     """
     options, seed = config.generation, config.training.seed
     requests = _requests(options)
+    _check_images(options, requests, isinstance(config.model, ImageTextConfig))
     # What is read must not be lost by the output.
     inputs = [options.sample_input_file, config.tokenizer.vocab_file, config.tokenizer.merge_file]
     if requests is not None:
         find_output(options.sample_output_file, "sample_output_file", inputs)
         inputs += _files_of(checkpoint_source(config.checkpoint))
         refuse_inputs(options.sample_output_file, "sample_output_file", inputs)
-    model, tokenizer = load_for_inference(config, layout)
-    decoder = Decoder(
-        model, tokenizer, config.language.seq_length, options.recompute, options.logprobs, fast=options.fast_decoding
-    )
+    decoder = _decoder(config, layout)
     if requests is None:
         converse(decoder, sampling_of(options), options.prompt_end, seed, options.interactive_history)
         return
-    texts = start_texts(decoder, [r.prompt for r in requests], [r.sampling for r in requests], seed)
+    prompts, samplings = [r.prompt for r in requests], [r.sampling for r in requests]
+    texts = start_texts(decoder, prompts, samplings, seed, [r.image for r in requests])
     size = config.evaluation.eval_batch_size
     batch_size = size if isinstance(size, int) else _BATCH_SIZE
     if layout.tensor.rank != 0:
@@ -62,6 +62,18 @@ def run_generation(config: RunConfig, layout: Layout = SINGLE) -> None:
     with closing(Answers(options.sample_output_file, fingerprint(decoder, texts), inputs)) as answers:
         complete_missing(decoder, texts, answers, batch_size)
         answers.finish(len(texts))
+
+
+def _decoder(config: RunConfig, layout: Layout) -> Decoder:
+    options, images = config.generation, None
+    if isinstance(config.model, ImageTextConfig):
+        model, tokenizer, images = load_with_images(config, layout)
+        length = config.model.seq_length
+    else:
+        model, tokenizer = load_for_inference(config, layout)
+        length = config.language.seq_length
+    how = {"recompute": options.recompute, "logprobs": options.logprobs, "fast": options.fast_decoding}
+    return Decoder(model, tokenizer, length, images=images, **how)
 
 
 def _files_of(checkpoint: Path) -> list[str]:
@@ -103,6 +115,21 @@ def _requests(options: GenerationConfig) -> list[Request] | None:
     if not options.sample_input_file:
         raise UserError("sample_input_file: missing; text_gen_type input-file needs a file of prompts")
     return read_requests(options.sample_input_file, options)
+
+
+def _check_images(options: GenerationConfig, requests: Sequence[Request] | None, reads_images: bool) -> None:
+    """Raise a UserError unless there is an image for each text of a model that reads images, and none for others."""
+    if reads_images and options.text_gen_type != "input-file":
+        raise UserError(
+            f"text_gen_type: {options.text_gen_type} has no images, and this model reads one before each text; set "
+            "input-file"
+        )
+    for number, request in enumerate(requests or [], 1):
+        if reads_images and request.image is None:
+            line = '{"image": "FILE", "prompt": "..."}'
+            raise UserError(f"sample_input_file: prompt {number} has no image; write lines {line} into a .jsonl file")
+        if request.image is not None and not reads_images:
+            raise UserError(f"sample_input_file: prompt {number} has an image, and this model reads none; remove it")
 
 
 def _explain_settings(options: GenerationConfig) -> None:

@@ -1,6 +1,8 @@
 """Where the logits behind the last token of every text come from: a cache of what was computed, or all anew.
 
-Legend: b rows of the batch, V rows of the embedding.
+An image may stand before each text, as vectors that take the places of tokens.
+
+Legend: b rows of the batch, V rows of the embedding, T vectors of an image, d hidden size.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ class Recomputed:
 
     ahead = 0
 
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
+    def __init__(self, model: LanguageModel, images: Tensor | None = None) -> None:
+        self.model, self.images = model, images  # [b, T, d]
 
     @torch.no_grad()
     def first(self, sequences: Sequence[list[int]]) -> Tensor:
@@ -52,7 +54,11 @@ class Recomputed:
         longest = max(map(len, sequences))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in sequences], device=device)
         last = torch.tensor([len(row) - 1 for row in sequences], device=device)
-        return self.model.logits(self.model.hidden(ids)[torch.arange(len(sequences), device=device), last])
+        x = self.model.embedding(ids)
+        if self.images is not None:
+            x, last = torch.cat([self.images, x], dim=1), last + self.images.shape[1]
+        hidden = self.model.through_blocks(x)
+        return self.model.logits(hidden[torch.arange(len(sequences), device=device), last])
 
     def next(self, tokens: Tensor, sequences: Sequence[list[int]]) -> Tensor:
         """The same, of texts that have become longer."""
@@ -63,7 +69,8 @@ class Recomputed:
         return count < total
 
     def select(self, rows: list[int]) -> None:
-        """Nothing is kept between steps."""
+        """Go on with these rows only."""
+        self.images = None if self.images is None else self.images[rows]
 
 
 class Cached:
@@ -71,8 +78,9 @@ class Cached:
 
     ahead = 0
 
-    def __init__(self, model: LanguageModel, slots: int) -> None:
-        self.model, self.slots = model, slots
+    def __init__(self, model: LanguageModel, slots: int, images: Tensor | None = None) -> None:
+        self.model, self.images = model, images  # [b, T, d]
+        self.slots = slots if images is None else slots + images.shape[1]
         self.cache: KVCache | None = None
 
     @torch.no_grad()
@@ -82,10 +90,19 @@ class Cached:
         longest = max(map(len, sequences))
         padding = [longest - len(row) for row in sequences]
         self.cache = KVCache(len(self.model.layers), torch.tensor(padding, device=device), self.slots)
-        rows = [[0] * count + row for count, row in zip(padding, sequences, strict=True)]
-        for part in torch.tensor(rows, device=device).split(PREFILL_TOKENS, dim=1):
-            hidden = self.model.hidden(part, self.cache.step(part.shape[1]))
+        for part in self._embedded(sequences, padding, device).split(PREFILL_TOKENS, dim=1):
+            hidden = self.model.through_blocks(part, self.cache.step(part.shape[1]))
         return self.model.logits(hidden[:, -1])
+
+    def _embedded(self, sequences: Sequence[list[int]], padding: list[int], device: torch.device) -> Tensor:
+        """Padding, image and text of each row, [b, slots, d]."""
+        between = 0 if self.images is None else self.images.shape[1]
+        rows = [[0] * (count + between) + row for count, row in zip(padding, sequences, strict=True)]
+        x = self.model.embedding(torch.tensor(rows, device=device))
+        if self.images is not None:
+            for row, (first, image) in enumerate(zip(padding, self.images, strict=True)):
+                x[row, first : first + between] = image
+        return x
 
     @torch.no_grad()
     def next(self, tokens: Tensor, sequences: Sequence[list[int]]) -> Tensor:

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from megatron.config.schema import RunConfig
 from megatron.config.sections.checkpoint import CheckpointConfig
+from megatron.config.sections.image_text import ImageTextConfig
+from megatron.config.sections.images import ImagesConfig
 from megatron.config.sections.model import language_section
-from megatron.errors import UserError
+from megatron.data.pillow import pillow_needed
+from megatron.errors import ConfigError, UserError
 from megatron.exchange import Checkpoint, open_checkpoint
 from megatron.exchange.opening import checkpoint_path
 from megatron.inference.load import model_of
 from megatron.log import get_logger
 from megatron.model import LanguageModel
 from megatron.model.clip_model import ClipModel
+from megatron.model.image_text_model import ImageTextModel
 from megatron.model.layered import LayeredModel
 from megatron.model.vision_model import VisionModel
 from megatron.mpu import SINGLE, Layout
 from megatron.mpu.device import DTYPES, process_device
 from megatron.tokenizer import Tokenizer, build_tokenizer
+
+if TYPE_CHECKING:
+    from megatron.inference.images import ImageReader
 
 
 def load_for_inference(config: RunConfig, layout: Layout = SINGLE) -> tuple[LanguageModel, Tokenizer]:
@@ -37,6 +44,21 @@ def load_for_inference(config: RunConfig, layout: Layout = SINGLE) -> tuple[Lang
     assert isinstance(model, LanguageModel), "only such a one has been found to fit the configuration"
     check_vocabulary(tokenizer, model)
     return model, tokenizer
+
+
+def load_with_images(config: RunConfig, layout: Layout = SINGLE) -> tuple[LanguageModel, Tokenizer, ImageReader]:
+    """The language model of a model that reads images, the tokenizer, and what reads the images; as above."""
+    with pillow_needed():
+        from megatron.inference.images import ImageReader
+    if not isinstance(config.model, ImageTextConfig):
+        raise ConfigError("task", f"a model that learns '{config.model.task}' reads no images to speak of")
+    checkpoint, tokenizer = _open(config), build_tokenizer(config.tokenizer)
+    model = _load(checkpoint, config, layout)
+    assert isinstance(model, ImageTextModel), "only such a one has been found to fit the configuration"
+    language = model.language_model()
+    check_vocabulary(tokenizer, language)
+    assert isinstance(config.images, ImagesConfig), "of such a model"
+    return language, tokenizer, ImageReader(model, config.images)
 
 
 def load_image_model(config: RunConfig, layout: Layout = SINGLE) -> VisionModel:

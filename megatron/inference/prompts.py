@@ -34,6 +34,8 @@ class Request:
 
     prompt: str
     sampling: Sampling
+    image: str | None = None
+    """File of the image that stands before it."""
 
 
 def sampling_of(options: GenerationConfig, num_samples: int = 1, seed: int | None = None) -> Sampling:
@@ -60,26 +62,32 @@ def read_requests(path: str, options: GenerationConfig) -> list[Request]:
 
 
 def _request_of(line: str, where: str, options: GenerationConfig) -> Request:
-    """A JSON object: `prompt`, used as it is, and _SETTINGS, _COUNTS or `seed` in place of the configuration's."""
+    """A JSON object: `prompt`, used as it is, and _SETTINGS, _COUNTS or `seed` in place of the configuration's.
+
+    `image` names the file of an image, which needs no prompt.
+    """
     try:
         values = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where} is not JSON ({error}); a .jsonl file has one object a line") from None
-    if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
+    image = values.pop("image", None) if isinstance(values, dict) else None
+    if image is not None and not isinstance(image, str):
+        raise UserError(f'{where}: image is not the name of a file; write {{"image": "..."}}')
+    if not isinstance(values, dict) or not isinstance(values.get("prompt", image and ""), str):
         raise UserError(f'{where} has no text called prompt; write {{"prompt": "..."}}')
-    prompt = values.pop("prompt")
+    prompt = values.pop("prompt", "")
     _refuse_unknown(values, where)
     try:
         seed = _OwnSeed(seed=values.pop("seed", None)).seed
         own = options.replaced(**values)
         count = next((getattr(own, name) for name in _COUNTS if name in values), options.samples_per_prompt)
-        return Request(prompt, sampling_of(own, count, seed))
+        return Request(prompt, sampling_of(own, count, seed), image)
     except ValidationError as error:
         raise config_error(error, where) from None
 
 
 def _refuse_unknown(values: dict[str, Any], where: str) -> None:
-    known = [*_SETTINGS, *_COUNTS, "seed"]
+    known = [*_SETTINGS, *_COUNTS, "seed", "image"]
     for name in values:
         if name not in known:
             advice = suggestion(name, known, f"known: prompt, {', '.join(known)}", 0.5)

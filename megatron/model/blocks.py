@@ -20,9 +20,9 @@ from megatron.model.pattention import Pattention
 from megatron.mpu.collectives import Form
 from megatron.mpu.layout import SINGLE, Layout
 from megatron.mpu.random import drop_path, dropout
-from megatron.mpu.roles import Feeds, Projection
+from megatron.mpu.roles import BlockProjection, Feeds
 
-_PROJECTIONS: dict[str, Projection] = {"query": "qkv", "key": "qkv", "value": "qkv", "proj": "proj", "mlp": "ffn"}
+_PROJECTIONS: dict[str, BlockProjection] = {"query": "qkv", "key": "qkv", "value": "qkv", "proj": "proj", "mlp": "ffn"}
 _FEEDS: dict[str, Feeds] = {"query": "scores", "proj": "residual", "mlp": "residual"}
 
 

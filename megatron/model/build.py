@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from megatron.config.sections.clip import ClipConfig
+from megatron.config.sections.image_text import ImageTextConfig
 from megatron.config.sections.model import ModelConfig, ModelSection
 from megatron.config.sections.vision import ImageConfig
 from megatron.model.blocks import BuildOptions
 from megatron.model.clip_model import ClipModel, clip_layer_lists, logit_scale_spec
+from megatron.model.image_text_model import ImageTextModel, image_text_layer_lists
 from megatron.model.language_model import LanguageModel, layer_specs
 from megatron.model.layered import LayeredModel, LayerLists
 from megatron.model.vision_model import VisionModel, vision_layer_lists
@@ -47,11 +49,22 @@ def _clip_model(config: ClipConfig, options: BuildOptions, **keywords: Any) -> C
     return ClipModel(config, lists, beside=beside, layout=options.layout, **keywords)
 
 
+def _image_text_model(config: ImageTextConfig, options: BuildOptions, **keywords: Any) -> ImageTextModel:
+    lists = image_text_layer_lists(config, replace(options, device="meta"))
+    return ImageTextModel(config, lists, layout=options.layout, **keywords)
+
+
 LANGUAGE = Architecture(lambda config, options: {"": layer_specs(config, options)}, _language_model)
 IMAGES = Architecture(vision_layer_lists, _vision_model)
 PAIRS = Architecture(clip_layer_lists, _clip_model)
+IMAGE_TO_TEXT = Architecture(image_text_layer_lists, _image_text_model)
 
-ARCHITECTURES: dict[type[ModelSection], Architecture] = {ModelConfig: LANGUAGE, ImageConfig: IMAGES, ClipConfig: PAIRS}
+ARCHITECTURES: dict[type[ModelSection], Architecture] = {
+    ModelConfig: LANGUAGE,
+    ImageConfig: IMAGES,
+    ClipConfig: PAIRS,
+    ImageTextConfig: IMAGE_TO_TEXT,
+}
 """By model section. megatron.tasks.register adds to it."""
 
 

@@ -147,11 +147,11 @@ class ClipModel(LayeredModel):
 
     def image_features(self, images: Tensor) -> Tensor:
         """Images [b, c, H, W], normalised -> features [b, e]."""
-        return self._run(self._lists[0], images)
+        return self._run(self._lists["image"], images)
 
     def text_features(self, ids: Tensor) -> Tensor:
         """ids [b, s], NO_TOKEN behind the last -> features [b, e]."""
-        return self._run(self._lists[1], ids)
+        return self._run(self._lists["text"], ids)
 
     def flops_per_token(self, tokens: int | None = None) -> float:
         """Training FLOPs of a pair, divided by its tokens: those of the image and of the whole context of the text.

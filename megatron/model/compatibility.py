@@ -87,7 +87,7 @@ _FREE_KEYS = {
     "seq_length", "max_position_embeddings", "hidden_dropout", "attention_dropout", "drop_path_rate",
     "init_method", "init_method_std", "output_layer_init_method", "vocab_size", "padded_vocab_size",
     "make_vocab_size_divisible_by", "attention_config", "final_norm", "token_segments",
-    "text_tower",  # whose keys are looked at by themselves
+    "text_tower", "image_tower",  # whose keys are looked at by themselves
     *MupKeys.model_fields,
 }  # fmt: skip
 
@@ -140,14 +140,18 @@ def check_same_model(config: ModelSection, saved: ModelSection, folder: Path, fr
     check_same_task(config, saved, folder)
     towers = zip(config.towers().values(), saved.towers().values(), strict=True)
     for own, other in ((config, saved), *towers):
-        _check_same_section(own, other, folder, free)
+        check_same_network(own, other, folder, free)
 
 
-def _check_same_section(config: ModelSection, saved: ModelSection, folder: Path, free: Collection[str]) -> None:
-    for key in type(saved).model_fields:
+def check_same_network(config: ModelSection, saved: ModelSection, folder: Path, free: Collection[str] = ()) -> None:
+    """Raise a UserError that names the first key that both sections have, and in which they are not one network.
+
+    free: keys that may differ.
+    """
+    for key in (key for key in type(saved).model_fields if key in type(config).model_fields):
         if key not in _FREE_KEYS and key not in free and getattr(config, key) != getattr(saved, key):
             raise UserError(
-                f"{saved.spelled(key)}: {getattr(config, key)} in the configuration, {getattr(saved, key)} in "
+                f"{config.spelled(key)}: {getattr(config, key)} in the configuration, {getattr(saved, key)} in "
                 f"checkpoint {folder}; use the configuration the model was trained with"
             )
     for name in ("layer_kinds", "final_norm_kind"):

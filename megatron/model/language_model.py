@@ -115,7 +115,10 @@ class LanguageModel(LayeredModel):
 
     def hidden(self, input_ids: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
         """ids [b, s] -> what the head reads, [b, s, d], so that callers need not take logits at every position."""
-        x = self.embedding(input_ids)
+        return self.through_blocks(self.embedding(input_ids), cache)
+
+    def through_blocks(self, x: Tensor, cache: Sequence[LayerCache] | None = None) -> Tensor:
+        """Embedded tokens [b, s, d], or what stands in their place -> what the head reads, [b, s, d]."""
         if cache is None:
             blocks = [(layer, True) for layer in self.layers]
             x = run_layers(blocks, x, self.checkpoint_layers if self.training else 0)

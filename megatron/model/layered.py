@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,8 +49,21 @@ class LayerSpec:
     reads_input: bool = False
     """It is called `module(x, input)`, the input being that of its list. Not in a model that is cut into stages."""
 
-    def bound(self, module: nn.Module, source: Tensor) -> Callable[[Tensor], Tensor]:
-        """The layer, built as `module` in a list whose input is `source`, as a function of the one before it."""
+    joins: str | None = None
+    """It is called `module(x, output)` with the output of the list of this name, which comes before its own and gives
+    no output of the model then. Not in a model that is cut into stages."""
+
+    def bound(
+        self, module: nn.Module, source: Tensor, outputs: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Callable[[Tensor], Tensor]:
+        """The layer, built as `module`, as a function of what the one before it gives.
+
+        Args:
+            source: the input of its list.
+            outputs: of the lists before, by their names.
+        """
+        if self.joins is not None:
+            return lambda x: module(x, outputs[self.joins or ""])
         if self.reads_input:
             return lambda x: module(x, source)
         return module if self.forward is None else partial(self.forward, module)
@@ -93,7 +107,8 @@ class LayeredModel(nn.Module):
         super().__init__()
         self.config, self.layout, self.checkpoint_layers = config, layout, checkpoint_layers
         # Without what they were built with, which may hold process groups.
-        self._lists = [[replace(spec, build=_is_built) for spec in specs] for specs in lists.values()]
+        self._lists = {name: [replace(spec, build=_is_built) for spec in specs] for name, specs in lists.items()}
+        self._joined = {spec.joins for specs in lists.values() for spec in specs}
         self._beside = [spec.name for spec in beside]
         for spec in self._in_file_order([*(spec for specs in lists.values() for spec in specs), *beside]):
             if spec.forward is None:
@@ -120,22 +135,27 @@ class LayeredModel(nn.Module):
         parent.add_module(path[-1], module)
 
     def forward(self, *inputs: Tensor, reduce: Callable[[Any], Any] | None = None) -> Any:
-        """The output of each list for its input; of a model with one list its output, not a tuple.
+        """The output of each list for its input, but for those that others join; a single one is no tuple.
 
         reduce: what is made of the outputs and returned in their place, such as a loss. Where it needs parameters, it
             has to run in here: ZeRO 3 gathers them for calls in the model's forward.
         """
-        outputs = tuple(self._run(specs, x) for specs, x in zip(self._lists, inputs, strict=True))
+        found = dict[str, Tensor]()
+        for (name, specs), x in zip(self._lists.items(), inputs, strict=True):
+            found[name] = self._run(specs, x, found)
+        outputs = tuple(output for name, output in found.items() if name not in self._joined)
         result = outputs[0] if len(outputs) == 1 else outputs
         return result if reduce is None else reduce(result)
 
-    def _run(self, specs: Sequence[LayerSpec], x: Tensor) -> Tensor:
-        calls = [(spec.bound(self.get_submodule(spec.name), x), spec.is_block) for spec in specs]
+    def _run(
+        self, specs: Sequence[LayerSpec], x: Tensor, outputs: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Tensor:
+        calls = [(spec.bound(self.get_submodule(spec.name), x, outputs), spec.is_block) for spec in specs]
         return run_layers(calls, x, self.checkpoint_layers if self.training else 0)
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """(canonical name, module) of every layer, in order; one that is shared comes once."""
-        names = dict.fromkeys([*(spec.name for specs in self._lists for spec in specs), *self._beside])
+        names = dict.fromkeys([*(spec.name for specs in self._lists.values() for spec in specs), *self._beside])
         yield from ((name, self.get_submodule(name)) for name in names)
 
     def reset_tau(self) -> None:

@@ -103,10 +103,14 @@ class ClassHead(nn.Module):
         return gather_shares(self.linear(x), self.classes, self.axis)
 
 
-def image_tower_specs(config: ImageTowerSection, options: BuildOptions, prefix: str = "") -> list[LayerSpec]:
+def image_tower_specs(
+    config: ImageTowerSection, options: BuildOptions, prefix: str = "", pool: bool = True
+) -> list[LayerSpec]:
     """What makes a vector [b, d] of an image: embedding, norm, blocks, pool, final norm.
 
-    prefix: what the names of the layers begin with.
+    Args:
+        prefix: what the names of the layers begin with.
+        pool: else all its tokens are left, [b, T, d].
     """
     whole = replace(options.layout, sequence_parallel=False)  # of what follows the pool
 
@@ -118,7 +122,7 @@ def image_tower_specs(config: ImageTowerSection, options: BuildOptions, prefix: 
         LayerSpec(f"{prefix}embedding", partial(PatchEmbedding, config, options)),
         *([LayerSpec(f"{prefix}pre_norm", partial(norm, options.layout))] if config.pre_norm else []),
         *(LayerSpec(f"{prefix}layers.{i}", partial(block, i)) for i in range(config.num_layers)),
-        LayerSpec(f"{prefix}pool", partial(Pool, config, options)),
+        *([LayerSpec(f"{prefix}pool", partial(Pool, config, options))] if pool else []),
         LayerSpec(f"{prefix}final_norm", partial(norm, whole)),
     ]
 

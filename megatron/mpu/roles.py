@@ -11,8 +11,11 @@ from typing import Literal
 
 from torch import Tensor
 
-Projection = Literal["qkv", "proj", "ffn"]
+BlockProjection = Literal["qkv", "proj", "ffn"]
 """Which of a block's projections: query, key or value; that of attention's output; the feed-forward."""
+
+Projection = BlockProjection | Literal["connector"]
+"""A block's, or what makes vectors for one network of those of another."""
 
 What = Literal[
     "key_tokens", "value_tokens", "matrix", "output_matrix", "embedding", "input", "head", "norm", "bias", "position",

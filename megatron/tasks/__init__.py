@@ -12,11 +12,15 @@ from megatron.config.schema import RunConfig
 from megatron.config.sections.model import MODEL_SECTIONS, ModelSection
 from megatron.model.build import ARCHITECTURES
 from megatron.tasks.clip import ClipTask
+from megatron.tasks.image_to_text import ImageToTextTask
 from megatron.tasks.images import ImageClassificationTask
 from megatron.tasks.language import LanguageTask
 from megatron.tasks.task import Task
 
-__all__ = ["ClipTask", "ImageClassificationTask", "LanguageTask", "Task", "build_task", "register", "task_of"]
+__all__ = [
+    "ClipTask", "ImageClassificationTask", "ImageToTextTask", "LanguageTask", "Task", "build_task", "register",
+    "task_of",
+]  # fmt: skip
 
 _TASKS: dict[str, type[Task[Any]]] = {}
 
@@ -32,6 +36,7 @@ def register(task: type[Task[Any]]) -> type[Task[Any]]:
 register(LanguageTask)
 register(ImageClassificationTask)
 register(ClipTask)
+register(ImageToTextTask)
 
 
 def task_of(model: ModelSection) -> type[Task[Any]]:

@@ -17,15 +17,13 @@ from megatron.data.datasets import Datasets
 from megatron.data.loader import tokens_of
 from megatron.errors import RankError, UserError
 from megatron.model.build import LANGUAGE, Architecture
-from megatron.model.embedding import HeadInput
 from megatron.mpu.layout import Layout
-from megatron.ops.cross_entropy import cross_entropy
-from megatron.ops.loss_packages import select_linear_loss
 from megatron.tasks.task import Task, Tensors
+from megatron.tasks.token_loss import TokenLoss
 from megatron.tokenizer import build_tokenizer
 
 _LONGEST_EXAMPLE = 512
-_LARGEST_EXPONENT = 80.0  # a perplexity beyond e^80 says no more
+LARGEST_EXPONENT = 80.0  # a perplexity beyond e^80 says no more
 
 
 class LanguageTask(Task[Tensor]):
@@ -48,8 +46,8 @@ class LanguageTask(Task[Tensor]):
         tokenizer = build_tokenizer(config.tokenizer)
         super().__init__(config.with_vocabulary(tokenizer.vocab_size))
         model = self.config.language
-        self._linear_loss = select_linear_loss(config.training.cross_entropy)
         self._rows, self._length = model.padded_vocab_size or 0, model.seq_length
+        self._loss = TokenLoss(config.training.cross_entropy, self._rows)
         self._masked = tokenizer.eod_id if config.training.eod_mask_loss else None
 
     def datasets(self, samples: Sequence[int], order: Mapping[str, Sequence[int]]) -> Datasets:
@@ -62,15 +60,7 @@ class LanguageTask(Task[Tensor]):
 
     def check(self, batch: Tensor) -> None:
         """Raise a RankError for a token id that the embedding has no row for."""
-        self._check_ids(batch, RankError)
-
-    def _check_ids(self, tokens: Tensor, error: type[UserError]) -> None:
-        lowest, highest = int(tokens.min()), int(tokens.max())
-        if highest >= self._rows or lowest < 0:
-            raise error(
-                f"data_path: the data has token id {lowest if lowest < 0 else highest}, the embedding {self._rows} "
-                "rows (padded_vocab_size); was the data prepared with the tokenizer of vocab_file?"
-            )
+        self._loss.check_ids(batch, RankError)
 
     def split(self, batch: Tensor, device: torch.device) -> tuple[Tensors, Tensors]:
         """([inputs [b, s]], [labels [b, s] and, with eod_mask_loss, which predictions count, bool [b, s]])."""
@@ -84,16 +74,12 @@ class LanguageTask(Task[Tensor]):
         outputs: this tensor rank's share of the logits [b, s, V_pad], or what they are computed from.
         """
         labels, mask = targets if len(targets) == 2 else (targets[0], None)
-        if isinstance(outputs, HeadInput):
-            return outputs.through(
-                lambda hidden, weight: self._linear_loss(hidden, weight, labels, mask, layout.tensor, self._rows)
-            )
-        return cross_entropy(outputs, labels, mask, layout.tensor, self._rows)
+        return self._loss(outputs, labels, mask, layout)
 
     def metrics(self, split: str, sums: Mapping[str, float]) -> dict[str, float]:
         """Loss and perplexity."""
         loss = sums["loss"] / sums["count"]
-        return {f"{split}_lm_loss": loss, f"{split}_perplexity": math.exp(min(loss, _LARGEST_EXPONENT))}
+        return {f"{split}_lm_loss": loss, f"{split}_perplexity": math.exp(min(loss, LARGEST_EXPONENT))}
 
     @classmethod
     def example_inputs(cls, model: Any, settings: Mapping[str, Any], size: int) -> Tensors:
@@ -113,7 +99,7 @@ class LanguageTask(Task[Tensor]):
             return (_random_ids(self._rows or 1, size, self._length),)
         rows = [torch.as_tensor(dataset[i])[:-1] for i in range(min(size, len(dataset)))]
         ids = torch.stack(rows).long()
-        self._check_ids(ids, UserError)
+        self._loss.check_ids(ids, UserError)
         return (ids,)
 
 

@@ -17,6 +17,7 @@ from megatron.checkpoint.new_folder import new_folder, require_new
 from megatron.config.checks import find_training_mistakes
 from megatron.config.load import resolve_config
 from megatron.config.schema import RunConfig
+from megatron.config.sections.checkpoint import TOWER_KEYS
 from megatron.config.sections.optimization import OptimizationConfig, WsdDecayStyle
 from megatron.errors import UserError
 from megatron.exchange import Checkpoint, canonical, open_checkpoint
@@ -118,6 +119,7 @@ def _config_of_branch(trunk: RunConfig, options: OptimizationConfig, folder: Pat
     folders = {key: str(folder / key.removesuffix("_dir")) for key in ("log_dir", "tensorboard_dir")}
     own = {f"logging.{key}": path for key, path in folders.items() if getattr(logging, key)}
     start = {"iteration": None, "pretrain_partial_init": None, "finetune": False}
+    start |= dict.fromkeys(TOWER_KEYS)
     start |= {"no_load_optim": False, "no_load_rng": False}
     return trunk.replaced(
         optimization=options,

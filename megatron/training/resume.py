@@ -54,8 +54,9 @@ def open_for_resume(options: CheckpointConfig, layout: Layout) -> Resumption | N
     for mistake in broken_promises(options, missing):
         raise mistake
     if options.load is not None:
-        base = options.pretrain_partial_init
-        get_logger().info("no checkpoint in %s: starting from %s", options.load, base or "scratch")
+        bases = [options.pretrain_partial_init, options.pretrain_image_tower, options.pretrain_text_tower]
+        named = " and ".join(filter(None, bases))
+        get_logger().info("no checkpoint in %s: starting from %s", options.load, named or "scratch")
     return None
 
 

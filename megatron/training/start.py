@@ -25,7 +25,7 @@ from megatron.errors import UserError
 from megatron.exchange import Checkpoint, open_checkpoint
 from megatron.failures import failed_attempts, read_failures
 from megatron.growth.grow import grown_checkpoint, lineage_entry
-from megatron.growth.plan import KINDS, grown_to, with_tokens_of
+from megatron.growth.plan import KINDS, adds_tokens, grown_to, with_tokens_of
 from megatron.growth.proof import Difference, compare_logits
 from megatron.growth.schedule import GrowthSchedule, growths_done, past_growths
 from megatron.log import get_logger
@@ -38,6 +38,7 @@ from megatron.training.generators import restore_random_states
 from megatron.training.resume import Resumption, open_for_resume
 from megatron.training.soundness import require_consistent, verify_together
 from megatron.training.state import TrainState
+from megatron.training.towers import joined_towers, named_towers
 
 # Changing one of these gives the samples another order, in which the consumed ones are not a prefix.
 _DATA_KEYS = (
@@ -75,6 +76,8 @@ class Start:
             self._go_on_from(resumption)
         elif config.checkpoint.pretrain_partial_init:
             self._grow_from(config.checkpoint.pretrain_partial_init)
+        elif named_towers(config.checkpoint):
+            self._join_towers()
         if config.checkpoint.save:
             failed = failed_attempts(read_failures(config.checkpoint.save))
             self.state.restarts = max(self.state.restarts, len(failed))
@@ -126,6 +129,15 @@ class Start:
             self._carry_over(base)
         self.config, self.checkpoint = config.replaced(model=base.model_config), base
         self._grow(after, scheduled=False)
+
+    def _join_towers(self) -> None:
+        """Start from towers that were trained apart, with the tokens added that they lack."""
+        config, scaling = self._task.config, self._task.config.scaling
+        base = joined_towers(config, self._layout)
+        after = config.replaced(model=grown_to(base.model_config, config.model, scaling.new_keys, scaling.row_norm))
+        self.config, self.checkpoint = config.replaced(model=base.model_config), base
+        if adds_tokens(after.model):
+            self._grow(after, scheduled=False)
 
     def _carry_over(self, base: Checkpoint) -> None:
         """Take over what a smaller model's run has reached: tokens, place in the data, lineage and maybe time."""

@@ -1,11 +1,12 @@
 """scikit-learn's handwritten digits with captions, for `prepare_data.py --npz`.
 
 `python -m tools.demo.captioned_digits captioned_digits.npz` writes 1,797 images of 8 x 8 pixels, what each shows, and
-eight captions of each.
+eight captions of each; with `--all` the two more that are otherwise kept for tests.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -22,24 +23,26 @@ UNSEEN_TEMPLATES = ("a {} on paper", "here you can see {}")
 _LARGEST = 16  # of scikit-learn's pixels
 
 
-def write_digits(path: Path) -> None:
-    """Write the arrays images, labels, text [n, 8] and classes. Raises UserError without scikit-learn."""
+def write_digits(path: Path, templates: tuple[str, ...] = TEMPLATES) -> None:
+    """Write the arrays images, labels, text [n, templates] and classes. Raises UserError without scikit-learn."""
     try:
         import numpy as np
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError("scikit-learn: not installed; pip install -r requirements/requirements-eval.txt") from error
     digits = load_digits()
-    captions = [[template.format(WORDS[label]) for template in TEMPLATES] for label in digits.target]
+    captions = [[template.format(WORDS[label]) for template in templates] for label in digits.target]
     images = np.rint(digits.images * (255 / _LARGEST)).astype(np.uint8)
     np.savez(path, images=images, labels=digits.target, text=np.array(captions), classes=np.array(WORDS))
 
 
 def main() -> None:
     """Write the file that the command line names."""
-    if len(sys.argv) != 2:
-        raise UserError("give the file to write, for example captioned_digits.npz")
-    write_digits(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="scikit-learn's handwritten digits with captions")
+    parser.add_argument("output", type=Path, help="file to write, for example captioned_digits.npz")
+    parser.add_argument("--all", action="store_true", help="ten captions of each image instead of eight")
+    args = parser.parse_args()
+    write_digits(args.output, (*TEMPLATES, *UNSEEN_TEMPLATES) if args.all else TEMPLATES)
 
 
 if __name__ == "__main__":

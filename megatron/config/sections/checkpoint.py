@@ -8,6 +8,9 @@ from pydantic import Field
 
 from megatron.config.sections.base import Section
 
+TOWER_KEYS = {"pretrain_image_tower": "image.", "pretrain_text_tower": "text."}
+"""What the names of a tower's tensors begin with, by the key of the checkpoint that it comes from."""
+
 
 class CheckpointConfig(Section):
     """Saving and loading."""
@@ -50,3 +53,9 @@ class CheckpointConfig(Section):
     pretrain_partial_init: Annotated[str, Field(min_length=1)] | None = None
     """Checkpoint of a smaller model that training starts from, with parameter tokens added up to the token counts given
     here; a run's folder, or an official pytorch_model.bin or training folder. Ignored once `load` has a checkpoint."""
+    pretrain_image_tower: Annotated[str, Field(min_length=1)] | None = None
+    """Of a model with an image tower and a text tower or language model: checkpoint whose image tower is the one that
+    training starts from, with parameter tokens added up to the token counts given here. Ignored once `load` has a
+    checkpoint."""
+    pretrain_text_tower: Annotated[str, Field(min_length=1)] | None = None
+    """The same of its text tower, or the checkpoint of a language model."""

@@ -10,9 +10,9 @@ from megatron.config.sections.base import Section
 from megatron.text import shortened, yaml_form
 
 OF_LANGUAGE = ("eval_tasks", "num_fewshot", "include_path", "perplexity_data", "perplexity_stride")
-OF_IMAGES = ("eval_data_paths", "eval_split", "per_class", "confusion")
+OF_IMAGES, OF_CLASSES = ("eval_data_paths", "eval_split"), ("per_class", "confusion")
 OF_PAIRS = ("zero_shot_classes", "zero_shot_templates")
-"""Keys that only models of language, only models of images, and only those of images and texts are evaluated by."""
+"""Keys that only models of language, of images, image classifiers, and those of images and texts are evaluated by."""
 
 
 class EvaluationConfig(Section):
@@ -43,9 +43,9 @@ class EvaluationConfig(Section):
     eval_split: Literal["train", "valid", "test"] = "valid"
     """Image models: which of the run's sets eval.py evaluates; images are not augmented there."""
     per_class: bool = False
-    """Image models: tell the accuracy of each class, and what it is most often taken for."""
+    """Image classifiers: tell the accuracy of each class, and what it is most often taken for."""
     confusion: bool = False
-    """Image models: draw which classes are taken for which, a PNG beside the results file."""
+    """Image classifiers: draw which classes are taken for which, a PNG beside the results file."""
     zero_shot_classes: list[str] | None = None
     """Models of images and texts: names of the classes that images are told apart by, in the order of their numbers.
     Default: those that a file beside the data says."""

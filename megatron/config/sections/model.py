@@ -319,7 +319,7 @@ def _expand_attention_entry(entry: Any, remaining: int) -> list[str]:
 
 def language_section(model: ModelSection) -> ModelConfig:
     """The section of a language model. Raises ConfigError for one that learns something else."""
-    if not isinstance(model, ModelConfig):
+    if not isinstance(model, ModelConfig) or model.task != ModelConfig.task:
         raise ConfigError("task", f"this is for language models, and not for what learns '{model.task}'")
     return model
 
