@@ -22,6 +22,7 @@ from megatron.evaluation.corpus import corpus_documents, find_corpus
 from megatron.evaluation.perplexity import check_stride, corpus_perplexity
 from megatron.files import find_output
 from megatron.inference.prepare import checkpoint_source, load_for_inference
+from megatron.inference.sparse import shares_used
 from megatron.model import LanguageModel
 from megatron.mpu import SINGLE, Layout
 from megatron.text import suggestion
@@ -43,8 +44,9 @@ def run_evaluation(config: RunConfig, layout: Layout = SINGLE) -> dict[str, Any]
         layout: of all processes, which call this together; the data axis shares the work, the tensor axis the model.
 
     Returns: lm-eval's results, `results[task]["acc,none"]` and so on, with `checkpoint` and `tokenizer`; the
-        perplexities are those of the task `perplexity`; `summary` is the paper's table if all its tasks were run. Of
-        images: see evaluate_images, evaluate_pairs and evaluate_captions.
+        perplexities are those of the task `perplexity`; `summary` is the paper's table if all its tasks were run;
+        `tokens_used` has the share of the parameter tokens that sparse inference used, by projection. Of images: see
+        evaluate_images, evaluate_pairs and evaluate_captions.
 
     Raises: UserError when tasks, checkpoint, tokenizer, data or the lm_eval package are missing.
     """
@@ -77,6 +79,8 @@ def _tables(results: Mapping[str, Any]) -> Iterator[str]:
     yield format_table(results["results"])
     if "summary" in results:
         yield format_summary(results["summary"])
+    if used := results.get("tokens_used"):
+        yield "parameter tokens used: " + ", ".join(f"{kind} {used[kind]:.2%}" for kind in used)
     yield from (format_classes(classes) for classes in results.get("classes", {}).values())
 
 
@@ -96,6 +100,8 @@ def _evaluate_language(config: RunConfig, layout: Layout) -> dict[str, Any]:
     results.update(checkpoint=str(path), tokenizer=f"{tokenizer.name}-{tokenizer.vocab_size}")
     summary = paper_summary(results["results"], model.config)
     results.update({"summary": summary} if summary else {})
+    used = shares_used(model, layout)
+    results.update({"tokens_used": used} if used else {})
     return results
 
 

@@ -23,6 +23,7 @@ from megatron.errors import UserError
 from megatron.files import find_output, lock, open_own, write_errors
 from megatron.inference.decoding import Decoder, Text
 from megatron.inference.generate import Completion
+from megatron.inference.sparse import sparse_layers
 from megatron.log import get_logger
 
 _KEY = "sample_output_file"
@@ -136,6 +137,8 @@ def fingerprint(decoder: Decoder, texts: Sequence[Text]) -> str:
     if not decoder.fast:  # the last bits of logits differ
         common.append("plain")
     digest.update(json.dumps([*common, decoder.model.config.model_dump(mode="json")]).encode())
+    for name, layer in sparse_layers(decoder.model):
+        digest.update(f"{name} {layer.selection}".encode())
     for text in texts:
         image = [decoder.images.digest(text.image)] if decoder.images and text.image else []
         digest.update(json.dumps([text.context, text.prompt, asdict(text.sampling), text.seed, *image]).encode())

@@ -18,6 +18,7 @@ from megatron.errors import ConfigError, UserError
 from megatron.exchange import Checkpoint, open_checkpoint
 from megatron.exchange.opening import checkpoint_path
 from megatron.inference.load import model_of
+from megatron.inference.sparse import as_configured
 from megatron.log import get_logger
 from megatron.model import LanguageModel
 from megatron.model.clip_model import ClipModel
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 def load_for_inference(config: RunConfig, layout: Layout = SINGLE) -> tuple[LanguageModel, Tokenizer]:
     """The model of eval_ckpt, else of load, and the tokenizer; on a GPU if there is one, shared by the tensor ranks.
 
-    Raises: UserError when no checkpoint is named or found, or the tokenizer does not fit the model.
+    The model leaves out the parameter tokens that the section `evaluation` says.
+
+    Raises: UserError when no checkpoint is named or found, or the tokenizer or that section does not fit the model.
     """
     language_section(config.model)
     checkpoint = _open(config)
@@ -43,7 +46,7 @@ def load_for_inference(config: RunConfig, layout: Layout = SINGLE) -> tuple[Lang
     model = _load(checkpoint, config, layout)
     assert isinstance(model, LanguageModel), "only such a one has been found to fit the configuration"
     check_vocabulary(tokenizer, model)
-    return model, tokenizer
+    return as_configured(model, config.evaluation), tokenizer
 
 
 def load_with_images(config: RunConfig, layout: Layout = SINGLE) -> tuple[LanguageModel, Tokenizer, ImageReader]:

@@ -6,8 +6,7 @@ Query, key and value of a block become one product with their stacked keys. On a
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.inference.sparse import SparsePattention
+from megatron.inference.twins import is_plain, twin
 from megatron.log import get_logger
 from megatron.model import LanguageModel
 from megatron.model.attention import RotaryEmbedding, SelfAttention
@@ -23,6 +24,7 @@ from megatron.model.joint import JointLayer
 from megatron.model.linear import ColumnParallelLinear, RowParallelLinear
 from megatron.model.pattention import Pattention
 from megatron.ops.inference import can_pack, product_with, row_weights
+from megatron.ops.pattention_sparse import kept, product_of_kept
 
 
 def prepared(model: LanguageModel) -> LanguageModel:
@@ -33,14 +35,14 @@ def prepared(model: LanguageModel) -> LanguageModel:
     """
     if model.layout.tensor.size > 1 or not _has_room(model):
         return model
-    twin: LanguageModel = _twin(model).eval()
+    made: LanguageModel = _twin(model).eval()
     if model.config.rotary_dim:
         # One for all layers, so that positions are looked up once, and long enough for every batch: tables that were
         # made anew would not be those of a recorded step.
         rotary = RotaryEmbedding(model.config.rotary_dim, model.config.rotary_emb_base, 2 * model.config.seq_length)
-        for attention in (module for module in twin.modules() if isinstance(module, SelfAttention)):
+        for attention in (module for module in made.modules() if isinstance(module, SelfAttention)):
             attention.rotary = rotary
-    return twin
+    return made
 
 
 def _has_room(model: LanguageModel) -> bool:
@@ -61,15 +63,14 @@ def _has_room(model: LanguageModel) -> bool:
 
 def _twin(module: Any) -> Any:
     """A copy of a module and of all that is in it, with the same tensors, and with prepared layers where they fit."""
-    twin = copy.copy(module)
-    twin.__dict__["_modules"] = {name: _prepared_layer(child) for name, child in module._modules.items()}
+    made = twin(module, _prepared_layer)
     if isinstance(module, SelfAttention):
         layers = [module.query, module.key, module.value]
-        if all(_is_plain(layer, Pattention) for layer in layers) and _are_alike(layers):
+        if all(_is_pattention(layer) for layer in layers) and _are_alike([_dense(layer) for layer in layers]):
             tokens = _Tokens(layers)
             for name in ("query", "key", "value"):
-                twin._modules[name] = PreparedPattention(tokens)
-    return twin
+                made._modules[name] = PreparedPattention(tokens)
+    return made
 
 
 def _are_alike(layers: Sequence[Pattention]) -> bool:
@@ -78,31 +79,48 @@ def _are_alike(layers: Sequence[Pattention]) -> bool:
 
 
 def _prepared_layer(layer: Any) -> Any:
-    if _is_plain(layer, Pattention):
+    if _is_pattention(layer):
         return PreparedPattention(_Tokens([layer]))
-    if any(_is_plain(layer, kind) for kind in (ColumnParallelLinear, RowParallelLinear, nn.Linear)):
+    if any(is_plain(layer, kind) for kind in (ColumnParallelLinear, RowParallelLinear, nn.Linear)):
         return PreparedLinear(layer)
-    if _is_plain(layer, TokenTable) or _is_plain(layer, HeadMatrix):
+    if is_plain(layer, TokenTable) or is_plain(layer, HeadMatrix):
         return PreparedHead(layer)
-    return None if layer is None else _twin(layer)
+    return _twin(layer)
 
 
-def _is_plain(layer: Any, kind: type[nn.Module]) -> bool:
-    """Is it of this very class, and does nothing happen around its forward?"""
-    hooks = ("_forward_hooks", "_forward_pre_hooks")
-    return type(layer) is kind and "forward" not in vars(layer) and not any(getattr(layer, name) for name in hooks)
+def _is_pattention(layer: Any) -> bool:
+    return is_plain(layer, Pattention) or is_plain(layer, SparsePattention)
+
+
+def _dense(layer: Pattention | SparsePattention) -> Pattention:
+    return layer.dense if isinstance(layer, SparsePattention) else layer
+
+
+def _product_of(layer: Pattention | SparsePattention) -> Callable[[Tensor], Tensor]:
+    """Weights [.., n] of a layer -> its outputs [.., out]."""
+    values = _dense(layer).value_param_tokens.detach()
+    product = product_with(values.T)
+    if not isinstance(layer, SparsePattention):
+        return product
+    selections = [layer.selection]
+
+    def of_kept(weights: Tensor) -> Tensor:
+        return product_of_kept(weights, kept([weights], selections)[0], values, product)
+
+    return of_kept
 
 
 class _Tokens:
     """Stacked keys of one or more Pattentions with the same input and number of tokens, and their values."""
 
-    def __init__(self, layers: Sequence[Pattention]) -> None:
+    def __init__(self, chosen: Sequence[Pattention | SparsePattention]) -> None:
+        layers = [_dense(layer) for layer in chosen]
         self.count, self.activation, self.norm_columns = len(layers), layers[0].activation, layers[0].norm_columns
         taus = [layer.tau_tokens for layer in layers]
         self.tau_tokens = taus[0] if self.count == 1 else torch.stack(taus)
         keys = [layer.key_param_tokens.detach() for layer in layers]
         self.scores = product_with(keys[0] if self.count == 1 else torch.cat(keys))
-        self.outputs = [product_with(layer.value_param_tokens.detach().T) for layer in layers]
+        self.outputs = [_product_of(layer) for layer in chosen]
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x [.., in] -> [.., out] of each layer."""

@@ -252,10 +252,17 @@ class Pattention(JointLayer):
         """x [.., in_features] -> [.., out_features] of each layer, in the forms `inputs` and `outputs`."""
         first = layers[0]
         _, function = select_backend(first.backend, x.device.type, first.recompute_scores)
-        outputs = function(enter(x, first.inputs, first.axis), parameters, first.activation, first.axis)
-        if first.outputs == "channels":
-            return sum_scatter(outputs, -1, first.axis)
-        return [leave(output, first.outputs, first.axis) for output in outputs]
+        return first.given(function(first.taken(x), parameters, first.activation, first.axis))
+
+    def taken(self, x: Tensor) -> Tensor:
+        """The whole input from one in the form `inputs`."""
+        return enter(x, self.inputs, self.axis)
+
+    def given(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """The ranks' partial outputs, of one or more layers like this, in the form `outputs`."""
+        if self.outputs == "channels":
+            return sum_scatter(outputs, -1, self.axis)
+        return [leave(output, self.outputs, self.axis) for output in outputs]
 
     def extra_repr(self) -> str:
         return (

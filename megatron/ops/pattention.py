@@ -115,14 +115,21 @@ def joint_reference(x: Tensor, layers: Sequence[ParameterTokens], activation: st
 
     Returns: for each layer [.., d_out]; over the tensor ranks they are partial sums.
     """
+    weights = joint_weights_reference(x, layers, activation, axis)
+    return [weight @ layer.value for weight, layer in zip(weights, layers, strict=True)]
+
+
+def joint_weights_reference(
+    x: Tensor, layers: Sequence[ParameterTokens], activation: str, axis: Axis = ALONE
+) -> list[Tensor]:
+    """Theta(X K_P^T) of each layer, [.., n]."""
     hidden = [None if layer.mask is None else ~layer.mask for layer in layers]
     scores = [mask_scores(x @ layer.key.T, h, activation) for layer, h in zip(layers, hidden, strict=True)]
     groups = [_by_norm(score, layer.norm_columns) for score, layer in zip(scores, layers, strict=True)]
     counts = [count for layer in layers for count in layer.tau_tokens.view(-1).unbind()]
     found = iter(joint_theta([part for parts in groups for part in parts], counts, activation, axis))
     weights = [torch.cat([next(found) for _ in parts], -1) if len(parts) > 1 else next(found) for parts in groups]
-    weights = [mask_weights(weight, h, activation) for weight, h in zip(weights, hidden, strict=True)]
-    return [weight @ layer.value for weight, layer in zip(weights, layers, strict=True)]
+    return [mask_weights(weight, h, activation) for weight, h in zip(weights, hidden, strict=True)]
 
 
 def mask_scores(scores: Tensor, hidden: Tensor | None, activation: str) -> Tensor:

@@ -23,8 +23,13 @@ from torch import Tensor
 
 from megatron.errors import ConfigError
 from megatron.mpu.layout import ALONE, Axis
-from megatron.ops.pattention import ParameterTokens, PattentionFunction, joint_reference
-from megatron.ops.pattention_fused import Method, joint_rowwise
+from megatron.ops.pattention import (
+    ParameterTokens,
+    PattentionFunction,
+    joint_reference,
+    joint_weights_reference,
+)
+from megatron.ops.pattention_fused import Method, joint_rowwise, joint_weights
 from megatron.ops.pattention_rows import CompiledRows, Rows, TorchRows
 
 BACKENDS = ("reference", "fused", "compiled", "triton")
@@ -53,6 +58,11 @@ def select_backend(name: str, device_type: str, recompute_scores: bool = False) 
             raise ConfigError("recompute_scores", "the reference backend keeps what autograd keeps", advice)
         return resolved, joint_reference
     return resolved, partial(_joint, resolved, recompute_scores)
+
+
+def weights_function(name: str) -> PattentionFunction:
+    """What gives the weights [.., n] of the layers where the backend `name`, resolved, gives outputs; no gradients."""
+    return joint_weights_reference if name == "reference" else partial(_joint_weights, name)
 
 
 def planned_backend(name: str) -> str:
@@ -92,8 +102,17 @@ def _joint(
     activation: str,
     axis: Axis = ALONE,
 ) -> list[Tensor]:
-    rows = _rows("fused" if name == "triton" and x.dtype == torch.float64 else name)
-    return joint_rowwise(x, layers, Method(rows(activation), axis, recompute_scores))
+    return joint_rowwise(x, layers, Method(_rows_for(name, x)(activation), axis, recompute_scores))
+
+
+def _joint_weights(
+    name: str, x: Tensor, layers: Sequence[ParameterTokens], activation: str, axis: Axis = ALONE
+) -> list[Tensor]:
+    return joint_weights(x, layers, Method(_rows_for(name, x)(activation), axis))
+
+
+def _rows_for(name: str, x: Tensor) -> Callable[[str], Rows]:
+    return _rows("fused" if name == "triton" and x.dtype == torch.float64 else name)
 
 
 @cache

@@ -128,6 +128,16 @@ def joint_rowwise(x: Tensor, layers: Sequence[ParameterTokens], method: Method) 
     return [output.view(*x.shape[:-1], -1) for output in outputs]
 
 
+@torch.no_grad()
+def joint_weights(x: Tensor, layers: Sequence[ParameterTokens], method: Method) -> list[Tensor]:
+    """The weights that `joint_rowwise` multiplies by the values: [.., n] of each layer, without gradients or masks."""
+    if not _are_alike(layers):
+        return [weights for layer in layers for weights in joint_weights(x, [layer], method)]
+    method, tau2 = _with_norms(x, layers, method)
+    weights, _ = _weights(method, _scores(x.flatten(0, -2), [layer.key for layer in layers]), tau2)
+    return [weights[:, i].unflatten(0, x.shape[:-1]) for i in range(len(layers))]
+
+
 def _are_alike(layers: Sequence[ParameterTokens]) -> bool:
     """Have they equally many tokens, in equal norm groups, so that their scores are one matrix?"""
     return len({(len(layer.key), layer.norm_columns) for layer in layers}) == 1

@@ -237,6 +237,17 @@ def test_a_mistake_that_is_found_later_names_the_file_too(refusals: Refusals) ->
         ("zero_optimization: {offload_optimizer: cpu}", "zero_optimization.offload_optimizer: expected a table"),
         ("eps: '1.0e_8'", "eps: unknown key"),
         ("min_lr: 1.0e_8", "min_lr: expected a number, got '1.0e_8'"),
+        (
+            "pattention_top_k: 64",
+            "pattention_top_k: expected a share of the tokens, above 0 and at most 1, or {qkv: ..",
+        ),
+        ("pattention_top_k: {ffn: 1.5}", "pattention_top_k.ffn: must be at most 1, got 1.5"),
+        ("pattention_top_k: {mlp: 0.5}", "pattention_top_k.mlp: unknown key"),
+        ("pattention_threshold: [1]", "pattention_threshold: expected a size of weights, 0 or more, or {qkv: .."),
+        (
+            "pattention_top_k: 0.5\npattention_threshold: 0.1",
+            "pattention_threshold: is another way of saying what pattention_top_k says; keep one of them",
+        ),
         ("include: bse", "include: 'bse' is no file in .; did you mean base.yml?"),
         ("include: ../configs/base", "include: config file '../configs/base' not found"),
         ("include: [3]", "include: expected names of YAML files, got [3]"),

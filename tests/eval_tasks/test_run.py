@@ -99,6 +99,22 @@ def test_perplexity_stands_beside_the_tasks_and_needs_no_lm_eval(
     assert ["token_perplexity", f"{alone['perplexity']['token_perplexity,none']:.4f}"] in rows
 
 
+def test_sparse_inference_says_what_it_used(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "held_out.txt"
+    text.write_text("The ferry leaves the harbor at noon. " * 9, encoding="utf-8")
+    dense = with_evaluation(config, perplexity_data=str(text), eval_tasks=None)
+    whole, part = (run_evaluation(one) for one in (dense, dense.replaced(**{"evaluation.pattention_top_k": 0.25})))
+    assert part["tokens_used"] == {"qkv": 0.25, "proj": 0.25, "ffn": 0.25} and "tokens_used" not in whole
+    assert part["results"]["perplexity"]["loss,none"] != whole["results"]["perplexity"]["loss,none"]
+    assert "parameter tokens used: qkv 25.00%, proj 25.00%, ffn 25.00%" in capsys.readouterr().out
+    (written,) = (
+        json.loads(path.read_text()) for path in tmp_path.glob("results/*.json") if "tokens_used" in path.read_text()
+    )
+    assert written["tokens_used"] == part["tokens_used"]
+
+
 def test_results_go_to_tensorboard_and_wandb(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

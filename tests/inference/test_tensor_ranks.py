@@ -8,16 +8,21 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron.inference.generate import generate
 from megatron.inference.load import load_model
 from megatron.inference.modes import run_generation
+from megatron.inference.sparse import Select, heaviest, shares_used, sparse
+from megatron.mpu import Layout
 from megatron.mpu.environment import ensure_process_environment
 from megatron.mpu.processes import join, leave_world
+from megatron.ops.pattention_sparse import Selection
 from megatron.tokenizer import CharLevelTokenizer
 from tests.random_models import make_config, make_model, save_random_models
 from tests.ranks import run_ranks
@@ -30,10 +35,8 @@ SAMPLED: dict[str, Any] = {"maximum_tokens": 9, "temperature": 1.0, "top_p": 0.9
 TYPED = ["one", "", "two"]
 
 
-def texts(tensor_size: int) -> dict[str, list[str]]:
+def texts(layout: Layout) -> dict[str, list[str]]:
     """In fp64, where a cache and another order of summation change no greedy choice."""
-    ensure_process_environment()
-    layout = join(tensor_size, "gloo")
     result = {}
     for kind in ("tokenformer", "transformer"):
         model = make_model(kind, layout=layout, padded_vocab_size=643)  # no multiple of two
@@ -43,11 +46,47 @@ def texts(tensor_size: int) -> dict[str, list[str]]:
     return result
 
 
-def test_generation_equals_that_of_one_process() -> None:
-    expected = texts(1)
+ODD_SEGMENTS: dict[str, Any] = {
+    "token_segments": {"qkv": [[9, 5, 7]] * 2, "proj": [[11, 8, 0], [12, 0, 7]], "ffn": [[19, 12, 8]] * 2},
+    "segment_norms": ["joint", "segment", "joint"],
+    "qkv_slot_num": 21, "proj_slot_num": 19, "ffn_slot_num": 39,
+}  # fmt: skip
+SPARSE: dict[str, Select] = {
+    "share": partial(heaviest, share=0.3),
+    "threshold": lambda layer: Selection(threshold=0.4),
+}
+SHARES = {"qkv": 6 / 21, "proj": 6 / 19, "ffn": 12 / 39}  # 0.3 in whole tokens
+
+
+def sparse_logits(layout: Layout) -> dict[str, tuple[list[Any], dict[str, float]]]:
+    """Those of models that leave tokens out, of which the ranks hold unequal numbers, and the shares they have used."""
+    model = make_model(layout=layout, padded_vocab_size=643, **ODD_SEGMENTS)
+    ids = torch.randint(1, 600, (3, 7), generator=torch.Generator().manual_seed(0))
+    found = {}
+    with torch.no_grad():
+        for name, select in SPARSE.items():
+            network = sparse(model, select)
+            found[name] = network(ids).tolist(), shares_used(network, layout)
+    return found
+
+
+def texts_and_logits(tensor_size: int) -> tuple[dict[str, list[str]], dict[str, tuple[list[Any], dict[str, float]]]]:
+    ensure_process_environment()
+    layout = join(tensor_size, "gloo")
+    return texts(layout), sparse_logits(layout)
+
+
+def test_ranks_compute_what_one_process_does() -> None:
+    """The texts, and the logits of sparse models: the tokens that they keep are chosen among those of all ranks."""
+    expected, logits = texts_and_logits(1)
     assert len(set(expected["tokenformer greedy"])) >= 5
-    for found in run_ranks(2, texts, 2):
+    assert logits["share"][1] == SHARES and all(0.1 < share < 0.4 for share in logits["threshold"][1].values())
+    for found, own in run_ranks(2, texts_and_logits, 2):
         assert found == expected
+        for name, (values, shares) in own.items():
+            expected_values = torch.tensor(logits[name][0], dtype=torch.float64)
+            torch.testing.assert_close(torch.tensor(values, dtype=torch.float64), expected_values, rtol=1e-9, atol=1e-9)
+            assert shares == logits[name][1]
 
 
 def modes(tensor_size: int, folder: str) -> str:

@@ -1,18 +1,60 @@
-"""Section `evaluation`: what models of language, of images, and of images and texts are evaluated by."""
+"""Section `evaluation`: what models of language, of images, and of both are evaluated by, and sparse inference."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from megatron.config.sections.base import Section
+from megatron.config.sections.base import MAX_FACTOR, Section
+from megatron.errors import ConfigError
 from megatron.text import shortened, yaml_form
 
 OF_LANGUAGE = ("eval_tasks", "num_fewshot", "include_path", "perplexity_data", "perplexity_stride")
 OF_IMAGES, OF_CLASSES = ("eval_data_paths", "eval_split"), ("per_class", "confusion")
 OF_PAIRS = ("zero_shot_classes", "zero_shot_templates")
 """Keys that only models of language, of images, image classifiers, and those of images and texts are evaluated by."""
+
+
+class _OfEachKind(Section):
+    """A number for each kind of Pattention, or one for all."""
+
+    expected: ClassVar[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _for_all(cls, values: Any) -> Any:
+        if isinstance(values, (dict, cls)):
+            return values
+        try:
+            return cls(**dict.fromkeys(cls.model_fields, values)).model_dump()
+        except ValidationError:
+            told = f"expected {cls.expected}, or {{qkv: .., proj: .., ffn: ..}}, got {yaml_form(values)}"
+            raise ValueError(told) from None
+
+
+class TokenShares(_OfEachKind):
+    """Part of the parameter tokens that a row uses, by kind of Pattention."""
+
+    expected = "a share of the tokens, above 0 and at most 1"
+    qkv: float | None = Field(default=None, gt=0, le=1)
+    """Of each query, key and value projection. Default: all."""
+    proj: float | None = Field(default=None, gt=0, le=1)
+    """Of attention's output projection. Default: all."""
+    ffn: float | None = Field(default=None, gt=0, le=1)
+    """Of the feed-forward. Default: all."""
+
+
+class WeightThresholds(_OfEachKind):
+    """Smallest size of the weights that are kept, by kind of Pattention."""
+
+    expected = "a size of weights, 0 or more"
+    qkv: float | None = Field(default=None, ge=0, le=MAX_FACTOR)
+    """Of each query, key and value projection. Default: 0."""
+    proj: float | None = Field(default=None, ge=0, le=MAX_FACTOR)
+    """Of attention's output projection. Default: 0."""
+    ffn: float | None = Field(default=None, ge=0, le=MAX_FACTOR)
+    """Of the feed-forward. Default: 0."""
 
 
 class EvaluationConfig(Section):
@@ -63,6 +105,19 @@ class EvaluationConfig(Section):
                 if "{}" not in template:
                     raise ValueError(f"'{shortened(template)}' has no {{}} for the name of a class")
         return values
+
+    pattention_top_k: TokenShares | None = None
+    """Sparse inference, in eval.py and generate.py: each row of a Pattention's input uses this share of the parameter
+    tokens, those of the largest weights; a number, or {qkv: .., proj: .., ffn: ..}. Default: all tokens."""
+    pattention_threshold: WeightThresholds | None = None
+    """Sparse inference by size, instead of pattention_top_k: tokens whose weight is smaller are left out."""
+
+    @model_validator(mode="after")
+    def _one_selection(self) -> EvaluationConfig:
+        if self.pattention_top_k is not None and self.pattention_threshold is not None:
+            reason = "is another way of saying what pattention_top_k says"
+            raise ConfigError("pattention_threshold", reason, "keep one of them", beside=["pattention_top_k"])
+        return self
 
     @field_validator("eval_batch_size", mode="before")
     @classmethod
