@@ -1,5 +1,5 @@
 # make demo: install, prepare, train, evaluate, generate, report.  make check: lint and types.
-# make test: the test suite.  make test-fast: what takes a minute of it.  make soak: longer.
+# make test: the test suite.  make test-all: with what takes longest.  make test-fast: a minute of it.  make soak: longer.
 VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet
@@ -9,7 +9,7 @@ DEMO := demo_output
 SOAK := tests/faults tests/config/test_fuzz.py tests/data/test_damaged_files.py tests/training/test_damaged_checkpoints.py \
 	tests/exchange/test_damaged_exports.py
 
-.PHONY: demo test test-fast soak check format clean
+.PHONY: demo test test-all test-fast soak check format clean
 
 # torch first, by itself: no other package may choose its build.
 $(INSTALLED): $(REQ).txt $(REQ)-dev.txt $(REQ)-eval.txt $(REQ)-tensorboard.txt $(REQ)-tokenizers.txt $(REQ)-demo.txt $(REQ)-vision.txt
@@ -29,6 +29,9 @@ demo: $(INSTALLED)
 	$(PY) -m tools.demo.report $(DEMO)
 
 test: $(INSTALLED)
+	$(PY) -m pytest -m "not slow"
+
+test-all: $(INSTALLED)
 	$(PY) -m pytest
 
 # What starts no command, joins no processes and builds no engine.

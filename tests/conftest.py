@@ -136,9 +136,24 @@ _LONGEST = (
 )  # fmt: skip
 
 
+# Files that take a core longest for what they cover; `make test-all` runs them too.
+_SLOW = (
+    "launch/test_supervise.py", "launch/test_restarts.py", "engine/test_compiled.py", "growth/test_kills.py",
+    "growth/test_rates.py", "growth/test_moments.py", "growth/test_runs.py", "exchange/test_huggingface_use.py",
+    "data/test_loader.py", "faults/test_soak.py", "faults/test_injected.py", "inference/test_equality.py",
+    "slurm/test_pretrain.py", "slurm/test_preflight.py", "mpu/test_stacks.py", "mpu/test_through_host.py",
+    "training/test_resume.py", "training/test_saving.py", "eval_tasks/test_ranks.py", "tools/paper/test_configs.py",
+    "tools/test_vision_accuracy.py", "config/test_fuzz.py", "ops/test_cross_entropy_triton.py",
+    "training/test_quiet_step.py", "model/test_other_device.py", "bench/test_gpu_report.py", "test_cluster_page.py",
+    "eval_tasks/test_pretrained.py", "inference/test_answers.py", "ops/test_pattention_backends.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Longest files first; what builds engines in this process is marked so."""
+    """Longest files first; what builds engines in this process, and what is slow, is marked so."""
     for item in items:
+        if str(item.path).endswith(_SLOW):
+            item.add_marker(pytest.mark.slow)
         if "single_process" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.engine)
     places = {name: place for place, name in enumerate(_LONGEST)}

@@ -251,7 +251,7 @@ def test_a_mistake_is_one_line(
             ["--eval_data_paths", "x"],
             "eval_data_paths: this is for models of images, and not for what learns 'language'",
         ),
-        (["--per_class"], "per_class: this is for models of images"),
+        (["--per_class"], "per_class: this is for image classifiers"),
         (["--perplexity", "{text}"], "task: language in the configuration, image_classification in checkpoint"),
     ],
 )

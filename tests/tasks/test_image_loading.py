@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from megatron.checkpoint.store import CheckpointReader
 from megatron.config import RunConfig
 from megatron.data import IndexedDataset, IndexedDatasetBuilder, batches
-from megatron.errors import run_command
+from megatron.errors import UserError, run_command
 from megatron.training import train
 from tests.faults.injected import Fault
 from tests.ranks import start_process
@@ -51,7 +52,16 @@ def test_a_run_is_the_same_with_other_workers_after_a_kill(
     process = start_process(train_and_be_killed, config_of(images, tmp_path / "parts", **keys, num_workers=1), 3)
     process.join()
     assert process.exitcode == -signal.SIGKILL and (tmp_path / "parts/latest").read_text().strip() == "global_step2"
-    train(config_of(images, tmp_path / "parts", **keys, num_workers=3))
+    deadline = (
+        time.monotonic() + 30
+    )  # the killed run's loader processes notice within seconds, and hold its lock till then
+    while True:
+        try:
+            train(config_of(images, tmp_path / "parts", **keys, num_workers=3))
+            break
+        except UserError as error:
+            assert "another run is writing" in str(error) and time.monotonic() < deadline
+            time.sleep(0.5)
     assert {workers for _, workers in asked} == {0, 3} and (0, 3) in asked, "an evaluation has workers too"
     for name in ("loss", "valid_loss", "valid_acc1", "test_loss"):
         assert metrics(tmp_path / "whole", name) == metrics(tmp_path / "parts", name)

@@ -314,7 +314,6 @@ def test_a_mistake_is_one_line(data: str, towers: dict[str, str], tmp_path: Path
          "pretrain_image_tower: pretrain_partial_init is given too; keep one"),
         ({"pipe_parallel_size": 2}, "pipe_parallel_size: a model of 2 towers cannot be cut into 2 stages"),
         ({"sequence_parallel": True, "model_parallel_size": 2}, "sequence_parallel: the tokens of an image and of its"),
-        ({"cross_entropy": "liger"}, "cross_entropy: liger cannot weigh tokens"),
         ({"mixup": 0.5}, "mixup: is for labels, and captions cannot be mixed"),
         ({"use_mup": True}, "use_mup: true is for language models"),
         ({"data_path": data.replace("_image_", "_text_")}, "not images, whose prefix ends in _image_document"),
