@@ -50,7 +50,10 @@ def load_for_inference(config: RunConfig, layout: Layout = SINGLE) -> tuple[Lang
 
 
 def load_with_images(config: RunConfig, layout: Layout = SINGLE) -> tuple[LanguageModel, Tokenizer, ImageReader]:
-    """The language model of a model that reads images, the tokenizer, and what reads the images; as above."""
+    """The language model of a model that reads images, the tokenizer, and what reads the images; as above.
+
+    All parameter tokens are used for the images.
+    """
     with pillow_needed():
         from megatron.inference.images import ImageReader
     if not isinstance(config.model, ImageTextConfig):
@@ -61,7 +64,7 @@ def load_with_images(config: RunConfig, layout: Layout = SINGLE) -> tuple[Langua
     language = model.language_model()
     check_vocabulary(tokenizer, language)
     assert isinstance(config.images, ImagesConfig), "of such a model"
-    return language, tokenizer, ImageReader(model, config.images)
+    return as_configured(language, config.evaluation), tokenizer, ImageReader(model, config.images)
 
 
 def load_image_model(config: RunConfig, layout: Layout = SINGLE) -> VisionModel:

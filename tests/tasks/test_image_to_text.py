@@ -21,14 +21,16 @@ from megatron.data import IndexedDataset
 from megatron.errors import UserError
 from megatron.exchange import open_checkpoint
 from megatron.growth.describe import describe_checkpoint
-from megatron.inference.decoding import Decoder
+from megatron.inference.decoding import Decoder, Text
 from megatron.inference.generate import start_texts
 from megatron.inference.modes import run_generation
 from megatron.inference.prepare import load_with_images
 from megatron.inference.sampling import Sampling
 from megatron.model.build import build_model
 from megatron.model.fill import fill
-from megatron.mpu.layout import SINGLE
+from megatron.mpu.environment import ensure_process_environment
+from megatron.mpu.layout import SINGLE, Layout
+from megatron.mpu.processes import join
 from megatron.tasks import build_task
 from megatron.training import train
 from tests.ranks import run_ranks
@@ -213,24 +215,45 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return [{"image": image_file(folder, n % 4), "prompt": prompts[n % 3]} for n in range(8)]
 
 
+def said(config: RunConfig, lines: list[dict[str, str]], layout: Layout = SINGLE, **how: bool) -> list[Text]:
+    """What a model says of images behind prompts, in batches of unlike lengths."""
+    model, tokenizer, reader = load_with_images(config, layout)
+    decoder = Decoder(model, tokenizer, 16, logprobs=True, images=reader, **how)
+    prompts, images = [line["prompt"] for line in lines], [line["image"] for line in lines]
+    texts = start_texts(decoder, prompts, [Sampling(maximum_tokens=16)] * len(lines), 0, images)
+    for batch in (texts[:3], texts[3:]):
+        decoder.complete(batch)
+    return texts
+
+
+def assert_same_texts(found: list[Text], expected: list[Text]) -> None:
+    assert [text.tokens for text in found] == [text.tokens for text in expected]
+    for text, other in zip(found, expected, strict=True):
+        assert text.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
 def test_cached_decoding_is_that_without_a_cache(
     data: str, trained: Path, lines: list[dict[str, str]], single_process: None
 ) -> None:
     config = learned(data, trained)
-    model, tokenizer, reader = load_with_images(config)
-    found = []
-    for how in ({"recompute": True}, {}, {"fast": False}):
-        decoder = Decoder(model, tokenizer, 16, logprobs=True, images=reader, **how)
-        prompts, images = [line["prompt"] for line in lines], [line["image"] for line in lines]
-        texts = start_texts(decoder, prompts, [Sampling(maximum_tokens=16)] * len(lines), 0, images)
-        for size in (3, 5):
-            decoder.complete(texts[:size] if size == 3 else texts[3:])
-        found.append(texts)
-    for texts in found[1:]:
-        assert [text.tokens for text in texts] == [text.tokens for text in found[0]]
-        for text, expected in zip(texts, found[0], strict=True):
-            assert text.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
-    assert len({text.text for text in found[0]}) >= 6, "images and prompts make a difference"
+    recomputed, cached, slow = (said(config, lines, **how) for how in ({"recompute": True}, {}, {"fast": False}))
+    assert_same_texts(cached, recomputed)
+    assert_same_texts(slow, recomputed)
+    assert len({text.text for text in cached}) >= 6, "images and prompts make a difference"
+
+
+def said_by_rank(config: RunConfig, lines: list[dict[str, str]]) -> list[Text]:
+    ensure_process_environment()
+    return said(config, lines, join(2, "gloo"))
+
+
+@pytest.mark.processes
+def test_tensor_ranks_say_what_one_process_does(
+    data: str, trained: Path, lines: list[dict[str, str]], single_process: None
+) -> None:
+    config = learned(data, trained)
+    for texts in run_ranks(2, said_by_rank, config, lines):
+        assert_same_texts(texts, said(config, lines))
 
 
 def test_lines_with_images_are_completed(

@@ -60,7 +60,7 @@ class LrScale(Section):
     old_values: Factor | None = None
     """Of all other tokens' values. Default: old."""
     other: Factor | None = None
-    """Of everything that is no token of a Pattention. Default: old."""
+    """Of everything that is no token of a block's Pattention. Default: old."""
     old: Factor | None = None
     """Of everything but the new tokens."""
 
@@ -165,7 +165,7 @@ class ScheduledGrowth(Section):
     """joint: the new tokens share the row norm and the tau of those before them. segment: they have their own, so that
     any keys with values of zero change nothing, and the old tokens' weights never feel the new ones."""
     freeze_old_tokens: bool = False
-    """Train only the new tokens, until the next growth."""
+    """Train only the new tokens, and the connector of networks that are joined, until the next growth."""
     lr_scale: LrScale | None = None
     """Factors on the learning rate by role and age, for example {new_keys: 2, new_values: 0.3, old: 0.1}; also
     old_keys, old_values and other, what is no token, which are old unless given."""
@@ -218,7 +218,7 @@ class ScalingConfig(Section):
     row_norm: RowNorm = "joint"
     """The row norm of the new tokens of pretrain_partial_init: that of the old ones (joint), or their own (segment)."""
     freeze_old_tokens: bool = False
-    """Train only the tokens of the latest growth."""
+    """Train only the tokens of the latest growth, and the connector of networks that are joined."""
     lr_scale: LrScale | None = None
     """Factors on the learning rate by role and age, for example {new_keys: 2, new_values: 0.3, old: 0.1}; also
     old_keys, old_values and other, what is no token, which are old unless given. New are the latest growth's."""
