@@ -143,9 +143,14 @@ def to_timm(
     dtype: str = "fp32",
     iteration: int | None = None,
     classes: str | Path | None = None,
+    ema: bool = False,
 ) -> None:
-    """Any image model of Transformer blocks to a folder that timm loads; see megatron.exchange.timm_vit.write."""
-    checkpoint = _named(open_checkpoint(source, iteration=iteration), classes)
+    """Any image model of Transformer blocks to a folder that timm loads; see megatron.exchange.timm_vit.write.
+
+    Args:
+        ema: the average of the weights instead of these.
+    """
+    checkpoint = _named(_exported(open_checkpoint(source, iteration=iteration), ema), classes)
     checkpoint.verify("model")
     timm_vit.write(folder, checkpoint, DTYPES[dtype])
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.pieces import whole_pieces
-from megatron.checkpoint.state import CanonicalState
+from megatron.checkpoint.state import EMA, CanonicalState
 from megatron.checkpoint.store import RunFolder
 from megatron.config.schema import RunConfig
 from megatron.config.sections.data import DataConfig
@@ -42,10 +42,16 @@ def image_model(**keys: Any) -> LayeredModel:
     return model.eval()
 
 
-def save_run(root: Path, model: LayeredModel, data: DataConfig | None = None, **images: Any) -> Path:
-    """A training checkpoint of iteration 3; its images section has these keys."""
+def save_run(
+    root: Path, model: LayeredModel, data: DataConfig | None = None, average: LayeredModel | None = None, **images: Any
+) -> Path:
+    """A training checkpoint of iteration 3; its images section has these keys.
+
+    average: whose parameters are the average of the weights.
+    """
     config = RunConfig(model=model.config, data=data or DataConfig(), images=ImagesConfig(**images))
-    pieces = whole_pieces({"model": model.state_dict().items()})
+    averages = () if average is None else average.named_parameters()
+    pieces = whole_pieces({"model": model.state_dict().items(), EMA: ((name, p.detach()) for name, p in averages)})
     return RunFolder(root).save(CanonicalState(3, {}, config.flat(), pieces))
 
 

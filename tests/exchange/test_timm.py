@@ -86,6 +86,18 @@ def test_a_run_returns_bit_by_bit_with_its_classes_and_pixels(tmp_path: Path) ->
     assert {**before.model_config.model_dump(), "init_method_std": 0.02} == after.model_config.model_dump()
 
 
+def test_weights_go_to_timm_or_on_demand_their_average(tmp_path: Path, package_log: pytest.LogCaptureFixture) -> None:
+    models = [image_model(layernorm_epsilon=1e-6, init_method_std=std) for std in (0.3, 0.5)]
+    save_run(tmp_path / "run", models[0], average=models[1])
+    for flags, model in zip(([], ["--ema"]), models, strict=True):
+        package_log.clear()
+        target = tmp_path / f"timm{len(flags)}"
+        main(["to-timm", str(tmp_path / "run"), str(target), *flags])
+        assert ("--ema writes their average" in package_log.text) == (not flags)
+        written = open_checkpoint(target).tensors
+        assert all(torch.equal(p, written.tensor("model", name)) for name, p in model.named_parameters())
+
+
 def plain(tmp_path: Path) -> Path:
     """A small model in timm's form, written without timm."""
     save_run(tmp_path / "run", image_model(layernorm_epsilon=1e-6))

@@ -38,7 +38,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             from_transformer.add_flags(command)
         if name.startswith("to-"):
             command.add_argument("--iteration", type=int, help="which of a run's checkpoints; default the latest")
-        if name in ("to-hf", "to-official"):
             command.add_argument("--ema", action="store_true", help="the average of the weights (ema_decay), not these")
         if name in ("to-hf", "to-timm"):
             command.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights")
@@ -79,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif args.command == "to-official":
         convert.to_official(args.input, args.output, args.iteration, args.ema)
     elif args.command == "to-timm":
-        convert.to_timm(args.input, args.output, args.dtype, args.iteration, args.classes)
+        convert.to_timm(args.input, args.output, args.dtype, args.iteration, args.classes, args.ema)
     elif args.command == "from-timm":
         convert.from_timm(args.input, args.output, config)
     else:
