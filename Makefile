@@ -2,7 +2,8 @@
 # make test: the test suite.  make test-all: with what takes longest.  make test-fast: a minute of it.  make soak: longer.
 VENV ?= .venv
 PY := $(VENV)/bin/python
-PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet
+# Modules are compiled when they are first imported: pip would compile all of them, one after the other.
+PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet --no-compile
 REQ := requirements/requirements
 INSTALLED := $(VENV)/.installed
 DEMO := demo_output
