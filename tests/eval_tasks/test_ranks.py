@@ -6,8 +6,8 @@ import contextlib
 import io
 import json
 import os
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ import yaml
 
 from eval_tasks.run import run_evaluation
 from megatron.config.cli import parse_run
-from tests.launched import environment
+from megatron.model import LanguageModel
+from megatron.mpu import Axis
+from megatron.tokenizer import HFTokenizer
 from tests.random_models import make_config, save_random_models
 from tests.ranks import run_ranks
 
@@ -26,21 +28,25 @@ FIXTURES = ROOT / "tests" / "fixtures" / "eval"
 TEXTS = [("The ferry leaves " * n, " the harbor" * (1 + n % 3)) for n in range(11)]
 
 
-def scores(tokenizer_file: str, batch_size: Any, tensor_size: int = 1) -> dict[str, Any]:
-    """What a rank sees of each kind of request, in fp32."""
-    from lm_eval.api.instance import Instance
-
-    from eval_tasks.adapter import TokenFormerLM
+def scores(tokenizer_file: str, batch_sizes: Sequence[Any], tensor_size: int = 1) -> list[dict[str, Any]]:
+    """For each batch size, what a rank sees of each kind of request, in fp32."""
     from megatron.mpu.environment import ensure_process_environment
     from megatron.mpu.processes import join
-    from megatron.tokenizer import HFTokenizer
     from tests.random_models import make_model
 
     ensure_process_environment()
     layout = join(tensor_size, "gloo")
     torch.set_num_threads(1)
     model = make_model(dtype=torch.float32, padded_vocab_size=384, layout=layout)
-    lm = TokenFormerLM(model, HFTokenizer(tokenizer_file), batch_size, progress=False, axis=layout.data)
+    return [_scores(model, HFTokenizer(tokenizer_file), batch_size, layout.data) for batch_size in batch_sizes]
+
+
+def _scores(model: LanguageModel, tokenizer: HFTokenizer, batch_size: Any, axis: Axis) -> dict[str, Any]:
+    from lm_eval.api.instance import Instance
+
+    from eval_tasks.adapter import TokenFormerLM
+
+    lm = TokenFormerLM(model, tokenizer, batch_size, progress=False, axis=axis)
 
     def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
         return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]  # type: ignore[arg-type]
@@ -66,25 +72,27 @@ def assert_same_scores(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tokenizer_file: Path) -> dict[str, Any]:
-    """What one process finds, one request at a time."""
-    return scores(str(tokenizer_file), 1)
+def alone(tokenizer_file: Path) -> list[dict[str, Any]]:
+    """What one process finds: one request at a time, then more of them."""
+    return scores(str(tokenizer_file), [1, 8, "auto"])
 
 
-@pytest.mark.parametrize("batch_size", [8, "auto"])
-def test_batch_size_does_not_change_scores(tokenizer_file: Path, batch_size: Any, alone: dict[str, Any]) -> None:
-    assert_same_scores(scores(str(tokenizer_file), batch_size), alone)
+def test_batch_size_does_not_change_scores(alone: list[dict[str, Any]]) -> None:
+    for found in alone[1:]:
+        assert_same_scores(found, alone[0])
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("batch_size", [1, 8, "auto"])
-@pytest.mark.parametrize(("ranks", "tensor_size"), [(2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "tensor_size", "batch_sizes"), [(2, 1, [1, 8, "auto"]), (2, 2, [8]), (4, 2, ["auto"])]
+)
 def test_all_ranks_see_the_scores_of_one(
-    tokenizer_file: Path, ranks: int, tensor_size: int, batch_size: Any, alone: dict[str, Any]
+    tokenizer_file: Path, ranks: int, tensor_size: int, batch_sizes: list[Any], alone: list[dict[str, Any]]
 ) -> None:
-    first, *others = run_ranks(ranks, scores, str(tokenizer_file), batch_size, tensor_size)
+    first, *others = run_ranks(ranks, scores, str(tokenizer_file), batch_sizes, tensor_size)
     assert all(other == first for other in others)
-    assert_same_scores(first, alone)
+    for found in first:
+        assert_same_scores(found, alone[0])
 
 
 def evaluate(file: str, *flags: str) -> int:
@@ -104,9 +112,8 @@ def results_of(folder: Path, prefix: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-@pytest.mark.launches
 @pytest.mark.processes
-def test_ranks_of_the_launcher_and_tensor_ranks_write_the_results_of_one_process(
+def test_ranks_that_share_requests_or_tensors_write_the_results_of_one_process(
     tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -122,13 +129,8 @@ def test_ranks_of_the_launcher_and_tensor_ranks_write_the_results_of_one_process
 
     alone, _ = parse_run([str(file), *flags, str(tmp_path / "alone")], "eval.py")
     run_evaluation(alone)
-    shared = ["--set", "model_parallel_size=2", *flags, str(tmp_path / "tensor")]
-    assert run_ranks(2, evaluate, str(file), *shared) == [1, 0]
-    command = [sys.executable, str(ROOT / "deepy.py"), str(ROOT / "eval.py"), str(file), "--num_gpus", "2", *flags]
-    launched = environment(DS_ACCELERATOR="cpu", HF_DATASETS_CACHE=str(tmp_path / "cache"))
-    done = subprocess.run([*command, str(tmp_path / "data")], env=launched, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("token_perplexity") == 1
+    for name, axis in (("tensor", ["--set", "model_parallel_size=2"]), ("data", [])):
+        assert run_ranks(2, evaluate, str(file), *axis, *flags, str(tmp_path / name)) == [1, 0], name
 
     expected, *others = (results_of(tmp_path, prefix) for prefix in ("alone", "tensor", "data"))
     for task, values in expected.items():
