@@ -97,6 +97,7 @@ def _evaluate_language(config: RunConfig, layout: Layout) -> dict[str, Any]:
         results = evaluate_tasks(model, tokenizer, options, seq_length)
     if options.perplexity_data:
         results["results"]["perplexity"] = _perplexity(model, tokenizer, options, seq_length)
+        results.setdefault("configs", {})["perplexity"] = {"limit": options.eval_limit}
     results.update(checkpoint=str(path), tokenizer=f"{tokenizer.name}-{tokenizer.vocab_size}")
     summary = paper_summary(results["results"], model.config)
     results.update({"summary": summary} if summary else {})

@@ -55,18 +55,19 @@ class Measured:
 
 
 def found_results(checkpoint: Checkpoint) -> list[Path]:
-    """Results files beside a checkpoint or its run that are about it."""
+    """Results files beside a checkpoint or its run that are about it, with all of its parameter tokens."""
     if checkpoint.iteration is None:
         return []
     places = (checkpoint.folder, checkpoint.folder.parent)
     files = [file for place in places for file in sorted(place.glob(_FILES)) if file.is_file()]
-    return [file for file in files if _is_about(read_json(file), checkpoint)]
+    contents = {file: read_json(file) for file in files}
+    return [file for file in files if _is_about(contents[file], checkpoint) and not is_sparse(contents[file])]
 
 
 def read_results(files: Iterable[str | Path], checkpoint: Checkpoint) -> list[Measured]:
     """What these files say; of a number that two of them give, the last one.
 
-    Raises: UserError for a file that holds no results, or those of another checkpoint.
+    Raises: UserError for a file that holds no results, those of another checkpoint, or of a part of its tokens.
     """
     measured = dict[tuple[str, str], Measured]()
     for file in files:
@@ -77,9 +78,22 @@ def read_results(files: Iterable[str | Path], checkpoint: Checkpoint) -> list[Me
         if not _is_about(content, checkpoint):
             told = str(content.get("checkpoint"))[:200]
             raise UserError(f"{file}: holds results of {told}, and this is {checkpoint.folder.name}; evaluate that")
+        if is_sparse(content):
+            raise UserError(f"{file}: holds results with a part of the parameter tokens; evaluate with all of them")
         for one in _of_file(content):
             measured[one.task, one.metric] = one
     return _apart(list(measured.values()))
+
+
+def is_sparse(content: Mapping[str, Any]) -> bool:
+    """Are these results with a part of the parameter tokens (sparse inference)?"""
+    return bool(content.get("tokens_used"))
+
+
+def limit_of(content: Mapping[str, Any], task: str) -> float | None:
+    """Of how many samples, or of which share of them, the results of a task are; None: of all."""
+    limits = (_table(_table(content, "configs"), task).get("limit"), _table(content, "config").get("limit"))
+    return next((told for told in limits if _is_number(told)), None)
 
 
 def _is_about(content: Mapping[str, Any], checkpoint: Checkpoint) -> bool:
@@ -89,7 +103,6 @@ def _is_about(content: Mapping[str, Any], checkpoint: Checkpoint) -> bool:
 
 def _of_file(content: Mapping[str, Any]) -> Iterator[Measured]:
     configs, shots = (_table(content, key) for key in ("configs", "n-shot"))
-    limit = _table(content, "config").get("limit")
     for task, values in content["results"].items():
         config = _table(configs, task)
         path, split = config.get("dataset_path"), config.get("test_split") or config.get("validation_split")
@@ -105,7 +118,7 @@ def _of_file(content: Mapping[str, Any]) -> Iterator[Measured]:
                 value=value,
                 stderr=error if _is_number(error) else None,
                 num_fewshot=shot if isinstance(shot, int) else None,
-                limit=next((told for told in (config.get("limit"), limit) if _is_number(told)), None),
+                limit=limit_of(content, task),
                 dataset=str(path) if is_named else task,
                 dataset_config=_text(config.get("dataset_name")) if is_named else None,
                 split=_text(split) if is_named else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from megatron.config.sections.vision import ImageConfig
 from megatron.errors import UserError
 from megatron.exchange.checkpoint import Checkpoint
 from megatron.exchange.evaluations import Measured
-from megatron.metrics import METRICS_FILE
+from megatron.exchange.logged import logged
 
 README = "README.md"
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -205,19 +204,10 @@ def _data_names(settings: Mapping[str, Any]) -> list[str]:
 
 def _measured_in_training(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     """The last of each loss, perplexity and accuracy that the run has logged until this checkpoint."""
-    log_dir = (checkpoint.settings or {}).get("log_dir")
-    places = [*([Path(log_dir)] if log_dir else []), checkpoint.folder.parent]
-    file = next((place / METRICS_FILE for place in places if (place / METRICS_FILE).is_file()), None)
     found = dict[str, tuple[int, float]]()
-    for line in file.open("rb") if file else ():
-        try:
-            entry = json.loads(line)
-            iteration = int(entry["iteration"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue  # the last line of a run that was killed
-        if iteration <= (checkpoint.iteration or 0):
-            numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
-            found |= {name: (iteration, value) for name, value in numbers.items() if _OF_A_RUN.fullmatch(name)}
+    for entry in logged(checkpoint):
+        numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
+        found |= {name: (entry["iteration"], value) for name, value in numbers.items() if _OF_A_RUN.fullmatch(name)}
     for name, (iteration, value) in found.items():
         yield f"{name} at iteration {iteration:,}", f"{value:.4f}"
 
@@ -235,7 +225,9 @@ def _growths(checkpoint: Checkpoint) -> str:
         for entry in lineage
     ]
     head = ("at iteration", "after tokens", "parameter tokens", "new keys", "parameters then")
-    text = "The model was grown while it was trained: parameter tokens were added that at first changed nothing."
+    drawn = any(entry.get("new_keys") == "official" for entry in lineage)
+    changed = "" if drawn else " that at first changed nothing"
+    text = f"The model was grown while it was trained: parameter tokens were added{changed}."
     return f"{text}\n\n{_table(head, rows)}" if rows else ""
 
 

@@ -91,7 +91,9 @@ def test_perplexity_stands_beside_the_tasks_and_needs_no_lm_eval(
     both = run_evaluation(with_evaluation(config, perplexity_data=str(text)))["results"]
     assert set(both) == {"harbor_choice", "perplexity"}
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    alone = run_evaluation(with_evaluation(config, perplexity_data=str(text), eval_tasks=None))["results"]
+    found = run_evaluation(with_evaluation(config, perplexity_data=str(text), eval_tasks=None, eval_limit=1))
+    assert found["configs"]["perplexity"] == {"limit": 1}, "a figure of a part of the text has to say so"
+    alone = found["results"]
     assert alone == {"perplexity": both["perplexity"]}
     assert (alone["perplexity"]["num_words"], alone["perplexity"]["stride"]) == (63, 24)
     assert alone["perplexity"]["word_perplexity,none"] > alone["perplexity"]["token_perplexity,none"] > 1

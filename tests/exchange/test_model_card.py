@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.errors import UserError
+from megatron.exchange import canonical, open_checkpoint
 from megatron.exchange.convert import export_huggingface, to_huggingface
 from tests.exchange.image_models import TOKENS, image_model, save_run
 from tests.exchange.loaded_exports import private_modules
@@ -83,6 +85,7 @@ def test_figures_are_those_of_the_run(run: Path, tmp_path: Path) -> None:
     assert found["valid_lm_loss at iteration 2"] == "6.1250"
     [growth] = state["lineage"]
     assert f"| {growth['iteration']} | {growth['consumed_tokens']} | {growth['added']} | " in card.text
+    assert "tokens were added that at first changed nothing." in card.text
     assert "## Evaluation" not in card.text and str(tmp_path) not in card.text
 
 
@@ -122,6 +125,25 @@ def test_results_of_some_samples_say_so_and_are_in_no_index(place: str, run: Pat
     card = card_of(tmp_path / "model")
     assert "| digits | acc | 0.9500 |  |  | the first 20 |" in card.text
     assert card.data.eval_results is None and "model-index" not in card.data.to_dict()
+
+
+def test_a_growth_that_changed_the_model_is_not_said_to_have_changed_nothing(run: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(run)
+    [growth] = checkpoint.train_state["lineage"]
+    state = {**checkpoint.train_state, "lineage": [growth | {"new_keys": "official"}]}
+    canonical.write(tmp_path / "drawn", replace(checkpoint, train_state=state))
+    to_huggingface(tmp_path / "drawn", tmp_path / "model")
+    text = card_of(tmp_path / "model").text
+    assert "parameter tokens were added.\n" in text and " | official | " in text
+
+
+def test_results_with_a_part_of_the_tokens_are_not_the_models(run: Path, tmp_path: Path) -> None:
+    file = run / "eval_results_01-02-2026-03-04-05.json"
+    file.write_text(json.dumps({**RESULTS, "tokens_used": {"ffn": 0.25}}))
+    to_huggingface(run, tmp_path / "model")
+    assert "## Evaluation" not in card_of(tmp_path / "model").text
+    with pytest.raises(UserError, match="holds results with a part of the parameter tokens; evaluate with all of them"):
+        main(["to-hf", str(run), str(tmp_path / "named"), "--results", str(file)])
 
 
 def test_two_tasks_on_the_same_data_are_told_apart(run: Path, tmp_path: Path) -> None:
