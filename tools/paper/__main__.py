@@ -38,9 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.png and options.table != "cost":
         raise UserError("--png: only cost has a figure; leave it off")
     if options.table == "cost":
-        print(cost.as_text())
+        if options.paths:
+            raise UserError(f"PATH: cost is computed from sizes alone; leave {options.paths[0]} off")
         if options.png:
             cost.draw(options.png)
+        print(cost.as_text())
+        if options.json:
+            write_output(options.json, json.dumps(cost.rows(), indent=1) + "\n", "--json")
         return 0
     config = load_config(options.config) if options.config else None
     found = [find(path, config) for path in options.paths]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron.errors import UserError
 from megatron.files import find_output
 from megatron.text import align
 
@@ -65,11 +67,22 @@ def as_text() -> str:
     return "\n".join([head, "-" * len(head), *body])
 
 
-def draw(path: str | Path) -> None:
-    """Write the figure as PNG. Raises UserError where it cannot be written."""
-    find_output(path, "--png")
-    import matplotlib
+def rows() -> list[dict[str, Any]]:
+    """Each model at each length: training FLOPs of a text among its tokens and with the parameters."""
+    return [
+        {"model": model.name, "tokens": length, "among_tokens": model.among_tokens(length),
+         "with_parameters": model.with_parameters(length)}
+        for model in MODELS for length in LENGTHS
+    ]  # fmt: skip
 
+
+def draw(path: str | Path) -> None:
+    """Write the figure as PNG. Raises UserError where it cannot be written, and without matplotlib."""
+    find_output(path, "--png")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("--png: the figure needs matplotlib; pip install matplotlib") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

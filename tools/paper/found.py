@@ -14,9 +14,10 @@ from megatron.config import RunConfig
 from megatron.config.sections.model import ModelConfig, ModelSection
 from megatron.errors import UserError
 from megatron.exchange import Checkpoint, open_checkpoint
+from megatron.exchange.evaluations import is_sparse, limit_of
+from megatron.exchange.logged import logged
 from megatron.files import read_errors
 from megatron.growth.plan import segments_of
-from megatron.metrics import METRICS_FILE
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,12 @@ def find(path: str, config: RunConfig | None = None) -> Found:
     if path.endswith(".json"):
         results = _read_results(Path(path))
         checkpoint = open_checkpoint(results["checkpoint"], config, key=path)
-        return Found(path, checkpoint.model_config, results["results"])
+        name = f"{path}: {part}" if (part := _part(results)) else path
+        return Found(name, checkpoint.model_config, results["results"])
     checkpoint = open_checkpoint(path, config, key="PATH")
     found = Found(path, checkpoint.model_config, dict(_results_of(Path(path), checkpoint)))
     if isinstance(checkpoint.model_config, ModelConfig):
-        found.stages = list(_stages(Path(path), checkpoint, checkpoint.model_config))
+        found.stages = list(_stages(checkpoint, checkpoint.model_config))
     return found
 
 
@@ -67,32 +69,39 @@ def _read_results(path: Path) -> dict[str, Any]:
         found = json.loads(text)
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not {"results", "checkpoint"} <= found.keys():
+    kinds = {"results": dict, "checkpoint": str}
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"PATH: {path} is no results file of eval.py; name one, a checkpoint or a run's folder")
     return found
 
 
+def _part(results: Mapping[str, Any]) -> str:
+    """What an evaluation left out, so that its figures are not the model's."""
+    if is_sparse(results):
+        return "a part of the parameter tokens"
+    return "a part of the samples" if any(limit_of(results, task) for task in results["results"]) else ""
+
+
 def _results_of(path: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Tasks of the results files in a run's folder, and in the one above, of its checkpoints; newer files last."""
+    """Tasks of whole evaluations of this checkpoint, from files in its run's folder and above; the newest last."""
     own = {checkpoint.folder.resolve(), path.resolve()}
     run = path if path.is_dir() and path != checkpoint.folder else path.parent
     places = {path, run, run.parent}
     files = {file.resolve() for place in places for file in place.glob("*eval_results_*.json")}
     for file in sorted(files, key=lambda file: file.stat().st_mtime):
         results = _read_results(file)
-        evaluated = Path(results["checkpoint"]).resolve()
-        if evaluated in own or evaluated.parent in own:
+        if Path(results["checkpoint"]).resolve() in own and not _part(results):
             yield from results["results"].items()
 
 
-def _stages(path: Path, checkpoint: Checkpoint, config: ModelConfig) -> Iterator[Stage]:
+def _stages(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[Stage]:
     """Validation perplexities at the end of each stage of a run."""
     lineage = list(checkpoint.train_state.get("lineage", []))
     sizes = _sizes(config)
     if len(sizes) != len(lineage) + 1:  # grown before it had a lineage: only what it is now can be told
         sizes = [size_of(config)] * (len(lineage) + 1)
     begins = [0, *(entry["consumed_tokens"] for entry in lineage)]
-    points = list(_validations(path, checkpoint))
+    points = list(_validations(checkpoint))
     for number, (size, begin) in enumerate(zip(sizes, begins, strict=True)):
         end = begins[number + 1] if number + 1 < len(begins) else float("inf")
         inside = [(tokens, value) for tokens, value in points if begin < tokens <= end]
@@ -109,22 +118,11 @@ def _sizes(config: ModelConfig) -> list[Size]:
     return [(config.num_layers, config.hidden_size, *tokens) for tokens in zip(*counts, strict=True)]
 
 
-def _validations(path: Path, checkpoint: Checkpoint) -> Iterator[tuple[float, float]]:
-    """(tokens consumed, validation perplexity) of the lines of metrics.jsonl that have one."""
-    folders = [checkpoint.resolved().get("log_dir"), checkpoint.folder.parent, path]
-    files = (Path(folder) / METRICS_FILE for folder in folders if folder)
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        return
-    with read_errors(str(file)):
-        lines = file.read_text(encoding="utf-8").splitlines()
-    for line in lines:
-        try:
-            point = json.loads(line)
-        except ValueError:
-            continue  # the last line of a run that was killed
-        if isinstance(point, dict) and point.get("valid_perplexity") and point.get("consumed_tokens"):
-            yield point["consumed_tokens"], point["valid_perplexity"]
+def _validations(checkpoint: Checkpoint) -> Iterator[tuple[float, float]]:
+    """(tokens consumed, perplexity) of the validations of a run until this checkpoint."""
+    for entry in logged(checkpoint):
+        if entry.get("valid_perplexity") and entry.get("consumed_tokens"):
+            yield entry["consumed_tokens"], entry["valid_perplexity"]
 
 
 def of_size(found: Sequence[Found], size: Size | None) -> Iterator[Found]:

@@ -84,12 +84,18 @@ def test_image_figures_against_a_second_reading() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with the results of an evaluation beside it."""
+    """A run with the results of an evaluation beside it, and others that are not its own or not of the whole."""
     root = tmp_path_factory.mktemp("run")
     save_random_models(root / "checkpoints", make_config(), (3,))
     results = {"results": RESULTS, "checkpoint": str(root / "checkpoints" / "global_step3")}
     (root / "a_eval_results_1.json").write_text(json.dumps(results))
-    (root / "b_eval_results_1.json").write_text(json.dumps({"results": {"piqa": {"acc,none": 0.9}}, "checkpoint": "x"}))
+    wrong = {"results": {"piqa": {"acc,none": 0.9}}, "checkpoint": str(root / "checkpoints" / "global_step3")}
+    others: list[dict[str, Any]] = [
+        {"checkpoint": "x"}, {"checkpoint": str(root / "checkpoints" / "global_step1")},
+        {"configs": {"piqa": {"limit": 5}}}, {"config": {"limit": 0.5}}, {"tokens_used": {"ffn": 0.1}},
+    ]  # fmt: skip
+    for number, other in enumerate(others):
+        (root / f"b{number}_eval_results_1.json").write_text(json.dumps(wrong | other))
     return root
 
 
@@ -102,6 +108,11 @@ def test_results_beside_a_run_are_its_row(folder: Path) -> None:
             str(path) in table.as_text()
             and "[1] python deepy.py eval.py -d configs tokenformer/150M_eval.yml" in table.as_text()
         )
+
+
+def test_results_of_a_part_say_so_when_they_are_named(folder: Path) -> None:
+    names = [find(str(folder / f"b{number}_eval_results_1.json")).name.partition(": ")[2] for number in (2, 3, 4)]
+    assert names == ["a part of the samples"] * 2 + ["a part of the parameter tokens"]
 
 
 def test_a_model_of_a_published_size_stands_below_its_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +173,9 @@ def test_cost_is_that_of_table_3(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert token.among_tokens(1024) == 3 * 4 * 12 * 768 * 1024**2
     grown = cost.MODELS[3]
     assert grown.among_tokens(4096) == token.among_tokens(4096) < cost.MODELS[7].among_tokens(4096)
-    assert main(["cost", "--png", str(tmp_path / "cost.png")]) == 0
+    assert main(["cost", "--png", str(tmp_path / "cost.png"), "--json", str(tmp_path / "cost.json")]) == 0
+    point = json.loads((tmp_path / "cost.json").read_text())[0]
+    assert point["tokens"] == 1024 and point["among_tokens"] == token.among_tokens(1024)
     assert (tmp_path / "cost.png").read_bytes()[:4] == b"\x89PNG" and "TokenFormer 1.4B" in capsys.readouterr().out
 
 
@@ -172,6 +185,7 @@ def test_cost_is_that_of_table_3(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["zero_shot", "nowhere"], "PATH: no checkpoint in nowhere"),
         (["zero_shot", "x_eval_results.json"], "x_eval_results.json cannot be read"),
         (["growth", "--png", "a.png"], "--png: only cost has a figure"),
+        (["cost", "work_dirs"], "PATH: cost is computed from sizes alone; leave work_dirs off"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
@@ -180,8 +194,9 @@ def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_what_is_no_results_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text("[1]")
+@pytest.mark.parametrize("content", ["[1]", '{"results": {}}', '{"results": 1, "checkpoint": 1}'])
+def test_what_is_no_results_file_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content)
     with pytest.raises(UserError, match=r"a\.json is no results file of eval\.py"):
         main(["zero_shot", str(tmp_path / "a.json")])
 
