@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,6 +32,7 @@ from megatron.inference.prepare import load_for_inference
 from megatron.inference.sparse import Select, heaviest, sparse, sparse_layers
 from megatron.inference.twins import is_plain, twin
 from megatron.model import LanguageModel, Pattention
+from megatron.model.pattention import named_pattentions
 from megatron.ops.pattention_backends import select_backend, weights_function
 from megatron.ops.pattention_sparse import Selection, kept
 from megatron.text import align
@@ -116,8 +118,8 @@ def _told(point: Point) -> Point:
     return point
 
 
-def draw(found: Sequence[Point], path: str) -> None:
-    """Loss over the share of tokens used, a line a curve. Raises UserError without matplotlib."""
+def _pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files. Raises UserError without matplotlib."""
     try:
         import matplotlib
     except ImportError as error:
@@ -125,6 +127,12 @@ def draw(found: Sequence[Point], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw(found: Sequence[Point], path: str) -> None:
+    """Loss over the share of tokens used, a line a curve. Raises UserError without matplotlib."""
+    pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
     whole = found[0]
     axes.axhline(whole.loss, color="0.7", linewidth=1, label="all tokens")
@@ -149,6 +157,8 @@ def measured(config: RunConfig, shares: Sequence[float], thresholds: Sequence[fl
     if not options.perplexity_data:
         raise UserError("perplexity_data: missing; name a text with --perplexity")
     model, tokenizer = load_for_inference(config)
+    if not any(True for _ in named_pattentions(model)):
+        raise UserError("load: the model has no Pattention whose tokens could be left out; name a TokenFormer's")
     documents = list(corpus_documents(options.perplexity_data, tokenizer, options.eval_limit))
     loss = partial(_loss, config, documents, tokenizer.eod_id)
     with torch.no_grad():
@@ -178,7 +188,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if wrong := [share for share in args.shares if not 0 < share <= 1]:
         raise UserError(f"--shares: {wrong[0]:g} is no share of the tokens; give numbers above 0 and at most 1")
+    if wrong := [size for size in args.thresholds if not 0 < size < math.inf]:
+        raise UserError(f"--thresholds: {wrong[0]:g} is no size of a weight; give numbers above 0")
+    _pyplot()  # what is missing is found before the work
     find_output(args.output, "--output")
+    if args.json:
+        find_output(args.json, "--json")
     given = {"perplexity_data": args.perplexity, "eval_limit": args.limit}
     overrides = [*args.set, *(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None)]
     found = measured(load_config(args.conf_file, overrides), args.shares, args.thresholds)

@@ -50,7 +50,14 @@ def test_masked_scores_have_the_row_norm_of_the_kept_tokens() -> None:
     assert heaviest(layer, 1.0) is None and masked(model, 1.0).layers[0].mlp is layer
 
 
-@pytest.mark.parametrize("share", ["0", "1.5", "-1"])
-def test_what_is_no_share_is_refused(share: str) -> None:
-    with pytest.raises(UserError, match=rf"^--shares: {share} is no share of the tokens; give numbers above 0"):
-        main(["config.yml", "--shares", share])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        *((["--shares", share], rf"--shares: {share} is no share of the tokens; give") for share in ("0", "1.5", "-1")),
+        *((["--thresholds", size], rf"--thresholds: {size} is no size of a weight; give") for size in ("0", "nan")),
+        (["--json", "."], r"--json: \."),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_measured(tmp_path: Path, flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        main(["config.yml", "--output", str(tmp_path / "curve.png"), *flags])

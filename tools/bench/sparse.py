@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from megatron.config import load_config
-from megatron.errors import run_command
+from megatron.errors import UserError, run_command
 from megatron.inference import load_model
 from megatron.inference.prepared import prepared
 from megatron.inference.sparse import heaviest, sparse
 from megatron.model import LanguageModel
 from megatron.model.forward_only import evaluating
+from megatron.model.pattention import Pattention
 from megatron.ops import pattention_sparse
 from megatron.ops.pattention import theta
 from megatron.ops.pattention_sparse import LIMITS, Limits, kept
@@ -117,6 +118,8 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--cpu-seconds", action="store_true", help="one thread, timed by the CPU seconds it takes")
     options = parser.parse_args()
+    if wrong := [share for share in options.shares if not 0 < share < 1]:
+        raise UserError(f"--shares: {wrong[0]:g} is no part of the tokens; give numbers above 0 and below 1")
     if options.cpu_seconds:
         torch.set_num_threads(1)
     device, tables = measure.default_device(), dict[str, dict[str, measure.Result]]()
@@ -128,6 +131,8 @@ def main() -> int:
             layers = [[["tokenformer"], options.layers]]
             config = config.replaced(num_layers=options.layers, attention_config=layers)
         model = LanguageModel(config, seed=0, device=device)
+    if not isinstance(_feed_forward(model), Pattention):
+        raise UserError("--load: the model has no Pattention in its first block; name a TokenFormer's checkpoint")
     print(f"{model.num_parameters():,} parameters, {measure.where(device)}")
     with evaluating(model):
         for rows in options.rows:
