@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from megatron.config import RunConfig, load_config
+from megatron.exchange import open_checkpoint
 from megatron.model.build import build_model
 from megatron.training import train
-from tests.tasks.image_runs import config_of, write_images
+from tests.tasks.image_runs import KEYS, write_images
 from tools.paper.widen import main as widen
 
 FOLDER = Path(__file__).parents[3] / "configs" / "paper"
@@ -168,10 +169,11 @@ def goes_on_from(file: Path, keys: dict[str, Any], source: str) -> dict[str, Any
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("B16")])
 @pytest.mark.usefixtures("single_process")
 def test_a_toy_update_of_image_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = write_images(tmp_path / "images")
-    model = loaded(name).model
-    config = config_of(
-        data, tmp_path / "run", train_iters=1, norm=model.norm, norm_activation_type=model.norm_activation_type
-    )
-    train(config)
-    assert "iteration 1/1" in capsys.readouterr().out
+    """What the file says, its augmentation and average of the weights too, at the size of toy images."""
+    sizes = {key: value for key, value in KEYS.items() if key != "norm"}
+    data = {"data_path": write_images(tmp_path / "images"), "train_data_paths": None, "valid_data_paths": None}
+    here = {"save": str(tmp_path / "run"), "load": str(tmp_path / "run"), "log_dir": None, "bf16": {"enabled": False}}
+    train(load_config([FOLDER / f"{name}.yml"], {**sizes, **data, **here, "train_micro_batch_size_per_gpu": 8}))
+    assert "iteration 5/5" in capsys.readouterr().out
+    section, model = loaded(name).model, open_checkpoint(tmp_path / "run").model_config
+    assert (model.norm, model.norm_activation_type) == (section.norm, section.norm_activation_type)
