@@ -48,20 +48,19 @@ class _Pattention(torch.autograd.Function):
     def forward(
         ctx: Any, method: Method, tau2: Tensor, hidden: Tensor | None, x: Tensor, *tokens: Tensor
     ) -> tuple[Tensor, ...]:
-        count, activation = len(tokens) // 2, method.rows.activation
-        scores = mask_scores(_scores(x, tokens[:count]), hidden, activation)
-        weights, scale = _weights(method, scores, tau2)
-        weights = mask_weights(weights, hidden, activation)
+        count = len(tokens) // 2
+        scores = _scores(method, hidden, x, tokens[:count])
+        weights, scale = _weights(method, hidden, scores, tau2)
         ctx.method, ctx.count = method, count
         ctx.save_for_backward(tau2, hidden, x, scale, *tokens, *(() if method.recompute_scores else (scores,)))
-        return tuple(weights[:, i] @ value for i, value in enumerate(tokens[count:]))
+        return _outputs(weights, tokens[count:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         method, count, activation = ctx.method, ctx.count, ctx.method.rows.activation
         tau2, hidden, x, scale, *saved = ctx.saved_tensors
         keys, values = saved[:count], saved[count : 2 * count]
-        scores = mask_scores(_scores(x, keys), hidden, activation) if method.recompute_scores else saved[-1]
+        scores = _scores(method, hidden, x, keys) if method.recompute_scores else saved[-1]
         grad = torch.empty_like(scores)
         for i, value in enumerate(values):
             torch.mm(grads[i], value.T, out=grad[:, i])
@@ -88,23 +87,36 @@ def _stacks(x: Tensor, keys: Sequence[Tensor]) -> bool:
     return len(keys) > 1 and x.device.type != "cpu"
 
 
-def _scores(x: Tensor, keys: Sequence[Tensor]) -> Tensor:
-    """X K^T of each layer, [T, l, n]."""
+def _scores(method: Method, hidden: Tensor | None, x: Tensor, keys: Sequence[Tensor]) -> Tensor:
+    """X K^T of each layer, masked, [T, l, n]."""
     if _stacks(x, keys):
-        return (x @ torch.cat(tuple(keys)).T).view(len(x), len(keys), -1)
-    scores = x.new_empty(len(x), len(keys), len(keys[0]))
-    for i, key in enumerate(keys):
-        torch.mm(x, key.T, out=scores[:, i])
-    return scores
+        scores = (x @ torch.cat(tuple(keys)).T).view(len(x), len(keys), -1)
+    else:
+        if method.rows.takes_layers_apart:  # products with rows that follow each other are faster
+            scores = x.new_empty(len(keys), len(x), len(keys[0])).transpose(0, 1)
+        else:
+            scores = x.new_empty(len(x), len(keys), len(keys[0]))
+        for i, key in enumerate(keys):
+            torch.mm(x, key.T, out=scores[:, i])
+    return mask_scores(scores, hidden, method.rows.activation)
 
 
-def _weights(method: Method, scores: Tensor, tau2: Tensor) -> tuple[Tensor, Tensor]:
-    """(weights, scale) from a rank's scores."""
+def _weights(
+    method: Method, hidden: Tensor | None, scores: Tensor, tau2: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(masked weights, scale) from a rank's scores, whose place (`out`) the weights may take."""
     rows = method.rows
     if method.is_whole:
-        return rows.forward(scores, tau2)
-    scale = rows.scale(rows.combined(rows.statistics(scores), method.axis), tau2)
-    return rows.weights(scores, scale), scale
+        weights, scale = rows.forward(scores, tau2, out)
+    else:
+        scale = rows.scale(rows.combined(rows.statistics(scores), method.axis), tau2)
+        weights = rows.weights(scores, scale, out)
+    return mask_weights(weights, hidden, rows.activation), scale
+
+
+def _outputs(weights: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """[T, d_out] of each layer."""
+    return tuple(weights[:, i] @ value for i, value in enumerate(values))
 
 
 def _key_gradients(x: Tensor, keys: Sequence[Tensor], grad_scores: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
@@ -124,7 +136,12 @@ def joint_rowwise(x: Tensor, layers: Sequence[ParameterTokens], method: Method) 
         return [output for layer in layers for output in joint_rowwise(x, [layer], method)]
     method, tau2 = _with_norms(x, layers, method)
     tokens = [*(layer.key for layer in layers), *(layer.value for layer in layers)]
-    outputs = _Pattention.apply(method, tau2, _hidden(x, layers), x.flatten(0, -2), *tokens)
+    hidden, rows = _hidden(x, layers), x.flatten(0, -2)
+    if torch.is_grad_enabled():
+        outputs = _Pattention.apply(method, tau2, hidden, rows, *tokens)
+    else:  # nothing is kept, and weights take the place of scores
+        scores = _scores(method, hidden, rows, tokens[: len(layers)])
+        outputs = _outputs(_weights(method, hidden, scores, tau2, out=scores)[0], tokens[len(layers) :])
     return [output.view(*x.shape[:-1], -1) for output in outputs]
 
 

@@ -42,8 +42,12 @@ _gelu_backward = torch.ops.aten.gelu_backward
 class Rows(ABC):
     """The row functions of one activation. What they are given to read is not changed, but for `grad`.
 
-    `out` is where weights are written, if given: like the other matrices, columns of a larger one, row under row.
+    `out` is where weights are written, if given: like the other matrices, columns of a larger one, row under row. It
+    may be the scores themselves.
     """
+
+    takes_layers_apart = False
+    """May the rows of a layer follow each other, and not alternate with those of the other layers?"""
 
     def __init__(self, activation: str) -> None:
         self.activation = activation
@@ -161,6 +165,8 @@ def _wide_weights(a: Tensor, scale: Tensor, activation: str) -> Tensor:
 
 class TorchRows(Rows):
     """The row functions in torch's own operations, on a CPU as many rows at a time as its cache holds."""
+
+    takes_layers_apart = True
 
     def forward(self, scores: Tensor, tau2: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See Rows."""
