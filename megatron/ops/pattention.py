@@ -132,7 +132,7 @@ def joint_weights_reference(
     return [mask_weights(weight, h, activation) for weight, h in zip(weights, hidden, strict=True)]
 
 
-def mask_scores(scores: Tensor, hidden: Tensor | None, activation: str) -> Tensor:
+def mask_scores(scores: Tensor, hidden: Tensor | None, activation: str, in_place: bool = False) -> Tensor:
     """Scores of rows in which the `hidden` tokens, bool, have no part: neither in the row norm nor in the output.
 
     As in the official code a score is multiplied by its mask before theta: GELU of 0 is 0, and 0 adds nothing to a
@@ -141,12 +141,15 @@ def mask_scores(scores: Tensor, hidden: Tensor | None, activation: str) -> Tenso
     """
     if hidden is None:
         return scores
-    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min if activation == "softmax" else 0.0)
+    fill = torch.Tensor.masked_fill_ if in_place else torch.masked_fill
+    return fill(scores, hidden, torch.finfo(scores.dtype).min if activation == "softmax" else 0.0)
 
 
-def mask_weights(weights: Tensor, hidden: Tensor | None, activation: str) -> Tensor:
+def mask_weights(weights: Tensor, hidden: Tensor | None, activation: str, in_place: bool = False) -> Tensor:
     """Weights for scores of `mask_scores`; those of a softmax over nothing but hidden tokens become zeros too."""
-    return weights if hidden is None or activation != "softmax" else weights.masked_fill(hidden, 0.0)
+    if hidden is None or activation != "softmax":
+        return weights
+    return weights.masked_fill_(hidden, 0.0) if in_place else weights.masked_fill(hidden, 0.0)
 
 
 def _by_norm(scores: Tensor, norm_columns: tuple[int, ...]) -> Sequence[Tensor]:

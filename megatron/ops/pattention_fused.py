@@ -66,12 +66,12 @@ class _Pattention(torch.autograd.Function):
             torch.mm(grads[i], value.T, out=grad[:, i])
         if method.is_whole:
             grad_scores, weights = method.rows.backward(scores, scale, grad, tau2)
-            weights = mask_weights(weights, hidden, activation)
+            weights = mask_weights(weights, hidden, activation, in_place=True)
             grad_values = [weights[:, i].T @ grads[i] for i in range(count)]
         else:
             dots, weights = method.rows.dots(scores, scale, grad)
             pending = PendingSum(dots, method.axis)
-            weights = mask_weights(weights, hidden, activation)
+            weights = mask_weights(weights, hidden, activation, in_place=True)
             # The sum over the ranks is on its way while the values' gradients are computed.
             grad_values = [weights[:, i].T @ grads[i] for i in range(count)]
             grad_scores = method.rows.grad_scores(scores, scale, grad, pending.wait() / tau2)
@@ -98,20 +98,26 @@ def _scores(method: Method, hidden: Tensor | None, x: Tensor, keys: Sequence[Ten
             scores = x.new_empty(len(x), len(keys), len(keys[0]))
         for i, key in enumerate(keys):
             torch.mm(x, key.T, out=scores[:, i])
-    return mask_scores(scores, hidden, method.rows.activation)
+    return mask_scores(scores, hidden, method.rows.activation, in_place=True)
 
 
 def _weights(
     method: Method, hidden: Tensor | None, scores: Tensor, tau2: Tensor, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(masked weights, scale) from a rank's scores, whose place (`out`) the weights may take."""
+    """(masked weights, scale) from a rank's scores; see `Rows` for `out`."""
     rows = method.rows
     if method.is_whole:
         weights, scale = rows.forward(scores, tau2, out)
     else:
         scale = rows.scale(rows.combined(rows.statistics(scores), method.axis), tau2)
         weights = rows.weights(scores, scale, out)
-    return mask_weights(weights, hidden, rows.activation), scale
+    return mask_weights(weights, hidden, rows.activation, in_place=True), scale
+
+
+def _unkept_weights(method: Method, hidden: Tensor | None, x: Tensor, keys: Sequence[Tensor], tau2: Tensor) -> Tensor:
+    """Masked weights [T, l, n] for no backward pass: where it can be, they take the place of the scores."""
+    scores = _scores(method, hidden, x, keys)
+    return _weights(method, hidden, scores, tau2, scores if method.rows.works_in_place else None)[0]
 
 
 def _outputs(weights: Tensor, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -139,9 +145,8 @@ def joint_rowwise(x: Tensor, layers: Sequence[ParameterTokens], method: Method) 
     hidden, rows = _hidden(x, layers), x.flatten(0, -2)
     if torch.is_grad_enabled():
         outputs = _Pattention.apply(method, tau2, hidden, rows, *tokens)
-    else:  # nothing is kept, and weights take the place of scores
-        scores = _scores(method, hidden, rows, tokens[: len(layers)])
-        outputs = _outputs(_weights(method, hidden, scores, tau2, out=scores)[0], tokens[len(layers) :])
+    else:
+        outputs = _outputs(_unkept_weights(method, hidden, rows, tokens[: len(layers)], tau2), tokens[len(layers) :])
     return [output.view(*x.shape[:-1], -1) for output in outputs]
 
 
@@ -151,7 +156,7 @@ def joint_weights(x: Tensor, layers: Sequence[ParameterTokens], method: Method) 
     if not _are_alike(layers):
         return [weights for layer in layers for weights in joint_weights(x, [layer], method)]
     method, tau2 = _with_norms(x, layers, method)
-    weights, _ = _weights(method, _scores(x.flatten(0, -2), [layer.key for layer in layers]), tau2)
+    weights = _unkept_weights(method, None, x.flatten(0, -2), [layer.key for layer in layers], tau2)
     return [weights[:, i].unflatten(0, x.shape[:-1]) for i in range(len(layers))]
 
 

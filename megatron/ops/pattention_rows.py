@@ -42,12 +42,14 @@ _gelu_backward = torch.ops.aten.gelu_backward
 class Rows(ABC):
     """The row functions of one activation. What they are given to read is not changed, but for `grad`.
 
-    `out` is where weights are written, if given: like the other matrices, columns of a larger one, row under row. It
-    may be the scores themselves.
+    `out` is where weights are written, if given: like the other matrices, columns of a larger one, row under row.
     """
 
     takes_layers_apart = False
     """May the rows of a layer follow each other, and not alternate with those of the other layers?"""
+
+    works_in_place = False
+    """May `out` be the scores?"""
 
     def __init__(self, activation: str) -> None:
         self.activation = activation
@@ -166,28 +168,32 @@ def _wide_weights(a: Tensor, scale: Tensor, activation: str) -> Tensor:
 class TorchRows(Rows):
     """The row functions in torch's own operations, on a CPU as many rows at a time as its cache holds."""
 
-    takes_layers_apart = True
+    takes_layers_apart = works_in_place = True
 
     def forward(self, scores: Tensor, tau2: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See Rows."""
-        scale = self.scale(self.statistics(scores), tau2)
-        return self.weights(scores, scale, out), scale
+        scale, weights = self._row_numbers(scores), torch.empty_like(scores) if out is None else out
+        for a, s, w in _chunks(scores, scale, weights):
+            s.copy_(self.scale(row_statistics(a, self.activation), tau2))
+            self._store_weights(a, s, w)
+        return weights, scale
 
     def backward(
         self, scores: Tensor, scale: Tensor, grad: Tensor, tau2: Tensor, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """See Rows; `grad` becomes the gradient of the scores."""
         weights = torch.empty_like(scores) if out is None else out
+        products = torch.empty_like(next(_chunks(scores))[0]) if self._in_place(scores, scale) else None
         for a, s, g, w in _chunks(scores, scale, grad, weights):
-            if self._in_place(a, s):
-                _l2_norm_gelu_backward(a, s, g, tau2, w)
+            if products is not None:
+                _l2_norm_gelu_backward(a, s, g, tau2, w, products[: len(a)])
             else:
                 _store(row_backward(a, s, g, tau2, self.activation), g, w)
         return grad, weights
 
     def statistics(self, scores: Tensor) -> Tensor:
         """See Rows."""
-        statistics = scores.new_empty((*scores.shape[:-1], self.columns), dtype=statistics_dtype(scores))
+        statistics = self._row_numbers(scores)
         for a, c in _chunks(scores, statistics):
             c.copy_(row_statistics(a, self.activation))
         return statistics
@@ -196,10 +202,7 @@ class TorchRows(Rows):
         """See Rows."""
         weights = torch.empty_like(scores) if out is None else out
         for a, s, w in _chunks(scores, scale, weights):
-            if self._in_place(a, s):
-                torch.ops.aten.gelu.out(torch.mul(a, s, out=w), out=w)
-            else:
-                w.copy_(row_weights(a, s, self.activation))
+            self._store_weights(a, s, w)
         return weights
 
     def dots(self, scores: Tensor, scale: Tensor, grad: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -214,6 +217,15 @@ class TorchRows(Rows):
         for a, s, g, m in _chunks(scores, scale, grad, means):
             g.copy_(row_grad_scores(a, s, g, m, self.activation))
         return grad
+
+    def _row_numbers(self, scores: Tensor) -> Tensor:
+        return scores.new_empty((*scores.shape[:-1], self.columns), dtype=statistics_dtype(scores))
+
+    def _store_weights(self, scores: Tensor, scale: Tensor, weights: Tensor) -> None:
+        if self._in_place(scores, scale):
+            torch.ops.aten.gelu.out(torch.mul(scores, scale, out=weights), out=weights)
+        else:
+            weights.copy_(row_weights(scores, scale, self.activation))
 
     def _in_place(self, scores: Tensor, scale: Tensor) -> bool:
         return scores.dtype == scale.dtype and self.activation == "l2_norm_gelu"
@@ -233,12 +245,12 @@ def _store(found: tuple[Tensor, Tensor], *places: Tensor) -> None:
         place.copy_(tensor)
 
 
-def _l2_norm_gelu_backward(a: Tensor, s: Tensor, grad: Tensor, tau2: Tensor, weights: Tensor) -> None:
-    """`row_backward` with few buffers: grad becomes dA, weights W."""
+def _l2_norm_gelu_backward(a: Tensor, s: Tensor, grad: Tensor, tau2: Tensor, weights: Tensor, products: Tensor) -> None:
+    """`row_backward` without a buffer of its own: grad becomes dA, weights W; products is overwritten."""
     z = torch.mul(a, s, out=weights)
-    dz = _gelu_backward(grad, z)
-    mean = torch.mul(dz, z, out=grad).sum(-1, keepdim=True) / tau2
-    torch.mul(dz.addcmul_(z, mean, value=-1), s, out=grad)
+    _gelu_backward.grad_input(grad, z, grad_input=grad)
+    mean = torch.mul(grad, z, out=products).sum(-1, keepdim=True) / tau2
+    grad.addcmul_(z, mean, value=-1).mul_(s)
     torch.ops.aten.gelu.out(z, out=z)
 
 
@@ -296,6 +308,7 @@ class GroupedRows(Rows):
 
     def __init__(self, rows: Rows, norm_columns: Sequence[int]) -> None:
         super().__init__(rows.activation)
+        self.takes_layers_apart, self.works_in_place = rows.takes_layers_apart, rows.works_in_place
         self._rows, self._norm_columns = rows, list(norm_columns)
 
     def forward(self, scores: Tensor, tau2: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from megatron.ops import pattention_fused, pattention_rows, pattention_triton
 from megatron.ops.pattention import ParameterTokens, joint_reference, pattention_reference
 from megatron.ops.pattention_backends import BACKENDS, select_backend
 from tests.interpreter import rounds_to_nearest
-from tools.bench.measure import kept_bytes
+from tools.bench.measure import kept_bytes, peak_bytes
 
 ACTIVATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax")
 OURS = tuple(name for name in BACKENDS if name != "reference")
@@ -206,6 +206,32 @@ def test_what_is_kept_is_the_scores_or_nothing(backend: str, recompute: bool, sc
     found = kept_bytes(lambda: layer(x), (x, *layer.parameters()))
     joined = 2 * 64 * 16 * 4  # keys and values
     assert found == pytest.approx(scores * 32 * 64 * 4 + 2 * 32 * 4 + joined, abs=32)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients_the_bits_are_the_same(backend: str, activation: str) -> None:
+    """Of several layers and norm groups, masked tokens among them; what is read is left as it is."""
+    (x, *tokens), _ = problem(5, 20, 2, torch.float32)
+    function, before = select_backend(backend, "cpu")[1], [tensor.clone() for tensor in (x, *tokens)]
+    for columns in ((), (14, 6)):
+        for mask in (None, torch.rand(5, 20) < 0.5):
+            pairs = zip(tokens[::2], tokens[1::2], strict=True)
+            layers = [ParameterTokens(k, v, tau(20, i, columns), columns, mask) for i, (k, v) in enumerate(pairs)]
+            expected = function(x.requires_grad_(), layers, activation)
+            with torch.no_grad():
+                found = function(x, layers, activation)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((x, *tokens), before, strict=True))
+
+
+def test_on_a_cpu_the_weights_take_the_place_of_the_scores() -> None:
+    """Without gradients; in the backward pass there are the scores, their gradients, the weights and a chunk."""
+    layer, x = Pattention(8, 8, 512, backend="fused"), torch.randn(1024, 8)
+    scores = 1024 * 512 * 4
+    with torch.no_grad():
+        assert scores <= peak_bytes(lambda: layer(x), x.device) < 1.5 * scores
+    assert peak_bytes(lambda: layer(x).sum().backward(), x.device) < 4.5 * scores
 
 
 @pytest.mark.parametrize("recompute", [False, True])
