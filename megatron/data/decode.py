@@ -10,7 +10,7 @@ from PIL import Image
 from megatron.errors import UserError
 from megatron.text import shortened
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Those that Pillow decodes by itself; none of them starts another program."""
 MODES = {1: "L", 3: "RGB"}
 """What an image becomes, by its number of channels."""

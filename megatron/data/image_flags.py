@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.data.classes import read_classes
 from megatron.data.pillow import pillow_needed
 from megatron.errors import UserError
+from megatron.log import get_logger
+from megatron.text import shortened
+
+_MOST_ENDINGS = 8
 
 
 def add_image_flags(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +57,12 @@ def _prepare(args: argparse.Namespace, prefix: Path, tokenizer: TokenizerConfig)
         listing = list_shards(args.shards, faults)
     else:
         listing = list_arrays(args.npz)
-    listing = listing if classes is None else type(listing)(listing.records, classes)
+    if listing.passed_over:
+        endings = sorted(listing.passed_over.items(), key=lambda found: (-found[1], found[0]))
+        named = ", ".join(f"{count:,} {shortened(ending, 20)}" for ending, count in endings[:_MOST_ENDINGS])
+        more = f" and {len(endings) - _MOST_ENDINGS} more endings" if len(endings) > _MOST_ENDINGS else ""
+        total = sum(listing.passed_over.values())
+        get_logger().warning(f"passed over {total:,} files that are no images by their endings: {named}{more}")
+    listing = listing if classes is None else replace(listing, classes=classes)
     workers = len(os.sched_getaffinity(0)) if args.num_workers is None else args.num_workers
     prepare_images(listing, prefix, tokenizer, faults, args.order_seed, workers)

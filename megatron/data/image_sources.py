@@ -7,7 +7,8 @@ import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from megatron.data.captions import (
     json_object,
     plain_caption,
 )
+from megatron.data.classes import are_class_names
 from megatron.errors import UserError
 from megatron.text import shortened
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
+"""Of files that `megatron.data.decode` reads; those of torchvision's ImageFolder are among them."""
 MOST_IMAGE_BYTES, MOST_CAPTION_BYTES, _MOST_LABEL_BYTES = 1 << 26, 1 << 20, 1 << 6
 _ARRAYS = {"labels": ("iu", 1), "text": ("U", 2), "prompt": ("U", 2), "classes": ("U", 1)}
 """Of an .npz, besides images: kinds of each array's dtype, and its most dimensions."""
@@ -85,10 +88,13 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source holds. classes: names, where they are known."""
+    """What a source holds."""
 
     records: list[ImageRecord] = field(default_factory=list)
     classes: list[str] | None = None
+    """Names, where they are known."""
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    """How many files are neither images nor captions, by ending; of shards, those of samples without an image."""
 
 
 def _suffix(name: str) -> str:
@@ -104,6 +110,7 @@ def list_folder(folder: str, classes: Sequence[str] | None, fault: Fault) -> Lis
     A folder without folders has images without classes. An image's caption is the .txt of its name beside it. Where
     the folder has a file of captions, its images are those that the file names, in folders or not, without classes.
     """
+    passed = Counter[str]()
     if not os.path.isdir(folder):
         raise UserError(f"--images: no such folder: {folder}")
     try:
@@ -111,24 +118,27 @@ def list_folder(folder: str, classes: Sequence[str] | None, fault: Fault) -> Lis
             return Listing(list(_captioned_images(folder, path, fault)))
         entries = sorted(os.listdir(folder))
         names = [name for name in entries if os.path.isdir(os.path.join(folder, name)) and not name.startswith(".")]
-        loose = list(_images_in(folder, entries, None, fault))
+        loose = list(_images_in(folder, entries, None, fault, passed))
         if not names:
-            return Listing(loose)
+            return Listing(loose, None, passed)
         if loose:
             raise UserError(f"--images: {loose[0].name} lies beside the folders of classes; move it into one of them")
         known = list(classes) if classes is not None else names
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"--images: the folder {shortened(unknown[0])} is no class of --classes; add it there")
         numbers = {name: number for number, name in enumerate(known)}
-        return Listing([record for name in names for record in _class_images(folder, name, numbers, fault)], known)
+        records = [record for name in names for record in _class_images(folder, name, numbers, fault, passed)]
+        return Listing(records, known, passed)
     except OSError as error:
         raise UserError(f"--images: {error.filename or folder} cannot be read: {error.strerror}") from None
 
 
-def _class_images(folder: str, name: str, numbers: dict[str, int], fault: Fault) -> Iterator[ImageRecord]:
+def _class_images(
+    folder: str, name: str, numbers: dict[str, int], fault: Fault, passed: Counter[str]
+) -> Iterator[ImageRecord]:
     for place, folders, files in os.walk(os.path.join(folder, name), onerror=_raise):
         folders.sort()
-        yield from _images_in(place, sorted(files), numbers[name], fault)
+        yield from _images_in(place, sorted(files), numbers[name], fault, passed)
 
 
 def _captioned_images(folder: str, captions: str, fault: Fault) -> Iterator[ImageRecord]:
@@ -144,19 +154,34 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _images_in(folder: str, names: Sequence[str], label: int | None, fault: Fault) -> Iterator[ImageRecord]:
+def _images_in(
+    folder: str, names: Sequence[str], label: int | None, fault: Fault, passed: Counter[str]
+) -> Iterator[ImageRecord]:
     known = set(names)
+    captions = {_caption_name(name) for name in names if _suffix(name) in IMAGE_SUFFIXES}
     for name in names:
         path = os.path.join(folder, name)
-        if name.startswith(".") or _suffix(name) not in IMAGE_SUFFIXES or os.path.isdir(path):
+        if name.startswith(".") or os.path.isdir(path):
+            continue
+        if _suffix(name) not in IMAGE_SUFFIXES:
+            if name not in captions:
+                passed[_ending(name)] += 1
             continue
         if not os.path.isfile(path):
             fault(path, "is no file, or a link to one that is gone")
             continue
-        text = f"{name.rpartition('.')[0]}.txt"
+        text = _caption_name(name)
         caption = _file(os.path.join(folder, text), MOST_CAPTION_BYTES, fault) if text in known else None
         if image := _file(path, MOST_IMAGE_BYTES, fault):
             yield ImageRecord(path, image, label, caption)
+
+
+def _caption_name(image: str) -> str:
+    return f"{image.rpartition('.')[0]}.txt"
+
+
+def _ending(name: str) -> str:
+    return f".{_suffix(name)}" if _suffix(name) else "no ending"
 
 
 def _file(path: str, most: int, fault: Fault) -> Place | None:
@@ -176,12 +201,12 @@ def list_shards(paths: Sequence[str], fault: Fault) -> Listing:
     Without a .txt, captions are those of `key.json`, if it has any (megatron.data.captions). Other members are left
     alone. The tars stay where they are: images are read from them in place.
     """
-    records = list[ImageRecord]()
+    records, passed = list[ImageRecord](), Counter[str]()
     for path in paths:
         try:
             with tarfile.open(path, "r:") as archive:
                 for name, members in _samples(path, archive):
-                    records += _record(name, members, fault)
+                    records += _record(name, members, fault, passed)
                 if Place(path, archive.offset, tarfile.BLOCKSIZE).read().strip(b"\0"):
                     raise tarfile.ReadError(f"damaged at byte {archive.offset:,}")  # where tarfile stops in silence
         except (OSError, EOFError, ValueError, tarfile.TarError) as error:
@@ -189,7 +214,7 @@ def list_shards(paths: Sequence[str], fault: Fault) -> Listing:
                 raise
             advice = "give complete, uncompressed .tar files"
             raise UserError(f"--shards: {path} cannot be read ({shortened(error, 120)}); {advice}") from None
-    return Listing(records)
+    return Listing(records, None, passed)
 
 
 def _samples(path: str, archive: tarfile.TarFile) -> Iterator[tuple[str, dict[str, Place]]]:
@@ -208,9 +233,10 @@ def _samples(path: str, archive: tarfile.TarFile) -> Iterator[tuple[str, dict[st
     yield f"{path}: {key.removeprefix('/')}", members
 
 
-def _record(name: str, members: dict[str, Place], fault: Fault) -> Iterator[ImageRecord]:
+def _record(name: str, members: dict[str, Place], fault: Fault, passed: Counter[str]) -> Iterator[ImageRecord]:
     suffix = next((suffix for suffix in members if _suffix(suffix) in IMAGE_SUFFIXES or suffix in IMAGE_SUFFIXES), None)
     if suffix is None:
+        passed.update(f".{suffix}" for suffix in members)
         return
     image, text, label = members[suffix], members.get("txt", members.get("json")), None
     name = f"{name}.{suffix}"
@@ -246,6 +272,7 @@ def list_arrays(path: str) -> Listing:
         or images.dtype != np.uint8
         or images.ndim not in (3, 4)
         or images.shape[3:] not in ((), (1,), (3,))
+        or 0 in images.shape[1:]
     ):
         found = "none" if images is None else f"{images.dtype} {list(images.shape)}"
         raise UserError(f"--npz: {path}: `images` must be uint8 [n, H, W] or [n, H, W, 1 or 3], not {found}")
@@ -256,6 +283,8 @@ def list_arrays(path: str) -> Listing:
             raise UserError(f"--npz: {path}: `{name}` must be a list of {what}, not {array.dtype} {list(array.shape)}")
         if array is not None and name != "classes" and len(array) != len(images):
             raise UserError(f"--npz: {path}: {len(array)} {name} for {len(images)} images")
+    if "classes" in arrays and not are_class_names(arrays["classes"].tolist()):
+        raise UserError(f"--npz: {path}: `classes` must name each class once, on one line each, and none with nothing")
     labels, classes, captions = arrays.get("labels"), arrays.get("classes"), _captions(path, arrays)
     records = [
         ImageRecord(

@@ -34,6 +34,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_becomes_images_labels_and_classes(folder: Path, tmp_path: Path, prepare: Prepare) -> None:
     code, printed = prepare("--images", folder)
     assert code == 0 and "5 images of 2 classes" in printed and "5/5" in printed
+    assert "passed over 1 files that are no images by their endings: 1 .md" in printed
     files = {
         path.read_bytes(): path
         for path in folder.rglob("*.*")
@@ -58,6 +59,26 @@ def test_the_order_is_random_and_the_seeds(tmp_path: Path, prepare: Prepare) -> 
     assert labels != sorted(labels)
 
 
+def test_endings_of_other_tools_are_read_or_told(tmp_path: Path, prepare: Prepare) -> None:
+    kinds = {"tif": "TIFF", "TIFF": "TIFF", "ppm": "PPM", "pgm": "PPM", "bmp": "BMP"}
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+    for number, (ending, kind) in enumerate(kinds.items()):
+        (tmp_path / "in/a" / f"{number}.{ending}").write_bytes(encoded(pixels(number), kind))
+    for name in ("b/1.heic", "b/2.heic", "b/3.AVIF", "b/README", "list.csv"):
+        (tmp_path / "in" / name).write_text("x")
+    code, printed = prepare("--images", tmp_path / "in")
+    assert code == 0 and "5 images of 2 classes" in printed
+    told = "passed over 5 files that are no images by their endings: 2 .heic, 1 .avif, 1 .csv, 1 no ending"
+    assert told in printed
+    shard = write_tar(
+        tmp_path / "s.tar", {"1.tif": encoded(pixels(1), "TIFF"), "1.cls": b"0", "2.heic": b"", "2.cls": b"1"}
+    )
+    code, printed = prepare("--shards", shard)
+    assert code == 0 and "1 images of 1 classes" in printed and "passed over 2 files" in printed
+    assert "1 .cls, 1 .heic" in printed
+
+
 def test_arrays_are_kept_to_the_pixel(tmp_path: Path, prepare: Prepare) -> None:
     grey = pixels(1, 8, 8, 1)[None].repeat(2, 0)
     grey[1] += 1
@@ -71,6 +92,22 @@ def test_arrays_are_kept_to_the_pixel(tmp_path: Path, prepare: Prepare) -> None:
             assert np.array_equal(np.asarray(decode(content, 1)), grey[int(index), ..., 0])
             assert text == ids("a line" if index else "a dot")
         assert (tmp_path / "out/x/x_classes.txt").read_text() == "dot\nline\nnone\n"
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "message"),
+    [
+        ((3, 0, 8), ["a", "b"], "`images` must be uint8 [n, H, W] or [n, H, W, 1 or 3], not uint8 [3, 0, 8]"),
+        ((3, 8, 8), ["a", "a"], "`classes` must name each class once"),
+        ((3, 8, 8), ["a", " "], "`classes` must name each class once"),
+    ],
+)
+def test_arrays_that_make_no_set_are_refused(
+    tmp_path: Path, prepare: Prepare, shape: tuple[int, ...], names: list[str], message: str
+) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros(shape, np.uint8), labels=np.array([0, 1, 0]), classes=np.array(names))
+    code, printed = prepare("--npz", tmp_path / "a.npz")
+    assert code == 2 and message in printed and not list(tmp_path.glob("out/x/*"))
 
 
 def test_shards_are_read_in_place(tmp_path: Path, prepare: Prepare) -> None:
@@ -96,7 +133,8 @@ def test_captions_lie_beside_images(tmp_path: Path, prepare: Prepare) -> None:
     for name in ("one", "two"):
         (tmp_path / f"{name}.png").write_bytes(encoded(pixels(len(name))))
         (tmp_path / f"{name}.txt").write_text(f"{name}\n")
-    assert prepare("--images", tmp_path)[0] == 0
+    code, printed = prepare("--images", tmp_path)
+    assert code == 0 and "passed over" not in printed
     assert {text for _, text in rows(tmp_path, "image", "text")} == {ids("one"), ids("two")}
     assert not (tmp_path / "out/x/x_label_document.idx").exists()
 
@@ -125,7 +163,7 @@ def test_classes_can_be_given(folder: Path, tmp_path: Path, prepare: Prepare) ->
 BROKEN = {
     "cut off": (encoded(pixels(1), "JPEG")[:500], "cannot be decoded"),
     "a PNG cut off": (encoded(pixels(1))[:-400], "cannot be decoded"),
-    "text": (b"no image", "is no JPEG, PNG, WEBP, GIF or BMP image"),
+    "text": (b"no image", "is no JPEG, PNG, WEBP, GIF, BMP, TIFF or PPM image"),
     "empty": (b"", "is no JPEG"),
     "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no JPEG"),
     "16 bits": (encoded(np.ones((4, 4), np.uint16)), "has more than 8 bits a channel"),
