@@ -14,7 +14,7 @@ from megatron.config.sections.data import DataConfig
 from megatron.data.blend import BlendedDataset, normalized, weights_by_documents
 from megatron.data.indexed import IndexedDataset
 from megatron.data.random_split import drawn_documents
-from megatron.data.samples import WHOLE_ORDER_SAMPLES, Documents, GPTDataset, split_documents
+from megatron.data.samples import WHOLE_ORDER_SAMPLES, Documents, GPTDataset, split_documents, split_shares
 from megatron.data.segments import RandomSegments
 from megatron.errors import UserError
 from megatron.log import get_logger
@@ -109,7 +109,8 @@ def _of_split(data: DataConfig, prefix: str, name: str) -> list[Part]:
     if end > first:
         return [Part(indexed, (first, end))]
     if name == "test":
-        get_logger().info(f"split: '{split}' of {len(indexed)} documents leaves no test documents; no test set")
+        if split_shares(split)[number]:
+            get_logger().info(f"split: '{split}' of {len(indexed)} documents leaves no test documents; no test set")
         return []
     hint = ", or set eval_iters: 0 for no validation" if name == "valid" else ""
     raise UserError(

@@ -289,20 +289,29 @@ def _cut(lengths: npt.NDArray[np.int32], seq_length: int) -> npt.NDArray[np.inte
     return np.stack([positions, offsets], axis=1).astype(np.int32 if fits else np.int64)
 
 
-def split_documents(split: str, num_documents: int) -> list[tuple[int, int]]:
-    """Ranges (first, end) of the training, validation and test documents, rounded as GPT-NeoX does.
+def split_shares(split: str) -> list[float]:
+    """The shares of training, validation and test: up to three, "949,50,1" or "949/50/1"; the others are 0.
 
-    split: up to three shares, "949,50,1" or "949/50/1". Raises UserError when it is not of that form.
+    Raises: UserError when it is not of that form.
     """
     try:
         shares = [float(share) for share in split.replace("/", ",").split(",")][:3]
     except ValueError:
         shares = []
-    total = sum(shares)
-    if not shares or min(shares) < 0 or not 0 < total < float("inf"):
+    if not shares or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
         raise UserError(f"split: '{split}' is not a list of up to three shares; write it like \"949,50,1\"")
+    return shares + [0.0] * (3 - len(shares))
+
+
+def split_documents(split: str, num_documents: int) -> list[tuple[int, int]]:
+    """Ranges (first, end) of the training, validation and test documents, rounded as GPT-NeoX does.
+
+    split: see `split_shares`. Raises UserError when it is not of that form.
+    """
+    shares = split_shares(split)
+    total = sum(shares)
     bounds = [0]
-    for share in shares + [0.0] * (3 - len(shares)):
+    for share in shares:
         bounds.append(bounds[-1] + round(share / total * float(num_documents)))
     # All bounds but the first move together so that the last one is exact; none may leave the corpus.
     surplus = bounds[-1] - num_documents
