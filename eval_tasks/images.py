@@ -15,6 +15,7 @@ from megatron.data.image_batch import ImageShape
 from megatron.evaluation.batching import Batches
 from megatron.evaluation.images import Predictions, classify
 from megatron.evaluation.zero_shot import ZeroShotClassifier
+from megatron.exchange import open_checkpoint
 from megatron.files import write_output
 from megatron.inference.prepare import checkpoint_source, load_image_model
 from megatron.log import get_logger
@@ -33,7 +34,8 @@ def evaluate_images(config: RunConfig, layout: Layout, results_file: Path) -> di
     Returns: `results[set]["acc,none"]` and so on, `configs[set]`, and on request `classes[set]`, a dictionary for each
         class (see Predictions.of_classes) with its name, and `pictures[set]`, a path.
 
-    Raises: UserError when checkpoint or data are missing, or do not fit the configuration.
+    Raises: UserError when checkpoint or data are missing, or do not fit the configuration, or number classes in
+        different ways.
     """
     model, images, options = config.model, config.images, config.evaluation
     assert isinstance(model, ImageConfig) and isinstance(images, ImagesConfig)
@@ -41,7 +43,8 @@ def evaluate_images(config: RunConfig, layout: Layout, results_file: Path) -> di
     if options.confusion:
         check_drawable(model.num_classes)
     shape = ImageShape(model.in_channels, model.image_size, model.num_classes)
-    sets = evaluated_sets(config.data, images, shape, options)
+    learned = open_checkpoint(results.values["checkpoint"], config).class_names
+    sets = evaluated_sets(config.data, images, shape, options, learned)
     classifier, task = load_image_model(config, layout), ImageClassificationTask(config)
     for evaluated in sets:
         results.classify(classifier, task, evaluated)

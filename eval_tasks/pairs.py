@@ -12,8 +12,9 @@ from megatron.config.schema import RunConfig
 from megatron.config.sections.clip import ClipConfig
 from megatron.config.sections.images import ImagesConfig
 from megatron.config.sections.vision import ImageConfig, ImageTowerSection
+from megatron.data.classes import class_names
 from megatron.data.datasets import Part
-from megatron.data.evaluated_images import class_names, evaluated_parts, has_document, labelled_set
+from megatron.data.evaluated_images import evaluated_parts, has_document, labelled_set
 from megatron.data.image_batch import ImageShape
 from megatron.data.image_text import TEXT_SUFFIX, CaptionedImages, ImageTextDataset
 from megatron.data.images import LABEL_SUFFIX

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron.errors import UserError
 from megatron.files import read_text
+from megatron.text import shortened
 
 IMAGE_SUFFIX, CLASSES_SUFFIX = "_image_document", "_classes.txt"
 _MOST_BYTES = 1 << 26
@@ -39,3 +40,21 @@ def read_classes(path: str | Path, key: str = "") -> list[str]:
         where = f"{key}: {path}" if key else str(path)
         raise UserError(f"{where} must name each class once, one a line, without empty lines")
     return names
+
+
+def class_names(prefix: str | Path) -> list[str] | None:
+    """What the file beside an image pair calls the classes; None where there is none. Raises: see class_lines."""
+    names = classes_file(prefix)
+    return class_lines(names) if names.exists() else None
+
+
+def check_same_classes(names: Sequence[str], where: object, expected: Sequence[str], source: object) -> None:
+    """Raise UserError where equally many classes are numbered in two ways: `names`, and as `source` has them."""
+    if len(names) != len(expected):
+        return
+    for number, (name, other) in enumerate(zip(names, expected, strict=True)):
+        if name != other:
+            raise UserError(
+                f"{where}: class {number} is {shortened(name)}, and {shortened(other)} in {source}; prepare these "
+                "images again, with --classes and a file of the names in that order"
+            )

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron.config.sections.data import DataConfig
 from megatron.config.sections.evaluation import EvaluationConfig
 from megatron.config.sections.images import ImagesConfig
-from megatron.data.classes import IMAGE_SUFFIX, class_lines, classes_file
+from megatron.data.classes import IMAGE_SUFFIX, check_same_classes, class_names, classes_file
 from megatron.data.datasets import Part, parts_of
 from megatron.data.decode import MODES
 from megatron.data.image_batch import ImageShape
@@ -29,19 +29,30 @@ class EvaluatedSet:
     images: ImageDataset
     """Every image once, in order."""
     class_names: Sequence[str]
-    """What the classes are called; their numbers, where no file beside the pair says."""
+    """What the classes are called, by the file beside the pair, else the checkpoint; else their numbers."""
 
 
 def evaluated_sets(
-    data: DataConfig, images: ImagesConfig, shape: ImageShape, evaluation: EvaluationConfig
+    data: DataConfig,
+    images: ImagesConfig,
+    shape: ImageShape,
+    evaluation: EvaluationConfig,
+    learned: Sequence[str] | None = None,
 ) -> list[EvaluatedSet]:
     """The images of `evaluated_parts` with their labels.
 
-    Raises: UserError when data is missing, damaged or does not fit the shape, and for two sets of one name.
+    Args:
+        learned: what the classes of the model are called, in order, where that is known.
+
+    Raises: UserError when data is missing, damaged or does not fit the shape, for a set that numbers its classes in
+        another way than the model, and for two sets of one name.
     """
     sets = []
     for name, part in evaluated_parts(data, shape, evaluation).items():
-        names = class_names(part.indexed.prefix) or [str(number) for number in range(shape.num_classes)]
+        names = class_names(part.indexed.prefix)
+        if names is not None and learned is not None:
+            check_same_classes(names, classes_file(part.indexed.prefix), learned, "the checkpoint")
+        names = names or learned or [str(number) for number in range(shape.num_classes)]
         sets.append(labelled_set(name, part, names, images, shape))
     return sets
 
@@ -82,12 +93,6 @@ def _parts(data: DataConfig, evaluation: EvaluationConfig) -> list[Part]:
         reason = "there are no images in it" if evaluation.eval_data_paths else f"no {evaluation.eval_split} images"
         raise ConfigError(what, reason, "name other sets with eval_data_paths, or choose another eval_split")
     return parts
-
-
-def class_names(prefix: str) -> list[str] | None:
-    """What the file beside an image pair calls the classes; None where there is none."""
-    names = classes_file(prefix)
-    return class_lines(names) if names.exists() else None
 
 
 def has_document(part: Part, suffix: str) -> bool:

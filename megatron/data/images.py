@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron.config.sections.data import DataConfig
 from megatron.config.sections.images import ImagesConfig
 from megatron.data.augment import Mixing, Pixels, pair_generator, sample_generator
-from megatron.data.classes import class_lines, classes_file
+from megatron.data.classes import check_same_classes, class_names, classes_file
 from megatron.data.datasets import Datasets, Part
 from megatron.data.image_batch import ImageShape
 from megatron.data.image_sets import Augmentation, EpochOrder, ImageParts, StoredImages, centre, image_parts
@@ -40,13 +40,15 @@ class LabelledImages(StoredImages):
         if self._labels.num_tokens != len(self.indexed):
             counts = f"{self._labels.num_tokens} numbers for {len(self.indexed)} images"
             raise UserError(f"{self._labels.bin_path}: {counts}; prepare both again")
+        self.class_names = class_names(part.indexed.prefix)
+        """What its classes are called, where a file says it."""
         self._check_classes(num_classes)
 
     def _check_classes(self, num_classes: int) -> None:
-        names = classes_file(self.indexed.prefix)
-        known = len(class_lines(names)) if names.exists() else num_classes
+        known = num_classes if self.class_names is None else len(self.class_names)
         if known != num_classes:
-            raise ConfigError("num_classes", f"{names} names {known} classes", f"set {known}", value=num_classes)
+            reason = f"{classes_file(self.indexed.prefix)} names {known} classes"
+            raise ConfigError("num_classes", reason, f"set {known}", value=num_classes)
         for first in range(0, len(self._labels), _ROWS):
             rows = self._labels.tokens[first : first + _ROWS]
             wrong = np.flatnonzero((rows < 0) | (rows >= num_classes))
@@ -146,6 +148,13 @@ class AugmentedImages:
         return self._pair[1]
 
 
+def _check_numbering(parts: Sequence[LabelledImages]) -> None:
+    """Raise UserError where the files beside two parts number the classes in different ways."""
+    named = [(part.class_names, classes_file(part.indexed.prefix)) for part in parts if part.class_names is not None]
+    for names, file in named[1:]:
+        check_same_classes(names, file, *named[0])
+
+
 def build_image_datasets(
     data: DataConfig, images: ImagesConfig, shape: ImageShape, seed: int, samples: Sequence[int]
 ) -> Datasets:
@@ -154,10 +163,12 @@ def build_image_datasets(
     Args:
         samples: of training, validation and test that are needed (0: not built). The training set has as many.
 
-    Raises: UserError when data is missing, damaged or does not fit the shape, and for weights of a blend.
+    Raises: UserError when data is missing, damaged or does not fit the shape, for sets that number their classes in
+        different ways, and for weights of a blend.
     """
     found = image_parts(data, shape, samples)
     parts = {name: [LabelledImages(part, shape.num_classes) for part in split] for name, split in found.items()}
+    _check_numbering([part for split in parts.values() for part in split])
     train = AugmentedImages(parts["train"], shape, images, seed, samples[0]) if parts["train"] else None
     valid, test = (ImageDataset(parts[name], shape, images) if parts[name] else None for name in ("valid", "test"))
     return Datasets(train, valid, test)

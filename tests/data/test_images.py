@@ -210,6 +210,20 @@ def test_mistakes_are_told(prefix: str, tmp_path: Path) -> None:
         build(data_path=f"{tmp_path}/x_image_document")
 
 
+def test_sets_that_number_their_classes_differently_are_refused(tmp_path: Path) -> None:
+    records = [ImageRecord(f"image {number}", pixels(number), number) for number in range(5)]
+    classes = ["ape", "bee", "cat", "dog", "elk"]
+    names = {"train": classes, "valid": [*classes[:3], "elk", "dog"], "test": None}
+    sets = {}
+    for name, own in names.items():
+        found = prepare_images(Listing(records, own), tmp_path / name, TokenizerConfig(), Faults(False))
+        sets[f"{name}_data_paths"] = [found.prefixes["image"]]
+    message = r"valid_classes.txt: class 3 is elk, and dog in .*train_classes.txt; prepare these images again, with"
+    with pytest.raises(UserError, match=message):
+        build_image_datasets(DataConfig(**sets), options(), SHAPE, SEED, (10, 1, 1))
+    assert build_image_datasets(DataConfig(**sets), options(), SHAPE, SEED, (10, 0, 1)).test is not None
+
+
 @pytest.mark.launches
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_broken_image_is_one_line_from_any_worker(tmp_path: Path, num_workers: int) -> None:

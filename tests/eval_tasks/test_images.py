@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from eval_tasks.run import run_evaluation
 from megatron.config import RunConfig
 from megatron.config.cli import parse_run
 from megatron.data import IndexedDataset, IndexedDatasetBuilder
-from megatron.errors import run_command
+from megatron.errors import UserError, run_command
 from megatron.evaluation.batching import Batches
 from megatron.evaluation.images import Predictions, classify
 from megatron.exchange import open_checkpoint
@@ -117,6 +118,19 @@ def test_classes_are_told_apart_by_number_and_name(
     assert picture.parent == tmp_path and picture.name.endswith("_corners_confusion.png")
     with Image.open(picture) as image:
         assert image.format == "PNG" and min(image.size) > 300
+
+
+def test_classes_are_the_checkpoints(images: str, run: Path, tmp_path: Path) -> None:
+    """Their names are those of a set that has none, and a set that numbers them in another way is refused."""
+    shutil.copytree(run, tmp_path / "run")
+    names = [f"class {number}" for number in range(CLASSES)]
+    (tmp_path / "run/classes.txt").write_text("\n".join(names), encoding="utf-8")
+    plain = write_images(tmp_path / "plain")
+    results = run_evaluation(evaluated(plain, tmp_path / "run", per_class=True))
+    assert [values["name"] for values in results["classes"]["plain"]] == names
+    message = "corners_classes.txt: class 0 is tench, and class 0 in the checkpoint; prepare these images again, with"
+    with pytest.raises(UserError, match=message):
+        run_evaluation(evaluated(images, tmp_path / "run"))
 
 
 def test_a_picture_shows_what_is_taken_for_what() -> None:
