@@ -10,7 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron.errors import UserError, run_command
+import numpy as np
+
+from megatron.errors import run_command
+from tools.vision.data import digits
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
@@ -20,20 +23,12 @@ TEMPLATES = (
 UNSEEN_TEMPLATES = ("a {} on paper", "here you can see {}")
 """Nothing is trained on them: texts of another form."""
 
-_LARGEST = 16  # of scikit-learn's pixels
-
 
 def write_digits(path: Path, templates: tuple[str, ...] = TEMPLATES) -> None:
     """Write the arrays images, labels, text [n, templates] and classes. Raises UserError without scikit-learn."""
-    try:
-        import numpy as np
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError("scikit-learn: not installed; pip install -r requirements/requirements-eval.txt") from error
-    digits = load_digits()
-    captions = [[template.format(WORDS[label]) for template in templates] for label in digits.target]
-    images = np.rint(digits.images * (255 / _LARGEST)).astype(np.uint8)
-    np.savez(path, images=images, labels=digits.target, text=np.array(captions), classes=np.array(WORDS))
+    images, labels = digits()
+    captions = [[template.format(WORDS[label]) for template in templates] for label in labels]
+    np.savez(path, images=images, labels=labels, text=np.array(captions), classes=np.array(WORDS))
 
 
 def main() -> None:

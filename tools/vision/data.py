@@ -37,7 +37,7 @@ def digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.integer]]:
     except ImportError as error:
         raise UserError("digits: need scikit-learn; pip install -r requirements/requirements-eval.txt") from error
     found = load_digits()
-    return (found.images * (255 / _BRIGHTEST)).astype(np.uint8), found.target
+    return np.rint(found.images * (255 / _BRIGHTEST)).astype(np.uint8), found.target
 
 
 def mnist5k() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.integer]]:
