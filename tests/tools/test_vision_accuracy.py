@@ -86,7 +86,7 @@ def test_a_run_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     trial = Trial("digits", "ViT", 0)
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(UserError, match=r"digits ViT seed 0: train.py ended with exit code 1; .*log.txt says why"):
-        trial.run(tmp_path, tmp_path / "none")
+        trial.run(tmp_path / "run", tmp_path / "data")
 
 
 def test_handwritten_digits_are_moved_by_two_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +112,14 @@ def test_results_are_of_this_tool(tmp_path: Path) -> None:
 
 
 def test_tables_have_what_is_complete_only() -> None:
-    results = {trial.name: {"accuracy": 90.0 + trial.seed, "parameters": 1234} for trial in trials()}
+    figures = {"parameters": 1234, "unseen_templates": 50.0}
+    results = {trial.name: {"accuracy": 90.0 + trial.seed, **figures} for trial in trials()}
     lines = list(report(results))
     assert lines[2] == "| digits, 60 epochs, TokenFormer | 1,234 | 90.0 | 91.0 | 92.0 | 91.0 ± 0.6 | 95 |"
+    assert lines[-2:] == [
+        "| the same with templates that no caption has | 1,234 | 50.0 | 50.0 | 50.0 | 50.0 ± 0.0 |  |",
+        "| digits, right captions of ten | 1,234 | 90.0 | 91.0 | 92.0 | 91.0 ± 0.6 | 90 |",
+    ]
     del results["digits TokenFormer seed 2"]
     assert list(report(results)) == [line for line in lines if line != lines[2]]
     results[Trial("mnist5k", "ViT", 0, RATES[1]).name]["accuracy"] = 95.0

@@ -1,19 +1,19 @@
-"""Top-1 of small image models on real data: `python -m tools.vision.accuracy tools/vision/accuracy.json`.
+"""What small models of images reach on real data: `python -m tools.vision.accuracy tools/vision/accuracy.json`.
 
-A TokenFormer and a Vision Transformer of as many parameters learn each set with train.py and the files of
-configs/vision, three seeds each (docs/vision.md). The test images are a fifth of a set and always the same. Before, one
-seed tries learning rates on another fifth, held out of the training images: those of the files are the best ones.
+Classifiers: a TokenFormer and a Vision Transformer of as many parameters learn each set with train.py and the files of
+configs/vision, three seeds each (docs/vision.md). The test images are a fifth of a set and always the same. One seed
+also tries learning rates on another fifth, held out of the training images.
 
-The file is written after every run, and a later call goes on from it. A run takes one or two minutes of a core.
+Images and texts: the demos of configs/clip and configs/image_to_text, on digits with captions, three seeds each.
+
+The file is written after every run, and a later call goes on from it. A run takes three to ten minutes of a core.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +26,9 @@ from megatron.errors import UserError, run_command
 from megatron.files import write_output
 from megatron.model.build import build_model
 from tools.vision.data import prepare
+from tools.vision.pairs import CaptionTrial, ClipTrial, PairTrial, pair_trials
+from tools.vision.scripts import ROOT, RunFolder
 
-ROOT = Path(__file__).parents[2]
 BATCH = 64
 RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2)
@@ -90,53 +91,62 @@ class Trial:
         }  # fmt: skip
         return keys | ({"optimizer.params.lr": self.rate} if tries else {})
 
-    def run(self, folder: Path, data_path: Path) -> dict[str, Any]:
-        """Train, and what came of it. Raises UserError where train.py fails."""
-        folder.mkdir(parents=True, exist_ok=True)
-        words = [f"--set={key}={value}" for key, value in self.keys(folder, data_path).items()]
-        log, begin = folder / "log.txt", time.perf_counter()
-        with log.open("wb") as output:
-            command = [sys.executable, str(ROOT / "train.py"), str(self.config), *words]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            code = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False).returncode
-        if code:
-            raise UserError(f"{self.name}: train.py ended with exit code {code}; {log} says why")
+    def run(self, path: Path, data: Path) -> dict[str, Any]:
+        """Train in a folder with the images of `data`, and what came of it. Raises UserError where train.py fails."""
+        folder, begin = RunFolder(path, self.name), time.perf_counter()
+        folder.call("train.py", self.config, keys=self.keys(path, prepare(self.subject, data)))
         return {
-            "accuracy": round(100 * self.accuracy(folder), 2),
+            "accuracy": round(100 * folder.last_metric("valid_acc1"), 2),
             "parameters": build_model(load_config(self.config).model, device="meta").num_parameters(),
             "seconds": round(time.perf_counter() - begin),
         }
 
-    def accuracy(self, folder: Path) -> float:
-        """The share of images that the finished run in `folder` gets right: test images, or those held out."""
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-        return float([line["valid_acc1"] for line in lines if "valid_acc1" in line][-1])
 
-
-def trials() -> Iterator[Trial]:
-    """All runs: the rates, then the seeds."""
-    for rate in RATES:
-        yield from (Trial(subject, model, SEEDS[0], rate) for subject in SUBJECTS for model in MODELS)
+def trials() -> Iterator[Trial | PairTrial]:
+    """All runs: the seeds, then the rates."""
     for seed in SEEDS:
         yield from (Trial(subject, model, seed) for subject in SUBJECTS for model in MODELS)
+    yield from pair_trials(SEEDS)
+    for rate in RATES:
+        yield from (Trial(subject, model, SEEDS[0], rate) for subject in SUBJECTS for model in MODELS)
 
 
-def report(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Markdown: a line a model and set whose seeds are all there."""
-    seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
-    yield f"| | parameters | {seeds} | mean | bar |"
-    yield f"|---|---|{'---|' * len(SEEDS)}---|---|"
+@dataclass(frozen=True)
+class Row:
+    """A figure of several seeds: what it is, the runs that have it, and the mean that is asked for, if any."""
+
+    title: str
+    names: Sequence[str]
+    bar: float | None
+    figure: str = "accuracy"
+
+
+def rows() -> Iterator[Row]:
+    """Of the table."""
     for name, subject in SUBJECTS.items():
         for model in MODELS:
             names = [Trial(name, model, seed).name for seed in SEEDS]
-            if not all(each in results for each in names):
-                continue
-            found = [results[each]["accuracy"] for each in names]
-            mean, error = statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5
-            cells = [f"{name}, {subject.epochs} epochs, {model}", f"{results[names[0]]['parameters']:,}"]
-            cells += [f"{value:.1f}" for value in found]
-            cells += [f"{mean:.1f} ± {error:.1f}", f"{subject.bar:g}" if model == "TokenFormer" else ""]
-            yield f"| {' | '.join(cells)} |"
+            bar = subject.bar if model == "TokenFormer" else None
+            yield Row(f"{name}, {subject.epochs} epochs, {model}", names, bar)
+    clip, captions = ([kind(seed).name for seed in SEEDS] for kind in (ClipTrial, CaptionTrial))
+    yield Row("digits, zero-shot, CLIP", clip, 90.0)
+    yield Row("the same with templates that no caption has", clip, None, "unseen_templates")
+    yield Row("digits, right captions of ten", captions, 90.0)
+
+
+def report(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Markdown: a line for each row whose seeds are all there."""
+    seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
+    yield f"| | parameters | {seeds} | mean | bar |"
+    yield f"|---|---|{'---|' * len(SEEDS)}---|---|"
+    for row in rows():
+        if not all(name in results for name in row.names):
+            continue
+        found = [results[name][row.figure] for name in row.names]
+        mean, error = statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5
+        cells = [row.title, f"{results[row.names[0]]['parameters']:,}", *(f"{value:.1f}" for value in found)]
+        cells += [f"{mean:.1f} ± {error:.1f}", "" if row.bar is None else f"{row.bar:g}"]
+        yield f"| {' | '.join(cells)} |"
 
 
 def rates_report(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -181,8 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for trial in trials():
         if trial.name in results or options.only not in trial.name:
             continue
-        data_path = prepare(trial.subject, options.data_dir)
-        results[trial.name] = trial.run(options.work_dir / trial.name.replace(" ", "-"), data_path)
+        results[trial.name] = trial.run(options.work_dir / trial.name.replace(" ", "-"), options.data_dir)
         print(f"{trial.name}: {results[trial.name]['accuracy']} ({results[trial.name]['seconds']} s)", flush=True)
         write_output(options.results, json.dumps({"results": results}, indent=1) + "\n", "FILE")
     print("\n".join([*report(results), "", *rates_report(results)]))
