@@ -58,7 +58,7 @@ class PairTrial:
                 prepare_images(list_arrays(str(arrays)), prefix, characters, Faults(skip=False))
         return Path(f"{prefix}_image_document")
 
-    def keys(self, save: Path, data_path: Path | str) -> dict[str, Any]:
+    def keys(self, save: Path, data_path: Path) -> dict[str, Any]:
         """What a training changes of its file."""
         return {"seed": self.seed, "data_path": data_path, "save": save, "log_dir": save}
 
@@ -96,7 +96,7 @@ class CaptionTrial(PairTrial):
     def results(self, folder: RunFolder, images: Path) -> dict[str, Any]:
         """See PairTrial."""
         config, towers = self.configs / "image_to_text/demo_digits.yml", {}
-        texts = str(images).replace("_image_", "_text_")
+        texts = Path(str(images).replace("_image_", "_text_"))
         sources = {"image": ("vision/demo_digits.yml", images), "text": ("image_to_text/demo_text.yml", texts)}
         for tower, (file, data_path) in sources.items():
             towers[f"pretrain_{tower}_tower"] = folder.path / tower
