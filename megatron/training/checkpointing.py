@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import subprocess
 from concurrent.futures import Future, wait
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,7 @@ class Saver:
             get_logger().warning("%s; training goes on (on_save_failure: continue)", result.failure)
 
 
+@cache
 def environment() -> dict[str, str | dict[str, str]]:
     """Git revision, Python and package versions, for the record beside a checkpoint."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

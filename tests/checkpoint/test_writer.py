@@ -23,6 +23,7 @@ TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).view(2, 3), "a": torch.tensor(4), "half": torch.ones(3).bfloat16(),
     "bytes": torch.arange(5, dtype=torch.uint8), "none": torch.zeros(0, 4), "wide": torch.ones(2, dtype=torch.float64),
     "\u00e9\"": torch.zeros(1, dtype=torch.float16), "flag": torch.tensor([True]),
+    "large": torch.arange(40_000.0),
 }  # fmt: skip
 
 
@@ -65,8 +66,9 @@ def state(iteration: int, kind: str, name: str, tensor: Tensor) -> CanonicalStat
         ("optimizer", "step/w", torch.tensor(math.nan)),
         ("model", "x.tau_tokens", torch.tensor(0)),
         ("ema", "v", torch.tensor([1.0, math.nan, 0.0])),
+        ("model", "v", torch.cat([torch.ones(40_000), torch.tensor([math.nan])])),
     ],
-    ids=["nan", "inf", "moment", "negative", "step", "tau", "average"],
+    ids=["nan", "inf", "moment", "negative", "step", "tau", "average", "large"],
 )
 def test_values_to_go_on_from_are_all_that_is_saved(tmp_path: Path, kind: str, name: str, tensor: Tensor) -> None:
     RunFolder(tmp_path).save(state(1, "model", "v", torch.ones(3)))
