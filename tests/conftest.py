@@ -152,6 +152,11 @@ _SLOW = (
 )  # fmt: skip
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make test` does not import the files of which it runs nothing."""
+    return True if config.option.markexpr == "not slow" and str(collection_path).endswith(_SLOW) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Longest files first; what builds engines in this process, and what is slow, is marked so."""
     for item in items:

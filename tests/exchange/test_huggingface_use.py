@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import accelerate
-import peft
 import pytest
 import torch
 import transformers
@@ -19,6 +18,9 @@ from megatron.exchange.convert import export_huggingface
 from megatron.inference import load_model
 from tests.exchange.loaded_exports import IDS, PROMPTS, loaded, private_modules
 from tests.random_models import make_model
+
+if TYPE_CHECKING:
+    import peft  # takes seconds, which a process that runs other files is spared
 
 KINDS: dict[str, dict[str, Any]] = {
     "tokenformer": {},
@@ -82,6 +84,8 @@ def test_weights_elsewhere_give_the_same_logits(folder: Path, tmp_path: Path) ->
 
 def adapted(folder: Path) -> tuple[peft.PeftModel, int]:
     """The model with LoRA on weights of query, key, value, proj and mlp, and the number of weights of each block."""
+    import peft
+
     tokens = ["query.key_tokens_0", "query.value_tokens_0", "key.key_tokens_0", "value.value_tokens_0",
               "proj.key_tokens_0", "mlp.key_tokens_0", "mlp.value_tokens_0"]  # fmt: skip
     matrices = ["query.weight", "key.weight", "value.weight", "proj.weight", "fc_in.weight", "fc_out.weight"]
@@ -93,6 +97,8 @@ def adapted(folder: Path) -> tuple[peft.PeftModel, int]:
 
 
 def test_lora_by_target_parameters_trains_saves_and_merges(folder: Path, tmp_path: Path) -> None:
+    import peft
+
     model, count = adapted(folder)
     model(**BATCH, labels=IDS).loss.backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -127,6 +133,8 @@ def test_lora_trains_with_gradient_checkpointing(folder: Path) -> None:
 
 
 def test_lora_by_modules_reaches_linear_projections(exports: dict[str, Path]) -> None:
+    import peft
+
     config = peft.LoraConfig(target_modules=["query", "key", "value"], layers_to_transform=[1], init_lora_weights=False)
     model = peft.get_peft_model(loaded(exports["mixed"]), config)
     model(IDS).logits.sum().backward()
