@@ -48,12 +48,15 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_ten_and_ten_iterations_equal_twenty(tiny_config: MakeConfig, tmp_path: Path, settings: dict[str, Any]) -> None:
-    keys = {**settings, "hidden_dropout": 0.1, "checkpoint_factor": 10, "ema_decay": 0.9}
+def test_four_and_four_iterations_equal_eight(
+    tiny_config: MakeConfig, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    keys = {**settings, "train_iters": 8, "eval_interval": 4, "checkpoint_factor": 4}
+    keys |= {"hidden_dropout": 0.1, "ema_decay": 0.9}
     run(tiny_config, tmp_path / "whole", **keys)
-    run(tiny_config, tmp_path / "parts", **keys, exit_interval=10)
+    run(tiny_config, tmp_path / "parts", **keys, exit_interval=4)
     first = losses(tmp_path / "parts")
-    assert max(first) == 10
+    assert max(first) == 4
     run(tiny_config, tmp_path / "parts", **keys)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
@@ -86,14 +89,14 @@ def test_every_optimizer_resumes_exactly_and_learns(tiny_config: MakeConfig, tmp
 
 def test_a_longer_run_keeps_the_data_it_consumed(tiny_config: MakeConfig, tmp_path: Path) -> None:
     # lr_decay_iters is fixed, so that only the data order could differ.
-    keys = {"lr_decay_iters": 60, "train_micro_batch_size_per_gpu": 32}
-    run(tiny_config, tmp_path / "short", **keys, train_iters=10)
+    keys = {"lr_decay_iters": 60, "train_micro_batch_size_per_gpu": 128}
+    run(tiny_config, tmp_path / "short", **keys, train_iters=3)
     short = losses(tmp_path / "short")
-    run(tiny_config, tmp_path / "short", **keys, train_iters=60)
+    run(tiny_config, tmp_path / "short", **keys, train_iters=15)
     longer = losses(tmp_path / "short")
     assert {i: longer[i] for i in short} == short
-    blocks = json.loads((tmp_path / "short/global_step60/train_state.json").read_text())["epoch_blocks"]["train/0"]
-    first = json.loads((tmp_path / "short/global_step10/train_state.json").read_text())["epoch_blocks"]["train/0"]
+    blocks = json.loads((tmp_path / "short/global_step15/train_state.json").read_text())["epoch_blocks"]["train/0"]
+    first = json.loads((tmp_path / "short/global_step3/train_state.json").read_text())["epoch_blocks"]["train/0"]
     assert len(blocks) == len(first) + 1 and blocks[: len(first)] == first
 
 
