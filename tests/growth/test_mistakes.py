@@ -46,6 +46,22 @@ def refusal(
     return run
 
 
+@pytest.fixture(scope="module")
+def base(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory, single_process: None) -> Path:
+    """A run of two iterations, which every test leaves as it is."""
+    folder = tmp_path_factory.mktemp("base")
+    run(tiny_config, folder, train_iters=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grown(tiny_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory, single_process: None) -> Path:
+    """A run that has grown, which every test leaves as it is."""
+    folder = tmp_path_factory.mktemp("grown")
+    run(tiny_config, folder, train_iters=3, growth=[stage(2)])
+    return folder
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "metrics.jsonl"}
@@ -96,12 +112,11 @@ def test_a_mistake_is_named_before_anything_is_trained(
     ids=lambda value: "" if isinstance(value, dict) else value[:30],
 )
 def test_another_model_cannot_be_grown_into_this_one(
-    tiny_config: MakeConfig, refusal: Command, tmp_path: Path, keys: dict[str, Any], message: str
+    base: Path, refusal: Command, tmp_path: Path, keys: dict[str, Any], message: str
 ) -> None:
-    run(tiny_config, tmp_path / "base", train_iters=1)
-    before = contents(tmp_path / "base")
-    assert message in refusal(pretrain_partial_init=str(tmp_path / "base"), save=str(tmp_path / "out"), **keys)
-    assert not (tmp_path / "out").exists() and contents(tmp_path / "base") == before
+    before = contents(base)
+    assert message in refusal(pretrain_partial_init=str(base), save=str(tmp_path / "out"), **keys)
+    assert not (tmp_path / "out").exists() and contents(base) == before
 
 
 @pytest.mark.parametrize(
@@ -124,12 +139,11 @@ def test_another_model_cannot_be_grown_into_this_one(
     ],
 )
 def test_a_grown_run_needs_the_schedule_that_it_had(
-    tiny_config: MakeConfig, refusal: Command, tmp_path: Path, keys: dict[str, Any], message: str
+    grown: Path, refusal: Command, keys: dict[str, Any], message: str
 ) -> None:
-    run(tiny_config, tmp_path / "out", train_iters=3, growth=[stage(2)])
-    before = contents(tmp_path / "out")
-    error = refusal(save=str(tmp_path / "out"), load=str(tmp_path / "out"), train_iters=6, **keys)
-    assert message in error and contents(tmp_path / "out") == before
+    before = contents(grown)
+    error = refusal(save=str(grown), load=str(grown), train_iters=6, **keys)
+    assert message in error and contents(grown) == before
 
 
 def test_stages_may_be_added_to_a_schedule(tiny_config: MakeConfig, tmp_path: Path) -> None:
@@ -158,12 +172,11 @@ def test_a_growth_that_changes_logits_is_not_made(
 
 
 def test_logits_that_are_not_finite_prove_nothing(
-    tiny_config: MakeConfig, refusal: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, refusal: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for value in (float("nan"), float("inf")):
         monkeypatch.setattr(growth_proof, "_run", lambda spec, source, x, *_, value=value: x.float() * value)
-        run(tiny_config, tmp_path / "base", train_iters=1)
-        error = refusal(pretrain_partial_init=str(tmp_path / "base"), save=str(tmp_path / "out"), **COUNTS)
+        error = refusal(pretrain_partial_init=str(base), save=str(tmp_path / "out"), **COUNTS)
         assert "are not finite, so nothing is proven" in error and not (tmp_path / "out").exists()
 
 
@@ -179,41 +192,40 @@ def test_a_growth_that_comes_with_the_end_is_made_when_the_run_goes_on(tiny_conf
 @pytest.mark.parametrize("file", ["train_state.json", "config.yml"])
 @pytest.mark.parametrize("content", [None, b"", b"a: [1", b"\xff", b"num_layers: 2\n"], ids=str)
 def test_a_damaged_checkpoint_is_named_with_file_and_key(
-    tiny_config: MakeConfig, refusal: Command, tmp_path: Path, file: str, content: bytes | None
+    base: Path, refusal: Command, tmp_path: Path, file: str, content: bytes | None
 ) -> None:
-    base, out = tmp_path / "base", tmp_path / "out"
-    run(tiny_config, base, train_iters=2)
+    damaged, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(base, damaged)
     if content is None:
-        (base / "global_step2" / file).unlink()
+        (damaged / "global_step2" / file).unlink()
     else:
-        (base / "global_step2" / file).write_bytes(content)
-    before = contents(base)
+        (damaged / "global_step2" / file).write_bytes(content)
+    before = contents(damaged)
     for key, keys in (
-        ("load", {"save": str(base), "load": str(base), "growth": [stage(5)]}),
-        ("pretrain_partial_init", {"save": str(out), "pretrain_partial_init": str(base), **COUNTS}),
+        ("load", {"save": str(damaged), "load": str(damaged), "growth": [stage(5)]}),
+        ("pretrain_partial_init", {"save": str(out), "pretrain_partial_init": str(damaged), **COUNTS}),
     ):
         error = refusal(**keys)
-        assert f"error: {key}: checkpoint {base / 'global_step2'} is damaged: {file} " in error
-        assert contents(base) == before and not out.exists()
+        assert f"error: {key}: checkpoint {damaged / 'global_step2'} is damaged: {file} " in error
+        assert contents(damaged) == before and not out.exists()
 
 
 def test_data_of_another_tokenizer_is_named_before_a_growth_is_proven(
-    tiny_config: MakeConfig, refusal: Command, tmp_path: Path
+    base: Path, refusal: Command, tmp_path: Path
 ) -> None:
-    run(tiny_config, tmp_path / "base", train_iters=2)
     builder, random = IndexedDatasetBuilder(str(tmp_path / "other"), np.uint16), np.random.RandomState(0)
     for _ in range(40):
         builder.add_document(random.randint(320, 2000, 100).tolist())
     builder.finalize()
-    base, before = str(tmp_path / "base"), contents(tmp_path / "base")
+    before = contents(base)
     for keys in (
-        {"pretrain_partial_init": base, "save": str(tmp_path / "out"), **COUNTS},
-        {"save": base, "load": base, "growth": [stage(2)]},
+        {"pretrain_partial_init": str(base), "save": str(tmp_path / "out"), **COUNTS},
+        {"save": str(base), "load": str(base), "growth": [stage(2)]},
     ):
         for eval_iters in (0, 2):
             error = refusal(**keys, data_path=str(tmp_path / "other"), eval_iters=eval_iters)
             assert "error: data_path: the data has token id " in error and "the embedding 320 rows" in error
-    assert contents(tmp_path / "base") == before and not (tmp_path / "out").exists()
+    assert contents(base) == before and not (tmp_path / "out").exists()
 
 
 def test_a_run_without_data_has_ids_to_prove_a_growth_with(tiny_config: MakeConfig) -> None:
