@@ -114,25 +114,21 @@ def test_it_resumes_bit_for_bit_with_everything_random(images: str, tmp_path: Pa
         assert all(whole.tensor(kind, name).equal(parts.tensor(kind, name)) for name in whole.names(kind))
 
 
-MODELS = ("tokenformer", "uneven", "softmax", "transformer")
-TENSOR, SEQUENCE, PIPELINE, ZERO = (
-    {"tensor": 2},
-    {"tensor": 2, "sequence": True},
-    {"pipeline": 2},
-    {"data": 2, "zero": 3},
-)
-BOTH: dict[str, Any] = {"data": 2, "tensor": 2}
-ALL_MODELS, FEW_MODELS = (TENSOR, SEQUENCE, ZERO), (PIPELINE, BOTH)
-OTHERS: list[dict[str, Any]] = [{"tensor": 2, "pipeline": 2}, {"data": 2, "zero": 1}, {"data": 2, "zero": 2}]
+# What layouts do to the layers that language models have, too, is for tests/training; here each meets images once.
 CASES = [
-    *(Case(model=model, **layout) for layout in ALL_MODELS for model in MODELS),
-    *(Case(model=model, **layout) for layout in FEW_MODELS for model in ("tokenformer", "transformer")),
-    *(Case(**layout) for layout in OTHERS),
-    Case(pipeline=2, zero=1),
-    Case(data=2, pipeline=2, zero=1),
-    Case(tensor=2, zero=3),
-    Case(data=2, tensor=2, zero=3, sequence=True, model="uneven"),
+    Case(tensor=2),
+    Case(tensor=2, model="transformer"),
+    Case(tensor=2, sequence=True, model="uneven"),
+    Case(tensor=2, sequence=True, model="softmax"),
+    Case(pipeline=2),
+    Case(pipeline=2, zero=1, model="transformer"),
+    Case(data=2, zero=1, model="softmax"),
+    Case(data=2, zero=2, model="uneven"),
     Case(data=2, zero=3, keys={"checkpoint_activations": True}),
+    Case(tensor=2, pipeline=2),
+    Case(data=2, tensor=2, model="transformer"),
+    Case(data=2, pipeline=2, zero=1),
+    Case(data=2, tensor=2, zero=3, sequence=True, model="uneven"),
 ]
 
 
@@ -163,9 +159,10 @@ def assert_same_run(found: Path, expected: Path, case: str, names: Sequence[str]
 def one_process(images: str, tmp_path_factory: pytest.TempPathFactory, single_process: None) -> dict[str, Path]:
     """Runs of one process, by model and whether it has a class token."""
     root, found = tmp_path_factory.mktemp("one"), {}
-    for case in [Case(model=model) for model in MODELS] + [Case(model=m, tensor=2, sequence=True) for m in MODELS]:
-        keys = keys_of(case) | keys_of(Case(model=case.model)) | (PATCHES_ALONE if case.sequence else {})
-        name = f"{case.model}-{keys.get('class_token', True)}"
+    for case in CASES:
+        has_class_token = keys_of(case).get("class_token", True)
+        keys = keys_of(Case(model=case.model)) | ({} if has_class_token else PATCHES_ALONE)
+        name = f"{case.model}-{has_class_token}"
         if name not in found:
             found[name] = root / name
             train(config_of(images, found[name], **keys))
@@ -255,15 +252,14 @@ def test_a_trained_checkpoint_grows_on_disk_without_another_output(
 def test_a_trained_model_is_the_same_after_its_growth_in_every_layout(
     images: str, computed: Computed, trained: Path, tmp_path: Path
 ) -> None:
-    """By the schedule of a run with each kind of keys, and from a smaller model's checkpoint with one of them."""
+    """By the schedule of a run with one kind of keys in each, and from a smaller model's checkpoint with another."""
     runs = dict[Path, tuple[str, RunConfig]]()
-    for (layout, axes), other in zip(LAYOUTS.items(), NEW_KEYS, strict=True):
-        for kind, new_keys in NEW_KEYS.items():
-            folder = tmp_path / f"{layout}-{kind}"
-            shutil.copytree(trained, folder)
-            growth = [{"at_iteration": 60, **COUNTS, **new_keys, **STILL, "lr_policy": "restart"}]
-            keys = {"train_iters": 61, "lr_decay_iters": 60, "eval_interval": 61}
-            runs[folder] = kind, config_of(images, folder, **keys, **axes, **NO_STEP, growth=growth)
+    for (layout, axes), kind, other in zip(LAYOUTS.items(), NEW_KEYS, ("rotated", "random", "zero"), strict=True):
+        folder = tmp_path / f"{layout}-{kind}"
+        shutil.copytree(trained, folder)
+        growth = [{"at_iteration": 60, **COUNTS, **NEW_KEYS[kind], **STILL, "lr_policy": "restart"}]
+        keys = {"train_iters": 61, "lr_decay_iters": 60, "eval_interval": 61}
+        runs[folder] = kind, config_of(images, folder, **keys, **axes, **NO_STEP, growth=growth)
         folder = tmp_path / f"{layout}-from-{other}"
         smaller = {"pretrain_partial_init": str(trained), **COUNTS, **NEW_KEYS[other]}
         still = {"optimizer": {**KEYS["optimizer"], "params": {"lr": STILL["lr"]}}, "train_iters": 1}
