@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron.planner import read_machine
+from tests import forked
+from tools.bench import gpu_report
 from tools.bench.gpu_report import BENCHES, MFU, Bench, main, mfu_table, run_bench
 from tools.gpu.running import Settings
 
@@ -17,8 +19,12 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.launches
+@pytest.mark.processes
 @pytest.mark.timeout(900)
-def test_the_whole_report_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_report_runs_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_report, "subprocess", forked)  # of starting them, the next test has some
     assert main(["--toy", "--minutes", "14", "--output", str(tmp_path)]) == 0, capsys.readouterr().out
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["ok"] and {row["part"] for row in found["rows"]} == {entry.name for entry in (*BENCHES, *MFU)}
