@@ -66,8 +66,10 @@ _CASES = [(tokens, zero_keys) for tokens in ([32], [21], [8, 13]) for zero_keys 
 def one_layer(tensor_size: int) -> dict[str, float]:
     layout = connected(tensor_size)
     distances: dict[str, float] = {}
+    # How many the others are is nothing to the kernels, which the interpreter takes long for.
+    backends = BACKENDS if tensor_size == 2 else ("reference", "fused")
     for activation in ACTIVATIONS:
-        for backend in BACKENDS:
+        for backend in backends:
             # 21, 8 + 13: no multiple of the number of ranks. Interpreted kernels take long: they get this case.
             cases = [([8, 13], True)] if backend in ("compiled", "triton") else _CASES
             for tokens, zero_keys in cases:
@@ -135,7 +137,7 @@ def compare_layer(
 @pytest.mark.parametrize("tensor_size", [2, 4])
 def test_one_layer_equals_the_unsharded_one(tensor_size: int) -> None:
     for distances in run_ranks(tensor_size, one_layer, tensor_size):
-        assert len(distances) == 66
+        assert len(distances) == (66 if tensor_size == 2 else 48)
         for case, distance in distances.items():
             assert distance < (1e-6 if " triton " in case else 1e-12), (case, distance)
 
