@@ -16,7 +16,7 @@ from tests.random_models import make_model
 
 pytestmark = pytest.mark.long
 
-COUNT, CONTEXT = 200, 96
+COUNT, ALONE, CONTEXT = 200, 40, 96
 
 
 def prompts(seed: int = 0) -> list[list[int]]:
@@ -38,7 +38,7 @@ def decoded(model: LanguageModel, groups: list[list[int]], recompute: bool) -> l
 
 
 def compositions() -> list[list[list[int]]]:
-    """The 200 prompts alone, shuffled into batches of random size, and all in one batch."""
+    """Some prompts alone, the 200 shuffled into batches of random size, and all in one batch."""
     generator = random.Random(2)
     order = generator.sample(range(COUNT), COUNT)
     groups, start = [], 0
@@ -46,7 +46,7 @@ def compositions() -> list[list[list[int]]]:
         size = generator.randrange(1, 40)
         groups.append(order[start : start + size])
         start += size
-    return [[[i] for i in order], groups, [order]]
+    return [[[i] for i in order[:ALONE]], groups, [order]]
 
 
 def gap(model: LanguageModel, tokens: list[int], vocabulary: int) -> float:
@@ -62,14 +62,16 @@ def test_200_prompts_in_fp64_are_equal_token_for_token(kind: str) -> None:
     expected = [text.tokens for text in decoded(model, compositions()[1], recompute=True)]
     assert len({tuple(tokens) for tokens in expected}) > COUNT // 4, "the model must not always say the same"
     for groups in compositions():
-        assert [text.tokens for text in decoded(model, groups, recompute=False)] == expected
+        found, members = decoded(model, groups, recompute=False), [i for group in groups for i in group]
+        assert [found[i].tokens for i in members] == [expected[i] for i in members]
 
 
 def test_200_prompts_in_fp32_are_equal_but_for_near_ties() -> None:
     model, vocabulary = make_model(dtype=torch.float32, seq_length=CONTEXT), CharLevelTokenizer.vocab_size
     expected = decoded(model, compositions()[1], recompute=True)
     for groups in compositions():
-        for found, text in zip(decoded(model, groups, recompute=False), expected, strict=True):
+        texts = decoded(model, groups, recompute=False)
+        for found, text in ((texts[i], expected[i]) for group in groups for i in group):
             same = next((i for i, (a, b) in enumerate(zip(found.tokens, text.tokens, strict=False)) if a != b), None)
             if same is not None:
                 assert gap(model, text.prompt + text.tokens[:same], vocabulary) <= 1e-4
