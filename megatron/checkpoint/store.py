@@ -172,7 +172,10 @@ class RunFolder:
 
     def iterations(self) -> list[int]:
         """Iterations of the complete checkpoints, ascending."""
-        folders = self.path.iterdir() if self.path.is_dir() else ()
+        try:
+            folders = list(self.path.iterdir())
+        except (FileNotFoundError, NotADirectoryError):  # or gone by now: the first rank of a refused run removes it
+            folders = []
         found = (folder_iteration(f.name) for f in folders if (f / MANIFEST).is_file())
         return sorted(iteration for iteration in found if iteration is not None)
 

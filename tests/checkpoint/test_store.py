@@ -304,6 +304,14 @@ def in_two_parts(value: float) -> list[CanonicalState]:
     return states
 
 
+def test_a_folder_that_another_process_removes_meanwhile_has_no_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that is refused the first rank removes it, while others may look still."""
+    monkeypatch.setattr(Path, "is_dir", lambda _: True)
+    assert RunFolder(tmp_path / "removed").iterations() == []
+
+
 def test_each_process_writes_its_part_and_one_publishes(tmp_path: Path) -> None:
     root, states = RunFolder(tmp_path), in_two_parts(1.0)
     parts = [root.write_part(state, rank) for rank, state in reversed(list(enumerate(states)))]
