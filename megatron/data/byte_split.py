@@ -27,8 +27,7 @@ def split_by_bytes(source: str | Path, sizes: Sequence[int], folder: Path) -> di
 
     Raises: UserError where the file is shorter, or cannot be read or written.
     """
-    if not 2 <= len(sizes) <= len(PARTS) or min(sizes) < 1:
-        raise UserError(f"--split-bytes: {' '.join(map(str, sizes))}: give bytes of two or three parts, each above 0")
+    check_sizes(sizes)
     with read_errors(f"{source}"), open(source, "rb") as file:
         length = os.fstat(file.fileno()).st_size
         if sum(sizes) > length:
@@ -36,6 +35,8 @@ def split_by_bytes(source: str | Path, sizes: Sequence[int], folder: Path) -> di
         bounds = [0]
         for size in sizes:
             bounds.append(_character_start(file, sum(sizes[: len(bounds) - 1]) + size, length))
+        if empty := [name for name, first, end in zip(PARTS, bounds, bounds[1:], strict=False) if first == end]:
+            raise UserError(f"--split-bytes: {source} has no whole character in the bytes of {empty[0]}; give it more")
         found = {}
         for name, first, end in zip(PARTS, bounds, bounds[1:], strict=False):
             found[name] = folder / f"{name}.txt"
@@ -47,6 +48,12 @@ def split_by_bytes(source: str | Path, sizes: Sequence[int], folder: Path) -> di
                         part.write(block)
                         first += len(block)
     return found
+
+
+def check_sizes(sizes: Sequence[int]) -> None:
+    """Raise a UserError for what cannot be the bytes of two or three parts."""
+    if not 2 <= len(sizes) <= len(PARTS) or min(sizes) < 1:
+        raise UserError(f"--split-bytes: {' '.join(map(str, sizes))}: give bytes of two or three parts, each above 0")
 
 
 def _character_start(file: BinaryIO, place: int, length: int) -> int:

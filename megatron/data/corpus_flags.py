@@ -6,8 +6,9 @@ import argparse
 
 from megatron.config.sections.tokenizer import TokenizerConfig
 from megatron.data.corpora import CORPORA
-from megatron.data.preprocess import prepare_split
+from megatron.data.preprocess import output_name, prepare_split
 from megatron.data.shards import SHARDED, fetch_and_join, join_local
+from megatron.errors import UserError
 
 _NAMES = ", ".join([*CORPORA, *SHARDED])
 _DATASET = f"""name of the data set; without --input one of {_NAMES} (default enwik8), downloaded. pile is the Pile
@@ -27,13 +28,18 @@ def add_corpus_flags(parser: argparse.ArgumentParser) -> None:
 
 def join_from_flags(args: argparse.Namespace) -> bool:
     """Join the parts that the flags name; false where they name none. Raises UserError."""
-    if args.join:
-        name = args.name or args.dataset or "joined"
-        join_local(args.join, f"{args.data_dir}/{name}/{name}_text_document", args.force_redownload)
-    elif args.dataset in SHARDED and not args.input:
-        fetch_and_join(args.dataset, args.data_dir, args.force_redownload)
-    else:
+    is_published = args.dataset in SHARDED and not args.input
+    if not args.join and not is_published:
         return False
+    for flag in ("input", "split_bytes", "images", "shards", "npz"):
+        if getattr(args, flag):
+            what = "--join" if args.join else args.dataset
+            raise UserError(f"--{flag.replace('_', '-')}: {what} has tokens already and no text; leave it off")
+    name = output_name(args.dataset or "joined", None, args.name)
+    if args.join:
+        join_local(args.join, f"{args.data_dir}/{name}/{name}_text_document", args.force_redownload)
+    else:
+        fetch_and_join(args.dataset, args.data_dir, args.force_redownload, name=name)
     return True
 
 

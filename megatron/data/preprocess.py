@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from megatron.config.sections.tokenizer import TokenizerConfig
-from megatron.data.byte_split import split_by_bytes
+from megatron.data.byte_split import check_sizes, split_by_bytes
 from megatron.data.corpora import CORPORA, DEFAULT_CORPUS, CorpusFile, fetch_corpus
 from megatron.data.indexed import IndexedDatasetBuilder, best_dtype, output_files
 from megatron.data.text import SUFFIXES, RawDocument, TxtDocuments, check_inputs, read_documents, texts
@@ -158,7 +158,7 @@ def prepare_dataset(
     `{data_dir}/{dataset}/raw`, where complete files are kept unless `force_redownload`. Raises UserError for other
     names, and before a download for a tokenizer that cannot be built.
     """
-    name = _name_of(dataset, inputs, name)
+    name = output_name(dataset, inputs, name)
     inputs = inputs or _downloaded(dataset, Path(data_dir), tokenizer_config, force_redownload, corpora)
     prefix = Path(data_dir) / name / name
     return preprocess(inputs, prefix, tokenizer_config, keys, True, num_workers, txt_documents)
@@ -181,12 +181,16 @@ def prepare_split(
     Args:
         split_bytes: those of each part.
 
-    Raises: UserError for more than one file, and for one that is no .txt or too short.
+    Raises: UserError for more than one file, and for one that is no .txt or too short; before a download where it can
+        be told.
     """
-    name = _name_of(dataset, inputs, name)
-    inputs = inputs or _downloaded(dataset, Path(data_dir), tokenizer_config, force_redownload, corpora)
-    if len(inputs) != 1 or not inputs[0].endswith(".txt"):
+    name = output_name(dataset, inputs, name)
+    check_sizes(split_bytes)
+    files = inputs or [file.unpacked or file.file_name for file in corpora.get(dataset or DEFAULT_CORPUS, ())]
+    if files and (len(files) != 1 or not files[0].endswith(".txt")):
         raise UserError("--split-bytes: divides one .txt file; pass one, or leave it off")
+    build_tokenizer(tokenizer_config)  # one that cannot be built is found before anything is written
+    inputs = inputs or _downloaded(dataset, Path(data_dir), tokenizer_config, force_redownload, corpora)
     parts = split_by_bytes(inputs[0], split_bytes, Path(data_dir) / name / "parts")
     return [
         prepare_dataset(None, [str(path)], data_dir, tokenizer_config, name=f"{name}_{part}", **options)
@@ -194,7 +198,7 @@ def prepare_split(
     ]
 
 
-def _name_of(dataset: str | None, inputs: Sequence[str] | None, name: str | None) -> str:
+def output_name(dataset: str | None, inputs: Sequence[str] | None, name: str | None) -> str:
     """What the output is called. Raises UserError for what is no folder's name."""
     found = name or dataset or (Path(inputs[0]).name.split(".")[0] if inputs else DEFAULT_CORPUS)
     if Path(found).name != found:

@@ -34,17 +34,27 @@ class ShardedPair:
     """Address of the folder: hf://datasets/OWNER/NAME."""
     stem: str
     count: int
+    sha256: str = ""
+    """Of the whole .bin, where it is published."""
 
     @property
     def parts(self) -> list[str]:
         """Names of the parts, in order."""
         return [f"{self.stem}-{number:05}-of-{self.count - 1:05}.bin" for number in range(self.count)]
 
+    @property
+    def index(self) -> str:
+        """Name of the .idx."""
+        return f"{self.stem}.idx"
+
 
 SHARDED: Mapping[str, ShardedPair] = {
     # Pythia's deduplicated Pile as it was trained on, 412 GB of uint16 ids of the GPT-NeoX-20B tokenizer.
     "pile_deduped_pythia": ShardedPair(
-        f"{HUB}EleutherAI/pythia_deduped_pile_idxmaps", "pile_0.87_deduped_text_document", 83
+        f"{HUB}EleutherAI/pythia_deduped_pile_idxmaps",
+        "pile_0.87_deduped_text_document",
+        83,
+        "0cd548efd15974d5cca78f9baddbd59220ca675535dcfc0c350087c79f504693",
     ),
 }
 
@@ -53,57 +63,73 @@ Fetch = Callable[[str], Path]
 
 
 def fetch_and_join(
-    name: str,
+    dataset: str,
     data_dir: str | Path,
     force: bool = False,
     sharded: Mapping[str, ShardedPair] = SHARDED,
     patience: Patience | None = None,
+    name: str | None = None,
 ) -> str:
     """Download the parts of a published pair, and join them to `{data_dir}/{name}/{name}_text_document`.
 
-    The Hub announces each file's checksum. A pair that is there is left alone unless `force`.
+    The Hub announces each file's checksum. A pair that is there is left alone unless `force`. Parts are downloaded to
+    `{data_dir}/{dataset}/raw`; `name` is `dataset` unless it is given.
 
     Raises: UserError that names the part which cannot be had, is damaged, or is of another size than the others.
     """
-    pair, raw = sharded[name], Path(data_dir) / name / "raw"
+    pair, raw, name = sharded[dataset], Path(data_dir) / dataset / "raw", name or dataset
 
     def fetch(file: str) -> Path:
         return download_from_hub(f"{pair.folder}/{file}", raw / file, patience=patience)
 
-    return _Joining(Path(data_dir) / name / f"{name}_text_document", pair.parts, f"{pair.stem}.idx", fetch, True)(force)
+    return _Joining(Path(data_dir) / name / f"{name}_text_document", pair, fetch, are_ours=True)(force)
 
 
-def join_local(files: Sequence[str], prefix: str | Path, force: bool = False) -> str:
+def join_local(
+    files: Sequence[str],
+    prefix: str | Path,
+    force: bool = False,
+    sharded: Mapping[str, ShardedPair] = SHARDED,
+) -> str:
     """Join parts that are on this disk already, with their .idx among them; they stay.
 
     Args:
         files: `STEM-00000-of-00082.bin` and so on, in any order, and `STEM.idx`.
         prefix: of the pair to write.
+        sharded: published pairs; what has the name of one must have its checksum too.
 
     Raises: UserError that names parts which are missing, or are of another size than the others.
     """
     found = {path.name: path for path in map(Path, files)}
     matches = [match for name in found if (match := _PART.fullmatch(name))]
     if not matches:
-        raise UserError("--input: no parts of a .bin, which are called STEM-00000-of-00082.bin and so on")
-    pair = ShardedPair("", matches[0]["stem"], int(matches[0]["last"]) + 1)
-    wanted = [*pair.parts, f"{pair.stem}.idx"]
+        raise UserError("--join: no parts of a .bin, which are called STEM-00000-of-00082.bin and so on")
+    stem, count = matches[0]["stem"], int(matches[0]["last"]) + 1
+    published = next((pair for pair in sharded.values() if (pair.stem, pair.count) == (stem, count)), None)
+    pair = published or ShardedPair("", stem, count)
+    wanted = [*pair.parts, pair.index]
     if others := [name for name in found if name not in wanted]:
-        raise UserError(f"--input: {found[others[0]]} is no part of {pair.stem}; join one pair at a time")
+        raise UserError(f"--join: {found[others[0]]} is no part of {pair.stem}; join one pair at a time")
     if missing := [name for name in wanted if name not in found]:
         listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise UserError(f"--input: {listed} missing of {len(wanted)} files; pass all of them")
-    return _Joining(Path(prefix), pair.parts, wanted[-1], lambda name: found[name], False)(force)
+        raise UserError(f"--join: {listed} missing of {len(wanted)} files; pass all of them")
+    for path in found.values():
+        with read_errors(f"--join: {path}"):
+            path.open("rb").close()
+    return _Joining(Path(prefix), pair, lambda name: found[name], are_ours=False)(force)
 
 
 @dataclass(frozen=True)
 class _Joining:
     prefix: Path
-    parts: Sequence[str]
-    index: str
+    pair: ShardedPair
     fetch: Fetch
     are_ours: bool
     """The files that `fetch` gives are let go of once they are joined."""
+
+    @property
+    def parts(self) -> list[str]:
+        return self.pair.parts
 
     def __call__(self, force: bool) -> str:
         final = [Path(f"{self.prefix}{suffix}") for suffix in (".bin", ".idx")]
@@ -134,8 +160,9 @@ class _Joining:
             sizes, is_ours, have = [], False, 0
         while sizes and (not is_ours or sum(sizes) > have):
             sizes.pop()
-        with write_errors(str(self._temporary(".bin"))), self._temporary(".bin").open("ab") as file:
-            file.truncate(sum(sizes))
+        with write_errors(str(self._temporary(".bin"))):
+            if self._temporary(".bin").is_file():
+                os.truncate(self._temporary(".bin"), sum(sizes))
         return sizes
 
     def _append(self, number: int, sizes: Sequence[int]) -> int:
@@ -166,7 +193,7 @@ class _Joining:
             )
 
     def _publish(self) -> None:
-        shutil.copyfile(self.fetch(self.index), self._temporary(".idx"))
+        shutil.copyfile(self.fetch(self.pair.index), self._temporary(".idx"))
         temporary = f"{self.prefix}.joining"
         try:
             IndexedDataset(temporary)
@@ -174,6 +201,11 @@ class _Joining:
             advice = f"a part or the .idx is not of this pair: remove {temporary}.* and join again"
             raise UserError(f"{error}; {advice}") from None
         checksums = {suffix: file_checksum(self._temporary(suffix)) for suffix in (".bin", ".idx")}
+        if self.pair.sha256 not in ("", checksums[".bin"]):
+            raise UserError(
+                f"{temporary}.bin: its sha256 is {checksums['.bin']}, the published one {self.pair.sha256}; a part is "
+                f"damaged or of another pair: remove {temporary}.* and join again"
+            )
         checksum_path(str(self.prefix)).unlink(missing_ok=True)
         for suffix in (".bin", ".idx"):
             os.replace(self._temporary(suffix), f"{self.prefix}{suffix}")

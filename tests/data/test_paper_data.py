@@ -107,18 +107,6 @@ def test_a_run_over_segments_resumes_bit_for_bit_with_any_workers(tiny_config: M
     assert all((whole[name] == parts[name]).all() for name in whole)
 
 
-def test_ranks_share_the_same_segments(corpus: IndexedDataset) -> None:
-    """A sample is its number's alone: what a rank reads does not depend on how many there are."""
-    sets = build_datasets(
-        DataConfig(data_path=corpus.prefix, sample_order="random_segments", split="1,0,0"), 8, 3, [24, 0, 0]
-    )
-    alone = [sets.train[k] for k in range(24)]
-    again = build_datasets(
-        DataConfig(data_path=corpus.prefix, sample_order="random_segments", split="1,0,0"), 8, 3, [99, 0, 0]
-    )
-    assert all(np.array_equal(a, again.train[k]) for k, a in enumerate(alone))
-
-
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -149,12 +137,19 @@ def test_a_text_is_divided_by_bytes_at_characters(tmp_path: Path) -> None:
         (["100", "100"], "200 bytes are asked for, .*text.txt has 120"),
         (["5"], "give bytes of two or three parts"),
         (["5", "0"], "give bytes of two or three parts"),
+        (["1", "1", "1"], "has no whole character in the bytes of valid; give it more"),
     ]:
         with pytest.raises(UserError, match=message):
-            prepare_data.main([*arguments, "--split-bytes", *given])
+            prepare_data.main(["mistake", *arguments[1:], "--split-bytes", *given])
+    assert not (tmp_path / "mistake").exists()
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(UserError, match="--split-bytes: divides one .txt file"):
         prepare_data.main([*arguments[:2], str(tmp_path / "a.jsonl"), *arguments[3:], "--split-bytes", "1", "1"])
+    with pytest.raises(UserError, match="--split-bytes: divides one .txt file"):  # before 13 GB are downloaded
+        prepare_data.main(["openwebtext", *arguments[3:], "--split-bytes", "1", "1"])
+    with pytest.raises(UserError, match="vocab_file"):  # before parts are written
+        prepare_data.main(["new", *arguments[1:5], "--split-bytes", "1", "1", "-t", "HFTokenizer"])
+    assert not (tmp_path / "new").exists()
 
 
 def tarred(files: dict[str, bytes]) -> bytes:

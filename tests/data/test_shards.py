@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -136,11 +137,13 @@ def test_what_is_wrong_with_local_parts_is_named(parts: dict[str, bytes], tmp_pa
             [*files, str(tmp_path / "other-00000-of-00003.bin")],
             "other-00000-of-00003.bin is no part of some_text_document",
         ),
-        ([str(tmp_path / "a.txt")], "no parts of a .bin"),
+        ([str(tmp_path / "a.txt")], "^--join: no parts of a .bin"),
+        ([*files[:-1], str(tmp_path / "some_text_document.idx")], r"^--join: .*\.idx cannot be read: No such file"),
     ]
     for given, message in cases:
         with pytest.raises(UserError, match=message):
             join_local(given, prefix)
+    assert os.listdir(tmp_path) == ["parts"], "nothing is written before all parts are found"
     (tmp_path / "parts" / PAIR.parts[1]).write_bytes(parts[PAIR.parts[1]][:-1])
     with pytest.raises(
         UserError, match=r"00001-of-00003\.bin: \d+ bytes, where the parts before have \d+; it is damaged"
@@ -151,6 +154,35 @@ def test_what_is_wrong_with_local_parts_is_named(parts: dict[str, bytes], tmp_pa
     with pytest.raises(UserError, match=r"describes \d+; .* a part or the \.idx is not of this pair: remove"):
         join_local(files, prefix)
     assert not Path(f"{prefix}.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--join", "PARTS", "--input", "a.txt"], "--input: --join has tokens already and no text; leave it off"),
+        (["pile_deduped_pythia", "--split-bytes", "1", "2"], "--split-bytes: pile_deduped_pythia has tokens already"),
+        (["../x", "--join", "PARTS"], r"--name: '\.\./x' is not a plain folder name"),
+    ],
+)
+def test_what_does_not_go_with_parts_is_named(
+    parts: dict[str, bytes], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    files = written(parts, tmp_path / "parts")
+    words = [word for argument in arguments for word in (files if argument == "PARTS" else [argument])]
+    with pytest.raises(UserError, match=f"^{message}"):
+        prepare_data.main([*words, "-d", str(tmp_path / "data")])
+    assert not (tmp_path / "data").exists()
+
+
+def test_what_has_a_published_name_has_the_published_checksum(
+    parts: dict[str, bytes], whole: Path, tmp_path: Path
+) -> None:
+    files, digest = written(parts, tmp_path / "parts"), hashlib.sha256(Path(f"{whole}.bin").read_bytes()).hexdigest()
+    right, wrong = ({"some": replace(PAIR, sha256=known)} for known in (digest, "0" * 64))
+    with pytest.raises(UserError, match=rf"out\.joining\.bin: its sha256 is {digest}, the published one 0+; a part is"):
+        join_local(files, tmp_path / "out", sharded=wrong)
+    assert not (tmp_path / "out.bin").exists()
+    assert is_whole(join_local(files, tmp_path / "out", sharded=right), whole)
 
 
 def test_a_full_disk_is_one_line_and_gone_on_with(
