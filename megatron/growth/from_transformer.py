@@ -35,6 +35,8 @@ RIDGE = 1e-6
 """Of the regression, as a part of the mean square of a token's weights."""
 _ROWS_A_TOKEN = 4
 """Fewer rows of inputs than this for each token would be learned by heart."""
+_SAMPLES, _ROWS = 8, 4096
+"""How many go through a layer, and how many rows have weights, at one time: those of a long text need much memory."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def tokenformer_config(config: ModelConfig, qkv: int, proj: int, ffn: int) -> Mo
         config: of the Transformer.
         qkv, proj, ffn: parameter tokens.
 
-    Raises: UserError for a model that has tokens already, or is gated in another way.
+    Raises: UserError for a model that has tokens already.
     """
     if TOKENFORMER in config.layer_kinds:
         raise UserError("IN: the model has tokenformer blocks; give a Transformer")
@@ -90,25 +92,30 @@ def fit_tokens(
         if name in known and known[name].shape == parameter.shape:
             parameter.copy_(known[name])
     generator = torch.Generator().manual_seed(seed)
-    x, found = teacher.embedding(ids), list[Fit]()
+    x, found = _by_parts(teacher.embedding, ids), list[Fit]()
     for index, (old, new) in enumerate(zip(teacher.layers, student.layers, strict=True)):
         assert isinstance(old, Block) and isinstance(new, Block)
         found += (Fit(f"layers.{index}.{name}", error) for name, error in _fit_block(old, new, x, generator))
-        x = new(x)
+        x = _by_parts(new, x)
     return student, found
 
 
+def _by_parts(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What a layer gives for x [b, ..], a few samples at a time."""
+    return torch.cat([layer(part) for part in x.split(_SAMPLES)])
+
+
 def _fit_block(old: Block, new: Block, x: Tensor, generator: torch.Generator) -> Iterator[tuple[str, float]]:
-    normed = new.input_layernorm(x)
+    normed = _by_parts(new.input_layernorm, x)
     for name in ("query", "key", "value"):
         yield (
             f"attention.{name}",
             _fit_linear(getattr(old.attention, name), getattr(new.attention, name), normed, generator),
         )
-    context = _input_of(new.attention.proj, lambda: new.attention(normed))
+    context = _input_of(new.attention.proj, lambda: _by_parts(new.attention, normed))
     yield "attention.proj", _fit_linear(old.attention.proj, new.attention.proj, context, generator)
-    behind = x if new.parallel_residual else x + new.attention(normed)
-    normed = new.post_attention_layernorm(behind)
+    behind = x if new.parallel_residual else x + _by_parts(new.attention, normed)
+    normed = _by_parts(new.post_attention_layernorm, behind)
     yield "mlp", _fit_mlp(old.mlp, new.mlp, normed, generator)
 
 
@@ -120,11 +127,11 @@ def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
         run()
     finally:
         handle.remove()
-    return seen[0]
+    return torch.cat(seen)
 
 
 def _fit_linear(linear: nn.Module, tokens: Pattention, x: Tensor, generator: torch.Generator) -> float:
-    rows, target = x.flatten(0, -2).double(), linear(x).flatten(0, -2).double()
+    rows, target = x.flatten(0, -2).double(), _by_parts(linear, x).flatten(0, -2).double()
     weight = linear.get_parameter("weight").double()  # [out, in]
     keys = _pairs(_directions(weight, rows, tokens.num_tokens // 2), tokens.num_tokens, rows, generator)
     return _set(tokens, keys, tokens.num_tokens, rows, target)
@@ -132,23 +139,33 @@ def _fit_linear(linear: nn.Module, tokens: Pattention, x: Tensor, generator: tor
 
 def _fit_mlp(mlp: nn.Module, tokens: nn.Module, x: Tensor, generator: torch.Generator) -> float:
     assert isinstance(mlp, MLP) and isinstance(tokens, Pattention)
-    rows, target = x.flatten(0, -2).double(), mlp(x).flatten(0, -2).double()
+    rows, target = x.flatten(0, -2).double(), _by_parts(mlp, x).flatten(0, -2).double()
     first, last = mlp.fc_in.get_parameter("weight").double(), mlp.fc_out.get_parameter("weight").double()
-    inner = mlp.activation(mlp.fc_in(x)).flatten(0, -2).double()
-    weight = inner.std(0) * last.norm(dim=0)  # what a channel adds to the outputs
+    weight = _spread(mlp, x) * last.norm(dim=0)  # what a channel adds to the outputs
     keys = first[weight.argsort(descending=True)[: tokens.num_tokens]]
     if rest := tokens.num_tokens - len(keys):
         # The linear part of the whole, by regression, has directions for what is left.
         linear = torch.linalg.lstsq(rows, target).solution.T
         more = _pairs(_directions(linear, rows, rest // 2), rest, rows, generator)
         keys = torch.cat([keys, more * _size(rows, keys) / _size(rows, more)])
-    tau_tokens = round((rows @ keys.T).square().sum(1).mean().item())
+    tau_tokens = round(len(keys) * _size(rows, keys).square().item())
     return _set(tokens, keys, min(max(1, tau_tokens), tokens.num_tokens), rows, target)
+
+
+def _spread(mlp: MLP, x: Tensor) -> Tensor:
+    """Standard deviation of each inner channel in the first samples, [m]."""
+    inner = [mlp.activation(mlp.fc_in(part)).flatten(0, -2).double() for part in x[:_SAMPLES].split(1)]
+    return torch.cat(inner).std(0)
 
 
 def _size(rows: Tensor, keys: Tensor) -> Tensor:
     """Root mean square of scores."""
-    return (rows @ keys.T).square().mean().sqrt()
+    return ((keys @ _moments(rows)) * keys).sum(1).mean().sqrt()
+
+
+def _moments(rows: Tensor) -> Tensor:
+    """Second moments of rows [n, d], [d, d]."""
+    return rows.T @ rows / len(rows)
 
 
 def _directions(weight: Tensor, rows: Tensor, most: int) -> Tensor:
@@ -159,7 +176,7 @@ def _directions(weight: Tensor, rows: Tensor, most: int) -> Tensor:
     """
     if most >= weight.shape[1]:
         return torch.eye(weight.shape[1], dtype=rows.dtype, device=rows.device)
-    moments = rows.T @ rows / len(rows)
+    moments = _moments(rows)
     values, vectors = torch.linalg.eigh(moments)
     keep = values > 1e-9 * values[-1]
     root = vectors[:, keep] * values[keep].sqrt()  # C = root root^T
@@ -175,18 +192,27 @@ def _pairs(directions: Tensor, count: int, rows: Tensor, generator: torch.Genera
     if not rest:
         return keys
     drawn = torch.empty(rest, rows.shape[1], dtype=rows.dtype).normal_(generator=generator).to(rows.device)
-    return torch.cat([keys, drawn / (rows @ drawn.T).square().mean(0).sqrt()[:, None]])
+    return torch.cat([keys, drawn / ((drawn @ _moments(rows)) * drawn).sum(1).sqrt()[:, None]])
 
 
 def _set(tokens: Pattention, keys: Tensor, tau_tokens: int, rows: Tensor, target: Tensor) -> float:
-    """Give a layer these keys, and values fitted to the target [rows, out]; the error of its outputs."""
+    """Give a layer these keys, and values fitted to the target [rows, out]; returns Fit.error of its outputs."""
     tau = torch.tensor(tau_tokens, device=rows.device)
-    weights = theta(rows @ keys.T, tau, tokens.activation)
-    moments = weights.T @ weights / len(rows)
+
+    def weights_of(part: Tensor) -> Tensor:
+        return theta(part @ keys.T, tau, tokens.activation)
+
+    moments, products = rows.new_zeros(len(keys), len(keys)), rows.new_zeros(len(keys), target.shape[1])
+    for part, wanted in zip(rows.split(_ROWS), target.split(_ROWS), strict=True):
+        weights = weights_of(part)
+        moments += weights.T @ weights
+        products += weights.T @ wanted
     ridge = RIDGE * moments.diagonal().mean() * torch.eye(len(moments), dtype=rows.dtype, device=rows.device)
-    values = torch.linalg.solve(moments + ridge, weights.T @ target / len(rows))
+    values = torch.linalg.solve(moments + ridge, products)
     tokens.get_parameter("key_tokens_0").copy_(keys)
     tokens.get_parameter("value_tokens_0").copy_(values)
     tokens.tau_tokens.fill_(tau_tokens)
-    spread = (target - target.mean(0)).square().mean().sqrt()
-    return ((weights @ values - target).square().mean().sqrt() / spread).item() if spread else math.nan
+    parts = zip(rows.split(_ROWS), target.split(_ROWS), strict=True)
+    errors = torch.stack([(weights_of(part) @ values - wanted).square().sum() for part, wanted in parts]).sum()
+    spread = (target - target.mean(0)).square().sum()
+    return (errors / spread).sqrt().item() if spread else math.nan

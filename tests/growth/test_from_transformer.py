@@ -13,7 +13,7 @@ from megatron.growth.from_transformer import fit_tokens, tokenformer_config
 from megatron.inference import load_model
 from megatron.model import LanguageModel
 from tests.growth.grown_runs import MakeConfig, run
-from tests.random_models import make_config, make_model
+from tests.random_models import make_config, make_model, save_random_models
 from tools.ckpts.convert import main as convert
 
 SLOTS: dict[str, Any] = {"qkv_slot_num": None, "proj_slot_num": None, "ffn_slot_num": None}
@@ -66,9 +66,17 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     teacher = transformer()
     with pytest.raises(UserError, match="--text: 768 tokens of text are few to fit 1,000 parameter tokens; give 4,000"):
         fit_tokens(teacher, tokenformer_config(teacher.config, 8, 8, 1000), IDS)
-    flags = ["from-transformer", str(tmp_path), str(tmp_path / "out"), "--qkv", "0", "--proj", "8", "--ffn", "8"]
-    with pytest.raises(UserError, match="give positive numbers"):
-        convert([*flags, "--text", "a.txt"])
+    flags = ["from-transformer", str(tmp_path / "run"), str(tmp_path / "out"), "--proj", "8", "--ffn", "8"]
+    for count in ("0", "16777217"):
+        with pytest.raises(UserError, match="--qkv, .* give numbers from 1 to 16,777,216"):
+            convert([*flags, "--qkv", count, "--text", "a.txt"])
+    save_random_models(tmp_path / "run", make_config(**SLOTS), (1,))
+    with pytest.raises(UserError, match="^--text: a.txt is neither the prefix of a .bin/.idx pair nor a text file"):
+        convert([*flags, "--qkv", "8", "--text", "a.txt"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(UserError, match="out: exists already; give a new or an empty folder"):  # before it is fitted
+        convert([*flags, "--qkv", "8", "--text", "a.txt"])
 
 
 @pytest.mark.usefixtures("single_process")

@@ -26,10 +26,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     """Fit, print how near each layer comes and the losses on samples that follow, and write. Raises UserError."""
+    import os
     from dataclasses import replace
+    from pathlib import Path
 
     import torch
 
+    from megatron.checkpoint.new_folder import require_new
+    from megatron.config.sections.base import MAX_SIZE
     from megatron.errors import UserError
     from megatron.exchange import canonical, open_checkpoint
     from megatron.exchange.checkpoint import of_model
@@ -38,8 +42,10 @@ def convert(args: argparse.Namespace) -> None:
     from megatron.model import LanguageModel
     from megatron.tokenizer import build_tokenizer
 
-    if min(args.qkv, args.proj, args.ffn, args.samples) < 1:
-        raise UserError("--qkv, --proj, --ffn, --samples: give positive numbers")
+    counts = (args.qkv, args.proj, args.ffn, args.samples)
+    if min(counts) < 1 or max(counts) > MAX_SIZE:
+        raise UserError(f"--qkv, --proj, --ffn, --samples: give numbers from 1 to {MAX_SIZE:,}")
+    require_new(Path(os.path.realpath(args.output)))  # before the work of fitting
     checkpoint = open_checkpoint(args.input, key="IN")
     config = tokenformer_config(checkpoint.language, args.qkv, args.proj, args.ffn)
     if checkpoint.tokenizer is None:
@@ -74,7 +80,7 @@ def _samples(path: str, tokenizer: Tokenizer, length: int, count: int) -> Iterat
     from megatron.evaluation.corpus import corpus_documents
 
     pending: list[int] = []
-    for document in corpus_documents(path, tokenizer):
+    for document in corpus_documents(path, tokenizer, key="--text"):
         pending += [*document.ids, tokenizer.eod_id]
         while len(pending) >= length:
             yield pending[:length]

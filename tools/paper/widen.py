@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.tensors import Tensors, TensorView
+from megatron.config.sections.base import MAX_SIZE
 from megatron.config.sections.model import TOKENFORMER
 from megatron.errors import UserError, run_command
 from megatron.exchange import canonical, open_checkpoint
@@ -77,6 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
     before, size = model.intermediate_size or 4 * model.hidden_size, options.intermediate_size
     if size <= before:
         raise UserError(f"--intermediate-size: {size} is not more than the {before} of {checkpoint.folder}")
+    if size > MAX_SIZE:
+        raise UserError(f"--intermediate-size: {size} is more than {MAX_SIZE:,}; give a smaller number")
     wide = model.replaced(intermediate_size=size)
     settings = {**checkpoint.resolved(), "intermediate_size": size, "save": options.output, "load": options.output}
     made = replace(
