@@ -28,6 +28,7 @@ from tools.vision.accuracy import (
     trials,
 )
 from tools.vision.data import SOURCES, digits, prepare
+from tools.vision.scripts import ROOT
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
@@ -124,3 +125,10 @@ def test_tables_have_what_is_complete_only() -> None:
     assert list(report(results)) == [line for line in lines if line != lines[2]]
     results[Trial("mnist5k", "ViT", 0, RATES[1]).name]["accuracy"] = 95.0
     assert list(rates_report(results))[-1] == "| mnist5k, ViT | 90.0 | **95.0** | 90.0 |"
+
+
+def test_the_page_has_the_figures_of_the_file() -> None:
+    results = known_results(ROOT / "tools/vision/accuracy.json")
+    page, lines = (ROOT / "docs/vision.md").read_text(encoding="utf-8"), list(report(results))
+    assert len(lines) > 2 and set(lines) <= set(page.splitlines())
+    assert set(results) <= {trial.name for trial in trials()}
