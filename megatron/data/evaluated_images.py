@@ -49,10 +49,10 @@ def evaluated_sets(
     """
     sets = []
     for name, part in evaluated_parts(data, shape, evaluation).items():
-        names = class_names(part.indexed.prefix)
-        if names is not None and learned is not None:
-            check_same_classes(names, classes_file(part.indexed.prefix), learned, "the checkpoint")
-        names = names or learned or [str(number) for number in range(shape.num_classes)]
+        own = class_names(part.indexed.prefix)
+        if own is not None and learned is not None:
+            check_same_classes(own, classes_file(part.indexed.prefix), learned, "the checkpoint")
+        names = own or learned or [str(number) for number in range(shape.num_classes)]
         sets.append(labelled_set(name, part, names, images, shape))
     return sets
 
