@@ -14,7 +14,7 @@ from megatron.config.sections.scaling import ScalingConfig, initial_keys
 from megatron.growth.advice import PARTS, Measured, Measurements, best_of, measurements, same_way
 from megatron.growth.plan import KINDS, segments_of
 from megatron.growth.schedule import GrowthSchedule
-from megatron.planner.counts import num_parameters
+from megatron.planner.networks import num_parameters
 
 _SCHEDULE = {
     "new_tokens_warmup": "new_tokens_warmup for {} of the updates", "warmup": "warmup: {}",

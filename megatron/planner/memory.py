@@ -6,14 +6,16 @@ parameters of a stage on one tensor rank, D data ranks, e bytes of an entry (2, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.config.sections.model import TOKENFORMER, BlocksSection, ModelConfig
 from megatron.config.sections.optimization import OptimizerSpec
 from megatron.config.sections.parallel import ZeroConfig
 from megatron.planner.choice import Choice
-from megatron.planner.counts import Stage, block_tokens, inner_size, share, stages, token_counts
-from megatron.planner.ends import ends_of, stream_bytes
+from megatron.planner.counts import block_tokens, inner_size, share, token_counts
+from megatron.planner.ends import stream_bytes
+from megatron.planner.networks import Stage, stages
 from megatron.planner.workload import Workload
 
 # Bytes that autograd keeps for one score of the reference backend, by (activation, e): the scores in fp32, the weights
@@ -68,18 +70,24 @@ class Memory:
 
 def memory_of(work: Workload, choice: Choice) -> Memory:
     """The memory of the fullest stage."""
-    parts = stages(work.model, choice.pipeline)
-    return max((_stage_memory(work, choice, i, stage) for i, stage in enumerate(parts)), key=lambda m: m.total)
+    parts = work.parts()
+    cuts = zip(*(stages(part.model, choice.pipeline) for part in parts), strict=True)
+    found = (_stage_memory(work, parts, choice, index, cut) for index, cut in enumerate(cuts))
+    return max(found, key=lambda memory: memory.total)
 
 
-def _stage_memory(work: Workload, choice: Choice, index: int, stage: Stage) -> Memory:
-    states = state_bytes(work, choice, stage.parameters(work.model, choice.tensor))
+def _stage_memory(
+    work: Workload, parts: Sequence[Workload], choice: Choice, index: int, cut: Sequence[Stage]
+) -> Memory:
+    """Of the stages of all networks that a GPU has: their activations all wait for the backward passes."""
+    own = list(zip(parts, cut, strict=True))
+    states = state_bytes(work, choice, sum(stage.parameters(part.network, choice.tensor) for part, stage in own))
     in_flight = min(choice.accumulation, choice.pipeline - index)  # 1F1B
     return Memory(
         **states,
-        kept=in_flight * kept_bytes(work, choice, stage),
-        head=ends_of(work).head_bytes(work, choice) if stage.last else 0.0,
-        block=_backward_bytes(work, choice, stage),
+        kept=in_flight * sum(kept_bytes(part, choice, stage) for part, stage in own),
+        head=sum(part.network.ends.head_bytes(part, choice) for part, stage in own if stage.last),
+        block=max(_backward_bytes(part, choice, stage) for part, stage in own),
     )
 
 
@@ -137,7 +145,7 @@ def _bucket_bytes(work: Workload, choice: Choice, w: int) -> float:
 def kept_bytes(work: Workload, choice: Choice, stage: Stage) -> float:
     """What a stage keeps of one micro-batch until its backward pass (the head apart)."""
     stream = stream_bytes(work, choice)
-    kept = (0.0 if stage.last else stream) + (ends_of(work).kept_bytes(work, choice) if stage.first else 0.0)
+    kept = (0.0 if stage.last else stream) + (work.network.ends.kept_bytes(work, choice) if stage.first else 0.0)
     if choice.recompute:
         return kept + share(len(stage.kinds), work.training.checkpoint_num_layers) * stream
     return kept + sum(block_bytes(work, choice, kind) for kind in stage.kinds)

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron.config.checks import axis_mistakes
-from megatron.config.sections.vision import ImageConfig
+from megatron.config.sections.images import ImagesConfig
 from megatron.planner.choice import Choice
-from megatron.planner.counts import flops_per_token
 from megatron.planner.machine import Machine
 from megatron.planner.memory import Memory, memory_of
+from megatron.planner.networks import flops_per_token
 from megatron.planner.step_time import StepTime, step_time
 from megatron.planner.workload import Workload
 
-LARGEST_MICRO_BATCH, LARGEST_IMAGE_BATCH = 64, 512
+LARGEST_MICRO_BATCH, LARGEST_IMAGE_BATCH, LARGEST_JOINT_BATCH = 64, 512, 4096
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ def _variants(work: Workload, tensor: int, pipeline: int, data: int) -> Iterator
 
 def _micro_batches(work: Workload, samples: int) -> list[int]:
     """Micro-batches that divide a data rank's samples: powers of two, and the configured one."""
-    largest = LARGEST_IMAGE_BATCH if isinstance(work.model, ImageConfig) else LARGEST_MICRO_BATCH
+    largest = LARGEST_IMAGE_BATCH if work.model.samples is ImagesConfig else LARGEST_MICRO_BATCH
+    if work.is_joint:  # several micro-batches cost a second forward pass
+        largest = LARGEST_JOINT_BATCH
     sizes = {work.training.train_micro_batch_size_per_gpu or 1, *(2**k for k in range(largest.bit_length()))}
     return sorted(size for size in sizes if samples % size == 0 and not (work.in_pairs and size % 2))
 

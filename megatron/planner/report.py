@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 from megatron.config.schema import RunConfig
-from megatron.config.sections.model import ModelConfig
+from megatron.config.sections.images import ImagesConfig
+from megatron.config.sections.model import ModelConfig, ModelSection, VocabularySection
 from megatron.config.sections.tokenizer import TokenizerConfig
-from megatron.config.sections.vision import ImageConfig
+from megatron.config.sections.vision import ImageTowerSection
 from megatron.errors import UserError
 from megatron.growth.schedule import GrowthSchedule
 from megatron.planner.choice import Choice
-from megatron.planner.counts import PlannedModel, flops_per_token, num_parameters
 from megatron.planner.growth import growth_lines
 from megatron.planner.machine import GIB, Machine
+from megatron.planner.networks import flops_per_token, networks, num_parameters
 from megatron.planner.plan import Candidate, candidates, predict
 from megatron.planner.workload import Workload
 from megatron.text import align
@@ -24,6 +26,8 @@ from megatron.tokenizer import build_tokenizer
 
 ASSUMED_VOCABULARY = 50304
 """Rows of the published models' embedding."""
+
+Vocabulary = TypeVar("Vocabulary", bound=VocabularySection)
 
 _HEADINGS = (
     "", "tensor", "seq.par.", "pipeline", "data", "ZeRO", "micro x steps", "recompute", "GiB/GPU", "s/update",
@@ -43,13 +47,13 @@ def report(config: RunConfig, machine: Machine, gpus: int, rows: int = 10) -> st
     if growths:
         line = f"growth: planned for the model after the last growth ({growths} in all); at first it has "
         notes += [f"{line}{num_parameters(models[0]):,} parameters"]
-        if isinstance(work.model, ModelConfig):  # growths of image models were not measured
+        if type(work.model) is ModelConfig:  # growths of other models were not measured
             notes += growth_lines(config, work.model, work.samples(gpus) * work.model.seq_length)
-    if grown.norm_groups > 1:
-        notes += [f"row norms: up to {grown.norm_groups} in a layer (row_norm: segment)"]
+    if (norms := max(network.model.norm_groups for network in networks(grown))) > 1:
+        notes += [f"row norms: up to {norms} in a layer (row_norm: segment)"]
     work = replace(work, model=grown)
     lines = [*_facts(work, machine, gpus), *notes]
-    table: list[tuple[str, ...]] = [tuple(heading.format(_unit(work)) for heading in _HEADINGS)]
+    table: list[tuple[str, ...]] = [tuple(heading.format(work.unit) for heading in _HEADINGS)]
     try:
         configured = predict(work, machine, work.configured(gpus))
         table.append(_row("configured", configured, machine, work))
@@ -66,20 +70,19 @@ def report(config: RunConfig, machine: Machine, gpus: int, rows: int = 10) -> st
 
 def _known(work: Workload, tokenizer: TokenizerConfig) -> tuple[Workload, list[str]]:
     """The workload with what the data decides, and lines that say what is assumed."""
-    if isinstance(work.model, ImageConfig):
-        return work, ["images are taken to be there in time (cores for decoding: docs/vision.md, Speed)"]
-    model, notes = with_vocabulary(work.model, tokenizer)
-    return replace(work, model=model), notes
+    notes = []
+    if work.model.samples is ImagesConfig:
+        notes += ["images are taken to be there in time (cores for decoding: docs/vision.md, Speed)"]
+    if not isinstance(work.model, VocabularySection):
+        return work, notes
+    model, assumed = with_vocabulary(work.model, tokenizer)
+    return replace(work, model=model), notes + assumed
 
 
-def _models(model: PlannedModel, config: RunConfig) -> list[PlannedModel]:
+def _models(model: ModelSection, config: RunConfig) -> list[ModelSection]:
     """The model at first and after each growth of the run."""
     schedule = GrowthSchedule(config.scaling)
     return [schedule.after(model, done).model for done in range(len(config.scaling.growth) + 1)]
-
-
-def _unit(work: Workload) -> str:
-    return "images" if isinstance(work.model, ImageConfig) else "tokens"
 
 
 def _run_lines(works: Sequence[Workload], config: RunConfig, choice: Choice, machine: Machine) -> list[str]:
@@ -89,13 +92,13 @@ def _run_lines(works: Sequence[Workload], config: RunConfig, choice: Choice, mac
         return []
     schedule = GrowthSchedule(config.scaling, total, choice.samples * works[0].model.tokens_per_sample())
     bounds = [0, *(min(start, total) for start in schedule.starts()), total]
-    unit = _unit(works[0])
+    unit = works[0].unit
     rows = [("run in layout 1", "updates", "parameters", f"GFLOP/{unit[:-1]}", "s/update", f"{unit}/s", "hours")]
     hours = 0.0
     for number, (work, (start, end)) in enumerate(zip(works, pairwise(bounds), strict=True)):
         predicted = predict(work, machine, choice)
         seconds, name = predicted.time.total, f"after growth {number}" if number else "at first"
-        flops = flops_per_token(work.model) * _tokens_per_unit(work) / 1e9
+        flops = flops_per_token(work.model) * work.tokens_per_unit / 1e9
         cells = f"{end - start:,}", f"{num_parameters(work.model):,}", f"{flops:.4g}", f"{seconds:.3g}"
         rows.append((name, *cells, _speed(predicted, work), f"{(end - start) * seconds / 3600:.3g}"))
         hours += (end - start) * seconds / 3600
@@ -104,13 +107,8 @@ def _run_lines(works: Sequence[Workload], config: RunConfig, choice: Choice, mac
     return ["", *align(rows, (0,))]
 
 
-def _tokens_per_unit(work: Workload) -> int:
-    """Tokens of what a speed counts, which is an image or a token."""
-    return work.model.tokens_per_sample() if isinstance(work.model, ImageConfig) else 1
-
-
 def _speed(candidate: Candidate, work: Workload) -> str:
-    return f"{candidate.tokens_per_second / _tokens_per_unit(work):,.0f}"
+    return f"{candidate.tokens_per_second / work.tokens_per_unit:,.0f}"
 
 
 def world(choice: Choice, nodes: int) -> str:
@@ -120,7 +118,7 @@ def world(choice: Choice, nodes: int) -> str:
     return f"nodes x processes {per_node} -> data {choice.data} x pipeline {choice.pipeline} x tensor {choice.tensor}"
 
 
-def with_vocabulary(model: ModelConfig, tokenizer: TokenizerConfig) -> tuple[ModelConfig, list[str]]:
+def with_vocabulary(model: Vocabulary, tokenizer: TokenizerConfig) -> tuple[Vocabulary, list[str]]:
     """The model with its vocabulary known, and a line that says so if it had to be assumed."""
     if model.padded_vocab_size is not None:
         return model, []
@@ -155,19 +153,28 @@ def _facts(work: Workload, machine: Machine, gpus: int) -> list[str]:
     if work.training.train_batch_size is None:
         each = work.update_size(1).samples
         growing = f" ({each} samples a data rank: it grows with the GPUs; give train_batch_size to keep it)"
-    model, tokens = work.model, work.model.tokens_per_sample()
-    sample, cost = f"samples x {tokens} tokens", ""
-    if isinstance(model, ImageConfig):
-        sample = f"images of {model.image_size} x {model.image_size} x {model.in_channels}, {tokens} tokens each"
-        gflops = tokens * flops_per_token(model) / 1e9
-        cost = f"; an image takes {gflops / 3:.4g} GFLOP forward, {gflops:.4g} in training"
+    model, cost = work.model, ""
+    if work.unit != "tokens":
+        gflops = work.tokens_per_unit * flops_per_token(model) / 1e9
+        cost = f"; of {work.unit}, one takes {gflops / 3:.4g} GFLOP forward, {gflops:.4g} in training"
     return [
         f"machine: {machine.name}, {machine.gpus_per_node} GPUs a node, {machine.usable_bytes / GIB:.1f} GiB a GPU for "
         "tensors (choose another with --machine NAME or FILE)",
         f"model: {num_parameters(model):,} parameters, {work.dtype}{cost}",
-        f"update: {work.samples(gpus)} {sample}, number of GPUs: {gpus}{growing}",
+        f"update: {work.samples(gpus)} {_sample(work)}, number of GPUs: {gpus}{growing}",
         "memory and times are predictions, not measurements",
     ]
+
+
+def _sample(work: Workload) -> str:
+    """What a sample is, in the plural."""
+    parts = [network.model for network in networks(work.model)]
+    if work.unit == "tokens":
+        return f"samples x {work.model.tokens_per_sample()} tokens"
+    images = [tower for tower in parts if isinstance(tower, ImageTowerSection)]
+    tokens = " and ".join(str(part.tokens_per_sample()) for part in parts)
+    sizes = ", ".join(f"{tower.image_size} x {tower.image_size} x {tower.in_channels}" for tower in images)
+    return f"{work.unit}{', images' * (work.unit != 'images')} of {sizes}, {tokens} tokens each"
 
 
 def _row(name: str, candidate: Candidate, machine: Machine, work: Workload) -> tuple[str, ...]:

@@ -10,18 +10,10 @@ from dataclasses import dataclass
 
 from megatron.config.sections.model import TOKENFORMER
 from megatron.planner.choice import Choice
-from megatron.planner.counts import (
-    Stage,
-    attention_entries,
-    block_matrices,
-    block_tokens,
-    inner_size,
-    share,
-    stages,
-)
-from megatron.planner.ends import ends_of
+from megatron.planner.counts import block_matrices, block_tokens, inner_size, share
 from megatron.planner.machine import Machine
 from megatron.planner.memory import overlaps
+from megatron.planner.networks import Stage, stages
 from megatron.planner.workload import Workload
 
 # Bytes that the element-wise operations around the scores move through memory for one score, (forward, backward),
@@ -73,23 +65,27 @@ class StepTime:
 
 def step_time(work: Workload, choice: Choice, machine: Machine) -> StepTime:
     """The time of one update."""
-    parts = stages(work.model, choice.pipeline)
-    compute = [compute_seconds(work, choice, machine, stage) for stage in parts]
-    tensor = [_tensor_seconds(work, choice, machine, stage) for stage in parts]
-    slowest = max(range(len(parts)), key=lambda i: compute[i] + tensor[i])
-    send = _send_seconds(work, choice, machine)
+    parts = work.parts()
+    stages_of_parts = [stages(part.model, choice.pipeline) for part in parts]
+    cuts = [list(zip(parts, cut, strict=True)) for cut in zip(*stages_of_parts, strict=True)]
+    # A joint loss of several micro-batches takes their forward passes twice, and a backward pass is two of these.
+    again = 4 / 3 if work.is_joint and choice.accumulation > 1 else 1.0
+    compute = [again * sum(compute_seconds(part, choice, machine, stage) for part, stage in cut) for cut in cuts]
+    tensor = [again * sum(_tensor_seconds(part, choice, machine, stage) for part, stage in cut) for cut in cuts]
+    slowest = max(range(len(cuts)), key=lambda i: compute[i] + tensor[i])
+    send = _send_seconds(parts[0], choice, machine)
     m, slot = choice.accumulation, compute[slowest] + tensor[slowest] + send
-    data = max(
-        _data_seconds(work, choice, machine, stage, seconds) for stage, seconds in zip(parts, compute, strict=True)
-    )
-    w = max(stage.parameters(work.model, choice.tensor) for stage in parts)
+    blocks = [sum(len(stage.kinds) for _, stage in cut) for cut in cuts]
+    sizes = [sum(stage.parameters(part.network, choice.tensor) for part, stage in cut) for cut in cuts]
+    data = max(_data_seconds(work, choice, machine, *each) for each in zip(sizes, blocks, compute, strict=True))
+    w = max(sizes)
     updated = w / choice.data if choice.zero_stage else w
     return StepTime(
         compute=m * compute[slowest],
         tensor=m * tensor[slowest],
         pipeline=m * send,
         bubble=(choice.pipeline - 1) * slot,
-        data=data + _tied_embedding_seconds(work, choice, machine),
+        data=data + sum(_tied_embedding_seconds(part, choice, machine) for part in parts),
         update=_UPDATE_TRAFFIC * updated / (machine.memory_bandwidth * machine.bandwidth_fraction),
     )
 
@@ -110,9 +106,9 @@ def compute_seconds(work: Workload, choice: Choice, machine: Machine, stage: Sta
 def stage_flops(work: Workload, choice: Choice, stage: Stage) -> float:
     """FLOPs of one micro-batch on one GPU: 2 forward and 4 backward per matrix entry, 2 more where recomputed."""
     model, count, t = work.model, work.tokens(choice), choice.tensor
-    attention = attention_entries(model) / t
+    attention = work.network.attention_entries / t
     blocks = sum(block_matrices(model, kind, t) + attention for kind in stage.kinds)
-    ends = ends_of(work).flops(work, choice, stage.first, stage.last)
+    ends = work.network.ends.flops(model, choice.micro_batch, stage.first, stage.last, t)
     keys = sum(block_matrices(model, kind, t) / 2 for kind in stage.kinds if kind == TOKENFORMER)
     scores = 2 * keys if work.training.recompute_scores else 0
     return count * ((8 if choice.recompute else 6) * blocks + scores) + ends
@@ -130,7 +126,7 @@ def stage_traffic(work: Workload, choice: Choice, stage: Stage) -> float:
             total += count * block_tokens(model, t) * (passes * forward + backward)
         else:
             total += count * share(inner_size(model), t) * e * (passes * 2 + 3)  # activation: x, y; x, dy, dx
-    return total + ends_of(work).traffic(work, choice, stage.first, stage.last)
+    return total + work.network.ends.traffic(work, choice, stage.first, stage.last)
 
 
 # ---- communication ----
@@ -162,7 +158,7 @@ def _tensor_seconds(work: Workload, choice: Choice, machine: Machine, stage: Sta
     if choice.tensor == 1:
         return 0.0
     bandwidth, latency = machine.link(choice.tensor, 1)
-    sent, messages = ends_of(work).sent(work, choice, stage.first, stage.last)
+    sent, messages = work.network.ends.sent(work, choice, stage.first, stage.last)
     for kind in stage.kinds:
         entries, statistics = tensor_elements(work, choice, kind)
         sent += entries * work.element_bytes + statistics * 4
@@ -202,25 +198,28 @@ def reductions(choice: Choice) -> int:
     return choice.accumulation if choice.zero_stage >= 2 else 1
 
 
-def _data_seconds(work: Workload, choice: Choice, machine: Machine, stage: Stage, compute: float) -> float:
-    """Seconds of the data axis that do not hide behind a backward pass (two thirds of `compute`)."""
+def _data_seconds(work: Workload, choice: Choice, machine: Machine, w: int, blocks: int, compute: float) -> float:
+    """Seconds of the data axis that do not hide behind a backward pass (two thirds of `compute`).
+
+    Of `w` parameters in so many blocks.
+    """
     if choice.data == 1:
         return 0.0
     bandwidth, latency = machine.link(choice.data, choice.tensor)
-    reduced, gathered = data_volumes(work, choice, stage.parameters(work.model, choice.tensor))
+    reduced, gathered = data_volumes(work, choice, w)
     hidden = 2 / 3 * compute if overlaps(work, choice) else 0.0
     exposed = reductions(choice) * max(0.0, reduced / bandwidth - hidden)
     gather = gathered / bandwidth
     if choice.zero_stage == 3 and overlaps(work, choice):
         gather = max(0.0, gather - choice.accumulation * compute)  # prefetched beside both passes
     # Stage 3 gathers each block twice and reduces it once, in messages whose latency adds up.
-    messages = 3 * len(stage.kinds) * choice.accumulation if choice.zero_stage == 3 else 2 * reductions(choice)
+    messages = 3 * blocks * choice.accumulation if choice.zero_stage == 3 else 2 * reductions(choice)
     return exposed + gather + messages * latency * math.log2(choice.data)
 
 
 def _tied_embedding_seconds(work: Workload, choice: Choice, machine: Machine) -> float:
     """All-reduce of a tied embedding's gradient between the first and the last stage."""
-    shared = ends_of(work).shared_matrix(work, choice)
+    shared = work.network.ends.shared_matrix(work, choice)
     if choice.pipeline == 1 or not shared:
         return 0.0
     bandwidth, latency = machine.link(choice.pipeline, choice.tensor * choice.data)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.config.schema import RunConfig
 from megatron.config.sections.images import ImagesConfig
-from megatron.config.sections.model import ModelConfig
 from megatron.config.sections.optimization import OptimizerSpec
 from megatron.config.sections.parallel import ParallelConfig
 from megatron.config.sections.training import TrainingConfig
-from megatron.config.sections.vision import ImageConfig
 from megatron.config.update_size import UpdateSize
 from megatron.errors import ConfigError, UserError
 from megatron.mpu import Layout
 from megatron.ops.pattention_backends import planned_backend
 from megatron.planner.choice import Choice
+from megatron.planner.networks import NETWORKS, Network, networks
+from megatron.tasks import task_of
 
 
 @dataclass(frozen=True)
 class Workload:
     """What is trained, and how the configuration asks for it; a `Choice` is one of the ways to run it."""
 
-    model: ModelConfig | ImageConfig
-    """Of a language model, padded_vocab_size has to be known for bytes and FLOPs."""
+    model: Any
+    """The model's section; of one with a vocabulary, padded_vocab_size has to be known for bytes and FLOPs."""
     dtype: str
     """Precision of parameters and activations: fp32, bf16 or fp16."""
     optimizer: OptimizerSpec
@@ -35,17 +35,49 @@ class Workload:
     """Batch keys, recomputation and the Pattention backend that are asked for."""
     in_pairs: bool = False
     """Samples are mixed two by two, so that a micro-batch has an even number."""
+    part: Network | None = None
+    """The network that this is the workload of, whose section is `model`; see `parts`."""
 
     @classmethod
     def of(cls, config: RunConfig) -> Workload:
         """The workload of a configuration's run, before any growth. Raises UserError for what cannot be planned."""
         model, images = config.model, config.images
-        if not isinstance(model, (ModelConfig, ImageConfig)):
-            reason = f"plans are made for language models and image classifiers, and not for what learns '{model.task}'"
-            raise ConfigError("task", reason)
+        if type(model) not in NETWORKS:
+            known = ", ".join(section.task for section in NETWORKS)
+            raise ConfigError("task", f"plans are made for {known}, and not for what learns '{model.task}'")
         in_pairs = isinstance(images, ImagesConfig) and images.mixes
         optimizer, dtype = config.optimization.optimizer, config.precision.dtype
         return cls(model, dtype, optimizer, config.parallel, config.training, in_pairs)
+
+    def parts(self) -> list[Workload]:
+        """The workload of each network of the model, which process a sample one after the other."""
+        if self.part is not None:
+            return [self]
+        return [replace(self, model=network.model, part=network) for network in networks(self.model)]
+
+    @property
+    def network(self) -> Network:
+        """The network that this is the workload of, or the only one of the model."""
+        if self.part is not None:
+            return self.part
+        (network,) = networks(self.model)
+        return network
+
+    @property
+    def unit(self) -> str:
+        """What rates count: tokens, or samples by their name."""
+        return task_of(self.model).unit
+
+    @property
+    def tokens_per_unit(self) -> int:
+        """Tokens of one of these."""
+        tokens: int = 1 if self.unit == "tokens" else self.model.tokens_per_sample()
+        return tokens
+
+    @property
+    def is_joint(self) -> bool:
+        """Is the loss of all samples of an update together, whatever micro-batches it is divided into?"""
+        return task_of(self.model).joint
 
     @property
     def element_bytes(self) -> int:
@@ -64,7 +96,7 @@ class Workload:
 
     def tokens(self, choice: Choice) -> int:
         """Tokens of a micro-batch on one data rank (T in formulas)."""
-        return choice.micro_batch * self.model.tokens_per_sample()
+        return choice.micro_batch * self.network.tokens
 
     def update_size(self, data_ranks: int) -> UpdateSize:
         """What an update of so many data ranks reads; UserError when the batch keys do not fit each other."""

@@ -38,6 +38,7 @@ class ClipTask(Task[dict[str, Tensor]]):
     name: ClassVar[str] = "clip"
     section: ClassVar[type[ModelSection]] = ClipConfig
     architecture: ClassVar[Architecture] = PAIRS
+    unit: ClassVar[str] = "pairs"
     measures: ClassVar[tuple[str, ...]] = ("loss", "image_to_text", "text_to_image", "count")
     console: ClassVar[Mapping[str, str]] = {
         "loss": "loss {:.4f}", "valid_loss": "validation loss {:.4f}", "test_loss": "test loss {:.4f}",

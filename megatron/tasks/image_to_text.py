@@ -42,6 +42,7 @@ class ImageToTextTask(Task[dict[str, Tensor]]):
     name: ClassVar[str] = "image_to_text"
     section: ClassVar[type[ModelSection]] = ImageTextConfig
     architecture: ClassVar[Architecture] = IMAGE_TO_TEXT
+    unit: ClassVar[str] = "pairs"
     loss_name: ClassVar[str] = "lm_loss"
     console: ClassVar[Mapping[str, str]] = {
         "lm_loss": "loss {:.4f}", "valid_lm_loss": "validation loss {:.4f}", "valid_perplexity": "perplexity {:.2f}",

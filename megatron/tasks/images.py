@@ -35,6 +35,7 @@ class ImageClassificationTask(Task[dict[str, Tensor]]):
     name: ClassVar[str] = "image_classification"
     section: ClassVar[type[ModelSection]] = ImageConfig
     architecture: ClassVar[Architecture] = IMAGES
+    unit: ClassVar[str] = "images"
     measures: ClassVar[tuple[str, ...]] = ("loss", "top1", "top5", "count")
     console: ClassVar[Mapping[str, str]] = {
         "loss": "loss {:.4f}",

@@ -34,6 +34,8 @@ class Task(ABC, Generic[Batch]):
     """The model that such a section describes."""
     loss_name: ClassVar[str] = "loss"
     """What metrics call the loss."""
+    unit: ClassVar[str] = "tokens"
+    """What a plan's rates count: tokens, or samples by their name."""
     measures: ClassVar[tuple[str, ...]] = ("loss", "count")
     """What `measure` gives, in order."""
     console: ClassVar[Mapping[str, str]] = {

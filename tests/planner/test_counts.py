@@ -8,7 +8,7 @@ import pytest
 
 from megatron.model import LanguageModel
 from megatron.mpu import Layout
-from megatron.planner.counts import Stage, flops_per_token, num_parameters, stages
+from megatron.planner.networks import Stage, flops_per_token, networks, num_parameters, stages
 from tests.planner.workloads import PUBLISHED, published, small
 
 
@@ -41,8 +41,8 @@ def test_variants_are_counted_too(options: dict[str, Any]) -> None:
 def test_the_first_ranks_share_is_counted_exactly(kind: str) -> None:
     config = small(kind).model
     shard = LanguageModel(config, device="meta", layout=Layout.for_world(0, 4, tensor_size=4))
-    (stage,) = stages(config, 1)
-    assert stage.parameters(config, 4) == sum(parameter.numel() for parameter in shard.parameters())
+    (stage,), (network,) = stages(config, 1), networks(config)
+    assert stage.parameters(network, 4) == sum(parameter.numel() for parameter in shard.parameters())
 
 
 def test_uneven_shares_count_the_largest() -> None:
@@ -54,7 +54,7 @@ def test_uneven_shares_count_the_largest() -> None:
         )
         for r in range(4)
     )
-    assert stages(config, 1)[0].parameters(config, 4) == largest
+    assert stages(config, 1)[0].parameters(*networks(config), 4) == largest
 
 
 @pytest.mark.engine
@@ -71,4 +71,4 @@ def test_stages_are_cut_as_the_pipeline_cuts_them(layers: int, count: int) -> No
 def test_a_stage_without_ends_has_no_vocabulary() -> None:
     config = small().model
     middle = Stage(config.layer_kinds[:1], first=False, last=False)
-    assert middle.parameters(config, 1) == 2 * 64 * (3 * 64 + 96 + 256)
+    assert middle.parameters(*networks(config), 1) == 2 * 64 * (3 * 64 + 96 + 256)

@@ -15,9 +15,8 @@ from megatron.model.blocks import Block, BuildOptions
 from megatron.model.build import build_model
 from megatron.mpu import Layout
 from megatron.planner import Choice, Workload, candidates, plan, report
-from megatron.planner.counts import flops_per_token, num_parameters, stages
-from megatron.planner.ends import ImageEnds
 from megatron.planner.memory import block_bytes, kept_bytes
+from megatron.planner.networks import flops_per_token, num_parameters, stages
 from tests.planner.test_memory import Kept
 from tests.planner.workloads import H200, ROOT
 from tests.tasks.image_runs import KEYS
@@ -64,8 +63,8 @@ def test_the_largest_share_and_the_stages_are_counted_exactly(keys: dict[str, An
     grids = (BuildOptions(device="meta", layout=Layout.for_world(rank, 4, tensor_size=4)) for rank in range(4))
     shares = [build_model(work.model, options, device="meta") for options in grids]
     largest = max(sum(parameter.numel() for parameter in share.parameters()) for share in shares)
-    assert stages(work.model, 1)[0].parameters(work.model, 4) == largest
-    both = [stage.parameters(work.model, 1) for stage in stages(work.model, 2)]
+    assert stages(work.model, 1)[0].parameters(work.network, 4) == largest
+    both = [stage.parameters(work.network, 1) for stage in stages(work.model, 2)]
     assert sum(both) == num_parameters(work.model)
 
 
@@ -88,7 +87,7 @@ def test_a_model_keeps_the_predicted_bytes_within_3_percent(keys: dict[str, Any]
     waiting = 5 * pixels  # the images themselves are no activations
     # What is read of the last stream by taking a mean of it is kept no longer than that; gradients come later.
     in_flight = stream + stream * ("class_token" in keys)
-    predicted = kept_bytes(work, choice, stages(work.model, 1)[0]) + ImageEnds().head_bytes(work, choice)
+    predicted = kept_bytes(work, choice, stages(work.model, 1)[0]) + work.network.ends.head_bytes(work, choice)
     assert predicted - waiting - in_flight == pytest.approx(of_model.bytes, rel=0.03)
 
 
@@ -116,7 +115,7 @@ def test_more_stages_and_ranks_take_less_memory_each() -> None:
 def test_a_growing_run_has_a_line_for_each_of_its_models() -> None:
     text = report(published("B16_86M_to_115M"), H200, 8)
     lines = {line.split("  ")[0]: line.split() for line in text.splitlines()}
-    assert "an image takes 46.28 GFLOP forward, 138.8 in training" in text
+    assert "of images, one takes 46.28 GFLOP forward, 138.8 in training" in text
     assert "update: 4096 images of 224 x 224 x 3, 197 tokens each, number of GPUs: 8" in text
     assert lines["at first"][2:5] == ["62,557", "86,447,848", "105.4"]
     assert lines["after growth 1"][3:6] == ["31,279", "114,759,400", "138.8"]
@@ -137,7 +136,8 @@ def test_dry_run_plans_images_and_names_what_it_cannot_plan(
     assert "404,670,440 parameters" in capsys.readouterr().out
     (tmp_path / "toy.yml").write_text("task: vectors\nnum_layers: 2\nhidden_size: 16\nffn_slot_num: 24\n")
     assert run_command(lambda: launch(["train.py", str(tmp_path / "toy.yml"), "--dry-run", "--gpus", "8"])) == 2
-    message = "task: plans are made for language models and image classifiers, and not for what learns 'vectors'"
+    known = "language, image_classification, clip, image_to_text"
+    message = f"task: plans are made for {known}, and not for what learns 'vectors'"
     assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="plans are made for"):
         Workload.of(load_config([tmp_path / "toy.yml"]))

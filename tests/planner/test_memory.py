@@ -15,9 +15,9 @@ from megatron.ops import linear_cross_entropy as loss_in_chunks
 from megatron.ops.cross_entropy import cross_entropy
 from megatron.ops.linear_cross_entropy import linear_cross_entropy
 from megatron.planner import Choice, Workload, predict
-from megatron.planner.counts import num_parameters, stages
 from megatron.planner.ends import LanguageEnds, stream_bytes
 from megatron.planner.memory import block_bytes, kept_bytes, state_bytes
+from megatron.planner.networks import num_parameters, stages
 from megatron.planner.step_time import tensor_elements
 from tests.planner.workloads import H200, published, small
 from tools.bench.measure import peak_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron.planner import Workload, plan, read_machine, report
-from megatron.planner.counts import num_parameters
+from megatron.planner.networks import num_parameters
 from tests.planner.workloads import H200, published
 
 

@@ -24,7 +24,8 @@ from megatron.model.pattention import Pattention, named_pattentions
 from megatron.mpu.layout import ALONE
 from megatron.ops.cross_entropy import cross_entropy
 from megatron.ops.linear_cross_entropy import linear_cross_entropy
-from megatron.planner.counts import block_matrices, flops_per_token
+from megatron.planner.counts import block_matrices
+from megatron.planner.networks import flops_per_token
 
 
 @dataclass(frozen=True)

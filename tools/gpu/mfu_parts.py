@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.planner import Workload, predict, read_machine
-from megatron.planner.counts import flops_per_token
+from megatron.planner.networks import flops_per_token
 from tools.gpu.running import Settings
 from tools.gpu.speed_parts import KINDS, first_micro_batch, largest_that_fits, published_step
 
