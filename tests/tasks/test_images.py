@@ -213,6 +213,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"model_parallel_size": 2}, "pipeline": {"pipe_parallel_size": 2},
     "zero": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
 }  # fmt: skip
+OWN_NORMS: dict[str, dict[str, Any]] = {
+    "softmax": LAYOUTS["tensor"], "gelu_l2_norm": {**LAYOUTS["pipeline"], "zero_optimization": {"stage": 1}},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -253,8 +256,10 @@ def test_a_trained_checkpoint_grows_on_disk_without_another_output(
 def test_a_trained_model_is_the_same_after_its_growth_in_every_layout(
     images: str, computed: Computed, trained: Path, tmp_path: Path
 ) -> None:
-    """By the schedule of a run with one kind of keys in each, and from a smaller model's checkpoint with another."""
-    runs = dict[Path, tuple[str, RunConfig]]()
+    """By the schedule of a run with one kind of keys in each, and from a smaller model's checkpoint with another; that
+    of the other activations, whose new tokens have a row norm of their own, is one of an update."""
+    runs, others = dict[Path, tuple[str, RunConfig]](), dict[Path, Path]()
+    still = {"optimizer": {**KEYS["optimizer"], "params": {"lr": STILL["lr"]}}, "train_iters": 1, "eval_interval": 1}
     for (layout, axes), kind, other in zip(LAYOUTS.items(), NEW_KEYS, ("rotated", "random", "zero"), strict=True):
         folder = tmp_path / f"{layout}-{kind}"
         shutil.copytree(trained, folder)
@@ -263,12 +268,19 @@ def test_a_trained_model_is_the_same_after_its_growth_in_every_layout(
         runs[folder] = kind, config_of(images, folder, **keys, **axes, **NO_STEP, growth=growth)
         folder = tmp_path / f"{layout}-from-{other}"
         smaller = {"pretrain_partial_init": str(trained), **COUNTS, **NEW_KEYS[other]}
-        still = {"optimizer": {**KEYS["optimizer"], "params": {"lr": STILL["lr"]}}, "train_iters": 1}
-        runs[folder] = other, config_of(images, folder, **smaller, **axes, **still, **NO_STEP, eval_interval=1)
+        runs[folder] = other, config_of(images, folder, **smaller, **axes, **still, **NO_STEP)
+    for activation, axes in OWN_NORMS.items():
+        folder, before = tmp_path / f"{activation}-grown", tmp_path / activation
+        once = {"train_iters": 1, "eval_interval": 1, "ema_decay": DECAY}
+        train(config_of(images, before, norm_activation_type=activation, **once))
+        keys = {"norm_activation_type": activation, "pretrain_partial_init": str(before), "row_norm": "segment"}
+        runs[folder] = "random", config_of(images, folder, **keys, **COUNTS, **axes, **still, **NO_STEP)
+        others[folder] = before
     run_ranks(2, train_all, [config for _, config in runs.values()])
     for folder, (kind, _) in runs.items():
-        assert_same_function(computed, trained, folder, kind)
-        for name in ("valid_acc1", "valid_loss"):  # as the engine of that layout finds them
+        assert_same_function(computed, others.get(folder, trained), folder, kind)
+        names = ("valid_acc1", "valid_loss") if folder not in others else ()
+        for name in names:  # as the engine of that layout finds them
             assert metrics(folder, name)[-1] == pytest.approx(metrics(trained, name)[-1], rel=1e-4), (folder.name, name)
 
 
