@@ -63,13 +63,14 @@ class Builder:
     ) -> None:
         self._settings, self._files, self._findings, self._model = settings, files, findings, model
         self._section_of = keys_of(model)
+        self._placeholders = {**_PLACEHOLDERS, **model.placeholders}
         self._missing: list[str] = []
 
     def build(self, checks: Iterable[Check] = ()) -> RunConfig:
         """The configuration; one with other values in place of those that are wrong, when there are findings."""
         values = self._by_section()
-        for key in self._findings.bad & set(_PLACEHOLDERS) & set(self._section_of):
-            values[self._section_of[key]].setdefault(key, _PLACEHOLDERS[key])
+        for key in self._findings.bad & set(self._placeholders) & set(self._section_of):
+            values[self._section_of[key]].setdefault(key, self._placeholders[key])
         sections = {name: self._section(name, values[name]) for name in SECTIONS}
         config = RunConfig(**sections)
         if self._findings.unread:
@@ -103,7 +104,7 @@ class Builder:
         missing = [key for key in required if key not in values]
         self._missing += missing
         self._findings.bad.update(missing)
-        values |= {key: _PLACEHOLDERS[key] for key in missing}
+        values |= {key: self._placeholders[key] for key in missing}
         while True:
             try:
                 return model(**values)
@@ -112,16 +113,19 @@ class Builder:
             for mistake in [item for item in found if not self._findings.covers(item)]:
                 self._findings.add(locate(mistake, self._settings, self._files))
             self._findings.bad.update(mistake.key for mistake in found)
-            changed = [_replace(values, mistake.key) for mistake in found]
+            changed = [_replace(values, mistake.key, self._placeholders) for mistake in found]
             if not any(changed):  # what is wrong is a default beside the other values
                 self._findings.bad.update(values)
-                return model(**{key: _PLACEHOLDERS[key] for key in required})
+                return model(**{key: self._placeholders[key] for key in required})
 
 
-def _replace(values: dict[str, Any], key: str) -> bool:
-    """Take a dotted key out of nested values, or its table where it is not there; false when there is neither."""
-    if key in _PLACEHOLDERS and values.get(key) is not _PLACEHOLDERS[key]:
-        values[key] = _PLACEHOLDERS[key]
+def _replace(values: dict[str, Any], key: str, placeholders: Mapping[str, Any]) -> bool:
+    """Take a dotted key out of nested values, or its table where it is not there; false when there is neither.
+
+    A key that has to be there, and a table that has to, becomes its placeholder.
+    """
+    if key in placeholders and values.get(key) is not placeholders[key]:
+        values[key] = placeholders[key]
         return True
     *tables, name = key.split(".")
     target: Any = values
@@ -132,4 +136,8 @@ def _replace(values: dict[str, Any], key: str) -> bool:
     if isinstance(target, dict) and name in target:
         del target[name]
         return True
-    return values.pop(key.partition(".")[0], None) is not None
+    table = key.partition(".")[0]
+    if table in placeholders and values.get(table) is not placeholders[table]:
+        values[table] = placeholders[table]
+        return True
+    return values.pop(table, None) is not None

@@ -10,7 +10,7 @@ from megatron.config.schema import RunConfig
 from megatron.config.sections.base import Section
 from megatron.config.sections.checkpoint import TOWER_KEYS, CheckpointConfig
 from megatron.config.sections.clip import ClipConfig
-from megatron.config.sections.evaluation import OF_CLASSES, OF_IMAGES, OF_LANGUAGE, OF_PAIRS, EvaluationConfig
+from megatron.config.sections.evaluation import OF_CLASSES, OF_IMAGES, OF_LANGUAGE, OF_PAIRS, OF_TEXTS, EvaluationConfig
 from megatron.config.sections.images import ImagesConfig
 from megatron.config.sections.model import ModelConfig, ModelSection
 from megatron.config.sections.mup import MupKeys
@@ -100,6 +100,7 @@ def find_evaluation_mistakes(config: RunConfig) -> Iterator[ConfigError]:
         (OF_IMAGES, model.samples is ImagesConfig, "models of images"),
         (OF_CLASSES, isinstance(model, (ImageConfig, ClipConfig)), "image classifiers"),
         (OF_PAIRS, isinstance(model, ClipConfig), "models of images and texts"),
+        (OF_TEXTS, isinstance(model, ModelConfig), "models that make texts"),
     ):
         for key in keys if not fits else ():
             if getattr(options, key) != getattr(defaults, key):
@@ -162,12 +163,17 @@ def find_setting_mistakes(config: RunConfig) -> Iterator[ConfigError]:
 def _mixing(images: Section, training: TrainingConfig) -> Iterator[ConfigError]:
     if not isinstance(images, ImagesConfig) or not images.mixes:
         return
+    of, told = "mixup" if images.mixup else "cutmix", "images are mixed two by two, and"
     for key in ("train_micro_batch_size_per_gpu", "train_batch_size"):
         size = getattr(training, key) or 0
         if size % 2:
-            of, reason = "mixup" if images.mixup else "cutmix", f"images are mixed two by two, and {key} {size} is odd"
-            yield ConfigError(of, reason, "make it even, or set 0", beside=[key])
+            yield ConfigError(of, f"{told} {key} {size} is odd", "make it even, or set 0", beside=[key])
             return
+    batch, steps = training.train_batch_size, training.gradient_accumulation_steps
+    if batch and steps and not training.train_micro_batch_size_per_gpu and batch // steps % 2:
+        reason = f"{told} train_batch_size {batch} is {steps} times an odd number (gradient_accumulation_steps)"
+        beside = ["train_batch_size", "gradient_accumulation_steps"]
+        yield ConfigError(of, reason, "choose others, or set 0", beside=beside)
 
 
 def _spikes(config: RunConfig) -> Iterator[ConfigError]:

@@ -192,8 +192,9 @@ def _model_section(settings: dict[str, Setting], findings: Findings) -> type[Mod
     try:
         return model_section(setting.value)
     except ValueError as error:
-        findings.add_unread(setting.mistake(str(error)))
-        return ModelConfig
+        findings.add(setting.mistake(str(error)))
+        findings.raise_any()  # what other keys may say depends on it
+        raise
 
 
 def known_keys(table: str = "", models: Iterable[type[ModelSection]] = (ModelConfig,)) -> list[str]:

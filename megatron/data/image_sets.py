@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -37,6 +38,9 @@ class StoredImages:
 
     def beside(self, suffix: str, what: str) -> IndexedDataset:
         """The pair that has a document for each of these images. Raises UserError unless it has."""
+        if not Path(f"{self._stem}{suffix}.idx").exists():
+            advice = f"prepare images that have {what}, or learn another task"
+            raise UserError(f"{self._stem}{suffix}.idx: no such file: the images have no {what}; {advice}")
         found = IndexedDataset(self._stem + suffix)
         documents = len(found.document_indices) - 1
         if documents != len(self.indexed):

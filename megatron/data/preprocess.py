@@ -227,6 +227,8 @@ def _downloaded(
 
 def encode_all(encoder: EncodeChunk[Item, Result], documents: Iterable[Item], num_workers: int) -> Iterator[Result]:
     """Encode in order, in `num_workers` processes (0 and 1: in this one). Raises UserError when one of them dies."""
+    if num_workers < 0:
+        raise UserError(f"--num-workers: {num_workers} processes cannot be started; give 0 or more")
     chunks = _chunks(documents)
     if num_workers <= 1:
         for chunk in chunks:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron.config.update_size import UpdateSize
 from megatron.data import batches
-from megatron.errors import UserError
+from megatron.errors import ConfigError, UserError
 from megatron.mpu.layout import Axis
 from megatron.tasks import Task
 from megatron.training.state import TrainState
@@ -45,6 +45,9 @@ class RunData:
         counts = state.consumed_samples + remaining * update.samples, evaluations * one_evaluation, one_evaluation
         self.sets = task.datasets([min(count, _MOST_SAMPLES) for count in counts], state.epoch_blocks)
         state.epoch_blocks = self.sets.epoch_blocks
+        if task.joint and update.samples < 2:
+            reason = "every sample of an update is compared with the others of it, and there is none"
+            raise ConfigError("train_batch_size", reason, "give 2 or more", value=update.samples)
         for split in ("valid", "test") if one_evaluation and not task.evaluates_every_sample else ():
             self._require_update(split)
 

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import pytest
 
 from megatron.config import load_config
+from megatron.config.checks import find_evaluation_mistakes
+from megatron.config.load import resolve_config
 from megatron.config.sections import model as sections
 from megatron.config.sections.base import Section
 from megatron.config.sections.images import IMAGENET_MEAN, IMAGENET_STD, ImagesConfig, RandAugmentPolicy
@@ -78,6 +80,21 @@ def test_a_mistake_is_one_line(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         images_of(**keys)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"pattention_top_k": 0.5}, "pattention_top_k: this is for models that make texts, and not for what learns"),
+        ({"pattention_threshold": 0.1}, "pattention_threshold: this is for models that make texts"),
+        ({"zero_shot_classes": ["a", " "]}, "zero_shot_classes: one of the names is empty"),
+        ({"eval_tasks": ["piqa"]}, "eval_tasks: this is for language models"),
+    ],
+)
+def test_what_an_image_model_is_not_evaluated_by(keys: dict[str, Any], message: str) -> None:
+    model = {"task": "image_classification", "num_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
+    with pytest.raises(UserError, match=message):
+        resolve_config([], {**model, **keys}, checks=[find_evaluation_mistakes])
 
 
 def test_normalisation_is_of_the_channels() -> None:

@@ -165,7 +165,7 @@ def test_captions_of_other_images_are_told(prefix: str, tmp_path: Path) -> None:
     for ending in (".bin", ".idx"):
         (tmp_path / f"x_image_document{ending}").write_bytes(Path(prefix + ending).read_bytes())
     image = f"{tmp_path}/x_image_document"
-    with pytest.raises(UserError, match="x_text_document.idx: no such file"):
+    with pytest.raises(UserError, match="x_text_document.idx: no such file: the images have no captions; prepare"):
         parts_of(image)
     copied("text", [[[1, 0]]] * 9)
     with pytest.raises(UserError, match="x_text_document.bin: 9 captions for 10 images; prepare both again"):

@@ -158,6 +158,8 @@ def test_classes_can_be_given(folder: Path, tmp_path: Path, prepare: Prepare) ->
     (tmp_path / "names.txt").write_text("dog\n")
     code, printed = prepare("--images", folder, "--classes", tmp_path / "names.txt")
     assert code == 2 and "--images: the folder cat is no class of --classes" in printed
+    code, printed = prepare("--images", folder, "--num-workers", "-2")
+    assert code == 2 and "--num-workers: -2 processes cannot be started" in printed
 
 
 BROKEN = {

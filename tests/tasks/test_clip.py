@@ -226,6 +226,7 @@ def test_texts_end_where_the_loader_says_and_begin_as_the_tokenizer_does() -> No
         ({"text_tower": {"num_attention_heads": 5}}, "text_tower.num_attention_heads: 5 heads do not divide"),
         ({"text_tower": {"num_layer": 5}}, "text_tower.num_layer: unknown key; did you mean text_tower.num_layers"),
         ({"mixup": 0.5}, "mixup: is for labels, and captions cannot be mixed"),
+        ({"train_batch_size": 1}, "train_batch_size: every sample of an update is compared with the others of it"),
         ({"num_classes": 5}, "num_classes: unknown key; it is of task image_classification"),
         ({"padded_vocab_size": 300}, "padded_vocab_size: 300 rows cannot hold the vocabulary of 512 token ids"),
         ({"split": "90,5,5"}, "eval_iters: an evaluation reads whole updates, 8 samples each, and the valid set has"),

@@ -344,6 +344,20 @@ def test_a_mistake_is_one_line(data: str, towers: dict[str, str], tmp_path: Path
     for keys, message in cases:
         found = mistake_of({"data_path": data, **towers, **keys}, tmp_path)
         assert message in found, found
+    needed: list[tuple[str, Any, str]] = [
+        ("image_tower", None, "missing image_tower: add to a YAML file"),
+        ("connector_slot_num", None, "missing connector_slot_num: add to a YAML file"),
+        ("connector_slot_num", 0, "connector_slot_num: must be greater than 0, got 0"),
+        ("image_tower", {**TOWER, "patch_size": 3}, "image_tower.patch_size: 3 pixels do not divide image_size 8"),
+        ("image_tower", {**TOWER, "num_layers": 0}, "image_tower.num_layers: must be greater than 0, got 0"),
+    ]
+    for key, value, message in needed:
+        keys = {**KEYS, "data_path": data, key: value}
+        if value is None:
+            del keys[key]
+        with pytest.raises(UserError) as error:
+            resolve_config([], keys, checks=[find_training_mistakes])
+        assert message in str(error.value) and "\n" not in str(error.value)
     language = {**TEXT, "task": "language", "data_path": data, "pretrain_image_tower": image}
     with pytest.raises(UserError, match="pretrain_image_tower: a model that learns language has no image tower"):
         resolve_config([], language, checks=[find_training_mistakes])

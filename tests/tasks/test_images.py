@@ -289,6 +289,10 @@ def test_a_trained_model_is_the_same_after_its_growth_in_every_layout(
     [
         ({"mixup": 0.8, "train_micro_batch_size_per_gpu": 1}, "mixup: images are mixed two by two, and train_mic"),
         ({"cutmix": 1, "train_batch_size": 7}, "cutmix: images are mixed two by two, and train_batch_size 7 is odd"),
+        ({"mixup": 1, "train_batch_size": 6, "gradient_accumulation_steps": 2},
+         "mixup: images are mixed two by two, and train_batch_size 6 is 2 times an odd number"),
+        ({"auto_augment": "rand-m9"}, "override: auto_augment: only operations that grow stronger"),
+        ({"task": "image_clasification"}, "task: there is no task 'image_clasification'; there are language, image_cl"),
         ({"sequence_parallel": True, "model_parallel_size": 2}, "sequence_parallel: the ranks' shares of the tokens"),
         ({"sequence_parallel": True, "model_parallel_size": 2, **PATCHES_ALONE, "patch_size": 8},
          "sequence_parallel: 1 patches are no multiple of model_parallel_size 2"),

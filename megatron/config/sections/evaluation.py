@@ -12,8 +12,9 @@ from megatron.text import shortened, yaml_form
 
 OF_LANGUAGE = ("eval_tasks", "num_fewshot", "include_path", "perplexity_data", "perplexity_stride")
 OF_IMAGES, OF_CLASSES = ("eval_data_paths", "eval_split"), ("per_class", "confusion")
-OF_PAIRS = ("zero_shot_classes", "zero_shot_templates")
-"""Keys that only models of language, of images, image classifiers, and those of images and texts are evaluated by."""
+OF_PAIRS, OF_TEXTS = ("zero_shot_classes", "zero_shot_templates"), ("pattention_top_k", "pattention_threshold")
+"""Keys that only models of language, of images, image classifiers, those of images and texts, and those that make texts
+are evaluated by."""
 
 
 class _OfEachKind(Section):
@@ -100,6 +101,8 @@ class EvaluationConfig(Section):
         fewest = 2 if info.field_name == "zero_shot_classes" else 1
         if values is not None and len(values) < fewest:
             raise ValueError(f"{len(values)} of them; give at least {fewest}")
+        if info.field_name == "zero_shot_classes" and any(not name.strip() for name in values or ()):
+            raise ValueError("one of the names is empty")
         if info.field_name == "zero_shot_templates":
             for template in values or ():
                 if "{}" not in template:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -30,6 +30,9 @@ class ImageTextConfig(ModelConfig):
 
     task: ClassVar[str] = "image_to_text"
     samples: ClassVar[type[Section]] = ImagesConfig
+    placeholders: ClassVar[Mapping[str, Any]] = {
+        "image_tower": {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 1}, "connector_slot_num": 64,
+    }  # fmt: skip
 
     image_tower: ImageTower
     """The network that looks at the images: a table of keys of the section vision."""

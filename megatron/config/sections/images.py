@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from megatron.config.sections.base import ListedNumber, Section
 from megatron.errors import ConfigError
@@ -91,15 +91,10 @@ class ImagesConfig(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Training labels are (1 - e) of their class and e / num_classes of every class."""
 
-    @field_validator("auto_augment")
-    @classmethod
-    def _check_policy(cls, name: str | None) -> str | None:
-        if name is not None:
-            RandAugmentPolicy.of(name)
-        return name
-
     @model_validator(mode="after")
     def _check(self) -> ImagesConfig:
+        if self.auto_augment is not None:
+            RandAugmentPolicy.of(self.auto_augment)
         for key, most in (("scale", 1.0), ("ratio", 100.0)):
             values = getattr(self, key)
             if len(values) != 2 or not 0 < values[0] <= values[1] <= most:

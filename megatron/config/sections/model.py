@@ -54,6 +54,8 @@ class ModelSection(Section):
     sizes: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """By role of a parameter outside the blocks, the keys that set its first and its second dimension: those of the
     parameter's tower, where there are several (`towers`)."""
+    placeholders: ClassVar[Mapping[str, Any]] = {}
+    """Values of needed keys of its own that are missing or wrong, while other keys are looked at."""
 
     num_layers: int = Field(gt=0, le=10_000)
     """Number of blocks L."""
