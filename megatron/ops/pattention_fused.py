@@ -83,8 +83,12 @@ class _Pattention(torch.autograd.Function):
 
 
 def _stacks(x: Tensor, keys: Sequence[Tensor]) -> bool:
-    """One product over the keys of all layers? A copy of the keys pays on a GPU, where a launch counts."""
-    return len(keys) > 1 and x.device.type != "cpu"
+    """One product over the keys of all layers, which takes a copy of the keys?
+
+    It pays on a GPU, where a launch counts, and on a CPU where there are more rows than keys: x is prepared once for
+    all layers, and the gradients that they give it are summed on the way.
+    """
+    return len(keys) > 1 and (x.device.type != "cpu" or len(x) >= sum(map(len, keys)))
 
 
 def _scores(method: Method, hidden: Tensor | None, x: Tensor, keys: Sequence[Tensor]) -> Tensor:
@@ -92,10 +96,7 @@ def _scores(method: Method, hidden: Tensor | None, x: Tensor, keys: Sequence[Ten
     if _stacks(x, keys):
         scores = (x @ torch.cat(tuple(keys)).T).view(len(x), len(keys), -1)
     else:
-        if method.rows.takes_layers_apart:  # products with rows that follow each other are faster
-            scores = x.new_empty(len(keys), len(x), len(keys[0])).transpose(0, 1)
-        else:
-            scores = x.new_empty(len(x), len(keys), len(keys[0]))
+        scores = x.new_empty(len(x), len(keys), len(keys[0]))
         for i, key in enumerate(keys):
             torch.mm(x, key.T, out=scores[:, i])
     return mask_scores(scores, hidden, method.rows.activation, in_place=True)

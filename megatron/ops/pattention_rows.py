@@ -45,9 +45,6 @@ class Rows(ABC):
     `out` is where weights are written, if given: like the other matrices, columns of a larger one, row under row.
     """
 
-    takes_layers_apart = False
-    """May the rows of a layer follow each other, and not alternate with those of the other layers?"""
-
     works_in_place = False
     """May `out` be the scores?"""
 
@@ -168,7 +165,7 @@ def _wide_weights(a: Tensor, scale: Tensor, activation: str) -> Tensor:
 class TorchRows(Rows):
     """The row functions in torch's own operations, on a CPU as many rows at a time as its cache holds."""
 
-    takes_layers_apart = works_in_place = True
+    works_in_place = True
 
     def forward(self, scores: Tensor, tau2: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See Rows."""
@@ -308,7 +305,7 @@ class GroupedRows(Rows):
 
     def __init__(self, rows: Rows, norm_columns: Sequence[int]) -> None:
         super().__init__(rows.activation)
-        self.takes_layers_apart, self.works_in_place = rows.takes_layers_apart, rows.works_in_place
+        self.works_in_place = rows.works_in_place
         self._rows, self._norm_columns = rows, list(norm_columns)
 
     def forward(self, scores: Tensor, tau2: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
