@@ -23,8 +23,8 @@ def logged(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
     for line in file.open("rb") if file else ():
         try:
             entry = json.loads(line)
-            is_known = int(entry["iteration"]) <= (checkpoint.iteration or 0)
+            iteration = int(entry["iteration"])
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
-        if is_known:
-            yield entry
+        if iteration <= (checkpoint.iteration or 0):
+            yield {**entry, "iteration": iteration}

@@ -89,6 +89,13 @@ def test_figures_are_those_of_the_run(run: Path, tmp_path: Path) -> None:
     assert "## Evaluation" not in card.text and str(tmp_path) not in card.text
 
 
+def test_an_iteration_that_is_written_as_text_is_the_number(run: Path, tmp_path: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": "3", "lm_loss": 5.5}\n')
+    to_huggingface(run, tmp_path / "model")
+    assert rows(card_of(tmp_path / "model"))["lm_loss at iteration 3"] == "5.5000"
+
+
 def test_results_are_in_the_index_of_the_hub(run: Path, tmp_path: Path) -> None:
     other = {**RESULTS, "checkpoint": "run/global_step2"}
     (run / "eval_results_01-02-2026-03-04-05.json").write_text(json.dumps(RESULTS))
