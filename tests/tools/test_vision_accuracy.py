@@ -14,6 +14,7 @@ from megatron.data.datasets import parts_of
 from megatron.data.images import AugmentedImages, ImageDataset, ImageShape, LabelledImages
 from megatron.errors import UserError
 from megatron.model.build import build_model
+from tools.results import known_results
 from tools.vision import accuracy
 from tools.vision.accuracy import (
     BATCH,
@@ -22,7 +23,6 @@ from tools.vision.accuracy import (
     SUBJECTS,
     Subject,
     Trial,
-    known_results,
     rates_report,
     report,
     trials,

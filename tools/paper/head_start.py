@@ -26,13 +26,12 @@ from megatron.config import load_config
 from megatron.data import IndexedDataset
 from megatron.errors import UserError, run_command
 from megatron.evaluation.perplexity import perplexity
-from megatron.files import write_output
 from megatron.inference import load_model
 from megatron.model import LanguageModel
 from megatron.mpu.environment import ensure_process_environment
 from megatron.training import train
 from tools.ckpts.convert import main as convert
-from tools.vision.accuracy import known_results
+from tools.results import Results, known_results, write_results
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs/demo.yml"
@@ -47,9 +46,6 @@ TRANSFORMER_UPDATES, UPDATES = 900, (30, 60)
 """When losses are measured; the last is the end of a run."""
 SAMPLES, HELD_OUT_TOKENS = 128, 32_768
 TRANSFORMER = "Transformer"
-
-Results = dict[str, dict[str, Any]]
-"""Of runs by name: losses by the number of updates."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def keep(name: str, result: Mapping[str, Any]) -> None:
         results[name] = json.loads(json.dumps(result))
         print(f"{name}: {results[name]['losses']}", flush=True)
-        write_output(options.results, json.dumps({"results": results}, indent=1) + "\n", "FILE")
+        write_results(options.results, results)
 
     if TRANSFORMER not in results:
         keep(TRANSFORMER, run_transformer(demo))

@@ -12,7 +12,6 @@ The file is written after every run, and a later call goes on from it. A run tak
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -22,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config import load_config
-from megatron.errors import UserError, run_command
-from megatron.files import write_output
+from megatron.errors import run_command
 from megatron.model.build import build_model
+from tools.results import known_results, write_results
 from tools.vision.data import prepare
 from tools.vision.pairs import CaptionTrial, ClipTrial, PairTrial, pair_trials
 from tools.vision.scripts import ROOT, RunFolder
@@ -47,9 +46,6 @@ class Subject:
 SUBJECTS = {"digits": Subject(1437, 360, 60, 95.0), "mnist5k": Subject(4000, 1000, 24, 93.0)}
 MODELS = {"TokenFormer": "demo_{}.yml", "ViT": "demo_{}_vit.yml"}
 """Files of configs/vision; the bar is the TokenFormer's."""
-
-Results = dict[str, dict[str, Any]]
-"""Of runs by name: accuracy in %, parameters, seconds."""
 
 
 @dataclass(frozen=True)
@@ -162,16 +158,6 @@ def rates_report(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 yield f"| {name}, {model} | {' | '.join(cells)} |"
 
 
-def known_results(path: Path) -> Results:
-    """What a file of results has; nothing where there is none. UserError for another file."""
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["results"])
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"FILE: {path} is no file of results; name another one") from None
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -193,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         results[trial.name] = trial.run(options.work_dir / trial.name.replace(" ", "-"), options.data_dir)
         print(f"{trial.name}: {results[trial.name]['accuracy']} ({results[trial.name]['seconds']} s)", flush=True)
-        write_output(options.results, json.dumps({"results": results}, indent=1) + "\n", "FILE")
+        write_results(options.results, results)
     print("\n".join([*report(results), "", *rates_report(results)]))
     return 0
 
