@@ -19,7 +19,7 @@ from tools.demo import captioned_digits
 from tools.demo.captioned_digits import TEMPLATES, UNSEEN_TEMPLATES, WORDS
 from tools.vision import pairs
 from tools.vision.pairs import CaptionTrial, ClipTrial
-from tools.vision.scripts import ROOT, RunFolder
+from tools.vision.scripts import ROOT, ScriptFolder
 
 Calls = list[tuple[str, RunConfig]]
 
@@ -39,7 +39,7 @@ def scripts(
     """In place of the scripts: eval.py gives the answer, generate.py says something of the class of each image."""
     calls: Calls = []
 
-    def call(self: RunFolder, script: str, *words: str | Path, keys: dict[str, Any]) -> None:
+    def call(self: ScriptFolder, script: str, *words: str | Path, keys: dict[str, Any]) -> None:
         config = load_config(words[0], [f"{key}={value}" for key, value in keys.items()])
         calls.append((script, config))
         if script == "eval.py":
@@ -52,7 +52,7 @@ def scripts(
             texts = [json.dumps({"text": say(shade)}) + "\n" for shade in shades]
             Path(words[words.index("-o") + 1]).write_text("".join(texts))
 
-    monkeypatch.setattr(RunFolder, "call", call)
+    monkeypatch.setattr(ScriptFolder, "call", call)
     return calls
 
 

@@ -26,7 +26,7 @@ from megatron.model.build import build_model
 from tools.results import known_results, write_results
 from tools.vision.data import prepare
 from tools.vision.pairs import CaptionTrial, ClipTrial, PairTrial, pair_trials
-from tools.vision.scripts import ROOT, RunFolder
+from tools.vision.scripts import ROOT, ScriptFolder
 
 BATCH = 64
 RATES = (1e-3, 2e-3, 4e-3)
@@ -89,7 +89,7 @@ class Trial:
 
     def run(self, path: Path, data: Path) -> dict[str, Any]:
         """Train in a folder with the images of `data`, and what came of it. Raises UserError where train.py fails."""
-        folder, begin = RunFolder(path, self.name), time.perf_counter()
+        folder, begin = ScriptFolder(path, self.name), time.perf_counter()
         folder.call("train.py", self.config, keys=self.keys(path, prepare(self.subject, data)))
         return {
             "accuracy": round(100 * folder.last_metric("valid_acc1"), 2),

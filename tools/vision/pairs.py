@@ -18,7 +18,7 @@ from megatron.data.image_sources import list_arrays
 from megatron.data.prepare_images import Faults, prepare_images
 from megatron.exchange import open_checkpoint
 from tools.demo.captioned_digits import TEMPLATES, UNSEEN_TEMPLATES, WORDS, write_digits
-from tools.vision.scripts import ROOT, RunFolder
+from tools.vision.scripts import ROOT, ScriptFolder
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class PairTrial:
 
     def run(self, path: Path, data: Path) -> dict[str, Any]:
         """Train in a folder with the images of `data`, and what came of it. Raises UserError where a script fails."""
-        folder, begin = RunFolder(path, self.name), time.perf_counter()
+        folder, begin = ScriptFolder(path, self.name), time.perf_counter()
         images = self.prepared(data)
         found = self.results(folder, images)
         parameters = open_checkpoint(path / "model").num_parameters
         return {**found, "parameters": parameters, "seconds": round(time.perf_counter() - begin)}
 
-    def results(self, folder: RunFolder, images: Path) -> dict[str, Any]:
+    def results(self, folder: ScriptFolder, images: Path) -> dict[str, Any]:
         """Accuracy in %, and other figures; the model is trained in {folder}/model. `images` is their prefix."""
         raise NotImplementedError
 
@@ -72,7 +72,7 @@ class ClipTrial(PairTrial):
     templates = TEMPLATES
     config = ROOT / "configs/clip/demo_digits.yml"
 
-    def results(self, folder: RunFolder, images: Path) -> dict[str, Any]:
+    def results(self, folder: ScriptFolder, images: Path) -> dict[str, Any]:
         """See PairTrial."""
         keys = self.keys(folder.path / "model", images)
         folder.call("train.py", self.config, keys={**keys, "load": keys["save"]})
@@ -93,7 +93,7 @@ class CaptionTrial(PairTrial):
     templates = (*TEMPLATES, *UNSEEN_TEMPLATES)
     configs = ROOT / "configs"
 
-    def results(self, folder: RunFolder, images: Path) -> dict[str, Any]:
+    def results(self, folder: ScriptFolder, images: Path) -> dict[str, Any]:
         """See PairTrial."""
         config, towers = self.configs / "image_to_text/demo_digits.yml", {}
         texts = Path(str(images).replace("_image_", "_text_"))
@@ -112,7 +112,7 @@ class CaptionTrial(PairTrial):
             "perplexity": round(evaluated["perplexity,none"], 4),
         }
 
-    def said(self, folder: RunFolder, config: Path, images: Path) -> list[tuple[str, str]]:
+    def said(self, folder: ScriptFolder, config: Path, images: Path) -> list[tuple[str, str]]:
         """(what it is, what is said of it) of every held-out digit."""
         stored, labels = IndexedDataset(images), IndexedDataset(str(images).replace("_image_", "_label_"))
         [part] = parts_of(load_config(config, [f"data_path={images}"]).data, "valid")

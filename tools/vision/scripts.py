@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class ScriptFolder:
     """Where one run has its files. `name` is what errors call the run."""
 
     path: Path
