@@ -29,10 +29,9 @@ from megatron.evaluation.corpus import Document, corpus_documents
 from megatron.evaluation.perplexity import corpus_perplexity
 from megatron.files import find_output, write_output
 from megatron.inference.prepare import load_for_inference
-from megatron.inference.sparse import Select, heaviest, sparse, sparse_layers
+from megatron.inference.sparse import Select, heaviest, require_tokens, sparse, sparse_layers
 from megatron.inference.twins import is_plain, twin
 from megatron.model import LanguageModel, Pattention
-from megatron.model.pattention import named_pattentions
 from megatron.ops.pattention_backends import select_backend, weights_function
 from megatron.ops.pattention_sparse import Selection, kept
 from megatron.text import align
@@ -157,8 +156,7 @@ def measured(config: RunConfig, shares: Sequence[float], thresholds: Sequence[fl
     if not options.perplexity_data:
         raise UserError("perplexity_data: missing; name a text with --perplexity")
     model, tokenizer = load_for_inference(config)
-    if not any(True for _ in named_pattentions(model)):
-        raise UserError("load: the model has no Pattention whose tokens could be left out; name a TokenFormer's")
+    require_tokens(model, "load", "name a TokenFormer's")
     documents = list(corpus_documents(options.perplexity_data, tokenizer, options.eval_limit))
     loss = partial(_loss, config, documents, tokenizer.eod_id)
     with torch.no_grad():

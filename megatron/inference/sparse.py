@@ -109,10 +109,15 @@ def as_configured(model: LanguageModel, options: EvaluationConfig) -> LanguageMo
     select = selected(options)
     if select is None:
         return model
-    if not any(True for _ in named_pattentions(model)):
-        key = "pattention_threshold" if options.pattention_top_k is None else "pattention_top_k"
-        raise UserError(f"{key}: the model has no Pattention whose tokens could be left out; remove it")
+    key = "pattention_threshold" if options.pattention_top_k is None else "pattention_top_k"
+    require_tokens(model, key, "remove it")
     return sparse(model, select)
+
+
+def require_tokens(model: LanguageModel, key: str, advice: str) -> None:
+    """Raise a UserError, which begins with `key`, for a model without a Pattention."""
+    if not any(True for _ in named_pattentions(model)):
+        raise UserError(f"{key}: the model has no Pattention whose tokens could be left out; {advice}")
 
 
 def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparsePattention]]:
