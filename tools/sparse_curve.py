@@ -35,6 +35,7 @@ from megatron.model import LanguageModel, Pattention
 from megatron.ops.pattention_backends import select_backend, weights_function
 from megatron.ops.pattention_sparse import Selection, kept
 from megatron.text import align
+from tools.figures import pyplot_for
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
@@ -117,21 +118,9 @@ def _told(point: Point) -> Point:
     return point
 
 
-def _pyplot() -> Any:
-    """matplotlib.pyplot, drawing to files. Raises UserError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("--output: the figure needs matplotlib; pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def draw(found: Sequence[Point], path: str) -> None:
     """Loss over the share of tokens used, a line a curve. Raises UserError without matplotlib."""
-    pyplot = _pyplot()
+    pyplot = pyplot_for("--output")
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
     whole = found[0]
     axes.axhline(whole.loss, color="0.7", linewidth=1, label="all tokens")
@@ -188,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--shares: {wrong[0]:g} is no share of the tokens; give numbers above 0 and at most 1")
     if wrong := [size for size in args.thresholds if not 0 < size < math.inf]:
         raise UserError(f"--thresholds: {wrong[0]:g} is no size of a weight; give numbers above 0")
-    _pyplot()  # what is missing is found before the work
+    pyplot_for("--output")  # what is missing is found before the work
     find_output(args.output, "--output")
     if args.json:
         find_output(args.json, "--json")

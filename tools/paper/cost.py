@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.errors import UserError
 from megatron.files import find_output
 from megatron.text import align
+from tools.figures import pyplot_for
 
 LENGTHS = tuple(2**power for power in range(10, 18))
 
@@ -79,13 +79,7 @@ def rows() -> list[dict[str, Any]]:
 def draw(path: str | Path) -> None:
     """Write the figure as PNG. Raises UserError where it cannot be written, and without matplotlib."""
     find_output(path, "--png")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("--png: the figure needs matplotlib; pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = pyplot_for("--png")
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for model in MODELS:
         kind, size = model.name.split()
