@@ -137,7 +137,6 @@ def keys_of(case: Case) -> dict[str, Any]:
     without_class_token = case.sequence or case.model == "softmax"
     if case.model == "transformer":
         own |= dict.fromkeys(("qkv_slot_num", "proj_slot_num", "ffn_slot_num"))
-        own = {key: value for key, value in own.items() if key not in ("random_split", "sample_order")}  # are of texts
     return {**own, **(PATCHES_ALONE if without_class_token else {})}
 
 

@@ -21,12 +21,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "uneven": {"ffn_slot_num": 41, "qkv_slot_num": 23, "norm_activation_type": "gelu_l2_norm"},
     "softmax": {"norm_activation_type": "softmax"},
     "mup": {"norm": "layernorm", "use_mup": True, "mup_base_hidden_size": 8, "mup_base_ffn_slot_num": 10},
-    "transformer": {
-        "attention_config": [[["global"], 2]], "norm": "layernorm",
-        "sample_order": "random_segments", "random_split": True,
-    },
-}  # fmt: skip
-"""Keys of a model; one of them has samples drawn at random, which must be the same in every layout."""
+    "transformer": {"attention_config": [[["global"], 2]], "norm": "layernorm"},
+}
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,14 @@ CASES = [
 ]
 
 
+DRAWN = {"transformer": {"sample_order": "random_segments", "random_split": True}}
+"""By model: its samples are drawn at random, and must be the same in every layout."""
+
+
+def keys_of(case: Case) -> dict[str, Any]:
+    return {**case.config_keys(), **DRAWN.get(case.model, {})}
+
+
 def train_all(configs: list[RunConfig]) -> list[int]:
     return [train(config).iteration for config in configs]
 
@@ -84,7 +92,7 @@ def one_process(
     """Runs of one process, by model."""
     root = tmp_path_factory.mktemp("one")
     for model in MODELS:
-        train(tiny_config(**Case(model=model).config_keys(), save=str(root / model), extra_save_iters=[0]))
+        train(tiny_config(**keys_of(Case(model=model)), save=str(root / model), extra_save_iters=[0]))
     return {model: root / model for model in MODELS}
 
 
@@ -93,7 +101,7 @@ def test_a_layout_trains_as_one_process_does(
     tiny_config: MakeConfig, one_process: dict[str, Path], tmp_path: Path, world: int
 ) -> None:
     cases = [case for case in CASES if case.world == world]
-    configs = [tiny_config(**case.config_keys(), save=str(tmp_path / case.name)) for case in cases]
+    configs = [tiny_config(**keys_of(case), save=str(tmp_path / case.name)) for case in cases]
     assert run_ranks(world, train_all, configs) == [[5] * len(cases)] * world
     for case in cases:
         assert_same_run(tmp_path / case.name, one_process[case.model], case.name)
