@@ -111,7 +111,7 @@ def signals_as_before() -> Iterator[None]:
 def processes_are_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """`make test-fast` goes by the marks: a test that joins processes without one fails."""
     if request.node.get_closest_marker("processes") is None:
-        monkeypatch.setattr("tests.ranks._context", lambda: pytest.fail("mark this test: @pytest.mark.processes"))
+        monkeypatch.setattr("tests.ranks.fork_server", lambda: pytest.fail("mark this test: @pytest.mark.processes"))
 
 
 @pytest.fixture(scope="session")

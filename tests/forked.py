@@ -31,7 +31,7 @@ class Popen:
         assert command[0] == sys.executable
         outputs = {1: stdout.name, 2: stderr.name}
         arguments = (command[1:], str(cwd), env, outputs, start_new_session)
-        self._process = ranks._context().Process(target=_run, args=arguments)
+        self._process = ranks.fork_server().Process(target=_run, args=arguments)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid

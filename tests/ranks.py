@@ -61,7 +61,7 @@ def _end_together(rank: int, world: int) -> None:
                 done = store.add("tests/done", 0)
 
 
-def _context() -> ForkServerContext:
+def fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     return context
@@ -74,14 +74,14 @@ def start_process(function: Callable[..., Any], *arguments: Any) -> ForkServerPr
 
 def start_rank(rank: int, world: int, port: int, function: Callable[..., Any], *arguments: Any) -> ForkServerProcess:
     """The same as one rank of several, that meet at `port`."""
-    process = _context().Process(target=_worker, args=(function, rank, world, port, arguments, None))
+    process = fork_server().Process(target=_worker, args=(function, rank, world, port, arguments, None))
     process.start()
     return process
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)` on `world` ranks; what each returned, by rank. A failure fails with its traceback."""
-    context, port = _context(), free_port()
+    context, port = fork_server(), free_port()
     results: SimpleQueue[Any] = context.SimpleQueue()
     processes = [
         context.Process(target=_worker, args=(function, rank, world, port, arguments, results)) for rank in range(world)

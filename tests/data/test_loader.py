@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from megatron.config import RunConfig
 from megatron.data import BlendedDataset, Datasets, GPTDataset, IndexedDataset, batches, build_datasets, loader
 from megatron.errors import UserError
-from megatron.log import get_logger
 from megatron.signals import STOP_SIGNALS
 from tests.data.counting_corpora import CORPUS, run_config, write_corpus
 
@@ -207,14 +206,10 @@ def test_a_split_without_documents_is_refused() -> None:
 
 @pytest.mark.parametrize(("split", "is_said"), [("9,1,0", False), ("9,1", False), ("9,1,0.001", True)])
 def test_a_test_set_that_nobody_asked_for_is_not_missed(
-    split: str, is_said: bool, caplog: pytest.LogCaptureFixture
+    split: str, is_said: bool, package_log: pytest.LogCaptureFixture
 ) -> None:
-    get_logger().addHandler(caplog.handler)
-    try:
-        assert datasets_of(run_config(data_path=str(CORPUS), split=split), 1, 1, 1).test is None
-    finally:
-        get_logger().removeHandler(caplog.handler)
-    assert ("no test set" in caplog.text) == is_said
+    assert datasets_of(run_config(data_path=str(CORPUS), split=split), 1, 1, 1).test is None
+    assert ("no test set" in package_log.text) == is_said
 
 
 @pytest.mark.launches
