@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from megatron.config import load_config
 from megatron.errors import UserError
 from megatron.files import lock
 from megatron.model import LanguageModel
+from megatron.signals import StopRequest
+from megatron.training import train
 from tests.ranks import run_ranks
 from tools.growth_experiment.regime import queue
 from tools.growth_experiment.regime.data import prepare
@@ -23,9 +27,15 @@ from tools.growth_experiment.regime.runs import Experiment, Stopped, run_keys, r
 from tools.growth_experiment.regime.saving import Curve, mean_and_error, saving_of, scratch_curves
 from tools.growth_experiment.regime.sizes import SIZES, STAGES, base_updates
 from tools.growth_experiment.regime.starts import stacked_model
-from tools.growth_experiment.regime.trials import Trial, all_trials, cost_before, rate_trials
+from tools.growth_experiment.regime.together import Together
+from tools.growth_experiment.regime.trials import Trial, all_trials, cost_before, first_iteration, rate_trials
 
 UPDATES = 24
+ALONE = "base-no-growth-tenth", "base-annealed", "grown/random-old-x-0.1-tenth", "grown/official-tenth"
+TOGETHER_AGAIN = (
+    ("base-annealed", "base-no-growth-tenth"),
+    ("grown/random-old-x-0.1-tenth", "grown/random-new-tokens-warm-up-tenth"),
+)
 
 
 @pytest.fixture
@@ -55,6 +65,9 @@ def test_the_plan_is_that_of_the_published_regime() -> None:
     for number, trial in enumerate(trials.values()):
         assert all(name in names[:number] for name in (*trial.needs, *([trial.parent] if trial.parent else [])))
         assert trial.core_hours < 2 / 3, trial.name
+        if trial.parent:
+            parent = trials[trial.parent]
+            assert trial.at in (*parent.saves, first_iteration(parent) + parent.updates), "its checkpoint is kept"
     assert 7 < sum(trial.core_hours for trial in trials.values()) < 10
     assert hours_until(trials, "seed3/grown/together-fifth") < 3, "three seeds of what matters most come early"
     assert names.index("seed1/grown-scratch-all") < names.index("seed1/grown/official-tenth")
@@ -137,7 +150,7 @@ def test_failed_trials_are_passed_over_and_a_pause_starts_none(
 ) -> None:
     tried: list[str] = []
 
-    def fail(_: Experiment, trial: Any) -> None:
+    def fail(_: Experiment, trial: Any, __: Any) -> None:
         tried.append(trial.name)
         if len(tried) == 3:
             raise Stopped("stopped")
@@ -151,7 +164,7 @@ def test_failed_trials_are_passed_over_and_a_pause_starts_none(
     monkeypatch.setattr(queue.time, "sleep", end_pause)
     (experiment.output / queue.PAUSE).touch()
     with pytest.raises(Stopped):
-        queue.run_all(experiment)
+        queue.run_all(experiment, together=1)
     assert tried == list(experiment.trials)[:3]
     assert [queue.state_of(experiment, experiment.trials[name]) for name in tried] == ["failed", "failed", "ready"]
     assert "not finite" in (experiment.output / tried[0] / "failed.txt").read_text()
@@ -187,9 +200,24 @@ def test_stacked_blocks_are_those_of_the_smaller_model() -> None:
 
 def run_some(output: Path) -> None:
     experiment = Experiment(output, output / "results")
-    queue.run_all(experiment, limit=2)
-    for name in ("base-annealed", "grown/random-old-x-0.1-tenth", "grown/official-tenth"):
-        run_trial(experiment, experiment.trials[f"seed1/{name}"])
+    queue.run_all(experiment, limit=1, together=1, compiled=False)
+    for name in ALONE:
+        run_trial(experiment, experiment.trials[f"seed1/{name}"], train)
+    again = Experiment(output, output / "together")
+    shutil.copytree(experiment.results, again.results, ignore=shutil.ignore_patterns("seed1*"))
+    with StopRequest() as stop:
+        for names in TOGETHER_AGAIN:
+            run_together(again, [again.trials[f"seed1/{name}"] for name in names], stop)
+
+
+def run_together(experiment: Experiment, trials: list[Trial], stop: StopRequest) -> None:
+    stack = Together(len(trials), stop, compiled=False)
+    for trial in trials:
+        shutil.rmtree(experiment.folder(trial), ignore_errors=True)
+    workers = [Thread(target=run_trial, args=(experiment, trial, stack.train)) for trial in trials]
+    for worker in workers:
+        worker.start()
+    stack.compute(workers)
 
 
 @pytest.mark.processes
@@ -207,6 +235,9 @@ def test_a_toy_run_grows_and_reports(tmp_path: Path) -> None:
         "seed1_base.json", "seed1_base-annealed.json", "seed1_base-no-growth-tenth.json",
         "seed1_grown_random-old-x-0.1-tenth.json", "seed1_grown_official-tenth.json",
     }  # fmt: skip
+    for file in ("seed1_base-annealed.json", "seed1_grown_random-old-x-0.1-tenth.json"):
+        alone, beside = (json.loads((tmp_path / kind / file).read_text()) for kind in ("results", "together"))
+        assert beside["curve"] == [[i, pytest.approx(loss, abs=1e-5)] for i, loss in alone["curve"]], file
     results = {result["recipe"] or result["name"]: result for result in read_results(experiment)}
     exact, official = results["random, old x 0.1"], results["official"]
     assert exact["logit_difference"] < 1e-5 * exact["largest_logit"] and exact["tokens_before"] == UPDATES * 256

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
+import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from megatron.config.schema import RunConfig
 from megatron.files import lock
 from megatron.log import get_logger
+from megatron.signals import StopRequest
+from megatron.training.state import TrainState
 from tools.growth_experiment.regime.runs import Experiment, Stopped, parent_checkpoint, run_trial
 from tools.growth_experiment.regime.trials import Trial
 
@@ -43,7 +49,8 @@ def wanted(experiment: Experiment) -> list[Trial]:
     """Trials without a result, each after those whose checkpoints it lacks: these run again if the folder is new."""
     found: dict[str, Trial] = {}
     for trial in experiment.trials.values():
-        if experiment.result(trial.name) is None and not experiment.has_failed(trial.name):
+        is_asked_for = re.search(experiment.only, trial.name) is not None
+        if is_asked_for and experiment.result(trial.name) is None and not experiment.has_failed(trial.name):
             for each in _with_parents(experiment, trial):
                 found.setdefault(each.name, each)
     return list(found.values())
@@ -55,43 +62,118 @@ def _with_parents(experiment: Experiment, trial: Trial) -> list[Trial]:
     return [*_with_parents(experiment, experiment.trials[trial.parent]), trial]
 
 
-def run_all(experiment: Experiment, limit: int | None = None) -> None:
+class _Budget:
+    """How many trials may still be started, by several threads."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.left, self._lock = math.inf if limit is None else limit, threading.Lock()
+
+    def take(self) -> bool:
+        """May one more be started?"""
+        with self._lock:
+            if self.left <= 0:
+                return False
+            self.left -= 1
+            return True
+
+    def give_back(self) -> None:
+        """None was there."""
+        with self._lock:
+            self.left += 1
+
+
+def run_all(experiment: Experiment, limit: int | None = None, together: int = 4, compiled: bool = True) -> None:
     """Run trials in order until none is left that could run; a failed one is noted and passed over.
 
     Args:
-        limit: end after so many.
+        limit: start no more than so many.
+        together: most trials of one shape whose updates are computed at once.
+        compiled: fuse the arithmetic of their updates.
 
     Raises: Stopped when a trial was told to stop.
     """
-    count = 0
-    while limit is None or count < limit:
+    budget = _Budget(limit)
+    while budget.left > 0:
         if (experiment.output / PAUSE).exists():
             time.sleep(_WAIT)
             continue
-        ran = _run_next(experiment)
-        if ran is None:
-            time.sleep(_WAIT)
-        elif not ran:
+        shapes = [_shape_of(experiment, trial) for trial in wanted(experiment) if _is_free(experiment, trial)]
+        if shapes:
+            _run_alike(experiment, shapes[0], min(together, shapes.count(shapes[0])), compiled, budget)
+        elif not _are_any_running(experiment):
             return
-        count += bool(ran)
+        else:
+            time.sleep(_WAIT)
 
 
-def _run_next(experiment: Experiment) -> bool | None:
-    """True when a trial was run, False when there is none left, None when others have to finish first."""
-    is_busy = False
+def _shape_of(experiment: Experiment, trial: Trial) -> tuple[str, str]:
+    """What trials have in common whose models can be stacked."""
+    if trial.start != "grow":
+        return trial.size.name, ""
+    options = experiment.options(trial)
+    return trial.size.name, options.get("row_norm") or options.get("new_keys", "zero")
+
+
+def _is_free(experiment: Experiment, trial: Trial) -> bool:
+    with _claim(experiment, trial) as is_mine:
+        return is_mine and _is_next(experiment, trial)
+
+
+def _are_any_running(experiment: Experiment) -> bool:
     for trial in wanted(experiment):
         with _claim(experiment, trial) as is_mine:
-            is_busy |= not is_mine
-            if is_mine and _is_next(experiment, trial) and trial in wanted(experiment):
-                _run_noted(experiment, trial)
+            if not is_mine:
                 return True
-    return None if is_busy else False
+    return False
 
 
-def _run_noted(experiment: Experiment, trial: Trial) -> None:
+def _run_alike(experiment: Experiment, shape: tuple[str, str], places: int, compiled: bool, budget: _Budget) -> None:
+    """Run trials of a shape on so many places until none of it is ready."""
+    from tools.growth_experiment.regime.together import Together
+
+    stopped: list[Stopped] = []
+    with StopRequest() as stop:
+        stop.hold()
+        stack = Together(places, stop, compiled)
+
+        def work() -> None:
+            try:
+                while not (stop.requested or stopped) and budget.take():
+                    if not _run_next(experiment, shape, stack.train):
+                        budget.give_back()
+                        return
+            except Stopped as error:
+                stopped.append(error)
+
+        workers = [threading.Thread(target=work, name=f"trial-{i}") for i in range(places)]
+        for worker in workers:
+            worker.start()
+        try:
+            stack.compute(workers)
+        finally:
+            for worker in workers:
+                worker.join()
+    if stopped:
+        raise stopped[0]
+
+
+def _run_next(experiment: Experiment, shape: tuple[str, str], train: Callable[[RunConfig], TrainState]) -> bool:
+    """Was there one?"""
+    if (experiment.output / PAUSE).exists():
+        return False
+    for trial in wanted(experiment):
+        with _claim(experiment, trial) as is_mine:
+            is_next = is_mine and _is_next(experiment, trial) and trial in wanted(experiment)
+            if is_next and _shape_of(experiment, trial) == shape:
+                _run_noted(experiment, trial, train)
+                return True
+    return False
+
+
+def _run_noted(experiment: Experiment, trial: Trial, train: Callable[[RunConfig], TrainState]) -> None:
     get_logger().info("trial %s: %d updates, about %.2f core-hours", trial.name, trial.updates, trial.core_hours)
     try:
-        run_trial(experiment, trial)
+        run_trial(experiment, trial, train)
     except Stopped:
         raise
     except Exception as error:  # a trial that diverges must not keep the others from running

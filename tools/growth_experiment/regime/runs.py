@@ -1,14 +1,13 @@
-"""Training one trial with the product's own loop, and its result as a small JSON file."""
+"""Training one trial with the product's loop, and its result as a small JSON file."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from time import process_time
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import yaml
 
 from megatron.checkpoint.store import RunFolder
 from megatron.config import load_config
+from megatron.config.schema import RunConfig
 from megatron.errors import UserError
 from megatron.evaluation.perplexity import perplexity
 from megatron.files import replaced_file
@@ -24,6 +24,7 @@ from megatron.growth import grow
 from megatron.inference import load_model
 from megatron.model import LanguageModel
 from megatron.training.branch import CONFIG_FILE, Decay, branch_run
+from megatron.training.state import TrainState
 from tools.growth_experiment.net2net import logit_difference
 from tools.growth_experiment.regime.data import held_out_ids, read_facts
 from tools.growth_experiment.regime.measures import of_new_tokens
@@ -60,6 +61,8 @@ class Experiment:
 
     output: Path
     results: Path = RESULTS
+    only: str = ""
+    """Pattern of the names of trials that are to be run, beside what they start from."""
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -150,22 +153,22 @@ def _kept(folder: Path, trial: Trial) -> dict[str, Any] | None:
     return found
 
 
-def run_trial(experiment: Experiment, trial: Trial) -> None:
+def run_trial(experiment: Experiment, trial: Trial, train: Callable[[RunConfig], TrainState]) -> None:
     """Train to the end, from its last checkpoint if there is one, and write the result.
+
+    Args:
+        train: megatron.training.train, or what does the same beside other trials.
 
     Raises: Stopped when it was told to stop; UserError for what keeps it from training.
     """
-    from megatron.training import train
-
     folder = experiment.folder(trial)
     folder.mkdir(parents=True, exist_ok=True)
-    started = process_time()
     moment = {} if trial.start in ("scratch", "branch") else _moment_of_growth(experiment, trial)
     file, overrides = _configuration(experiment, trial)
     state = train(load_config([file], overrides))
     if state.iteration < first_iteration(trial) + trial.updates:
         raise Stopped(f"stopped in {folder}; the same command goes on from there")
-    _write_result(experiment, trial, moment, process_time() - started)
+    _write_result(experiment, trial, moment)
 
 
 def _configuration(experiment: Experiment, trial: Trial) -> tuple[Path, dict[str, Any]]:
@@ -205,6 +208,7 @@ def run_keys(experiment: Experiment, trial: Trial) -> dict[str, Any]:
         "save": save, "load": save, "checkpoint_factor": 4000, "extra_save_iters": list(trial.saves),
         "keep_last_n_checkpoints": 1, "eval_iters": max(1, data["sequences"] // BATCH),
         "log_dir": str(experiment.folder(trial)), "log_interval": 200, "peak_tflops": 1.0,
+        "watchdog": {"enabled": False},
     }  # fmt: skip
     if trial.start == "grow":
         keys |= _growth(experiment, trial, options)
@@ -268,7 +272,7 @@ def _losses(experiment: Experiment, model: LanguageModel) -> dict[str, float]:
     return {name: float(perplexity(model, ids, SEQUENCE, batch_size=16)["loss"]) for name, ids in texts.items()}
 
 
-def _write_result(experiment: Experiment, trial: Trial, moment: Mapping[str, Any], seconds: float) -> None:
+def _write_result(experiment: Experiment, trial: Trial, moment: Mapping[str, Any]) -> None:
     first, size = first_iteration(trial), trial.size
     model = load_model(experiment.run_folder(trial))
     losses = _losses(experiment, model)
@@ -284,7 +288,7 @@ def _write_result(experiment: Experiment, trial: Trial, moment: Mapping[str, Any
         "updates": trial.updates, "tokens_per_update": TOKENS_PER_UPDATE, "parameters": size.parameters(),
         "flops_per_token": experiment.flops_per_token[size.name], "tokens_before": tokens, "flops_before": flops,
         "loss": losses, "curve": sorted(({**curve, trial.updates: losses["text"]}).items()),
-        "cpu_seconds": round(seconds, 1), **moment,
+        **moment,
     }  # fmt: skip
     if trial.start in ("grow", "official"):
         result |= of_new_tokens(model, load_model(parent_checkpoint(experiment, trial)), _samples(experiment))
