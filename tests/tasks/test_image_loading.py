@@ -14,9 +14,10 @@ from megatron.checkpoint.store import CheckpointReader
 from megatron.config import RunConfig
 from megatron.data import IndexedDataset, IndexedDatasetBuilder, batches
 from megatron.errors import UserError, run_command
+from megatron.training import data as training_data
 from megatron.training import train
 from tests.faults.injected import Fault
-from tests.ranks import start_process
+from tests.ranks import run_ranks, start_process
 from tests.tasks.image_runs import config_of, write_images
 from tests.tasks.test_images import EVERYTHING
 from tests.training.cases import metrics
@@ -35,34 +36,36 @@ def train_and_be_killed(config: RunConfig, updates: int) -> None:
     train(config)
 
 
-@pytest.mark.launches
-@pytest.mark.processes
-def test_a_run_is_the_same_with_other_workers_after_a_kill(
-    images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = list[tuple[int, int]]()
+def train_recorded(config: RunConfig) -> set[int]:
+    """Train, once a killed run has let go of the folder; the numbers of loader processes asked for."""
+    asked = set[int]()
 
     def recorded(dataset: Any, *arguments: Any) -> Any:
-        asked.append((arguments[1], arguments[5]))
+        asked.add(arguments[5])
         return batches(dataset, *arguments)
 
-    monkeypatch.setattr("megatron.training.data.batches", recorded)
-    keys = {**EVERYTHING, "eval_interval": 2, "checkpoint_factor": 2, "async_save": False}
-    train(config_of(images, tmp_path / "whole", **keys))
-    process = start_process(train_and_be_killed, config_of(images, tmp_path / "parts", **keys, num_workers=1), 3)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL and (tmp_path / "parts/latest").read_text().strip() == "global_step2"
-    deadline = (
-        time.monotonic() + 30
-    )  # the killed run's loader processes notice within seconds, and hold its lock till then
-    while True:
+    training_data.batches = recorded
+    deadline = time.monotonic() + 30
+    while True:  # the loader processes of a killed run notice within seconds, and hold its lock till then
         try:
-            train(config_of(images, tmp_path / "parts", **keys, num_workers=3))
-            break
+            train(config)
+            return asked
         except UserError as error:
             assert "another run is writing" in str(error) and time.monotonic() < deadline
             time.sleep(0.5)
-    assert {workers for _, workers in asked} == {0, 3} and (0, 3) in asked, "an evaluation has workers too"
+
+
+@pytest.mark.launches
+@pytest.mark.processes
+def test_a_run_is_the_same_with_other_workers_after_a_kill(images: str, tmp_path: Path) -> None:
+    # Each run has a process of its own, as users' runs have: what is left behind by other tests may change last digits.
+    keys = {**EVERYTHING, "eval_interval": 2, "checkpoint_factor": 2, "async_save": False}
+    assert run_ranks(1, train_recorded, config_of(images, tmp_path / "whole", **keys)) == [{0}]
+    process = start_process(train_and_be_killed, config_of(images, tmp_path / "parts", **keys, num_workers=1), 3)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and (tmp_path / "parts/latest").read_text().strip() == "global_step2"
+    [asked] = run_ranks(1, train_recorded, config_of(images, tmp_path / "parts", **keys, num_workers=3))
+    assert asked == {3}, "an evaluation has workers too"
     for name in ("loss", "valid_loss", "valid_acc1", "test_loss"):
         assert metrics(tmp_path / "whole", name) == metrics(tmp_path / "parts", name)
     whole, parts = (CheckpointReader(tmp_path / name / "global_step5") for name in ("whole", "parts"))
