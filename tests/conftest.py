@@ -147,7 +147,7 @@ _SLOW = (
     "ops/test_pattention_backends.py", "training/test_layouts.py", "growth/test_layouts.py", "tasks/test_images.py",
     "engine/test_head.py", "mpu/test_tensor_parallel.py", "doctor/test_machine.py", "exchange/test_timm.py",
     "tools/test_gpu_check.py", "training/test_spikes.py", "training/test_hardware.py", "training/test_gpu_terms.py",
-    "tasks/test_image_loading.py",
+    "tasks/test_image_loading.py", "tools/test_growth_regime.py",
 )  # fmt: skip
 
 

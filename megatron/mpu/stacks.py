@@ -116,8 +116,9 @@ def _write_collectives(folder: Path, rank: int) -> None:
     call, suffix = ("_dump_nccl_trace", "") if backend == "nccl" else ("_dump_fr_trace_json", ".json")
     dump = getattr(torch._C._distributed_c10d, call, None)
     if dump is not None:
+        found = dump()  # first: a process that ends meanwhile leaves no empty file
         descriptor = _open(folder / f"{backend}_trace_rank_{rank}{suffix}", os.O_TRUNC)
-        os.write(descriptor, dump())
+        os.write(descriptor, found)
         os.close(descriptor)
 
 
