@@ -28,6 +28,8 @@ _WAITS = (".wait(", "synchronize(", ".item(", ".tolist(", ".cpu(")
 # Newer name first: where both are set, it is the one that torch reads.
 _BUFFER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 _RECORDED = 2000
+_SECONDS = 2.0
+"""For each file that is written: a disk may hang, and a busy machine be slow."""
 
 
 def record_collectives(env: MutableMapping[str, str] = os.environ) -> None:
@@ -92,7 +94,9 @@ def collectives_entered() -> dict[str, int]:
 
 def write_stacks(folder: Path | None, rank: int, title: str) -> None:
     """Append the stacks of all threads to `folder`/rank{rank}.txt, or to stderr; what cannot be written is lost."""
-    _within(2.0, lambda: _write(folder, rank, title))
+    _within(_SECONDS, lambda: _write(folder, rank, title))
+    if folder is not None:
+        _within(_SECONDS, lambda: _write_collectives(folder, rank))  # not in what is left of the time for stacks
 
 
 def _write(folder: Path | None, rank: int, title: str) -> None:
@@ -103,7 +107,6 @@ def _write(folder: Path | None, rank: int, title: str) -> None:
         faulthandler.dump_traceback(descriptor, all_threads=True)
         if folder is not None:
             os.close(descriptor)
-            _write_collectives(folder, rank)
     except OSError:
         return
 
@@ -117,9 +120,10 @@ def _write_collectives(folder: Path, rank: int) -> None:
     dump = getattr(torch._C._distributed_c10d, call, None)
     if dump is not None:
         found = dump()  # first: a process that ends meanwhile leaves no empty file
-        descriptor = _open(folder / f"{backend}_trace_rank_{rank}{suffix}", os.O_TRUNC)
-        os.write(descriptor, found)
-        os.close(descriptor)
+        with suppress(OSError):
+            descriptor = _open(folder / f"{backend}_trace_rank_{rank}{suffix}", os.O_TRUNC)
+            os.write(descriptor, found)
+            os.close(descriptor)
 
 
 def _open(path: Path, flag: int) -> int:

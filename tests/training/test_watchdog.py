@@ -183,11 +183,9 @@ def test_who_can_writes_stacks(outcomes: dict[str, Outcome], name: str) -> None:
     for rank in written:
         text = (folder / f"rank{rank}.txt").read_text()
         assert text.startswith("== ") and f"rank {rank}" in text.splitlines()[0] and "train" in text
-    # A rank has two seconds to write all of it: on a busy machine its trace may be missing, but is never cut off.
-    traces = [json.loads(file.read_text())["entries"] for file in folder.glob("gloo_trace_rank_*.json")]
-    assert traces or silent or case.world == 1
-    for entries in traces:
-        assert any(entry["profiling_name"].startswith("gloo:") for entry in entries)
+        if case.world > 1:
+            entries = json.loads((folder / f"gloo_trace_rank_{rank}.json").read_text())["entries"]
+            assert any(entry["profiling_name"].startswith("gloo:") for entry in entries)
     if not silent and case.world > 1:
         assert " in hang\n" in (folder / f"rank{case.victim}.txt").read_text()
 
