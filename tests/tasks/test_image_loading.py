@@ -36,12 +36,12 @@ def train_and_be_killed(config: RunConfig, updates: int) -> None:
     train(config)
 
 
-def train_recorded(config: RunConfig) -> set[int]:
-    """Train, once a killed run has let go of the folder; the numbers of loader processes asked for."""
-    asked = set[int]()
+def train_recorded(config: RunConfig) -> list[tuple[int, int]]:
+    """Train, once a killed run has let go of the folder; (first sample, loader processes) of what was asked for."""
+    asked = list[tuple[int, int]]()
 
     def recorded(dataset: Any, *arguments: Any) -> Any:
-        asked.add(arguments[5])
+        asked.append((arguments[1], arguments[5]))
         return batches(dataset, *arguments)
 
     training_data.batches = recorded
@@ -60,12 +60,12 @@ def train_recorded(config: RunConfig) -> set[int]:
 def test_a_run_is_the_same_with_other_workers_after_a_kill(images: str, tmp_path: Path) -> None:
     # Each run has a process of its own, as users' runs have: what is left behind by other tests may change last digits.
     keys = {**EVERYTHING, "eval_interval": 2, "checkpoint_factor": 2, "async_save": False}
-    assert run_ranks(1, train_recorded, config_of(images, tmp_path / "whole", **keys)) == [{0}]
+    [asked] = run_ranks(1, train_recorded, config_of(images, tmp_path / "whole", **keys))
     process = start_process(train_and_be_killed, config_of(images, tmp_path / "parts", **keys, num_workers=1), 3)
     process.join()
     assert process.exitcode == -signal.SIGKILL and (tmp_path / "parts/latest").read_text().strip() == "global_step2"
-    [asked] = run_ranks(1, train_recorded, config_of(images, tmp_path / "parts", **keys, num_workers=3))
-    assert asked == {3}, "an evaluation has workers too"
+    asked += run_ranks(1, train_recorded, config_of(images, tmp_path / "parts", **keys, num_workers=3))[0]
+    assert {workers for _, workers in asked} == {0, 3} and (0, 3) in asked, "an evaluation has workers too"
     for name in ("loss", "valid_loss", "valid_acc1", "test_loss"):
         assert metrics(tmp_path / "whole", name) == metrics(tmp_path / "parts", name)
     whole, parts = (CheckpointReader(tmp_path / name / "global_step5") for name in ("whole", "parts"))
