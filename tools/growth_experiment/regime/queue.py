@@ -155,6 +155,8 @@ def _run_alike(experiment: Experiment, shape: tuple[str, str], places: int, comp
                 worker.join()
     if stopped:
         raise stopped[0]
+    if stop.requested:
+        raise Stopped(f"stopped between two trials of {experiment.output}; the same command goes on from there")
 
 
 def _run_next(experiment: Experiment, shape: tuple[str, str], train: Callable[[RunConfig], TrainState]) -> bool:

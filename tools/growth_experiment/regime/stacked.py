@@ -7,7 +7,6 @@ updates against the product's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from megatron.model import LanguageModel
 from megatron.model.pattention import Pattention, named_pattentions
+from megatron.ops.pattention import theta
 from megatron.ops.rotary import apply_rotary, rotary_tables
 
 Groups = tuple[tuple[int, int], ...]
@@ -68,7 +68,10 @@ class StackedForward:
 
     def __init__(self, shape: Shape, length: int) -> None:
         self._shape, self._length = shape, length
-        self._groups = dict(shape.groups)
+        self._groups = {
+            name: [(columns, torch.tensor(tau_tokens)) for columns, tau_tokens in groups]
+            for name, groups in shape.groups
+        }
         self._segments = {
             name: [f"_tokens_{i}" for i in range(8) if f"{name}.key_tokens_{i}" in dict(shape.parameters)]
             for name in self._groups
@@ -126,15 +129,11 @@ def _linear(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
     return torch.bmm(x, weights[f"{name}.weight"].transpose(1, 2)) + weights[f"{name}.bias"][:, None]
 
 
-def _theta(scores: Tensor, groups: Groups) -> Tensor:
-    """GELU(tau A / ||A||) over each norm group of scores [R, rows, n]; a row of zeros gives zeros."""
-    parts = []
-    for part, (_, tau) in zip(scores.split([columns for columns, _ in groups], -1), groups, strict=True):
-        squares = part.square().sum(-1, keepdim=True)
-        nonzero = squares > 0
-        scale = torch.where(nonzero, math.sqrt(tau) * torch.where(nonzero, squares, 1.0).rsqrt(), 0.0)
-        parts.append(F.gelu(part * scale))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+def _theta(scores: Tensor, groups: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """Weights of the tokens from scores [R, rows, n], over each norm group, (columns, tau_tokens), alone."""
+    parts = scores.split([columns for columns, _ in groups], -1)
+    weights = [theta(part, count, "l2_norm_gelu") for part, (_, count) in zip(parts, groups, strict=True)]
+    return weights[0] if len(weights) == 1 else torch.cat(weights, -1)
 
 
 class StackedAdamW:

@@ -8,6 +8,7 @@ models. A trial that ends makes room for the next of the same shape.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,15 +64,15 @@ class Together:
         """As megatron.training.train, with updates made by `compute`, which another thread is to be in."""
         with self._building:  # DeepSpeed keeps settings of an engine that is being built for the whole process
             trainer = Trainer(config)
-        place: int | None = None
+        engine: Any = trainer.engine
         try:
-            place = self._enter(trainer.engine)
-            engine: Any = trainer.engine
-            engine.train_step = lambda batches, lr, age=float("inf"): self._step(place, batches, lr, age)
-            engine.evaluate = _joining(engine.evaluate)
+            place = self._enter(engine)
         except BaseException:
             trainer.close()
             raise
+        evaluate = engine.evaluate
+        engine.train_step = lambda batches, lr, age=math.inf: self._step(place, batches, lr, age)
+        engine.evaluate = lambda batches: evaluate(_joined(batches))
         try:
             trainer.train(self._stop)
         finally:
@@ -150,7 +151,7 @@ class Together:
             member.engine._set_learning_rate(learning_rate, age)
             member.batch = batch
             self._changed.notify_all()
-            self._changed.wait_for(lambda: member.batch is None)
+            self._changed.wait_for(lambda: member.batch is None or self._error is not None)
         if self._error is not None:
             raise Stopped("stopped with the trials beside it") from self._error
         assert member.result is not None
@@ -174,10 +175,6 @@ class Together:
         losses = losses.detach()
         for place, member in members.items():
             member.result = StepResult(losses[place], norms[place], False)
-
-
-def _joining(evaluate: Callable[[Iterable[Any]], Any]) -> Callable[[Iterable[Any]], Any]:
-    return lambda batches: evaluate(_joined(batches))
 
 
 def _joined(batches: Iterable[Tensor]) -> Iterator[Tensor]:
