@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 from tools.growth_experiment.regime import queue
 from tools.growth_experiment.regime.data import prepare
 from tools.growth_experiment.regime.publish import publish
-from tools.growth_experiment.regime.recipes import BEST_ALONE, SCREENED, TOGETHER, chosen, options_of
+from tools.growth_experiment.regime.recipes import BEST, BEST_ALONE, REFINED, SCREENED, TOGETHER, chosen, options_of
 from tools.growth_experiment.regime.report import groups_of, read_results, recipes_table, tokens_table
 from tools.growth_experiment.regime.runs import Experiment, Stopped, run_keys, run_trial
 from tools.growth_experiment.regime.saving import Curve, mean_and_error, saving_of, scratch_curves
@@ -68,15 +68,17 @@ def test_the_plan_is_that_of_the_published_regime() -> None:
         if trial.parent:
             parent = trials[trial.parent]
             assert trial.at in (*parent.saves, first_iteration(parent) + parent.updates), "its checkpoint is kept"
-    assert 7 < sum(trial.core_hours for trial in trials.values()) < 10
-    assert hours_until(trials, "seed3/grown/together-fifth") < 3, "three seeds of what matters most come early"
+    assert 5 < sum(trial.core_hours for trial in trials.values()) < 10
+    assert hours_until(trials, "seed3/grown/best-two-fifths") < 4, "three seeds of what matters most come early"
     assert names.index("seed1/grown-scratch-all") < names.index("seed1/grown/official-tenth")
     grown = trials["seed1/grown/random-tenth"]
     assert grown.updates > 10_000
     assert SIZES["base"].slots == 0.75 * 32 and round(SIZES["chain 4"].slots / 32) == 11
-    assert {trial.seed for trial in trials.values() if trial.recipe == TOGETHER} == {1, 2, 3}
+    for recipe, label in ((TOGETHER, "tenth"), *((BEST, label) for label in ("tenth", "fifth", "two fifths"))):
+        found = [t.seed for t in trials.values() if (t.recipe, t.label, t.size.name) == (recipe, label, "grown")]
+        assert found == [1, 2, 3], (recipe, label)
     flops = dict.fromkeys(SIZES, 2.0)
-    tokens, spent = cost_before(trials["seed2/chain-4/zero-tenth"], trials, flops)
+    tokens, spent = cost_before(trials["seed1/chain-4/zero-tenth"], trials, flops)
     assert tokens == (updates + 2 * grown.updates) * 256 and spent == 2 * tokens
     assert cost_before(trials["seed1/grown-scratch-tenth"], trials, flops)[0] == round(0.08 * updates) * 256
 
@@ -92,12 +94,16 @@ def test_every_run_has_a_valid_configuration(experiment: Experiment) -> None:
 
 
 def test_what_is_chosen_is_what_helped() -> None:
-    losses = dict.fromkeys(SCREENED, 1.3)
+    losses = dict.fromkeys((*SCREENED, *REFINED), 1.3)
     losses |= {"random": 1.25, "official": 1.1, "random, old x 0.1": 1.2, "random, old x 0.3": 1.22}
     losses |= {"random, new keys x 3": 1.24, "random, warm-up": 1.2495, "random, from the annealed base": 1.1}
     assert chosen(losses) == ["random", "old x 0.1", "new keys x 3"]
     assert options_of(TOGETHER, losses) == {"row_norm": "segment", "lr_scale": {"old": 0.1, "new_keys": 3.0}}
     assert options_of(BEST_ALONE, losses) == SCREENED["random, old x 0.1"], "official is not exact"
+    assert options_of(BEST, losses) == SCREENED["random, old x 0.1"]
+    losses["random, old x 0.3, mean moments"] = 1.15
+    assert options_of(BEST, losses) == {"row_norm": "segment", "lr_scale": {"old": 0.3}, "new_moments": "mean"}
+    assert options_of(BEST_ALONE, losses) == SCREENED["random, old x 0.1"], "chosen before"
 
 
 def test_a_trial_waits_for_what_it_needs_and_one_process_has_it(experiment: Experiment) -> None:
@@ -138,7 +144,8 @@ def test_a_check_tries_on_another_text_what_was_chosen_on_the_first(
     assert len(check.trials) < 12 and sum(trial.core_hours for trial in check.trials.values()) < 0.1
     assert queue.state_of(check, check.trials["seed1/base"]) == "ready", "nothing is left to choose"
     assert check.peak_rate("tokenformer") == 0.004 and check.trials["seed1/base"].updates == 1000
-    assert check.options(check.trials["seed1/grown/together-tenth"]) == {}
+    assert check.options(check.trials["seed1/tripled/best-tenth"]) == {}
+    assert not any(trial.size.name == "grown" for trial in check.trials.values()), "nor is the factor that of the first"
     with pytest.raises(UserError, match="--publish: this is a check on another text"):
         publish(check)
     (experiment.results / "seed1_grown_official-tenth.json").unlink()

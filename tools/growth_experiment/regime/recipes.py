@@ -10,8 +10,8 @@ from typing import Any
 
 OFFICIAL = "official"
 """New tokens at their initialisation, tau from the new count, optimizer and data from the start."""
-TOGETHER, BEST_ALONE = "together", "best alone"
-"""The mechanisms that helped, all at once; and the one that helped most."""
+TOGETHER, BEST_ALONE, BEST = "together", "best alone", "best"
+"""The mechanisms that helped, all at once; the one that helped most; and the best of REFINED and all before it."""
 
 _RANDOM = {"row_norm": "segment"}
 KEYS: dict[str, dict[str, Any]] = {
@@ -50,17 +50,39 @@ SCREENED: dict[str, dict[str, Any]] = {
     OFFICIAL: {},
 }
 """What is tried alone, once."""
+_SPARED = "random, old x 0.3"
+"""The best of SCREENED, beside which more is tried."""
+_REFINEMENTS: dict[str, dict[str, Any]] = {
+    "new keys x 0.3": {"lr_scale": {"old": 0.3, "new_keys": 0.3}},
+    "new values x 3": {"lr_scale": {"old": 0.3, "new_values": 3.0}},
+    "new keys x 0.3, new values x 3": {"lr_scale": {"old": 0.3, "new_keys": 0.3, "new_values": 3.0}},
+    "old keys x 0.1": {"lr_scale": {"old": 0.3, "old_keys": 0.1}},
+    "others x 1": {"lr_scale": {"old_keys": 0.3, "old_values": 0.3}},
+    "others x 0.1": {"lr_scale": {"old": 0.3, "other": 0.1}},
+    "rate x 2": {"lr": 2.0, "lr_scale": {"old": 0.15}},
+    "mean moments": {"lr_scale": {"old": 0.3}, "new_moments": "mean"},
+}
+_FINER = {f"{_PLAIN}, old x {factor}": KEYS[_PLAIN] | {"lr_scale": {"old": factor}} for factor in (0.2, 0.5)}
+REFINED: dict[str, dict[str, Any]] = _FINER | {
+    f"{_SPARED}, {name}": KEYS[_PLAIN] | options for name, options in _REFINEMENTS.items()
+}
+"""What is tried after SCREENED, once. `rate x 2` doubles that of new tokens alone."""
 
 
 def options_of(recipe: str, losses: Mapping[str, float]) -> dict[str, Any]:
     """A recipe's options: configuration keys, and `warmup`, `decay`, `lr`, `annealed`.
 
     Args:
-        losses: of SCREENED, on the tuning text; needed by the two recipes that are chosen from them.
+        losses: of SCREENED, on the tuning text, and of REFINED; needed by the recipes that are chosen from them.
     """
-    if recipe == BEST_ALONE:
-        return options_of(best_alone(losses), losses)
-    return _together(losses) if recipe == TOGETHER else SCREENED[recipe]
+    if recipe in (BEST, BEST_ALONE):
+        return options_of(best(losses) if recipe == BEST else best_alone(losses), losses)
+    return _together(losses) if recipe == TOGETHER else (SCREENED | REFINED)[recipe]
+
+
+def best(losses: Mapping[str, float]) -> str:
+    """The recipe with the lowest loss of all that were tried once, as `best_alone`."""
+    return min((best_alone(losses), *REFINED), key=lambda name: losses[name])
 
 
 def best_alone(losses: Mapping[str, float]) -> str:

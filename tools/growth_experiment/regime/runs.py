@@ -28,7 +28,7 @@ from megatron.training.state import TrainState
 from tools.growth_experiment.net2net import logit_difference
 from tools.growth_experiment.regime.data import held_out_ids, read_facts
 from tools.growth_experiment.regime.measures import of_new_tokens
-from tools.growth_experiment.regime.recipes import SCREENED, options_of
+from tools.growth_experiment.regime.recipes import REFINED, SCREENED, options_of
 from tools.growth_experiment.regime.sizes import BATCH, SEQUENCE, SIZES, TOKENS_PER_UPDATE, Kind, base_updates
 from tools.growth_experiment.regime.starts import started_model
 from tools.growth_experiment.regime.trials import (
@@ -136,7 +136,7 @@ class Experiment:
 
     def screened(self) -> Mapping[str, float]:
         """Losses on the tuning text from which recipes are chosen."""
-        return {recipe: self.tuning_loss(f"seed1/grown/{slug(recipe)}-tenth") for recipe in SCREENED}
+        return {recipe: self.tuning_loss(f"seed1/grown/{slug(recipe)}-tenth") for recipe in (*SCREENED, *REFINED)}
 
     def options(self, trial: Trial) -> dict[str, Any]:
         """The options of a TokenFormer's growth."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tools.growth_experiment.regime.recipes import BEST_ALONE, KEYS, OFFICIAL, SCREENED, TOGETHER
+from tools.growth_experiment.regime.recipes import BEST, BEST_ALONE, KEYS, OFFICIAL, REFINED, SCREENED, TOGETHER
 from tools.growth_experiment.regime.sizes import SIZES, STAGES, TOKENS_PER_UPDATE, Kind, Size
 
 Start = Literal["scratch", "branch", "grow", "official", "net2net", "clone", "stack"]
@@ -92,8 +92,8 @@ def all_trials(updates: int) -> list[Trial]:
     """Every trial in the order in which they run, parents first.
 
     First what one seed tells: the keys against training from scratch, then every mechanism and the best together. Then
-    three seeds of what matters most, with a tenth and with a fifth; other ways to grow, another factor and the chain,
-    one seed each; and last what makes all of these fuller.
+    three seeds of what matters most; what is tried beside the best, and three seeds of the best with stages of three
+    lengths; other ways to grow, another factor and the chain, one seed each; and last what makes all of these fuller.
 
     Args:
         updates: of the base.
@@ -104,18 +104,21 @@ def all_trials(updates: int) -> list[Trial]:
     found += first.screening()
     for maker in others:
         found += [*maker.base(), *maker.grown((TOGETHER, "zero", "random", OFFICIAL)), *maker.scratch("grown")]
+    found += first.grown(REFINED)
     for maker in makers:
-        found += maker.longer("fifth", (TOGETHER, "zero"))
+        found += [*maker.grown((BEST,)), *maker.longer("fifth", (BEST, "zero"))]
+    for maker in makers:
+        found += maker.grown((BEST,), "two fifths")
     found += [*rate_trials("transformer", updates), *first.transformers()]
-    found += [*first.tripled((TOGETHER, "zero", OFFICIAL)), *first.chain(TOGETHER), *first.chain("zero")]
+    found += [*first.tripled((BEST, "zero", OFFICIAL)), *first.chain(BEST), *first.chain("zero")]
     found += first.scratch("chain 4")
     return [*found, *_further(makers)]
 
 
 def check_trials(updates: int) -> list[Trial]:
-    """Some ten trials of one seed that try on another text what was chosen from those of `all_trials`."""
+    """Some ten trials of one seed that try what was chosen from those of `all_trials`: another text and factor."""
     maker = _Seed(1, updates)
-    return [*maker.base(), *maker.grown((TOGETHER, "zero", "random")), *maker.scratch("grown")]
+    return [*maker.base(), *maker.tripled((BEST, "zero", "random", OFFICIAL))]
 
 
 def _further(makers: Sequence[_Seed]) -> Iterator[Trial]:
@@ -124,10 +127,6 @@ def _further(makers: Sequence[_Seed]) -> Iterator[Trial]:
         yield from maker.grown((BEST_ALONE, "rotated"))
     for maker in makers:
         yield from maker.grown(("random", OFFICIAL), "fifth")
-    for maker in makers:
-        yield from maker.longer("two fifths", (TOGETHER, "zero"))
-    for maker in others:
-        yield from (*maker.chain(TOGETHER), *maker.chain("zero"), *maker.scratch("chain 4"))
 
 
 class _Seed:
@@ -141,7 +140,9 @@ class _Seed:
     def __init__(self, seed: int, updates: int) -> None:
         self._seed, self._updates, self._root = seed, updates, f"seed{seed}"
         self._rates = tuple(trial.name for trial in rate_trials("tokenformer", updates))
-        self._screened = tuple(f"seed1/grown/{slug(recipe)}-tenth" for recipe in SCREENED)
+        self._screened, self._refined = (
+            tuple(f"seed1/grown/{slug(recipe)}-tenth" for recipe in recipes) for recipes in (SCREENED, REFINED)
+        )
 
     def base(self) -> Iterator[Trial]:
         """The trunk that everything grows from, and the same training without growth."""
@@ -229,7 +230,8 @@ class _Seed:
         )  # fmt: skip
 
     def _needs(self, recipe: str) -> tuple[str, ...]:
-        return self._rates + (self._screened if recipe in (TOGETHER, BEST_ALONE) else ())
+        chosen_from = {TOGETHER: self._screened, BEST_ALONE: self._screened, BEST: self._screened + self._refined}
+        return self._rates + chosen_from.get(recipe, ())
 
 
 def cost_before(trial: Trial, trials: dict[str, Trial], flops_per_token: dict[str, float]) -> tuple[int, float]:
