@@ -43,12 +43,14 @@ def download(
     force: bool = False,
     patience: Patience | None = None,
     token: str | None = None,
+    flag: str = "--input",
 ) -> Path:
     """Fetch `url` to `path`, unless that file exists already and `force` is false.
 
     checksum: "sha256:HEX" or "md5:HEX" of the file; without it, only the length is checked. token: for this server, not
-    for one that it redirects to. Raises UserError if the file cannot be had or fails the check; then nothing is left
-    under `path`, and an interrupted transfer is resumed by the next call.
+    for one that it redirects to. flag: the command's, for files that are on this disk. Raises UserError if the file
+    cannot be had or fails the check; then nothing is left under `path`, and an interrupted transfer is resumed by the
+    next call.
     """
     if path.is_file() and not force:
         return path
@@ -56,7 +58,7 @@ def download(
     partial = _Partial(target.with_name(target.name + ".part"))
     if force:
         partial.discard()
-    _fetch(url, partial, patience or Patience(), token)
+    _fetch(url, partial, patience or Patience(), token, flag)
     try:
         verify(partial.path, checksum, url)
     except UserError:
@@ -114,7 +116,7 @@ class _Partial:
         self._version.unlink(missing_ok=True)
 
 
-def _fetch(url: str, partial: _Partial, patience: Patience, token: str | None) -> None:
+def _fetch(url: str, partial: _Partial, patience: Patience, token: str | None, flag: str) -> None:
     """Transfer until complete, with pauses between failures."""
     failures = 0
     while True:
@@ -124,7 +126,7 @@ def _fetch(url: str, partial: _Partial, patience: Patience, token: str | None) -
         except urllib.error.HTTPError as error:
             problem = f"HTTP {error.code} {error.reason}"
             if error.code not in _WAITING_STATUS:
-                raise UserError(f"{url}: {problem}; the address may have moved, pass the files with --input") from error
+                raise UserError(f"{url}: {problem}; the address may have moved, pass the files with {flag}") from error
         except (OSError, http.client.HTTPException) as error:
             problem = str(getattr(error, "reason", error)) or type(error).__name__
         failures = 1 if partial.size > before else failures + 1

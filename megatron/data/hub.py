@@ -16,7 +16,9 @@ from megatron.errors import UserError
 HUB = "hf://datasets/"
 
 
-def download_from_hub(address: str, path: Path, force: bool = False, patience: Patience | None = None) -> Path:
+def download_from_hub(
+    address: str, path: Path, force: bool = False, patience: Patience | None = None, flag: str = "--input"
+) -> Path:
     """Fetch `hf://datasets/OWNER/NAME/FILE` to `path`, as `download` does, with the checksum that the Hub announces.
 
     Raises UserError for a file that is not there, may not be read, or does not arrive whole.
@@ -31,12 +33,12 @@ def download_from_hub(address: str, path: Path, force: bool = False, patience: P
     try:
         metadata = get_hf_file_metadata(url, token=token, retry_on_errors=True)
     except OfflineModeIsEnabled:
-        raise UserError(f"{url}: HF_HUB_OFFLINE is set; unset it, or pass the files with --input") from None
+        raise UserError(f"{url}: HF_HUB_OFFLINE is set; unset it, or pass the files with {flag}") from None
     except (GatedRepoError, RepositoryNotFoundError) as error:
         raise UserError(f"{url}: {owner}/{name} is not open to everybody; log in with `hf auth login`") from error
     except Exception as error:  # the library's errors and those of its HTTP client have nothing else in common
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{url}: {reason}; check the network, or pass the files with --input") from error
+        raise UserError(f"{url}: {reason}; check the network, or pass the files with {flag}") from error
     # Of a file in git itself, and not in its large file storage, the Hub announces git's own kind of checksum.
     checksum = f"sha256:{metadata.etag}" if re.fullmatch("[0-9a-f]{64}", metadata.etag or "") else None
-    return download(url, path, checksum, force, patience, token)
+    return download(url, path, checksum, force, patience, token, flag)

@@ -80,7 +80,7 @@ def fetch_and_join(
     pair, raw, name = sharded[dataset], Path(data_dir) / dataset / "raw", name or dataset
 
     def fetch(file: str) -> Path:
-        return download_from_hub(f"{pair.folder}/{file}", raw / file, patience=patience)
+        return download_from_hub(f"{pair.folder}/{file}", raw / file, patience=patience, flag="--join")
 
     return _Joining(Path(data_dir) / name / f"{name}_text_document", pair, fetch, are_ours=True)(force)
 

@@ -87,6 +87,19 @@ def test_parts_are_joined_and_let_go_of(hub: Served, whole: Path, tmp_path: Path
     assert join(tmp_path) == prefix and len(hub.requests) == asked, "it is there"
 
 
+def test_parts_that_cannot_be_had_are_asked_for_by_the_flag_that_takes_them(
+    hub: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = PAIR.parts[0]
+    hub.redirects.pop(f"/datasets/owner/name/resolve/main/{name}")
+    hub.refusals[f"/datasets/owner/name/resolve/main/{name}"] = (404, {})
+    with pytest.raises(UserError, match=f"{name}: .*; .* pass the files with --join"):
+        join(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=f"{name}: HF_HUB_OFFLINE is set; unset it, or pass the files with --join"):
+        join(tmp_path)
+
+
 @pytest.mark.parametrize("broken", range(5))
 def test_an_interrupted_call_is_gone_on_with(
     broken: int, hub: Served, whole: Path, parts: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
