@@ -100,7 +100,7 @@ def test_what_an_image_model_is_not_evaluated_by(keys: dict[str, Any], message: 
 def test_normalisation_is_of_the_channels() -> None:
     assert images_of().normalisation(3) == (IMAGENET_MEAN, IMAGENET_STD)
     assert images_of(image_mean=[0.1]).normalisation(1) == ((0.1,), (0.5,))
-    with pytest.raises(ConfigError, match="image_mean: 1 numbers for in_channels 3; give one for each channel"):
+    with pytest.raises(ConfigError, match="image_mean: 1 given, for images of 3 channels; give one for each channel"):
         images_of(image_mean=[0.1]).normalisation(3)
 
 

@@ -129,7 +129,7 @@ class ImagesConfig(Section):
         for key, default in zip(("image_mean", "image_std"), defaults, strict=True):
             values = getattr(self, key)
             if values is not None and len(values) != channels:
-                reason = f"{len(values)} numbers for in_channels {channels}"
+                reason = f"{len(values)} given, for images of {channels} channels"
                 raise ConfigError(key, reason, "give one for each channel", beside=["in_channels"])
             found.append(default if values is None else tuple(float(value) for value in values))
         return found[0], found[1]
