@@ -36,7 +36,7 @@ class Measured:
     """Of an entry of `growth`."""
     schedule: Mapping[str, Any]
     """What is other than in most: `new_tokens_warmup`, `warmup` and `decay` as parts of the updates after the growth,
-    `lr` as a factor on the peak rate, `annealed` for a growth after the decay of the rate."""
+    `decay_style`, `lr` as a factor on the peak rate, `annealed` for a growth after the decay of the rate."""
     factor: float
     """Parameters after the growth over those before."""
     part: float

@@ -18,7 +18,7 @@ from megatron.planner.networks import num_parameters
 
 _SCHEDULE = {
     "new_tokens_warmup": "new_tokens_warmup for {} of the updates", "warmup": "warmup: {}",
-    "decay": "the rate decays in the last {} of the updates", "lr": "lr x {}",
+    "decay": "the rate decays in the last {} of the updates", "decay_style": "lr_wsd_decay_style: {}", "lr": "lr x {}",
 }  # fmt: skip
 """Words for what megatron.growth.advice.Measured has as parts and factors."""
 

@@ -61,6 +61,10 @@ _REFINEMENTS: dict[str, dict[str, Any]] = {
     "others x 0.1": {"lr_scale": {"old": 0.3, "other": 0.1}},
     "rate x 2": {"lr": 2.0, "lr_scale": {"old": 0.15}},
     "mean moments": {"lr_scale": {"old": 0.3}, "new_moments": "mean"},
+    "linear decay": {"lr_scale": {"old": 0.3}, "decay_style": "linear"},
+    "1 - sqrt decay": {"lr_scale": {"old": 0.3}, "decay_style": "minus_sqrt"},
+    "from the annealed base": {"lr_scale": {"old": 0.3}, "annealed": True},
+    "from the annealed base, old x 0.1": {"lr_scale": {"old": 0.1}, "annealed": True},
 }
 _FINER = {f"{_PLAIN}, old x {factor}": KEYS[_PLAIN] | {"lr_scale": {"old": factor}} for factor in (0.2, 0.5)}
 REFINED: dict[str, dict[str, Any]] = _FINER | {
@@ -70,7 +74,7 @@ REFINED: dict[str, dict[str, Any]] = _FINER | {
 
 
 def options_of(recipe: str, losses: Mapping[str, float]) -> dict[str, Any]:
-    """A recipe's options: configuration keys, and `warmup`, `decay`, `lr`, `annealed`.
+    """A recipe's options: configuration keys, and `warmup`, `decay`, `decay_style`, `lr`, `annealed`.
 
     Args:
         losses: of SCREENED, on the tuning text, and of REFINED; needed by the recipes that are chosen from them.
@@ -82,7 +86,8 @@ def options_of(recipe: str, losses: Mapping[str, float]) -> dict[str, Any]:
 
 def best(losses: Mapping[str, float]) -> str:
     """The recipe with the lowest loss of all that were tried once, as `best_alone`."""
-    return min((best_alone(losses), *REFINED), key=lambda name: losses[name])
+    refined = [name for name, options in REFINED.items() if not options.get("annealed")]
+    return min((best_alone(losses), *refined), key=lambda name: losses[name])
 
 
 def best_alone(losses: Mapping[str, float]) -> str:

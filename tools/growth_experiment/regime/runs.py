@@ -46,6 +46,8 @@ RESULTS = Path(__file__).parent / "results"
 """Where results are kept unless told: in the repository."""
 FINAL_LR = 0.1
 """At the end of a decay, as a part of the peak."""
+OF_SCHEDULE = ("lr", "decay", "decay_style", "warmup", "annealed")
+"""Options of a recipe that say how it is trained; the others are configuration keys."""
 _EVALUATIONS = 10
 _SAMPLES = 8
 """Held-out sequences on which logits before and after a growth are compared, and tokens in use are counted."""
@@ -221,12 +223,13 @@ def _schedule(trial: Trial, options: Mapping[str, Any], updates: int) -> dict[st
     parts = {"scratch": 0.01 * updates, "grow": options.get("warmup", 0.0) * trial.updates}
     warmup = min(round(parts.get(trial.start, 0.05 * trial.updates)), trial.updates // 4)
     iterations = min(round(decay * trial.updates), trial.updates - warmup)
-    decays = {"lr_wsd_decay_style": "cosine", "lr_wsd_decay_iters": iterations} if iterations else {}
+    style = options.get("decay_style", "cosine")
+    decays = {"lr_wsd_decay_style": style, "lr_wsd_decay_iters": iterations} if iterations else {}
     return {"lr_decay_style": "WSD", "lr_warmup_iters": warmup, **decays}
 
 
 def _growth(experiment: Experiment, trial: Trial, options: Mapping[str, Any]) -> dict[str, Any]:
-    keys = {key: value for key, value in options.items() if key not in ("lr", "decay", "warmup", "annealed")}
+    keys = {key: value for key, value in options.items() if key not in OF_SCHEDULE}
     if "new_tokens_warmup" in keys:
         keys["new_tokens_warmup"] = round(keys["new_tokens_warmup"] * trial.updates)
     return {"pretrain_partial_init": str(parent_checkpoint(experiment, trial)), **keys}

@@ -221,7 +221,7 @@ class _Seed:
 
     def _grown(self, recipe: str, label: str = "tenth", size: str = "grown") -> Trial:
         name, parent, at = f"{self._root}/{size}/{slug(recipe)}-{slug(label)}", f"{self._root}/base", self._updates
-        if SCREENED.get(recipe, {}).get("annealed"):
+        if (SCREENED | REFINED).get(recipe, {}).get("annealed"):
             parent, at = f"{parent}-annealed", self._before_anneal + self._length(STAGES["tenth"])
         start: Start = "official" if recipe == OFFICIAL else "grow"
         return Trial(
