@@ -106,6 +106,19 @@ def test_what_is_chosen_is_what_helped() -> None:
     assert options_of(BEST_ALONE, losses) == SCREENED["random, old x 0.1"], "chosen before"
 
 
+def test_what_was_chosen_is_not_trained_again_under_its_new_name(experiment: Experiment) -> None:
+    best = experiment.trials["seed1/grown/best-tenth"]
+    for name in best.needs:
+        note(experiment, name, tuning=0.5 if name == "seed1/grown/random-old-x-0.2-tenth" else 1.0)
+    found = experiment.result(best.name)
+    assert found and (found["recipe"], found["name"], found["loss"]["tuning"]) == ("best", best.name, 0.5)
+    assert queue.state_of(experiment, best) == "done"
+    assert experiment.result("seed2/grown/best-tenth") is None, "only the first seed tried it"
+    note(experiment, "seed1/grown/random-old-x-0.5-tenth", tuning=0.4)
+    (experiment.results / experiment.trials["seed1/grown/random-old-x-0.3-mean-moments-tenth"].file).unlink()
+    assert experiment.result(best.name) is None, "nothing is chosen yet"
+
+
 def test_a_trial_waits_for_what_it_needs_and_one_process_has_it(experiment: Experiment) -> None:
     base = experiment.trials["seed1/base"]
     assert queue.state_of(experiment, base) == "waiting"
@@ -254,6 +267,6 @@ def test_a_toy_run_grows_and_reports(tmp_path: Path) -> None:
     assert used[0] < 0.5 < used[1] <= 1, "values of zero have hardly left it after two updates"
     assert results["seed1/base-annealed"]["tokens_before"] == round(0.9 * UPDATES) * 256
     assert all(result["curve"][-1] == [result["updates"], result["loss"]["text"]] for result in results.values())
-    groups = groups_of(experiment, list(results.values()))
+    groups = groups_of(list(results.values()))
     assert "| grown | official | tenth |" in recipes_table(list(results.values()), groups)
     assert "| grown | random, old x 0.1 | tenth | 1.0" in tokens_table(groups)

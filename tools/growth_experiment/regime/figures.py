@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.growth_experiment.regime.recipes import OFFICIAL, TOGETHER
+from tools.growth_experiment.regime.recipes import BEST, OFFICIAL
 from tools.growth_experiment.regime.saving import (
     Comparison,
     Result,
@@ -20,7 +20,7 @@ from tools.growth_experiment.regime.saving import (
 from tools.growth_experiment.regime.sizes import STAGES
 from tools.growth_experiment.regime.trials import NONE
 
-_SHOWN = {TOGETHER: "tab:orange", "random": "tab:purple", "rotated": "tab:green", "zero": "tab:blue",
+_SHOWN = {BEST: "tab:orange", "random": "tab:purple", "rotated": "tab:green", "zero": "tab:blue",
           OFFICIAL: "tab:red", NONE: "0.55"}  # fmt: skip
 _COMPARED = ("grown", "base")
 """Sizes whose results are drawn: the growth of the published models, and the base that is trained on without it."""

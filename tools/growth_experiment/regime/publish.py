@@ -95,7 +95,7 @@ def _measured(experiment: Experiment, results: Sequence[Result]) -> Iterator[Mea
     plain = {
         (each["seed"], each["label"]): each for each in results if (each["size"], each["recipe"]) == ("base", NONE)
     }
-    for (size, recipe, label), group in groups_of(experiment, results).items():
+    for (size, recipe, label), group in groups_of(results).items():
         first = group[0]
         if size not in ("grown", "tripled") or first["start"] != "grow":
             continue

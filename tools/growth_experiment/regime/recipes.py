@@ -12,6 +12,7 @@ OFFICIAL = "official"
 """New tokens at their initialisation, tau from the new count, optimizer and data from the start."""
 TOGETHER, BEST_ALONE, BEST = "together", "best alone", "best"
 """The mechanisms that helped, all at once; the one that helped most; and the best of REFINED and all before it."""
+CHOSEN = (TOGETHER, BEST_ALONE, BEST)
 
 _RANDOM = {"row_norm": "segment"}
 KEYS: dict[str, dict[str, Any]] = {

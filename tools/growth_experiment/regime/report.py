@@ -8,7 +8,17 @@ from typing import Any
 
 from megatron.errors import UserError
 from tools.growth_experiment.regime.figures import draw_figures
-from tools.growth_experiment.regime.recipes import BEST_ALONE, MECHANISMS, SCREENED, TOGETHER, best_alone, chosen
+from tools.growth_experiment.regime.recipes import (
+    BEST,
+    BEST_ALONE,
+    MECHANISMS,
+    REFINED,
+    SCREENED,
+    TOGETHER,
+    best,
+    best_alone,
+    chosen,
+)
 from tools.growth_experiment.regime.runs import Experiment
 from tools.growth_experiment.regime.saving import (
     Comparison,
@@ -44,7 +54,7 @@ def write_report(experiment: Experiment) -> str:
 def report_text(experiment: Experiment) -> str:
     """The tables of what is finished, as Markdown."""
     results = read_results(experiment)
-    groups = groups_of(experiment, results)
+    groups = groups_of(results)
     return "\n\n".join([
         "# Growth in the regime of the published models",
         f"{len(results)} of {len(experiment.trials)} trials. Losses in nats a token; +- is the standard error over "
@@ -61,15 +71,12 @@ Key = tuple[str, str, str]
 """Size, recipe and length of stage."""
 
 
-def groups_of(experiment: Experiment, results: Sequence[Result]) -> dict[Key, list[Result]]:
+def groups_of(results: Sequence[Result]) -> dict[Key, list[Result]]:
     """Grown models and those that were trained on without growth, seeds together."""
     groups: dict[Key, list[Result]] = {}
     for result in results:
         if result["recipe"] and not _is_on_the_way(result):
             groups.setdefault((result["size"], result["recipe"], result["label"]), []).append(result)
-    best = groups.get(("grown", BEST_ALONE, "tenth"))
-    if best:  # the first seed has it as the recipe that it is
-        best += [each for each in groups["grown", best_alone(experiment.screened()), "tenth"] if each["seed"] == 1]
     return groups
 
 
@@ -158,7 +165,9 @@ def _choice(experiment: Experiment) -> str:
     if missing:
         return f"Nothing is chosen yet: no result of {', '.join(missing)}."
     helped = ", ".join(chosen(losses))
-    return f"{TOGETHER}: {helped}, of {len(MECHANISMS)} mechanisms; {BEST_ALONE}: {best_alone(losses)}."
+    first = f"{TOGETHER}: {helped}, of {len(MECHANISMS)} mechanisms; {BEST_ALONE}: {best_alone(losses)}"
+    waits = any(losses[recipe] == float("inf") for recipe in REFINED)
+    return first + ("." if waits else f"; {BEST}, of these and what was tried beside it: {best(losses)}.")
 
 
 def rates_table(results: Sequence[Result]) -> str:

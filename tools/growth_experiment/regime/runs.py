@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from megatron.training.state import TrainState
 from tools.growth_experiment.net2net import logit_difference
 from tools.growth_experiment.regime.data import held_out_ids, read_facts
 from tools.growth_experiment.regime.measures import of_new_tokens
-from tools.growth_experiment.regime.recipes import REFINED, SCREENED, options_of
+from tools.growth_experiment.regime.recipes import CHOSEN, REFINED, SCREENED, options_of
 from tools.growth_experiment.regime.sizes import BATCH, SEQUENCE, SIZES, TOKENS_PER_UPDATE, Kind, base_updates
 from tools.growth_experiment.regime.starts import started_model
 from tools.growth_experiment.regime.trials import (
@@ -104,12 +104,29 @@ class Experiment:
         return self.folder(trial) / "checkpoints"
 
     def result(self, name: str) -> dict[str, Any] | None:
-        """What is kept of a finished trial. Raises UserError for a result of another length of training or text."""
-        found = _kept(self.results, self.trials[name])
+        """What is kept of a finished trial, or of one that is the same training under another recipe's name.
+
+        Raises UserError for a result of another length of training or text.
+        """
+        trial = self.trials[name]
+        found = _kept(self.results, trial) or self._of_the_same(trial)
         if found is not None and found["text"] != self.facts["text"]:
             path = self.results / self.trials[name].file
             raise UserError(f"{path}: of {found['text']}, not of {self.facts['text']}; give --results")
         return found
+
+    def _of_the_same(self, trial: Trial) -> dict[str, Any] | None:
+        """The result of a trial that what was chosen is equal to, where that is known."""
+        if trial.recipe not in CHOSEN or not all(self.is_decided(name) for name in trial.needs):
+            return None
+        options = self.options(trial)
+        for other in self.trials.values():
+            is_alike = replace(other, name=trial.name, recipe=trial.recipe, needs=trial.needs) == trial
+            if is_alike and other != trial and self.options(other) == options:
+                found = _kept(self.results, other)
+                if found is not None:
+                    return found | {"name": trial.name, "recipe": trial.recipe}
+        return None
 
     def has_failed(self, name: str) -> bool:
         """Did it end with a mistake? Then failed.txt in its folder says which; without that file it is tried again."""

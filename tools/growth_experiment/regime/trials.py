@@ -123,8 +123,10 @@ def check_trials(updates: int) -> list[Trial]:
 
 def _further(makers: Sequence[_Seed]) -> Iterator[Trial]:
     _, *others = makers
+    for maker in makers:
+        yield from maker.grown((BEST_ALONE,))
     for maker in others:
-        yield from maker.grown((BEST_ALONE, "rotated"))
+        yield from maker.grown(("rotated",))
     for maker in makers:
         yield from maker.grown(("random", OFFICIAL), "fifth")
 
