@@ -86,9 +86,14 @@ def options_of(recipe: str, losses: Mapping[str, float]) -> dict[str, Any]:
 
 
 def best(losses: Mapping[str, float]) -> str:
-    """The recipe with the lowest loss of all that were tried once, as `best_alone`."""
-    refined = [name for name, options in REFINED.items() if not options.get("annealed")]
-    return min((best_alone(losses), *refined), key=lambda name: losses[name])
+    """`best_alone`, or what was tried beside it where that is lower by more than chance."""
+    first = best_alone(losses)
+    helped = [
+        name
+        for name, options in REFINED.items()
+        if losses[first] - losses[name] > _MARGIN and not options.get("annealed")
+    ]
+    return min(helped, key=lambda name: losses[name], default=first)
 
 
 def best_alone(losses: Mapping[str, float]) -> str:
