@@ -105,9 +105,13 @@ def best_of(found: Iterable[Measured]) -> Measured | None:
 
 
 def same_way(found: Iterable[Measured], scaling: ScalingConfig) -> Measured | None:
-    """What was measured of the keys of `scaling`, which are those of one growth (GrowthSchedule.after)."""
+    """What was measured of the keys of `scaling`, which are those of one growth (GrowthSchedule.after).
+
+    Of several the one that most seeds have: a recipe that was chosen has a name of its own beside that of its trial.
+    """
     asked = _way(scaling)
-    return next((each for each in found if not each.schedule and _way(ScalingConfig(**each.keys)) == asked), None)
+    same = [each for each in found if not each.schedule and _way(ScalingConfig(**each.keys)) == asked]
+    return max(same, key=lambda each: len(each.losses), default=None)
 
 
 def _way(scaling: ScalingConfig) -> tuple[Any, ...]:

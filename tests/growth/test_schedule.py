@@ -226,7 +226,7 @@ def test_a_recipe_gives_what_an_entry_leaves_out_and_is_saved_as_keys() -> None:
         stage(9, ffn_slot_num=96, recipe="own_norm", old_tokens_lr_scale=0.5),
     ]).scaling.growth  # fmt: skip
     assert plain == config.scaling.growth[0] and plain.recipe == "zero_keys" and plain.row_norm == "joint"
-    assert own.row_norm == "segment" and own.new_keys is None and own.lr_scale is not None and own.lr_scale.old == 0.1
+    assert own.row_norm == "segment" and own.new_keys is None and own.lr_scale is not None and own.lr_scale.old == 0.3
     assert changed.row_norm == "segment" and changed.lr_scale is None and changed.old_tokens_lr_scale == 0.5
     for growth in (own, changed):
         assert type(growth)(**growth.model_dump()) == growth

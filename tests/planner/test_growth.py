@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron.config import load_config
+from megatron.config.sections.scaling import RECIPES
 from megatron.growth.advice import FILE, best_of, measurements
 from megatron.growth.schedule import GrowthSchedule
 from megatron.model import LanguageModel
@@ -26,6 +27,9 @@ WAYS: list[dict[str, Any]] = [
     {**FIRST, "recipe": "random", "keys": {"row_norm": "segment"}, "losses": [1.37], "minus_no_growth": [-0.08]},
     {**FIRST, "recipe": "random, from the annealed base", "keys": {"row_norm": "segment"},
      "schedule": {"annealed": True}, "losses": [1.38], "minus_no_growth": [-0.05]},
+    {**FIRST, "recipe": "rotated", "keys": {"new_keys": "rotated"}, "losses": [1.4], "minus_no_growth": [-0.04]},
+    {**FIRST, "recipe": "chosen", "keys": {"new_keys": "rotated"}, "losses": [1.4, 1.41],
+     "minus_no_growth": [-0.04, -0.05]},
     {**FIRST, "factor": 3.0, "losses": [1.4], "minus_no_growth": [-0.03]},
 ]  # fmt: skip
 DOUBLE = {"qkv_slot_num": 136, "proj_slot_num": 200, "ffn_slot_num": 544}
@@ -70,6 +74,7 @@ def test_a_growth_has_its_time_its_factor_its_rates_and_what_was_measured_near_i
     [
         ({}, {"row_norm": "segment"}, "so configured: -0.080 nats against training on without growth; saving not "
                                       "measured yet (1 seed)"),
+        ({}, {"new_keys": "rotated"}, "so configured: -0.045 (-0.050 to -0.040) nats"),
         ({}, {"old_tokens_lr_scale": 0.5}, "old_keys x 0.5, old_values x 0.5, other x 0.5; a schedule"),
         ({}, {"freeze_old_tokens": True}, "near it, 2-fold and 0.1, this way was not measured"),
         ({"train_iters": 1500}, {}, "expected saving: unknown; nothing was measured near this factor and length"),
@@ -111,5 +116,7 @@ def test_what_is_advised_was_measured() -> None:
     known = measurements(FILE)
     for growth in known.measured:
         load_config([], {**SMALL, **TOKENS, "growth": [{"at_iteration": 1, "ffn_slot_num": 512, **growth.keys}]})
-    best = best_of(known.near(2.1, 0.1))
-    assert best and best.gain == max(each.gain for each in known.measured if len(each.losses) == len(best.losses))
+    near = known.near(2.1, 0.1)
+    best = best_of(near)
+    assert best and best.gain == max(each.gain for each in near if len(each.losses) == len(best.losses))
+    assert best.keys == RECIPES["own_norm"], "the recipe of this name is the advised one"

@@ -24,7 +24,7 @@ GrowthRecipe = Literal["zero_keys", "own_norm"]
 
 RECIPES: dict[GrowthRecipe, dict[str, Any]] = {
     "zero_keys": {},
-    "own_norm": {"row_norm": "segment", "lr_scale": {"old": 0.1}},
+    "own_norm": {"row_norm": "segment", "lr_scale": {"old": 0.3}},
 }
 """What a recipe gives to keys that an entry leaves out. A name keeps its meaning: files and checkpoints rely on it."""
 
@@ -154,7 +154,7 @@ class ScheduledGrowth(Section):
     next restart then."""
     recipe: GrowthRecipe = "zero_keys"
     """What the keys below are where they are left out. zero_keys: their defaults. own_norm: row_norm segment
-    and lr_scale {old: 0.1}, which learned most of what was measured (docs/growth_experiment.md)."""
+    and lr_scale {old: 0.3}, which learned most of what was measured (docs/growth_regime.md)."""
     new_keys: NewKeys | None = None
     """zero: as in the paper. rotated: random rotations of the old keys with values of zero, which is just as exact
     and learns faster; with l2_norm_gelu, by at least min(tokens, hidden_size) tokens. random, with row_norm segment:
