@@ -22,8 +22,8 @@ from tools.growth_experiment.regime import queue
 from tools.growth_experiment.regime.data import prepare
 from tools.growth_experiment.regime.publish import publish
 from tools.growth_experiment.regime.recipes import BEST, BEST_ALONE, REFINED, SCREENED, TOGETHER, chosen, options_of
-from tools.growth_experiment.regime.report import groups_of, read_results, recipes_table, tokens_table
-from tools.growth_experiment.regime.runs import Experiment, Stopped, run_keys, run_trial
+from tools.growth_experiment.regime.report import checked, groups_of, read_results, recipes_table, tokens_table
+from tools.growth_experiment.regime.runs import CHECK, Experiment, Stopped, run_keys, run_trial
 from tools.growth_experiment.regime.saving import Curve, mean_and_error, saving_of, scratch_curves
 from tools.growth_experiment.regime.sizes import SIZES, STAGES, base_updates
 from tools.growth_experiment.regime.starts import stacked_model
@@ -159,8 +159,17 @@ def test_a_check_tries_on_another_text_what_was_chosen_on_the_first(
     assert check.peak_rate("tokenformer") == 0.004 and check.trials["seed1/base"].updates == 1000
     assert check.options(check.trials["seed1/tripled/best-tenth"]) == {}
     assert not any(trial.size.name == "grown" for trial in check.trials.values()), "nor is the factor that of the first"
+    assert Experiment(tmp_path / "other").results == CHECK
     with pytest.raises(UserError, match="--publish: this is a check on another text"):
         publish(check)
+    trial = check.trials["seed1/tripled/zero-tenth"]
+    found = {"name": trial.name, "size": "tripled", "recipe": "zero", "label": "tenth", "start": "grow", "seed": 1}
+    found |= {"kind": "tokenformer", "loss": {"text": 1.5}, "text": "another", "updates": 10, "tokens_per_update": 256}
+    found |= {"tokens_before": 100, "flops_before": 1e3, "flops_per_token": 10.0}
+    assert not checked(check.results)
+    check.results.mkdir()
+    (check.results / trial.file).write_text(json.dumps(found))
+    assert any("| tripled | zero | tenth | 1 | 1.500 |" in part for part in checked(check.results))
     (experiment.results / "seed1_grown_official-tenth.json").unlink()
     assert not check.is_decided("seed1/grown/official-tenth"), "then recipes wait"
 

@@ -14,9 +14,9 @@ again.
 
 A result is written to --results as soon as it is there. With another text (--text, a file of prose such as enwik8) or
 other --updates, give another --results too. A new DIR beside old results runs again only what is needed for its
-checkpoints. `--plan check` has ten trials of one seed, half a core-hour, which try on another text what was chosen on
-the first: rates and recipes are those of the results in the repository. `report --publish` also writes what the
-documentation and `--dry-run` say of growth.
+checkpoints. `--plan check` has eleven trials of one seed, an hour of a core, which try on another text, and by another
+factor, what was chosen on the first: rates and recipes are those of the results in the repository. `report --publish`
+also writes what the documentation and `--dry-run` say of growth.
 """
 
 from __future__ import annotations
@@ -61,14 +61,15 @@ def main(arguments: list[str] | None = None) -> int:
     from tools.growth_experiment.regime.publish import publish
     from tools.growth_experiment.regime.queue import plan, run_all
     from tools.growth_experiment.regime.report import write_report
-    from tools.growth_experiment.regime.runs import RESULTS, Experiment
+    from tools.growth_experiment.regime.runs import Experiment
     from tools.growth_experiment.regime.sizes import HELD_OUT_SEQUENCES, base_updates
 
     if options.command == "prepare":
         updates = options.updates or base_updates()
         prepare(options.output, updates, options.text, options.sequences or HELD_OUT_SEQUENCES, options.plan)
         return 0
-    experiment = Experiment(options.output.resolve(), (options.results or RESULTS).resolve(), options.only)
+    results = options.results and options.results.resolve()
+    experiment = Experiment(options.output.resolve(), results, options.only)
     if options.command == "run":
         run_all(experiment, options.limit, options.together)
     elif options.command == "plan":

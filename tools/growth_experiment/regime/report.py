@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron.errors import UserError
@@ -19,7 +21,7 @@ from tools.growth_experiment.regime.recipes import (
     best_alone,
     chosen,
 )
-from tools.growth_experiment.regime.runs import Experiment
+from tools.growth_experiment.regime.runs import CHECK, Experiment
 from tools.growth_experiment.regime.saving import (
     Comparison,
     Result,
@@ -64,7 +66,18 @@ def report_text(experiment: Experiment) -> str:
         "## From scratch", scratch_table(results),
         "## Screening (tuning text, seed 1)", screening_table(experiment), _choice(experiment),
         "## Learning rates (tuning text)", rates_table(results),
+        *([] if experiment.is_check else checked()),
     ])  # fmt: skip
+
+
+def checked(folder: Path = CHECK) -> list[str]:
+    """What the kept results of a check say, if there are any."""
+    results: list[Result] = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    if not results:
+        return []
+    groups = dict(sorted(groups_of(results).items(), key=lambda item: -item[1][0]["loss"]["text"]))
+    text = f"{results[0]['text']}, one seed; rates and recipes are those chosen above."
+    return ["## Check: another text and factor", text, recipes_table(results, groups), scratch_table(results)]
 
 
 Key = tuple[str, str, str]

@@ -42,8 +42,8 @@ from tools.growth_experiment.regime.trials import (
 )
 from tools.growth_experiment.runs import read_metrics, save_start
 
-RESULTS = Path(__file__).parent / "results"
-"""Where results are kept unless told: in the repository."""
+RESULTS, CHECK = (Path(__file__).parent / name for name in ("results", "check"))
+"""Where results are kept unless told: in the repository, those of a check apart."""
 FINAL_LR = 0.1
 """At the end of a decay, as a part of the peak."""
 OF_SCHEDULE = ("lr", "decay", "decay_style", "warmup", "annealed")
@@ -62,7 +62,8 @@ class Experiment:
     """The prepared folder, and where results are kept."""
 
     output: Path
-    results: Path = RESULTS
+    given: Path | None = None
+    """Folder of results; default RESULTS or CHECK."""
     only: str = ""
     """Pattern of the names of trials that are to be run, beside what they start from."""
 
@@ -76,6 +77,11 @@ class Experiment:
         """All, by name, in the order in which they run."""
         trials = check_trials if self.is_check else all_trials
         return {trial.name: trial for trial in trials(self.facts["updates"])}
+
+    @cached_property
+    def results(self) -> Path:
+        """Where results are kept."""
+        return self.given or (CHECK if self.is_check else RESULTS)
 
     @property
     def is_check(self) -> bool:
