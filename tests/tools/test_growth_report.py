@@ -97,8 +97,8 @@ def test_other_ways_to_grow_and_another_factor_stand_beside(finished: Experiment
 
 
 def test_all_of_a_chain_is_counted(finished: Experiment) -> None:
-    row = rows_of(report_text(finished))["chain 4", "together", "tenth"]
-    assert row[4] == f"{4 / 3:.2f} +- {0.577 / 3:.2f}", "three stages after the base"
+    row = rows_of(report_text(finished))["chain 4", "best", "tenth"]
+    assert row[4] == "1.00", "the last stage is worth three, and there are three after the base"
 
 
 def test_what_is_published_is_what_is_advised_from(finished: Experiment, tmp_path: Path) -> None:
