@@ -77,7 +77,8 @@ def checked(folder: Path = CHECK) -> list[str]:
         return []
     groups = dict(sorted(groups_of(results).items(), key=lambda item: -item[1][0]["loss"]["text"]))
     text = f"{results[0]['text']}, one seed; rates and recipes are those chosen above."
-    return ["## Check: another text and factor", text, recipes_table(results, groups), scratch_table(results)]
+    return ["## Check: another text and factor", text, recipes_table(results, groups),
+            scratch_table(sorted(results, key=all_tokens))]  # fmt: skip
 
 
 Key = tuple[str, str, str]
