@@ -13,6 +13,7 @@ OFFICIAL = "official"
 TOGETHER, BEST_ALONE, BEST = "together", "best alone", "best"
 """The mechanisms that helped, all at once; the one that helped most; and the best of REFINED and all before it."""
 CHOSEN = (TOGETHER, BEST_ALONE, BEST)
+"""Recipes that stand for others, or for several at once."""
 
 _RANDOM = {"row_norm": "segment"}
 KEYS: dict[str, dict[str, Any]] = {

@@ -122,7 +122,7 @@ class Experiment:
         return found
 
     def _of_the_same(self, trial: Trial) -> dict[str, Any] | None:
-        """The result of a trial that what was chosen is equal to, where that is known."""
+        """For a recipe that was chosen: the result of a trial with the same options, where there is one."""
         if trial.recipe not in CHOSEN or not all(self.is_decided(name) for name in trial.needs):
             return None
         options = self.options(trial)
