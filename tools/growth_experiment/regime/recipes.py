@@ -62,11 +62,11 @@ _REFINEMENTS: dict[str, dict[str, Any]] = {
     "others x 1": {"lr_scale": {"old_keys": 0.3, "old_values": 0.3}},
     "others x 0.1": {"lr_scale": {"old": 0.3, "other": 0.1}},
     "rate x 2": {"lr": 2.0, "lr_scale": {"old": 0.15}},
-    "mean moments": {"lr_scale": {"old": 0.3}, "new_moments": "mean"},
-    "linear decay": {"lr_scale": {"old": 0.3}, "decay_style": "linear"},
-    "1 - sqrt decay": {"lr_scale": {"old": 0.3}, "decay_style": "minus_sqrt"},
-    "from the annealed base": {"lr_scale": {"old": 0.3}, "annealed": True},
-    "from the annealed base, old x 0.1": {"lr_scale": {"old": 0.1}, "annealed": True},
+    "mean moments": MECHANISMS["old x 0.3"] | {"new_moments": "mean"},
+    "linear decay": MECHANISMS["old x 0.3"] | {"decay_style": "linear"},
+    "1 - sqrt decay": MECHANISMS["old x 0.3"] | {"decay_style": "minus_sqrt"},
+    "from the annealed base": MECHANISMS["old x 0.3"] | {"annealed": True},
+    "from the annealed base, old x 0.1": MECHANISMS["old x 0.1"] | {"annealed": True},
 }
 _FINER = {f"{_PLAIN}, old x {factor}": KEYS[_PLAIN] | {"lr_scale": {"old": factor}} for factor in (0.2, 0.5)}
 REFINED: dict[str, dict[str, Any]] = _FINER | {
@@ -81,9 +81,11 @@ def options_of(recipe: str, losses: Mapping[str, float]) -> dict[str, Any]:
     Args:
         losses: of SCREENED, on the tuning text, and of REFINED; needed by the recipes that are chosen from them.
     """
+    if recipe == TOGETHER:
+        return _together(losses)
     if recipe in (BEST, BEST_ALONE):
-        return options_of(best(losses) if recipe == BEST else best_alone(losses), losses)
-    return _together(losses) if recipe == TOGETHER else (SCREENED | REFINED)[recipe]
+        recipe = best(losses) if recipe == BEST else best_alone(losses)
+    return (SCREENED | REFINED)[recipe]
 
 
 def best(losses: Mapping[str, float]) -> str:

@@ -46,7 +46,7 @@ RESULTS, CHECK = (Path(__file__).parent / name for name in ("results", "check"))
 """Where results are kept unless told: in the repository, those of a check apart."""
 FINAL_LR = 0.1
 """At the end of a decay, as a part of the peak."""
-OF_SCHEDULE = ("lr", "decay", "decay_style", "warmup", "annealed")
+_OF_SCHEDULE = ("lr", "decay", "decay_style", "warmup", "annealed")
 """Options of a recipe that say how it is trained; the others are configuration keys."""
 _EVALUATIONS = 10
 _SAMPLES = 8
@@ -252,7 +252,7 @@ def _schedule(trial: Trial, options: Mapping[str, Any], updates: int) -> dict[st
 
 
 def _growth(experiment: Experiment, trial: Trial, options: Mapping[str, Any]) -> dict[str, Any]:
-    keys = {key: value for key, value in options.items() if key not in OF_SCHEDULE}
+    keys = {key: value for key, value in options.items() if key not in _OF_SCHEDULE}
     if "new_tokens_warmup" in keys:
         keys["new_tokens_warmup"] = round(keys["new_tokens_warmup"] * trial.updates)
     return {"pretrain_partial_init": str(parent_checkpoint(experiment, trial)), **keys}
