@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 from tools.growth_experiment.regime import queue
 from tools.growth_experiment.regime.data import prepare
 from tools.growth_experiment.regime.publish import publish
-from tools.growth_experiment.regime.recipes import BEST, BEST_ALONE, REFINED, SCREENED, TOGETHER, chosen, options_of
+from tools.growth_experiment.regime.recipes import BEST, REFINED, SCREENED, TOGETHER, chosen, options_of
 from tools.growth_experiment.regime.report import checked, groups_of, read_results, recipes_table, tokens_table
 from tools.growth_experiment.regime.runs import CHECK, Experiment, Stopped, run_keys, run_trial
 from tools.growth_experiment.regime.saving import Curve, mean_and_error, saving_of, scratch_curves
@@ -99,11 +99,9 @@ def test_what_is_chosen_is_what_helped() -> None:
     losses |= {"random, new keys x 3": 1.24, "random, warm-up": 1.2495, "random, from the annealed base": 1.1}
     assert chosen(losses) == ["random", "old x 0.1", "new keys x 3"]
     assert options_of(TOGETHER, losses) == {"row_norm": "segment", "lr_scale": {"old": 0.1, "new_keys": 3.0}}
-    assert options_of(BEST_ALONE, losses) == SCREENED["random, old x 0.1"], "official is not exact"
-    assert options_of(BEST, losses) == SCREENED["random, old x 0.1"]
+    assert options_of(BEST, losses) == SCREENED["random, old x 0.1"], "official is not exact"
     losses["random, old x 0.3, mean moments"] = 1.15
     assert options_of(BEST, losses) == {"row_norm": "segment", "lr_scale": {"old": 0.3}, "new_moments": "mean"}
-    assert options_of(BEST_ALONE, losses) == SCREENED["random, old x 0.1"], "chosen before"
 
 
 def test_what_was_chosen_is_not_trained_again_under_its_new_name(experiment: Experiment) -> None:
@@ -170,6 +168,10 @@ def test_a_check_tries_on_another_text_what_was_chosen_on_the_first(
     check.results.mkdir()
     (check.results / trial.file).write_text(json.dumps(found))
     assert any("| tripled | zero | tenth | 1 | 1.500 |" in part for part in checked(check.results))
+    mixed = check.results / check.trials["seed1/tripled/best-tenth"].file
+    mixed.write_text(json.dumps(found | {"text": "a third"}))
+    with pytest.raises(UserError, match="results of a third and of another; keep those of one text"):
+        checked(check.results)
     (experiment.results / "seed1_grown_official-tenth.json").unlink()
     assert not check.is_decided("seed1/grown/official-tenth"), "then recipes wait"
 

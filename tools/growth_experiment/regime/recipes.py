@@ -10,9 +10,9 @@ from typing import Any
 
 OFFICIAL = "official"
 """New tokens at their initialisation, tau from the new count, optimizer and data from the start."""
-TOGETHER, BEST_ALONE, BEST = "together", "best alone", "best"
-"""The mechanisms that helped, all at once; the one that helped most; and the best of REFINED and all before it."""
-CHOSEN = (TOGETHER, BEST_ALONE, BEST)
+TOGETHER, BEST = "together", "best"
+"""The mechanisms that helped, all at once; and the recipe that helped most, of SCREENED and REFINED."""
+CHOSEN = (TOGETHER, BEST)
 """Recipes that stand for others, or for several at once."""
 
 _RANDOM = {"row_norm": "segment"}
@@ -83,9 +83,7 @@ def options_of(recipe: str, losses: Mapping[str, float]) -> dict[str, Any]:
     """
     if recipe == TOGETHER:
         return _together(losses)
-    if recipe in (BEST, BEST_ALONE):
-        recipe = best(losses) if recipe == BEST else best_alone(losses)
-    return (SCREENED | REFINED)[recipe]
+    return (SCREENED | REFINED)[best(losses) if recipe == BEST else recipe]
 
 
 def best(losses: Mapping[str, float]) -> str:

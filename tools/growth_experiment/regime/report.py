@@ -12,7 +12,6 @@ from megatron.errors import UserError
 from tools.growth_experiment.regime.figures import draw_figures
 from tools.growth_experiment.regime.recipes import (
     BEST,
-    BEST_ALONE,
     MECHANISMS,
     REFINED,
     SCREENED,
@@ -71,12 +70,15 @@ def report_text(experiment: Experiment) -> str:
 
 
 def checked(folder: Path = CHECK) -> list[str]:
-    """What the kept results of a check say, if there are any."""
+    """What the kept results of a check say, if there are any. Raises UserError where they are of several texts."""
     results: list[Result] = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
     if not results:
         return []
+    first, *others = sorted({result["text"] for result in results})
+    if others:
+        raise UserError(f"{folder}: results of {first} and of {', '.join(others)}; keep those of one text")
     groups = dict(sorted(groups_of(results).items(), key=lambda item: -item[1][0]["loss"]["text"]))
-    text = f"{results[0]['text']}, one seed; rates and recipes are those chosen above."
+    text = f"{first}, one seed; rates and recipes are those chosen above."
     return ["## Check: another text and factor", text, recipes_table(results, groups),
             scratch_table(sorted(results, key=all_tokens))]  # fmt: skip
 
@@ -179,7 +181,7 @@ def _choice(experiment: Experiment) -> str:
     if missing:
         return f"Nothing is chosen yet: no result of {', '.join(missing)}."
     helped = ", ".join(chosen(losses))
-    first = f"{TOGETHER}: {helped}, of {len(MECHANISMS)} mechanisms; {BEST_ALONE}: {best_alone(losses)}"
+    first = f"{TOGETHER}: {helped}, of {len(MECHANISMS)} mechanisms; best alone: {best_alone(losses)}"
     waits = any(losses[recipe] == float("inf") for recipe in REFINED)
     return first + ("." if waits else f"; {BEST}, of these and what was tried beside it: {best(losses)}.")
 

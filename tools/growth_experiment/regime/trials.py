@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tools.growth_experiment.regime.recipes import BEST, BEST_ALONE, KEYS, OFFICIAL, REFINED, SCREENED, TOGETHER
+from tools.growth_experiment.regime.recipes import BEST, KEYS, OFFICIAL, REFINED, SCREENED, TOGETHER
 from tools.growth_experiment.regime.sizes import SIZES, STAGES, TOKENS_PER_UPDATE, Kind, Size
 
 Start = Literal["scratch", "branch", "grow", "official", "net2net", "clone", "stack"]
@@ -123,8 +123,6 @@ def check_trials(updates: int) -> list[Trial]:
 
 def _further(makers: Sequence[_Seed]) -> Iterator[Trial]:
     _, *others = makers
-    for maker in makers:
-        yield from maker.grown((BEST_ALONE,))
     for maker in others:
         yield from maker.grown(("rotated",))
     for maker in makers:
@@ -232,7 +230,7 @@ class _Seed:
         )  # fmt: skip
 
     def _needs(self, recipe: str) -> tuple[str, ...]:
-        chosen_from = {TOGETHER: self._screened, BEST_ALONE: self._screened, BEST: self._screened + self._refined}
+        chosen_from = {TOGETHER: self._screened, BEST: self._screened + self._refined}
         return self._rates + chosen_from.get(recipe, ())
 
 
