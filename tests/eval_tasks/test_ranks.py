@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from eval_tasks.run import run_evaluation
 from megatron.config.cli import parse_run
 from megatron.model import LanguageModel
 from megatron.mpu import Axis
+from megatron.mpu.processes import leave_world
 from megatron.tokenizer import HFTokenizer
 from tests.random_models import make_config, save_random_models
 from tests.ranks import run_ranks
@@ -28,7 +29,7 @@ FIXTURES = ROOT / "tests" / "fixtures" / "eval"
 TEXTS = [("The ferry leaves " * n, " the harbor" * (1 + n % 3)) for n in range(11)]
 
 
-def scores(tokenizer_file: str, batch_sizes: Sequence[Any], tensor_size: int = 1) -> list[dict[str, Any]]:
+def scores(tokenizer_file: str, tensor_size: int, batch_sizes: Sequence[Any]) -> list[dict[str, Any]]:
     """For each batch size, what a rank sees of each kind of request, in fp32."""
     from megatron.mpu.environment import ensure_process_environment
     from megatron.mpu.processes import join
@@ -74,7 +75,7 @@ def assert_same_scores(found: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def alone(tokenizer_file: Path) -> list[dict[str, Any]]:
     """What one process finds: one request at a time, then more of them."""
-    return scores(str(tokenizer_file), [1, 8, "auto"])
+    return scores(str(tokenizer_file), 1, [1, 8, "auto"])
 
 
 def test_batch_size_does_not_change_scores(alone: list[dict[str, Any]]) -> None:
@@ -82,25 +83,12 @@ def test_batch_size_does_not_change_scores(alone: list[dict[str, Any]]) -> None:
         assert_same_scores(found, alone[0])
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize(
-    ("ranks", "tensor_size", "batch_sizes"), [(2, 1, [1, 8, "auto"]), (2, 2, [8]), (4, 2, ["auto"])]
-)
-def test_all_ranks_see_the_scores_of_one(
-    tokenizer_file: Path, ranks: int, tensor_size: int, batch_sizes: list[Any], alone: list[dict[str, Any]]
-) -> None:
-    first, *others = run_ranks(ranks, scores, str(tokenizer_file), batch_sizes, tensor_size)
-    assert all(other == first for other in others)
-    for found in first:
-        assert_same_scores(found, alone[0])
-
-
-def evaluate(file: str, *flags: str) -> int:
+def evaluate(*flags: str) -> int:
     """eval.py in a rank that has its imports already; how often it prints a perplexity."""
     from eval import main
 
     os.chdir(FIXTURES)
-    sys.argv = ["eval.py", file, *flags]
+    sys.argv = ["eval.py", *flags]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert main() == 0
     return printed.getvalue().count("token_perplexity")
@@ -112,27 +100,54 @@ def results_of(folder: Path, prefix: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-@pytest.mark.processes
-def test_ranks_that_share_requests_or_tensors_write_the_results_of_one_process(
-    tmp_path: Path, tokenizer_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.chdir(FIXTURES)
+def in_turn(tokenizer_file: str, sizes: Sequence[tuple[int, list[Any]]], runs: Sequence[list[str]]) -> tuple[Any, Any]:
+    """`scores` for each tensor size, then `evaluate` for each command line; what they import is imported once."""
+    found = [scores(tokenizer_file, *size) for size in sizes]
+    leave_world()
+    return found, [evaluate(*run) for run in runs]
+
+
+@pytest.fixture(scope="module")
+def of_two(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Any], Path]]:
+    """What two ranks return of `in_turn`, and the folder of results, with those of one process."""
+    folder = tmp_path_factory.mktemp("of_two")
     config = make_config(padded_vocab_size=384, tokenizer_type="HFTokenizer", vocab_file=str(tokenizer_file))
-    save_random_models(tmp_path / "run", config, (7,))
-    file, text = tmp_path / "run.yml", tmp_path / "text.txt"
+    save_random_models(folder / "run", config, (7,))
+    file, text = folder / "run.yml", folder / "text.txt"
     file.write_text(yaml.safe_dump(config.flat()), encoding="utf-8")
     text.write_text("The ferry leaves the harbor at noon. " * 20, encoding="utf-8")
-    flags = ["--load", str(tmp_path / "run"), "--include_path", str(FIXTURES), "--perplexity", str(text)]
+    flags = [str(file), "--load", str(folder / "run"), "--include_path", str(FIXTURES), "--perplexity", str(text)]
     flags += ["--eval_tasks", "harbor_choice", "harbor_last", "--eval_results_prefix"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        patch.chdir(FIXTURES)
+        alone, _ = parse_run([*flags, str(folder / "alone")], "eval.py")
+        run_evaluation(alone)
+        runs = [[*flags, str(folder / "tensor"), "--set", "model_parallel_size=2"], [*flags, str(folder / "data")]]
+        yield run_ranks(2, in_turn, str(tokenizer_file), [(1, [1, 8, "auto"]), (2, [8])], runs), folder
 
-    alone, _ = parse_run([str(file), *flags, str(tmp_path / "alone")], "eval.py")
-    run_evaluation(alone)
-    for name, axis in (("tensor", ["--set", "model_parallel_size=2"]), ("data", [])):
-        assert run_ranks(2, evaluate, str(file), *axis, *flags, str(tmp_path / name)) == [1, 0], name
 
-    expected, *others = (results_of(tmp_path, prefix) for prefix in ("alone", "tensor", "data"))
+@pytest.mark.processes
+def test_all_ranks_see_the_scores_of_one(alone: list[dict[str, Any]], of_two: tuple[list[Any], Path]) -> None:
+    (first, _), (other, _) = of_two[0]
+    assert other == first and len(first) == 2
+    for found in (*first[0], *first[1]):
+        assert_same_scores(found, alone[0])
+
+
+@pytest.mark.processes
+def test_four_ranks_share_requests_and_tensors(tokenizer_file: Path, alone: list[dict[str, Any]]) -> None:
+    first, *others = run_ranks(4, scores, str(tokenizer_file), 2, ["auto"])
+    assert all(other == first for other in others)
+    assert_same_scores(first[0], alone[0])
+
+
+@pytest.mark.processes
+def test_ranks_that_share_requests_or_tensors_write_the_results_of_one_process(of_two: tuple[list[Any], Path]) -> None:
+    (_, first), (_, other) = of_two[0]
+    assert (first, other) == ([1, 1], [0, 0]), "the first rank prints"
+    expected, *others = (results_of(of_two[1], prefix) for prefix in ("alone", "tensor", "data"))
     for task, values in expected.items():
         for key, value in values.items():
             same = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
