@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron.errors import UserError
 from megatron.growth.advice import FILE, measurements
+from tools.growth_experiment.figures import draw_figures
 from tools.growth_experiment.regime.publish import PAGE, ROOT, as_json, measured, page, publish
 from tools.growth_experiment.regime.report import report_text
 from tools.growth_experiment.regime.runs import RESULTS, Experiment
@@ -116,6 +119,17 @@ def test_what_is_published_is_what_is_advised_from(finished: Experiment, tmp_pat
     assert together.minus_no_growth == pytest.approx([-0.1 * math.log(2 + seed) for seed in (1, 2, 3)], abs=1e-4)
     assert ("zero", 3.023, 0.1) in found and ("official", 1.996, 0.1) not in found, "nothing grows as that does"
     assert (known.finished, known.trials) == (len(finished.trials), len(finished.trials))
+
+
+def test_without_matplotlib_nothing_is_published(
+    finished: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="^report: the figure needs matplotlib; pip install matplotlib$"):
+        publish(finished, tmp_path)
+    with pytest.raises(UserError, match="^--stage report: the figure needs matplotlib"):
+        draw_figures({}, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_advice_and_page_are_those_of_the_results_that_are_kept(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tools.figures import pyplot_for
 from tools.growth_experiment.results import Groups, Result
 from tools.growth_experiment.trials import FRACTIONS, SIZES
 
@@ -22,26 +23,31 @@ _KINDS = (("a", ("h", "b", "e"), "TokenFormer"), ("c", ("d",), "Transformer"))
 
 
 def draw_figures(groups: Groups, output: Path) -> None:
-    """Write growth_loss_tokens.png, growth_loss_flops.png and growth_moment.png; seed 1 of everything."""
-    import matplotlib
+    """Write growth_loss_tokens.png, growth_loss_flops.png and growth_moment.png; seed 1 of everything.
 
-    matplotlib.use("Agg")
+    Raises UserError without matplotlib.
+    """
+    pyplot = pyplot_for("--stage report")
     firsts = {key: result for key, results in groups.items() for result in results if result.facts["seed"] == 1}
-    _against(firsts, lambda r, u: r.cumulative_tokens(u) / 1e6, "cumulative training tokens (millions)", False).savefig(
-        output / "growth_loss_tokens.png", dpi=120
-    )
-    _against(firsts, lambda r, u: r.cumulative_flops(u), "cumulative training FLOPs", True).savefig(
-        output / "growth_loss_flops.png", dpi=120
-    )
-    _moment(firsts).savefig(output / "growth_moment.png", dpi=120)
+    figures = {
+        "loss_tokens": _against(
+            pyplot, firsts, lambda r, u: r.cumulative_tokens(u) / 1e6, "cumulative training tokens (millions)", False
+        ),
+        "loss_flops": _against(pyplot, firsts, lambda r, u: r.cumulative_flops(u), "cumulative training FLOPs", True),
+        "moment": _moment(pyplot, firsts),
+    }
+    for name, figure in figures.items():
+        figure.savefig(output / f"growth_{name}.png", dpi=120)
 
 
 def _against(
-    firsts: dict[tuple[str, str, str], Result], x: Callable[[Result, float], float], label: str, logarithmic: bool
+    pyplot: Any,
+    firsts: dict[tuple[str, str, str], Result],
+    x: Callable[[Result, float], float],
+    label: str,
+    logarithmic: bool,
 ) -> Any:
     """TokenFormer on the left, Transformer, if there are trials of it, on the right."""
-    from matplotlib import pyplot
-
     kinds = [kind for kind in _KINDS if any(key[0] == kind[0] for key in firsts)]
     figure, panels = pyplot.subplots(
         1, len(kinds), figsize=(1 + 5 * len(kinds), 4.4), sharey=True, squeeze=False, layout="constrained"
@@ -74,10 +80,8 @@ def _limits(firsts: dict[tuple[str, str, str], Result]) -> tuple[float, float]:
     return min(finals) - 0.05, max(early, default=max(finals)) + 0.05
 
 
-def _moment(firsts: dict[tuple[str, str, str], Result]) -> Any:
+def _moment(pyplot: Any, firsts: dict[tuple[str, str, str], Result]) -> Any:
     """One panel a growth."""
-    from matplotlib import pyplot
-
     figure, panels = pyplot.subplots(1, len(SIZES) - 1, figsize=(11, 3.6), layout="constrained")
     for axes, before, after in zip(panels, SIZES, SIZES[1:], strict=False):
         for part, label in _CHAINS.items():

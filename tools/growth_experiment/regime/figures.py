@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tools.figures import pyplot_for
 from tools.growth_experiment.regime.recipes import BEST, OFFICIAL
 from tools.growth_experiment.regime.saving import (
     Comparison,
@@ -27,16 +28,19 @@ _COMPARED = ("grown", "base")
 
 
 def draw_figures(results: Sequence[Result], output: Path) -> None:
-    """Write a regime_NAME.png each for loss_tokens, loss_flops, stage, saving and moment, where there is anything."""
-    import matplotlib
+    """Write a regime_NAME.png each for loss_tokens, loss_flops, stage, saving and moment, where there is anything.
 
-    matplotlib.use("Agg")
+    Raises UserError without matplotlib.
+    """
+    pyplot = pyplot_for("report")
     figures = {
-        "loss_tokens": _against(results, lambda r: all_tokens(r) / 1e6, "training tokens in all (millions)"),
-        "loss_flops": _against(results, all_flops, "training FLOPs in all"),
-        "stage": _against(results, lambda r: _since_base(r) / 1e6, "training tokens, the base not counted (millions)"),
-        "saving": _saving(results),
-        "moment": _moment(results),
+        "loss_tokens": _against(pyplot, results, lambda r: all_tokens(r) / 1e6, "training tokens in all (millions)"),
+        "loss_flops": _against(pyplot, results, all_flops, "training FLOPs in all"),
+        "stage": _against(
+            pyplot, results, lambda r: _since_base(r) / 1e6, "training tokens, the base not counted (millions)"
+        ),
+        "saving": _saving(pyplot, results),
+        "moment": _moment(pyplot, results),
     }
     for name, figure in figures.items():
         file = output / f"regime_{name}.png"
@@ -49,10 +53,8 @@ def _since_base(result: Result) -> float:
     return all_tokens(result) if is_scratch(result) else own_tokens(result)
 
 
-def _against(results: Sequence[Result], x: Callable[[Result], float], label: str) -> Any:
+def _against(pyplot: Any, results: Sequence[Result], x: Callable[[Result], float], label: str) -> Any:
     """Final losses of the grown size: models from scratch as a line, recipes by the length of their stage."""
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
     _line(axes, [r for r in results if is_scratch(r) and r["size"] == "grown"], x, "from scratch", "black")
     for recipe, colour in _SHOWN.items():
@@ -73,10 +75,8 @@ def _line(axes: Any, results: Sequence[Result], x: Callable[[Result], float], la
                   color=colour, label=label)  # fmt: skip
 
 
-def _saving(results: Sequence[Result]) -> Any:
+def _saving(pyplot: Any, results: Sequence[Result]) -> Any:
     """Saving after the growth by the updates of the stage, with standard errors over seeds; a bound is an arrow."""
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
     comparison = Comparison(results)
     for recipe, colour in _SHOWN.items():
@@ -99,10 +99,8 @@ def _saving(results: Sequence[Result]) -> Any:
     return figure
 
 
-def _moment(results: Sequence[Result]) -> Any:
+def _moment(pyplot: Any, results: Sequence[Result]) -> Any:
     """The loss since the growth, minus that before it; seed 1, a tenth."""
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
     for result in results:
         colour = _SHOWN.get(result["recipe"])
