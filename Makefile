@@ -2,7 +2,9 @@
 # make test: the test suite.  make test-all: with what takes longest.  make test-fast: a minute of it.  make soak: longer.
 VENV ?= .venv
 PY := $(VENV)/bin/python
-# Modules are compiled when they are first imported: pip would compile all of them, one after the other.
+# Modules are compiled when they are first imported: pip would compile all of them, one after the other. What was
+# compiled is kept, whatever the environment says: else each of the hundreds of processes would compile it again.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(VENV)/bin/pip --disable-pip-version-check install --quiet --no-compile
 REQ := requirements/requirements
 INSTALLED := $(VENV)/.installed
