@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -170,3 +171,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What is imported by now stays: no collection of garbage need look it through again."""
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """The folder of this process goes with it."""
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
