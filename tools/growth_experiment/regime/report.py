@@ -189,8 +189,9 @@ def _choice(experiment: Experiment) -> str:
 def rates_table(results: Sequence[Result]) -> str:
     """The runs that chose the peak rates."""
     rows = [
-        [result["kind"], f"{result['peak_lr']:g}", f"{result['loss']['tuning']:.4f}"]
+        [result["name"].removeprefix("rates/").rpartition("-")[0], f"{result['peak_lr']:g}",
+         f"{result['loss']['tuning']:.4f}"]
         for result in results
         if result["name"].startswith("rates/") and result["size"] in SIZES
-    ]
-    return table(["base", "rate", "loss"], rows)
+    ]  # fmt: skip
+    return table(["model", "rate", "loss"], rows)

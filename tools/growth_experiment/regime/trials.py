@@ -18,6 +18,8 @@ RATES: dict[Kind, tuple[float, ...]] = {
     "transformer": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
 }
 """Peak rates that are tried for the base of each kind, in runs of a fifth; muP carries them to the other sizes."""
+RATES_OF_DEEP = (2e-3, 4e-3)
+"""Tried for the deep Transformer from scratch, to see whether it has the best of its kind there."""
 NONE = "no growth"
 ON_TRANSFORMERS: dict[str, tuple[Start, str]] = {
     "Net2Net": ("net2net", "wide"), "HyperCloning": ("clone", "double"), "G_stack": ("stack", "deep"),
@@ -82,10 +84,12 @@ def slug(text: str) -> str:
 def rate_trials(kind: Kind, updates: int) -> list[Trial]:
     """The runs that choose a kind's peak rate."""
     size = SIZES["base" if kind == "tokenformer" else "transformer"]
+    return [_rate_trial(kind, size, rate, updates) for rate in RATES[kind]]
+
+
+def _rate_trial(name: str, size: Size, rate: float, updates: int) -> Trial:
     length = round(STAGES["fifth"] * updates)
-    return [
-        Trial(f"rates/{kind}-{rate:g}", 1, size, length, label="fifth", decay=ANNEAL, rate=rate) for rate in RATES[kind]
-    ]
+    return Trial(f"rates/{name}-{rate:g}", 1, size, length, label="fifth", decay=ANNEAL, rate=rate)
 
 
 def all_trials(updates: int) -> list[Trial]:
@@ -110,6 +114,7 @@ def all_trials(updates: int) -> list[Trial]:
     for maker in makers:
         found += maker.grown((BEST,), "two fifths")
     found += [*rate_trials("transformer", updates), *first.transformers()]
+    found += [_rate_trial("deep", SIZES["deep"], rate, updates) for rate in RATES_OF_DEEP]
     found += [*first.tripled((BEST, "zero", OFFICIAL)), *first.chain(BEST), *first.chain("zero")]
     found += first.scratch("chain 4")
     return [*found, *_further(makers)]
