@@ -19,7 +19,7 @@ RATES: dict[Kind, tuple[float, ...]] = {
 }
 """Peak rates that are tried for the base of each kind, in runs of a fifth; muP carries them to the other sizes."""
 RATES_OF_DEEP = (2e-3, 4e-3)
-"""Tried for the deep Transformer from scratch, to see whether it has the best of its kind there."""
+"""Tried for the deep Transformer from scratch too: does it train as well as it can at the best of its kind?"""
 NONE = "no growth"
 ON_TRANSFORMERS: dict[str, tuple[Start, str]] = {
     "Net2Net": ("net2net", "wide"), "HyperCloning": ("clone", "double"), "G_stack": ("stack", "deep"),
