@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def in_turn(tokenizer_file: str, sizes: Sequence[tuple[int, list[Any]]], runs: S
 
 
 @pytest.fixture(scope="module")
-def of_two(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Any], Path]]:
+def of_two(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
     """What two ranks return of `in_turn`, and the folder of results, with those of one process."""
     folder = tmp_path_factory.mktemp("of_two")
     config = make_config(padded_vocab_size=384, tokenizer_type="HFTokenizer", vocab_file=str(tokenizer_file))
@@ -125,7 +125,7 @@ def of_two(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         alone, _ = parse_run([*flags, str(folder / "alone")], "eval.py")
         run_evaluation(alone)
         runs = [[*flags, str(folder / "tensor"), "--set", "model_parallel_size=2"], [*flags, str(folder / "data")]]
-        yield run_ranks(2, in_turn, str(tokenizer_file), [(1, [1, 8, "auto"]), (2, [8])], runs), folder
+        return run_ranks(2, in_turn, str(tokenizer_file), [(1, [1, 8, "auto"]), (2, [8])], runs), folder
 
 
 @pytest.mark.processes
