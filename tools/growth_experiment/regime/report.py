@@ -31,7 +31,6 @@ from tools.growth_experiment.regime.saving import (
     mean_and_error,
     own_tokens,
 )
-from tools.growth_experiment.regime.sizes import SIZES
 from tools.growth_experiment.report import table
 
 
@@ -187,11 +186,9 @@ def _choice(experiment: Experiment) -> str:
 
 
 def rates_table(results: Sequence[Result]) -> str:
-    """The runs that chose the peak rates."""
+    """The runs that chose the peak rates, and those that tried the deep Transformer's."""
+    tried = [(result["name"].removeprefix("rates/"), result) for result in results if "rates/" in result["name"]]
     rows = [
-        [result["name"].removeprefix("rates/").rpartition("-")[0], f"{result['peak_lr']:g}",
-         f"{result['loss']['tuning']:.4f}"]
-        for result in results
-        if result["name"].startswith("rates/") and result["size"] in SIZES
-    ]  # fmt: skip
+        [name.rpartition("-")[0], f"{result['peak_lr']:g}", f"{result['loss']['tuning']:.4f}"] for name, result in tried
+    ]
     return table(["model", "rate", "loss"], rows)
