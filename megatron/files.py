@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import secrets
 import stat
@@ -47,6 +48,19 @@ def read_text(
     if limit is not None and len(content) > limit:
         raise UserError(f"{where} cannot be read: it has more than {limit:,} bytes; {advice}")
     return decode_text(content, where, advice).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: str | os.PathLike[str], advice: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError, which ends in the advice, when there is none."""
+    try:
+        content = json.loads(read_text(path, advice=advice))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error}); {advice}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; {advice}")
+    return content
 
 
 def decode_text(content: bytes, where: str, advice: str = "give a text file") -> str:

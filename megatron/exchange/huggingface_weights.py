@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron.errors import UserError
 from megatron.exchange.torch_file import read_flat_file, read_state_dict
-from megatron.files import read_text
+from megatron.files import read_json as read_object
 
 WEIGHTS, _OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 _METADATA = {"format": "pt"}
@@ -136,12 +136,4 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; UserError when there is none."""
-    try:
-        content = json.loads(read_text(path, advice="give a folder in Hugging Face's form"))
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return content
+    return read_object(path, "give a folder in Hugging Face's form")

@@ -14,10 +14,11 @@ from megatron.errors import UserError
 from megatron.growth.advice import FILE, measurements
 from tools.growth_experiment.figures import draw_figures
 from tools.growth_experiment.regime.publish import PAGE, ROOT, as_json, measured, page, publish
-from tools.growth_experiment.regime.report import report_text
+from tools.growth_experiment.regime.report import checked, report_text
 from tools.growth_experiment.regime.runs import RESULTS, Experiment
 from tools.growth_experiment.regime.sizes import SIZES, TOKENS_PER_UPDATE, base_updates
 from tools.growth_experiment.regime.trials import NONE, Trial, cost_before
+from tools.growth_experiment.results import read_results
 
 PARAMETERS = {name: size.parameters() for name, size in SIZES.items()}
 FLOPS = {name: float(number) for number, name in enumerate(SIZES, 1)}
@@ -119,6 +120,25 @@ def test_what_is_published_is_what_is_advised_from(finished: Experiment, tmp_pat
     assert together.minus_no_growth == pytest.approx([-0.1 * math.log(2 + seed) for seed in (1, 2, 3)], abs=1e-4)
     assert ("zero", 3.023, 0.1) in found and ("official", 1.996, 0.1) not in found, "nothing grows as that does"
     assert (known.finished, known.trials) == (len(finished.trials), len(finished.trials))
+
+
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    experiment = experiment_at(tmp_path / "new", tmp_path / "results")
+    experiment.results.mkdir()
+    kept = experiment.results / experiment.trials["seed1/base"].file
+    for content in ('{"updates": 114', "[1]"):
+        kept.write_text(content)
+        with pytest.raises(UserError, match=f"^{kept}: not a .*JSON.*; restore it, or delete it: `run` trains what"):
+            report_text(experiment)
+        with pytest.raises(UserError, match=f"^{kept}: not a .*JSON"):
+            checked(experiment.results)
+    (tmp_path / "new/data.json").write_text('{"updates": 114')
+    with pytest.raises(UserError, match="data.json: not a readable JSON file .*; delete it and give the command prep"):
+        report_text(Experiment(tmp_path / "new", experiment.results))
+    (tmp_path / "a/S1/1").mkdir(parents=True)
+    (tmp_path / "a/S1/1/trial.json").write_text("{")
+    with pytest.raises(UserError, match="trial.json: not a readable JSON file .*; delete it: the stage run trains"):
+        read_results(tmp_path)
 
 
 def test_without_matplotlib_nothing_is_published(

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron.files import read_json
 from tools.growth_experiment.figures import draw_figures
 from tools.growth_experiment.results import Groups, Result, by_key, read_results
 from tools.growth_experiment.trials import FRACTIONS, GROWTH_RATES, RATES, SIZES, VARIANTS
@@ -184,7 +185,7 @@ def write_report(output: Path) -> None:
     """Write report.md, results.json and the figures, and print the report."""
     results = read_results(output)
     groups = by_key(results)
-    data = json.loads((output / "data.json").read_text(encoding="utf-8"))
+    data = read_json(output / "data.json", "delete it and run the stage prepare again")
     text = "\n\n".join([
         "# Growth experiment",
         f"{len(results)} finished trials; {data['tokens']:,} tokens from scratch; {data['held_out_tokens']:,} held-out "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron.errors import UserError
+from megatron.files import read_json
 from tools.growth_experiment.runs import read_metrics
 from tools.growth_experiment.trials import PARTS
 
@@ -83,7 +83,7 @@ def read_results(output: Path) -> list[Result]:
 def _read(folder: str, files: dict[str, Path], found: dict[str, Result]) -> Result | None:
     if folder in found:
         return found[folder]
-    facts = json.loads(files[folder].read_text(encoding="utf-8"))
+    facts = read_json(files[folder], "delete it: the stage run trains the trial again")
     curve = [(line["iteration"], line["valid_lm_loss"]) for line in read_metrics(files[folder].parent)
              if "valid_lm_loss" in line]  # fmt: skip
     if not curve or curve[-1][0] != facts["updates"]:

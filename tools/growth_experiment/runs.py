@@ -24,6 +24,7 @@ from megatron.config.sections.model import ModelConfig
 from megatron.data import IndexedDataset, IndexedDatasetBuilder
 from megatron.errors import UserError
 from megatron.evaluation.perplexity import perplexity
+from megatron.files import read_json, replaced_file
 from megatron.growth import grow
 from megatron.inference import load_model
 from megatron.log import get_logger
@@ -61,7 +62,8 @@ def prepare(output: Path, tokens: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"tokens": tokens, **write_token_files(folder, read_addresses(), HELD_OUT_SEQUENCES)}
     needed = tokens * (1 + (len(SIZES) - 1) * max(FRACTIONS.values()))
-    description.write_text(json.dumps(facts, indent=1))
+    with replaced_file(description) as file:
+        file.write(json.dumps(facts, indent=1).encode())
     print(
         f"{facts['training_tokens']:,} training tokens, {facts['held_out_tokens']:,} held out; "
         f"the longest chain reads {needed:,.0f}"
@@ -123,7 +125,7 @@ def run(output: Path, trials: list[Trial], tokens: int) -> None:
     """
     if not (output / "data.json").is_file():
         raise UserError(f"--stage: {output} is not prepared; run the stage prepare first")
-    data = json.loads((output / "data.json").read_text())
+    data = read_json(output / "data.json", "delete it and run the stage prepare again")
     if data["tokens"] != tokens:
         raise UserError(f"--tokens: {output} was prepared for {data['tokens']}; give that, or another --output")
     documents = data["documents"]
@@ -211,7 +213,8 @@ def _write_facts(output: Path, trial: Trial) -> None:
         get_logger().info("logits change by %.1e at the growth", facts["logit_difference"])
         if not trial.new_keys:
             save_start(folder / "start", grown, trial.config(output, 1))
-    (folder / "trial.json").write_text(json.dumps(facts, indent=1))
+    with replaced_file(folder / "trial.json") as file:
+        file.write(json.dumps(facts, indent=1).encode())
 
 
 def save_start(folder: Path, model: LanguageModel, keys: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron.data import IndexedDataset
 from megatron.errors import UserError
-from megatron.files import read_errors
+from megatron.files import read_errors, read_json, replaced_file
 from tools.demo.prepare import read_addresses
 from tools.growth_experiment.regime.sizes import HELD_OUT_SEQUENCES
 from tools.growth_experiment.regime.trials import Plan
@@ -38,16 +38,16 @@ def prepare(
     facts = write_token_files(output / "data", _pieces(text) if text else read_addresses(), sequences)
     facts |= {"updates": updates, "sequences": sequences}
     name = text.name if text else "State of the Union"
-    description.write_text(json.dumps({**facts, "text": name, "plan": plan}, indent=1))
+    with replaced_file(description) as file:
+        file.write(json.dumps({**facts, "text": name, "plan": plan}, indent=1).encode())
     print(f"{facts['training_tokens']:,} training tokens, {facts['held_out_tokens']:,} held out for each use")
 
 
 def read_facts(output: Path) -> dict[str, Any]:
-    """What data.json says. Raises UserError when `output` is not prepared."""
+    """What data.json says. Raises UserError when `output` is not prepared, or the file is damaged."""
     if not (output / "data.json").is_file():
         raise UserError(f"--output: {output} is not prepared; give the command prepare first")
-    facts: dict[str, Any] = json.loads((output / "data.json").read_text())
-    return facts
+    return read_json(output / "data.json", "delete it and give the command prepare again")
 
 
 def held_out_ids(output: Path, text: str) -> np.ndarray:

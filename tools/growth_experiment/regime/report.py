@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.errors import UserError
+from megatron.files import read_json
 from tools.growth_experiment.regime.figures import draw_figures
 from tools.growth_experiment.regime.recipes import (
     BEST,
@@ -20,7 +20,7 @@ from tools.growth_experiment.regime.recipes import (
     best_alone,
     chosen,
 )
-from tools.growth_experiment.regime.runs import CHECK, Experiment
+from tools.growth_experiment.regime.runs import CHECK, REPEAT, Experiment
 from tools.growth_experiment.regime.saving import (
     Comparison,
     Result,
@@ -70,7 +70,7 @@ def report_text(experiment: Experiment) -> str:
 
 def checked(folder: Path = CHECK) -> list[str]:
     """What the kept results of a check say, if there are any. Raises UserError where they are of several texts."""
-    results: list[Result] = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    results: list[Result] = [read_json(file, REPEAT) for file in sorted(folder.glob("*.json"))]
     if not results:
         return []
     first, *others = sorted({result["text"] for result in results})

@@ -19,7 +19,7 @@ from megatron.config import load_config
 from megatron.config.schema import RunConfig
 from megatron.errors import UserError
 from megatron.evaluation.perplexity import perplexity
-from megatron.files import replaced_file
+from megatron.files import read_json, replaced_file
 from megatron.growth import grow
 from megatron.inference import load_model
 from megatron.model import LanguageModel
@@ -44,6 +44,8 @@ from tools.growth_experiment.runs import read_metrics, save_start
 
 RESULTS, CHECK = (Path(__file__).parent / name for name in ("results", "check"))
 """Where results are kept unless told: in the repository, those of a check apart."""
+REPEAT = "restore it, or delete it: `run` trains what it is of again"
+"""What to do about a damaged result."""
 FINAL_LR = 0.1
 """At the end of a decay, as a part of the peak."""
 _OF_SCHEDULE = ("lr", "decay", "decay_style", "warmup", "annealed")
@@ -172,7 +174,7 @@ def _kept(folder: Path, trial: Trial) -> dict[str, Any] | None:
     path = folder / trial.file
     if not path.is_file():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path, REPEAT)
     if found["updates"] != trial.updates:
         raise UserError(f"{path}: {found['updates']} updates, not {trial.updates}; give --results")
     return found
@@ -267,7 +269,7 @@ def _moment_of_growth(experiment: Experiment, trial: Trial) -> dict[str, Any]:
     """Losses and logits before and after the growth; once. What the product does not grow itself is saved to start."""
     file = experiment.folder(trial) / "moment.json"
     if file.is_file():
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return read_json(file, "delete it: it is measured again")
     before, after = (load_model(parent_checkpoint(experiment, trial)) for _ in range(2))
     options = experiment.options(trial)
     if trial.start == "grow":
@@ -282,7 +284,8 @@ def _moment_of_growth(experiment: Experiment, trial: Trial) -> dict[str, Any]:
         "loss_before": _losses(experiment, before)["text"], "loss_after": _losses(experiment, after)["text"],
         "logit_difference": difference, "largest_logit": largest,
     }  # fmt: skip
-    file.write_text(json.dumps(found))
+    with replaced_file(file) as whole:
+        whole.write(json.dumps(found).encode())
     return found
 
 
